@@ -1,0 +1,138 @@
+"""A pool of processes that run a function on every rank of a gang.
+
+Starting a process costs seconds, so the four processes of the pool serve all tests. A gang of P is
+made of the *last* P of them: its ranks differ from the global ones, so whatever mixes the two up
+fails. A rank that does not answer in time fails the test, with the stacks of all ranks, and the
+pool is started anew; so it is after any failure, which may leave collectives half-done.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+SIZE = 4
+TIMEOUT = 60.0
+
+Function = Callable[..., Any]
+
+
+class RankError(AssertionError):
+    """A rank raised or hung; the message holds what it and the others were doing."""
+
+
+class Pool:
+    def __init__(self) -> None:
+        self._dir = tempfile.TemporaryDirectory()
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def __call__(
+        self, size: int, function: Function, *args: Any, timeout: float = TIMEOUT, **kwargs: Any
+    ) -> list[Any]:
+        """Runs ``function(gang, *args, **kwargs)`` on each rank of a gang of ``size`` and returns
+        what each rank returned. The function has to be importable by name."""
+        outcomes = self.outcomes(size, function, *args, timeout=timeout, **kwargs)
+        failed = {r: o for r, (ok, o) in enumerate(outcomes) if not ok}
+        if failed:
+            self.stop()
+            raise RankError("\n".join(f"rank {r} of {size}: {o}" for r, o in failed.items()))
+        return [value for _, value in outcomes]
+
+    def outcomes(
+        self, size: int, function: Function, *args: Any, timeout: float = TIMEOUT, **kwargs: Any
+    ) -> list[tuple[bool, Any]]:
+        """As a call, but gives (True, value) or (False, traceback) for each rank."""
+        if not self._workers:
+            self._start()
+        members = self._workers[SIZE - size :]
+        for _, connection in members:
+            connection.send((size, function, args, kwargs))
+        deadline = time.monotonic() + timeout
+        outcomes = []
+        for rank, (process, connection) in enumerate(members):
+            if not connection.poll(max(0.0, deadline - time.monotonic())):
+                stacks = self._stacks()
+                self.stop()
+                raise RankError(
+                    f"rank {rank} of {size} did not answer within {timeout} s\n{stacks}"
+                )
+            try:
+                outcomes.append(connection.recv())
+            except EOFError:
+                process.join(5)
+                outcomes.append((False, f"died with exit code {process.exitcode}"))
+        if any("died with exit code" in str(o) for ok, o in outcomes if not ok):
+            self.stop()
+        return outcomes
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed", "tp_embed.surgery"])
+        self._dir = tempfile.TemporaryDirectory()
+        for rank in range(SIZE):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, self._dir.name, theirs, sys.path), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def _stacks(self) -> str:
+        for process, _ in self._workers:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        files = sorted(Path(self._dir.name).glob("stack*"))
+        return "\n".join(f"--- {file.name}\n{file.read_text()}" for file in files)
+
+    def stop(self) -> None:
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self._workers = []
+        self._dir.cleanup()
+
+
+def _serve(rank: int, directory: str, connection: Connection, path: list[str]) -> None:
+    sys.path[:] = path
+    import torch
+    import torch.distributed as dist
+
+    from tp_embed import ProcessGroupGang
+
+    torch.set_num_threads(1)
+    stack = open(f"{directory}/stack{rank}", "w")  # noqa: SIM115 (faulthandler keeps it)
+    faulthandler.register(signal.SIGUSR1, stack)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{directory}/store",
+        rank=rank,
+        world_size=SIZE,
+        timeout=timedelta(seconds=TIMEOUT),
+    )
+    world = ProcessGroupGang(None, "cpu")
+    gangs = {size: world.create_gang(range(SIZE - size, SIZE)) for size in range(1, SIZE + 1)}
+    while True:
+        try:
+            size, function, args, kwargs = connection.recv()
+        except EOFError:
+            return
+        try:
+            torch.manual_seed(0)
+            outcome = True, function(gangs[size], *args, **kwargs)
+        except Exception:
+            outcome = False, traceback.format_exc()
+        connection.send(outcome)

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tp_embed import Partition
+
+
+@given(size=st.integers(0, 300), num_shards=st.integers(1, 40))
+def test_shards_cover_every_item_once_and_in_order(size, num_shards):
+    partition = Partition(size, num_shards)
+    shards = [partition.shard(rank) for rank in range(num_shards)]
+
+    assert [item for shard in shards for item in shard] == list(range(size))
+    assert partition.sizes == tuple(len(shard) for shard in shards)
+    assert max(partition.sizes) == partition.block
+
+
+@given(size=st.integers(1, 300), num_shards=st.integers(1, 40))
+def test_cut_is_that_of_torch_chunk(size, num_shards):
+    sizes = Partition(size, num_shards).sizes
+    assert [n for n in sizes if n] == [len(c) for c in torch.arange(size).chunk(num_shards)]
+
+
+def test_more_shards_than_items_leaves_empty_ones():
+    assert Partition(3, 5).sizes == (1, 1, 1, 0, 0)
+    assert Partition(0, 2).sizes == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Partition(-1, 2), "`size` must be greater than or equal to 0, but is -1"),
+        (lambda: Partition(4, 0), "`num_shards` must be greater than or equal to 1, but is 0"),
+        (lambda: Partition(4, 2).shard(2), r"`rank` must be in \[0, 2\), but is 2 instead"),
+        (lambda: Partition(4, 2).shard(-1), r"`rank` must be in \[0, 2\), but is -1 instead"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,71 @@
+"""Tensor-parallel embedding tables for DeepSpeed and Megatron-style training.
+
+Names are imported when they are first used: ``import tp_embed`` does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tp_embed.batch_layout import BatchLayout
+    from tp_embed.embedding import (
+        Embedding,
+        ShardedEmbedding,
+        StandardEmbedding,
+        VocabShardedEmbedding,
+    )
+    from tp_embed.gang import FakeGang, Gang, GangError, ProcessGroupGang, ReduceOperation
+    from tp_embed.head import TiedHead
+    from tp_embed.init import blockwise, init_scaled_embedding
+    from tp_embed.partition import Partition
+    from tp_embed.surgery import shard_embeddings
+
+_MODULE_OF = {
+    "BatchLayout": "batch_layout",
+    "Embedding": "embedding",
+    "FakeGang": "gang",
+    "Gang": "gang",
+    "GangError": "gang",
+    "Partition": "partition",
+    "ProcessGroupGang": "gang",
+    "ReduceOperation": "gang",
+    "ShardedEmbedding": "embedding",
+    "StandardEmbedding": "embedding",
+    "TiedHead": "head",
+    "VocabShardedEmbedding": "embedding",
+    "blockwise": "init",
+    "init_scaled_embedding": "init",
+    "shard_embeddings": "surgery",
+}
+
+__all__ = [
+    "BatchLayout",
+    "Embedding",
+    "FakeGang",
+    "Gang",
+    "GangError",
+    "Partition",
+    "ProcessGroupGang",
+    "ReduceOperation",
+    "ShardedEmbedding",
+    "StandardEmbedding",
+    "TiedHead",
+    "VocabShardedEmbedding",
+    "blockwise",
+    "init_scaled_embedding",
+    "shard_embeddings",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,150 @@
+"""Collectives that autograd can go through, each with its conjugate as the backward.
+
+The convention is that of Megatron-LM (Shoeybi et al., 2019): a *replicated* activation is the same
+on every rank of the gang, and so is its gradient. Bytes are what one rank sends, for a gang of P
+ranks; with P = 1 nothing is sent and the input is returned as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tp_embed.gang import Gang
+from tp_embed.partition import Partition
+
+
+def gather_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
+    """Puts the ranks' blocks of the last dimension together.
+
+    Forward: one all-gather, (P-1) N B bytes-per-item, where N is the number of items in the other
+    dimensions and B the size of the largest block (shorter blocks travel padded).
+    Backward: the slice of this rank, nothing is sent.
+
+    :param x: the block of this rank. *Shape:* :math:`(*,E_{rank})`. Any floating dtype.
+    :param partition: how the last dimension is cut over the gang.
+    :returns: the same on every rank. *Shape:* :math:`(*,E)`.
+    """
+    if gang.size == 1:
+        return x
+    output: Tensor = _GatherColumns.apply(x, gang, partition)
+    return output
+
+
+def scatter_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
+    """Keeps this rank's block of the last dimension of a replicated activation.
+
+    Forward: the slice of this rank, nothing is sent.
+    Backward: one all-gather, (P-1) N B bytes-per-item, with N and B as in :func:`gather_columns`.
+
+    :param x: the same on every rank. *Shape:* :math:`(*,E)`.
+    :returns: *Shape:* :math:`(*,E_{rank})`.
+    """
+    if gang.size == 1:
+        return x
+    output: Tensor = _ScatterColumns.apply(x, gang, partition)
+    return output
+
+
+def reduce_partial(x: Tensor, gang: Gang) -> Tensor:
+    """Adds up the ranks' partial results, in place.
+
+    Forward: one all-reduce, 2 (P-1)/P n bytes, n being the size of ``x``.
+    Backward: the identity, nothing is sent.
+
+    :param x: the part of this rank; it is overwritten. *Shape:* :math:`(*)`.
+    :returns: the same on every rank. *Shape:* :math:`(*)`.
+    """
+    if gang.size == 1:
+        return x
+    output: Tensor = _ReducePartial.apply(x, gang)
+    return output
+
+
+def copy_to_gang(x: Tensor, gang: Gang) -> Tensor:
+    """Hands a replicated activation to work that each rank does a part of.
+
+    Forward: the identity, nothing is sent.
+    Backward: one all-reduce of the ranks' partial gradients, 2 (P-1)/P n bytes.
+
+    :param x: the same on every rank. *Shape:* :math:`(*)`.
+    :returns: *Shape:* :math:`(*)`.
+    """
+    if gang.size == 1:
+        return x
+    output: Tensor = _CopyToGang.apply(x, gang)
+    return output
+
+
+def all_gather_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
+    """:func:`gather_columns` without autograd."""
+    if gang.size == 1:
+        return x
+    width, block = x.size(-1), partition.block
+    # Only trailing blocks are short, so the padding ends up behind column E: one slice removes it.
+    if width < block:
+        x = torch.nn.functional.pad(x, (0, block - width))
+    blocks = x.new_empty((gang.size, *x.shape))  # (P, *, B)
+    gang.all_gather(blocks, x)
+    columns = blocks.movedim(0, -2).flatten(-2)  # (*, P x B)
+    return columns[..., : partition.size].contiguous()
+
+
+def _own_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
+    own = partition.shard(gang.rank)
+    return x.narrow(-1, own.start, len(own)).contiguous()
+
+
+class _GatherColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gang: Gang, partition: Partition) -> Tensor:
+        ctx.gang, ctx.partition = gang, partition
+        return all_gather_columns(x, gang, partition)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _own_columns(grad, ctx.gang, ctx.partition), None, None
+
+
+class _ScatterColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gang: Gang, partition: Partition) -> Tensor:
+        ctx.gang, ctx.partition = gang, partition
+        return _own_columns(x, gang, partition)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather_columns(grad, ctx.gang, ctx.partition), None, None
+
+
+class _ReducePartial(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gang: Gang) -> Tensor:
+        ctx.mark_dirty(x)
+        gang.all_reduce(x)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _CopyToGang(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gang: Gang) -> Tensor:
+        ctx.gang = gang
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # The gradient belongs to autograd, which may hand it to another consumer too.
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        ctx.gang.all_reduce(grad)
+        return grad, None

@@ -1,0 +1,450 @@
+"""The embedding classes: one table, whole or sharded over a gang.
+
+All three share :class:`_Table`, which holds one block of the table, and differ in what a rank's
+block is and in how the ranks' lookups become the output.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal, Self, final
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from tp_embed import init
+from tp_embed.collectives import all_gather_columns, gather_columns, reduce_partial
+from tp_embed.gang import FakeGang, Gang, GangError
+from tp_embed.ids import IdCheck, as_indices
+from tp_embed.lookup import lookup
+from tp_embed.partition import Partition
+
+InitFn = Callable[[Any], object]
+
+Output = Literal["replicated", "shard"]
+
+# How much of a table travels at once where all of it has to.
+_CHUNK_BYTES = 16 << 20
+
+
+class Embedding(Module, ABC):
+    """Stores embeddings of a fixed dictionary and size.
+
+    :param num_embeddings: V, the number of rows of the table; at least 1.
+    :param embed_dim: E, the dimensionality of the embeddings; at least 1.
+    :param pad_idx: if not ``None``, the row that is zero after initialisation and gets no
+        gradient; negative values count from the end.
+    :raises ValueError: a size is less than 1, or ``pad_idx`` is not a row of the table.
+    """
+
+    num_embeddings: int
+    embed_dim: int
+    pad_idx: int | None
+
+    def __init__(self, num_embeddings: int, embed_dim: int, pad_idx: int | None = None) -> None:
+        super().__init__()
+        for name, size in (("num_embeddings", num_embeddings), ("embed_dim", embed_dim)):
+            if size < 1:
+                raise ValueError(
+                    f"`{name}` must be greater than or equal to 1, but is {size} instead."
+                )
+        if pad_idx is not None:
+            if not -num_embeddings <= pad_idx < num_embeddings:
+                raise ValueError(
+                    f"`pad_idx` must be in [-{num_embeddings}, {num_embeddings}) "
+                    f"(num_embeddings), but is {pad_idx} instead."
+                )
+            pad_idx %= num_embeddings
+        self.num_embeddings = num_embeddings
+        self.embed_dim = embed_dim
+        self.pad_idx = pad_idx
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        :param x: the embedding indices. *Shape:* any. *Dtype:* any integer.
+        :returns: the embeddings. *Shape:* :math:`(*,E)`, where :math:`*` is the shape of ``x``.
+        :raises TypeError: ``x`` does not have an integer dtype.
+        :raises IndexError: an index is not a row of the table.
+        """
+
+
+class _Table(Embedding):
+    """An embedding whose ``weight``, its one Parameter, is a block of the table.
+
+    ``shard_dim`` is the dimension that is cut over the gang, 0 for the rows and 1 for the columns;
+    ``outputs`` are the layouts that the class can give.
+    """
+
+    shard_dim: ClassVar[Literal[0, 1]]
+    outputs: ClassVar[tuple[str, ...]] = ("replicated",)
+
+    weight: Parameter
+
+    def __init__(
+        self,
+        gang: Gang,
+        num_embeddings: int,
+        embed_dim: int,
+        pad_idx: int | None = None,
+        *,
+        init_fn: InitFn | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        output: Output = "replicated",
+        sparse: bool = False,
+    ) -> None:
+        super().__init__(num_embeddings, embed_dim, pad_idx)
+        if output not in self.outputs:
+            hint = "" if self.shard_dim else " `ShardedEmbedding` gives 'shard', its own columns."
+            raise ValueError(
+                f"`output` must be one of {self.outputs} for a `{type(self).__name__}`, "
+                f"but is {output!r} instead.{hint}"
+            )
+        self.gang = gang
+        self.init_fn = init_fn
+        self.output = output
+        self.sparse = sparse
+        self._id_check = IdCheck()
+        shape = len(self.rows), len(self.columns)
+        self.weight = Parameter(torch.empty(shape, device=device, dtype=dtype))
+        gang.adopt(self)
+        self.reset_parameters()
+
+    @property
+    def partition(self) -> Partition:
+        """How the sharded dimension is cut over the gang."""
+        size = self.embed_dim if self.shard_dim else self.num_embeddings
+        return Partition(size, self.gang.size)
+
+    @property
+    def rows(self) -> range:
+        """The rows of the table that ``weight`` holds."""
+        return range(self.num_embeddings) if self.shard_dim else self._own_range()
+
+    @property
+    def columns(self) -> range:
+        """The columns of the table that ``weight`` holds."""
+        return self._own_range() if self.shard_dim else range(self.embed_dim)
+
+    def _own_range(self) -> range:
+        return self.partition.shard(self.gang.rank)
+
+    def reset_parameters(self) -> None:
+        """Initializes the table, with ``init_fn`` or else as :class:`torch.nn.Embedding` does, from
+        the standard normal distribution.
+
+        All ranks of the gang have to call it. The functions of :mod:`tp_embed.init`, and others
+        that are marked with :func:`tp_embed.init.blockwise`, fill each rank's block where it is;
+        they send 8 bytes. Any other function is called on rank 0 with a whole
+        :class:`StandardEmbedding`, under torch's generators seeded for this table, and every rank
+        receives its block: V x E items are broadcast, in chunks, and rank 0 holds the whole table
+        for that long. On ``meta`` nothing is done.
+
+        :raises GangError: ``init_fn`` failed on rank 0 and this is another rank.
+        """
+        if self.weight.is_meta:
+            return
+        init_fn = self.init_fn or init.normal
+        if init.is_blockwise(init_fn):
+            init_fn(self)
+        else:
+            self._fill_from_whole_table(init_fn)
+
+    @torch.no_grad()
+    def _fill_from_whole_table(self, init_fn: InitFn) -> None:
+        seed = init.agree_on_seed(self.gang)
+        whole, error = None, None
+        # A fake gang has no rank 0 to receive from.
+        if self.gang.rank == 0 or isinstance(self.gang, FakeGang):
+            whole = self if isinstance(self, StandardEmbedding) else _empty_like(self)
+            try:
+                with _seeded(seed, whole.weight.device):
+                    init_fn(whole)
+            except Exception as e:
+                error = e
+            init.zero_pad_row(whole)
+        if self.gang.size > 1:
+            outcome = [repr(error) if error else None]
+            self.gang.broadcast_objects(outcome)
+            if outcome[0] and not error:
+                raise GangError(f"`init_fn` failed on rank 0 of {self.gang}: {outcome[0]}")
+        if error:
+            raise error
+        if whole is not self:
+            self._receive_block(whole)
+
+    def _receive_block(self, whole: _Table | None) -> None:
+        """Takes this rank's block of the table ``whole`` of rank 0."""
+        rows, columns = self.rows, self.columns
+        for chunk in self._row_chunks():
+            if whole is not None:
+                part = whole.weight[chunk.start : chunk.stop].to(self.gang.device)
+            else:
+                part = self.weight.new_empty((len(chunk), self.embed_dim), device=self.gang.device)
+            self.gang.broadcast(part)
+            start, stop = max(chunk.start, rows.start), min(chunk.stop, rows.stop)
+            if start < stop:
+                self.weight[start - rows.start : stop - rows.start] = part[
+                    start - chunk.start : stop - chunk.start, columns.start : columns.stop
+                ]
+
+    def _row_chunks(self) -> list[range]:
+        """The rows of the whole table, a few at a time."""
+        step = max(1, _CHUNK_BYTES // (self.embed_dim * self.weight.element_size()))
+        rows = range(self.num_embeddings)
+        return [rows[start : start + step] for start in rows[::step]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = as_indices(x)
+        self._id_check(ids, self.num_embeddings, self.gang)
+        block = lookup(
+            self.weight,
+            ids,
+            self.rows.start,
+            self.num_embeddings,
+            pad_idx=self.pad_idx,
+            sparse=self.sparse,
+        )
+        return self._combine(block)
+
+    def _combine(self, block: Tensor) -> Tensor:
+        """The output, from what this rank's block gives for the ids. *Shape:* :math:`(*,E)`."""
+        return block
+
+    def extra_repr(self) -> str:
+        parts = [str(self.num_embeddings), str(self.embed_dim)]
+        if self.pad_idx is not None:
+            parts.append(f"pad_idx={self.pad_idx}")
+        if self.gang.size > 1:
+            name = "columns" if self.shard_dim else "rows"
+            own = self._own_range()
+            parts.append(f"{name}={own.start}:{own.stop}, shard={self.gang.rank}/{self.gang.size}")
+        if self.output != "replicated":
+            parts.append(f"output={self.output!r}")
+        if self.sparse:
+            parts.append("sparse=True")
+        parts.append(f"dtype={self.weight.dtype}, device='{self.weight.device}'")
+        return ", ".join(parts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.gang.adopt(self)  # `to_empty()` and the like replace the Parameter.
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.gang.adopt(self)  # A copied Parameter has lost the marks of its gang.
+
+
+@final
+class StandardEmbedding(_Table):
+    """Stores embeddings of a fixed dictionary and size in an in-memory table.
+
+    :param num_embeddings: V, the size of the embedding table.
+    :param embed_dim: E, the dimensionality of returned embeddings.
+    :param pad_idx: if not ``None``, the row that is zero after initialisation and gets no
+        gradient, so that it is not updated during training; negative values count from the end.
+    :param init_fn: the callable to initialize the table; it is given this embedding. If ``None``,
+        the table is drawn from the standard normal distribution.
+    :param device: the device of the table.
+    :param dtype: the dtype of the table.
+    :param sparse: whether ``weight.grad`` is a coalesced sparse tensor of the rows that were used.
+    :raises ValueError: a size is less than 1, or ``pad_idx`` is not a row of the table.
+    """
+
+    shard_dim = 0
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embed_dim: int,
+        pad_idx: int | None = None,
+        *,
+        init_fn: InitFn | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        sparse: bool = False,
+    ) -> None:
+        super().__init__(
+            FakeGang("cpu"),  # Its size is 1, so nothing ever travels.
+            num_embeddings,
+            embed_dim,
+            pad_idx,
+            init_fn=init_fn,
+            device=device,
+            dtype=dtype,
+            sparse=sparse,
+        )
+
+
+def _empty_like(embed: _Table, device: torch.device | str | None = None) -> StandardEmbedding:
+    """A whole table like that of ``embed``, not initialised."""
+    whole = StandardEmbedding(
+        embed.num_embeddings,
+        embed.embed_dim,
+        embed.pad_idx,
+        init_fn=embed.init_fn,
+        device="meta",
+        dtype=embed.weight.dtype,
+        sparse=embed.sparse,
+    )
+    whole.requires_grad_(embed.weight.requires_grad).train(embed.training)
+    return whole.to_empty(device=device or embed.weight.device)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds the generators of the CPU and of ``device``, and puts them back at the end."""
+    if device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            yield
+    else:
+        with torch.random.fork_rng(devices=[device], device_type=device.type):
+            torch.default_generator.manual_seed(seed)
+            torch.get_device_module(device).manual_seed(seed)
+            yield
+
+
+class _ShardedTable(_Table):
+    """A table over a gang of any size, which comes from a whole one and can go back to one."""
+
+    @classmethod
+    def from_embedding(
+        cls, embed: StandardEmbedding, gang: Gang, *, output: Output = "replicated"
+    ) -> Self:
+        """Shards ``embed`` over ``gang``. Nothing is sent: each rank cuts its block out of the
+        table that it has. The block is a copy, on the device of the table.
+
+        :param embed: the embedding to shard, the same on every rank.
+        :param gang: the gang over which to shard it.
+        :param output: as in the constructor.
+        """
+        if not isinstance(embed, StandardEmbedding):
+            raise TypeError(
+                f"`embed` must be a `StandardEmbedding`, but is a `{type(embed).__name__}` "
+                "instead. `shard_embeddings()` replaces the tables of other classes."
+            )
+        weight = embed.weight
+        sharded = cls(
+            gang,
+            embed.num_embeddings,
+            embed.embed_dim,
+            embed.pad_idx,
+            init_fn=embed.init_fn,
+            device="meta",
+            dtype=weight.dtype,
+            output=output,
+            sparse=embed.sparse,
+        )
+        sharded.requires_grad_(weight.requires_grad).train(embed.training)
+        if weight.is_meta:
+            return sharded
+        sharded.to_empty(device=weight.device)
+        rows, columns = sharded.rows, sharded.columns
+        with torch.no_grad():
+            sharded.weight.copy_(weight[rows.start : rows.stop, columns.start : columns.stop])
+        return sharded
+
+    def to_embedding(self, device: torch.device | str | None = None) -> StandardEmbedding:
+        """Converts this instance to a :class:`StandardEmbedding`.
+
+        All ranks of the gang have to call it, and each gets the whole table. Sends (P-1) times the
+        largest block, in chunks.
+
+        :param device: the device of the whole table; if ``None``, that of this one.
+        """
+        whole = _empty_like(self, device)
+        if not self.weight.is_meta:
+            with torch.no_grad():
+                self._gather_into(whole.weight)
+        return whole
+
+    def _gather_into(self, table: Tensor) -> None:
+        raise NotImplementedError
+
+
+@final
+class ShardedEmbedding(_ShardedTable):
+    """Represents a :class:`StandardEmbedding` that is sharded across its embedding dimension.
+
+    Every rank is given the same ids. With ``output="replicated"`` the forward does one all-gather
+    and sends (P-1) N ceil(E/P) items, N being the number of ids; the backward sends nothing. With
+    ``output="shard"`` nothing is sent at all.
+
+    :param gang: the gang over which to shard the embedding table.
+    :param num_embeddings: V, the size of the embedding table.
+    :param embed_dim: E, the dimensionality of returned embeddings; any size for any gang.
+    :param pad_idx: if not ``None``, the row that is zero after initialisation and gets no
+        gradient, so that it is not updated during training; negative values count from the end.
+    :param init_fn: the callable to initialize the table, see :meth:`reset_parameters`.
+    :param device: the device of the table.
+    :param dtype: the dtype of the table.
+    :param output: ``"replicated"``: each rank gets :math:`(*,E)`; ``"shard"``: each rank gets its
+        own columns, :math:`(*,E_{rank})`.
+    :param sparse: whether ``weight.grad`` is a coalesced sparse tensor of the rows that were used.
+    :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or ``output``
+        is something else.
+    """
+
+    shard_dim = 1
+    outputs = ("replicated", "shard")
+
+    def _combine(self, block: Tensor) -> Tensor:
+        if self.output == "shard":
+            return block
+        return gather_columns(block, self.gang, self.partition)
+
+    def _gather_into(self, table: Tensor) -> None:
+        for chunk in self._row_chunks():
+            block = self.weight[chunk.start : chunk.stop].to(self.gang.device)
+            table[chunk.start : chunk.stop] = all_gather_columns(block, self.gang, self.partition)
+
+
+@final
+class VocabShardedEmbedding(_ShardedTable):
+    """Represents a :class:`StandardEmbedding` that is sharded across its vocabulary.
+
+    Every rank is given the same ids. The forward does one all-reduce and sends 2 (P-1)/P N E
+    items, N being the number of ids; the backward sends nothing. It costs more than a
+    :class:`ShardedEmbedding`, and is what an output head that shares the table wants.
+
+    :param gang: the gang over which to shard the embedding table.
+    :param num_embeddings: V, the size of the embedding table; any size for any gang.
+    :param embed_dim: E, the dimensionality of returned embeddings.
+    :param pad_idx: if not ``None``, the row that is zero after initialisation and gets no
+        gradient, so that it is not updated during training; negative values count from the end.
+    :param init_fn: the callable to initialize the table, see :meth:`reset_parameters`.
+    :param device: the device of the table.
+    :param dtype: the dtype of the table.
+    :param output: ``"replicated"``: each rank gets :math:`(*,E)`.
+    :param sparse: whether ``weight.grad`` is a coalesced sparse tensor of the rows that were used.
+    :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or ``output``
+        is something else.
+    """
+
+    shard_dim = 0
+
+    def _combine(self, block: Tensor) -> Tensor:
+        return reduce_partial(block, self.gang)
+
+    def _gather_into(self, table: Tensor) -> None:
+        # The first rows of every block, then the next ones, ...
+        size, block = self.partition.size, self.partition.block
+        step = max(1, len(self._row_chunks()[0]) // self.gang.size)
+        for start in range(0, block, step):
+            length = min(step, block - start)
+            part = self.weight.new_zeros((length, self.embed_dim), device=self.gang.device)
+            own = self.weight[start : start + length]
+            part[: len(own)] = own
+            parts = part.new_empty((self.gang.size, *part.shape))
+            self.gang.all_gather(parts, part)
+            for rank in range(self.gang.size):
+                row = rank * block + start
+                stop = min(row + length, (rank + 1) * block, size)
+                if row < stop:
+                    table[row:stop] = parts[rank, : stop - row]

@@ -1,0 +1,517 @@
+"""A gang: the processes that work on the same table, and the collectives between them.
+
+Every rank in this module is *gang-relative*: 0 to ``size - 1``, whatever the global ranks of the
+processes are. Communication volumes are what one rank sends, for n bytes of payload, by the ring
+algorithms of Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms" (2009).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from enum import Enum
+from typing import Any, final
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
+    GroupName,
+    _get_default_store,
+    _new_process_group_helper,
+    _resolve_process_group,
+    _world,
+)
+from torch.nn import Module
+
+_DEFAULT_TIMEOUT = timedelta(minutes=30)
+
+
+class GangError(RuntimeError):
+    """A collective failed, timed out, or is not possible on this gang."""
+
+
+class ReduceOperation(Enum):
+    """How :meth:`Gang.all_reduce` and :meth:`Gang.reduce_scatter` combine the ranks' values."""
+
+    SUM = "sum"
+    MIN = "min"
+    MAX = "max"
+
+
+class Gang(ABC):
+    """A fixed set of processes, seen from one of them.
+
+    :param rank: the rank of this process in the gang.
+    :param size: the number of processes.
+    :param device: the device of the tensors that the collectives take.
+    :param timeout: how long a collective may wait for the other ranks.
+    :raises ValueError: ``size`` is less than 1, or ``rank`` is not in ``[0, size)``.
+    """
+
+    def __init__(
+        self, rank: int, size: int, device: torch.device | str, timeout: timedelta
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"`size` must be greater than or equal to 1, but is {size} instead.")
+        if not 0 <= rank < size:
+            raise ValueError(
+                f"`rank` must be in [0, {size}) (the size of the gang), but is {rank} instead."
+            )
+        self._rank = rank
+        self._size = size
+        self._device = torch.device(device)
+        self._timeout = timeout
+
+    @property
+    def rank(self) -> int:
+        """The rank of this process in the gang."""
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        """The number of processes in the gang."""
+        return self._size
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the tensors that the collectives take."""
+        return self._device
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long a collective may wait for the other ranks."""
+        return self._timeout
+
+    def create_gang(self, ranks: Sequence[int], *, timeout: timedelta | None = None) -> Gang | None:
+        """The gang of some ranks of this one; rank i of it is ``sorted(ranks)[i]`` here.
+
+        Every rank of this gang has to call it with the same arguments; no other process takes
+        part. Ranks that are not in ``ranks`` get ``None``.
+
+        :param ranks: the ranks, relative to this gang.
+        :param timeout: the timeout of the new gang; if ``None``, that of this gang.
+        :raises ValueError: ``ranks`` is empty, holds a rank twice, or one that is not in this gang.
+        """
+        wrong = [rank for rank in ranks if not 0 <= rank < self._size]
+        if not ranks or wrong or len(set(ranks)) != len(ranks):
+            raise ValueError(
+                f"`ranks` must be distinct ranks of the gang, in [0, {self._size}), and at least "
+                f"one, but is {list(ranks)} instead."
+            )
+        return self._create_gang(sorted(ranks), timeout or self._timeout)
+
+    @abstractmethod
+    def _create_gang(self, ranks: list[int], timeout: timedelta) -> Gang | None: ...
+
+    @abstractmethod
+    def as_process_group(self) -> ProcessGroup:
+        """The process group under this gang.
+
+        :raises GangError: there is none.
+        """
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Waits until every rank has called it."""
+
+    @abstractmethod
+    def all_reduce(self, tensor: Tensor, operation: ReduceOperation = ReduceOperation.SUM) -> None:
+        """Replaces ``tensor`` by the combination of all ranks' tensors, in place.
+
+        Sends 2 (P-1)/P n bytes. The shape and dtype are the same on every rank.
+        """
+
+    @abstractmethod
+    def all_gather(self, output: Tensor, input: Tensor) -> None:
+        """Writes the ``input`` of rank r to ``output[r]``.
+
+        Sends (P-1) n bytes. The shape and dtype of ``input`` are the same on every rank.
+
+        :param output: contiguous. *Shape:* :math:`(P,*)`.
+        :param input: *Shape:* :math:`(*)`.
+        :raises ValueError: ``output`` does not have that shape or the dtype of ``input``.
+        """
+
+    @abstractmethod
+    def reduce_scatter(
+        self,
+        output: Tensor,
+        input: Tensor,
+        operation: ReduceOperation = ReduceOperation.SUM,
+    ) -> None:
+        """Writes the combination of all ranks' ``input[rank]`` to ``output``.
+
+        Sends (P-1)/P n bytes, n being the size of ``input``.
+
+        :param output: contiguous. *Shape:* :math:`(*)`.
+        :param input: *Shape:* :math:`(P,*)`.
+        :raises ValueError: ``input`` does not have that shape or the dtype of ``output``.
+        """
+
+    @abstractmethod
+    def all_to_all(
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_sizes: Sequence[int] | None = None,
+        input_sizes: Sequence[int] | None = None,
+    ) -> None:
+        """Sends the r-th piece of ``input`` to rank r; ``output`` gets, by rank, what they sent.
+
+        Sends what ``input`` holds for other ranks. The sizes are in items of the first dimension,
+        one for each rank; if ``None``, the dimension is cut into P equal pieces.
+
+        :param output: contiguous. *Shape:* :math:`(sum(output\\_sizes),*)`.
+        :param input: *Shape:* :math:`(sum(input\\_sizes),*)`.
+        :raises ValueError: the sizes do not fit the tensors or the gang.
+        """
+
+    @abstractmethod
+    def broadcast(self, tensor: Tensor, source_rank: int = 0) -> None:
+        """Replaces ``tensor`` by that of ``source_rank``, in place. The source sends n bytes at
+        least, and (P-1) n at most.
+
+        :raises ValueError: ``source_rank`` is not a rank of this gang.
+        """
+
+    @abstractmethod
+    def broadcast_objects(self, objects: list[Any], source_rank: int = 0) -> None:
+        """Replaces the items of ``objects`` by those of ``source_rank``, in place. They are
+        pickled, so use it between processes that trust each other only.
+
+        :raises ValueError: ``source_rank`` is not a rank of this gang.
+        """
+
+    def adopt(self, layer: Module) -> None:  # noqa: B027 (most gangs have nothing to mark)
+        """Called by every layer that is sharded over this gang once its Parameters exist, and
+        again if they were replaced. A gang of a framework marks them as the framework expects."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gang:
+        return self  # The processes are not copied with a module that talks to them.
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(rank={self._rank}, size={self._size}, device='{self._device}')"
+        )
+
+    def _check_source_rank(self, source_rank: int) -> None:
+        if not 0 <= source_rank < self._size:
+            raise ValueError(
+                f"`source_rank` must be in [0, {self._size}) (ranks are relative to the gang), "
+                f"but is {source_rank} instead."
+            )
+
+    def _check_stacked(self, stacked_name: str, stacked: Tensor, name: str, tensor: Tensor) -> None:
+        expected = (self._size, *tensor.shape)
+        if stacked.shape != expected or stacked.dtype != tensor.dtype:
+            raise ValueError(
+                f"`{stacked_name}` must have the shape {expected} and the dtype {tensor.dtype} "
+                f"(one `{name}` for each rank), "
+                f"but has {tuple(stacked.shape)} and {stacked.dtype} instead."
+            )
+
+    def _pieces(self, name: str, tensor: Tensor, sizes: Sequence[int] | None) -> list[int]:
+        length = tensor.size(0)
+        if sizes is None:
+            if length % self._size:
+                raise ValueError(
+                    f"`{name}` must have a first dimension that is divisible by the size of the "
+                    f"gang ({self._size}), but it is {length} instead. Pass `{name}_sizes`."
+                )
+            return [length // self._size] * self._size
+        if len(sizes) != self._size or sum(sizes) != length or min(sizes) < 0:
+            raise ValueError(
+                f"`{name}_sizes` must be {self._size} sizes (one for each rank) that add up to "
+                f"{length}, the first dimension of `{name}`, but is {list(sizes)} instead."
+            )
+        return list(sizes)
+
+
+@final
+class FakeGang(Gang):
+    """A gang of one process that stands for any rank of a gang of any size.
+
+    Its collectives behave as if every rank held what this one holds: sums are multiplied by the
+    size, gathers repeat. With ``size=1`` that is a real gang; with more it serves dry runs and
+    tests of shapes, memory and arithmetic.
+
+    >>> FakeGang("cpu", rank=1, size=4)
+    FakeGang(rank=1, size=4, device='cpu')
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        *,
+        rank: int = 0,
+        size: int = 1,
+        timeout: timedelta = _DEFAULT_TIMEOUT,
+    ) -> None:
+        super().__init__(rank, size, device, timeout)
+
+    def _create_gang(self, ranks: list[int], timeout: timedelta) -> Gang | None:
+        if self._rank not in ranks:
+            return None
+        return FakeGang(
+            self._device, rank=ranks.index(self._rank), size=len(ranks), timeout=timeout
+        )
+
+    def as_process_group(self) -> ProcessGroup:
+        raise GangError(
+            f"{self} has no process group. Use a `ProcessGroupGang` where one is needed."
+        )
+
+    def barrier(self) -> None:
+        pass
+
+    def all_reduce(self, tensor: Tensor, operation: ReduceOperation = ReduceOperation.SUM) -> None:
+        if operation is ReduceOperation.SUM:
+            tensor.mul_(self._size)
+
+    def all_gather(self, output: Tensor, input: Tensor) -> None:
+        self._check_stacked("output", output, "input", input)
+        output.copy_(input.expand_as(output))
+
+    def reduce_scatter(
+        self,
+        output: Tensor,
+        input: Tensor,
+        operation: ReduceOperation = ReduceOperation.SUM,
+    ) -> None:
+        self._check_stacked("input", input, "output", output)
+        output.copy_(input[self._rank])
+        self.all_reduce(output, operation)
+
+    def all_to_all(
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_sizes: Sequence[int] | None = None,
+        input_sizes: Sequence[int] | None = None,
+    ) -> None:
+        received = self._pieces("output", output, output_sizes)
+        piece = input.split(self._pieces("input", input, input_sizes))[self._rank]
+        if received != [len(piece)] * self._size:
+            raise ValueError(
+                f"`output_sizes` must be {len(piece)} for each rank of a `FakeGang` (what it sends "
+                f"to itself, rank {self._rank}), but is {received} instead."
+            )
+        output.copy_(torch.cat([piece] * self._size))
+
+    def broadcast(self, tensor: Tensor, source_rank: int = 0) -> None:
+        self._check_source_rank(source_rank)
+
+    def broadcast_objects(self, objects: list[Any], source_rank: int = 0) -> None:
+        self._check_source_rank(source_rank)
+
+
+class ProcessGroupGang(Gang):
+    """A gang over a process group of :mod:`torch.distributed`.
+
+    :param process_group: the group; if ``None``, that of all processes.
+    :param device: the device of the tensors that the collectives take. The group needs a backend
+        for it: gloo for ``cpu``, NCCL for ``cuda``.
+    :raises GangError: torch.distributed is not initialised.
+    :raises ValueError: this process is not in the group, or it has no backend for ``device``.
+
+    Its timeout is that of the group. Pickled, as a part of a module, a gang remembers which group
+    it stands for and finds it again where it is unpickled; a process that is not in such a group
+    gets a gang of the same rank and size whose collectives raise :class:`GangError`.
+    """
+
+    def __init__(self, process_group: ProcessGroup | None, device: torch.device | str) -> None:
+        if not dist.is_initialized():
+            raise GangError(
+                "torch.distributed must be initialised before a `ProcessGroupGang` is made. Call "
+                "`torch.distributed.init_process_group()` or `deepspeed.init_distributed()`."
+            )
+        group = process_group if process_group is not None else dist.group.WORLD
+        # A process that is not in a group holds a marker in place of it.
+        if not isinstance(group, ProcessGroup):
+            raise ValueError(
+                f"`process_group` must hold this process (global rank {dist.get_rank()}), but "
+                "does not. Make a gang only in the processes of the group."
+            )
+        device = torch.device(device)
+        try:
+            timeout: timedelta = group._get_backend(device).options._timeout
+        except RuntimeError as e:
+            raise ValueError(
+                f"`device` must be one for which `process_group` has a backend, but is '{device}' "
+                "instead. Pass the device of the group, or give the group a backend for it."
+            ) from e
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), device, timeout)
+        self._group = group
+
+    @property
+    def global_ranks(self) -> list[int]:
+        """The rank in the whole job of each rank of the gang."""
+        return dist.get_process_group_ranks(self._group)
+
+    def _create_gang(self, ranks: list[int], timeout: timedelta) -> Gang | None:
+        name = [uuid4().hex]
+        self.broadcast_objects(name)
+        if self._rank not in ranks:
+            return None
+        group = _new_group(
+            name[0],
+            [self.global_ranks[rank] for rank in ranks],
+            dist.get_backend(self._group),
+            timeout,
+        )
+        return type(self)(group, self._device)
+
+    def as_process_group(self) -> ProcessGroup:
+        return self._group
+
+    def barrier(self) -> None:
+        self._run("barrier", lambda: dist.barrier(self._group))
+
+    def all_reduce(self, tensor: Tensor, operation: ReduceOperation = ReduceOperation.SUM) -> None:
+        op = getattr(dist.ReduceOp, operation.name)
+        self._run("all_reduce", lambda: dist.all_reduce(tensor, op, self._group), tensor)
+
+    def all_gather(self, output: Tensor, input: Tensor) -> None:
+        self._check_stacked("output", output, "input", input)
+        flat = output.view(-1)
+        source = input.contiguous().view(-1)
+        self._run("all_gather", lambda: dist.all_gather_single(flat, source, self._group), input)
+
+    def reduce_scatter(
+        self,
+        output: Tensor,
+        input: Tensor,
+        operation: ReduceOperation = ReduceOperation.SUM,
+    ) -> None:
+        self._check_stacked("input", input, "output", output)
+        op = getattr(dist.ReduceOp, operation.name)
+        flat = output.view(-1)
+        source = input.contiguous().view(-1)
+        self._run(
+            "reduce_scatter",
+            lambda: dist.reduce_scatter_single(flat, source, op, self._group),
+            input,
+        )
+
+    def all_to_all(
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_sizes: Sequence[int] | None = None,
+        input_sizes: Sequence[int] | None = None,
+    ) -> None:
+        received = self._pieces("output", output, output_sizes)
+        sent = self._pieces("input", input, input_sizes)
+        source = input.contiguous()
+        self._run(
+            "all_to_all",
+            lambda: dist.all_to_all_single(output, source, received, sent, self._group),
+            input,
+        )
+
+    def broadcast(self, tensor: Tensor, source_rank: int = 0) -> None:
+        self._check_source_rank(source_rank)
+        self._run(
+            "broadcast",
+            lambda: dist.broadcast(tensor, group=self._group, group_src=source_rank),
+            tensor,
+        )
+
+    def broadcast_objects(self, objects: list[Any], source_rank: int = 0) -> None:
+        self._check_source_rank(source_rank)
+        self._run(
+            "broadcast_objects",
+            lambda: dist.broadcast_object_list(
+                objects, group=self._group, device=self._device, group_src=source_rank
+            ),
+        )
+
+    def _run(self, operation: str, collective: Callable[[], object], *tensors: Tensor) -> None:
+        """Every collective of the gang goes through here, with the tensors that it sends."""
+        try:
+            collective()
+        except RuntimeError as e:
+            shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors) or "no tensor"
+            raise GangError(
+                f"`{operation}` of {shapes} failed on rank {self._rank} of {self} (timeout "
+                f"{self._timeout}): {e}\nEvery rank of the gang has to call the same collectives "
+                "with the same shapes; look for a rank that stopped, or took another branch."
+            ) from e
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, global_ranks={self.global_ranks})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_gang, (
+            type(self),
+            self._group.group_name,
+            self.global_ranks,
+            self._rank,
+            self._device,
+        )
+
+
+def _new_group(
+    name: str, global_ranks: list[int], backend: str, timeout: timedelta
+) -> ProcessGroup:
+    """``torch.distributed.new_group()`` for callers that are only a part of the job.
+
+    That function names groups by a count that all processes of the job have to share, or, with
+    ``use_local_synchronization``, by one that the members have to share; where counts differ it
+    hangs. Here the members have agreed on a name.
+    """
+    group, _ = _new_process_group_helper(
+        len(global_ranks),
+        global_ranks.index(dist.get_rank()),
+        global_ranks,
+        dist.Backend(backend),
+        _get_default_store(),
+        GroupName(name),
+        timeout=timeout,
+    )
+    _world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(global_ranks)}
+    return group  # type: ignore[no-any-return]
+
+
+def _restore_gang(
+    kls: type[ProcessGroupGang],
+    group_name: GroupName,
+    global_ranks: list[int],
+    rank: int,
+    device: torch.device,
+) -> Gang:
+    if dist.is_initialized():
+        try:
+            group = _resolve_process_group(group_name)
+        except LookupError:
+            group = None
+        if (
+            group is not None
+            and dist.get_process_group_ranks(group) == global_ranks
+            and dist.get_rank(group) == rank
+        ):
+            return kls(group, device)
+    return _DetachedGang(rank, global_ranks, device)
+
+
+@final
+class _DetachedGang(Gang):
+    """What a pickled gang becomes where its processes are not: it knows its place, and no more."""
+
+    def __init__(self, rank: int, global_ranks: list[int], device: torch.device) -> None:
+        super().__init__(rank, len(global_ranks), device, timedelta(0))
+        self._global_ranks = global_ranks
+
+    def _refuse(self, *args: object, **kwargs: object) -> Any:
+        raise GangError(
+            f"{self} was unpickled in a process that is not rank {self._rank} of a process group "
+            f"of the global ranks {self._global_ranks}, so it can't communicate. Assign a gang of "
+            "this process to the `gang` of the layer."
+        )
+
+    _create_gang = as_process_group = barrier = all_reduce = all_gather = _refuse
+    reduce_scatter = all_to_all = broadcast = broadcast_objects = _refuse

@@ -1,0 +1,54 @@
+"""How one dimension of a table is cut over the ranks of a gang: pure arithmetic, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Cuts ``size`` consecutive items into one contiguous block per rank.
+
+    Every rank holds ``ceil(size / num_shards)`` items until none are left, so the last block may
+    be shorter and blocks after it are empty. This is the cut of :func:`torch.chunk` and of
+    DTensor's ``Shard``, with empty blocks kept.
+
+    >>> Partition(10, 4).sizes
+    (3, 3, 3, 1)
+
+    :raises ValueError: ``size`` is negative or ``num_shards`` is less than 1.
+    """
+
+    size: int
+    num_shards: int
+
+    def __post_init__(self) -> None:
+        if self.size < 0:
+            raise ValueError(
+                f"`size` must be greater than or equal to 0, but is {self.size} instead."
+            )
+        if self.num_shards < 1:
+            raise ValueError(
+                "`num_shards` must be greater than or equal to 1, "
+                f"but is {self.num_shards} instead."
+            )
+
+    @property
+    def block(self) -> int:
+        """The size of the largest shard, which is that of every shard where the cut is even."""
+        return -(-self.size // self.num_shards)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of items of each shard, by rank. They add up to ``size``."""
+        return tuple(len(self.shard(rank)) for rank in range(self.num_shards))
+
+    def shard(self, rank: int) -> range:
+        """The items of ``rank``, as a range of logical indices; empty where none are left.
+
+        :raises ValueError: ``rank`` is not in ``[0, num_shards)``.
+        """
+        if not 0 <= rank < self.num_shards:
+            raise ValueError(f"`rank` must be in [0, {self.num_shards}), but is {rank} instead.")
+        start = min(rank * self.block, self.size)
+        return range(start, min(start + self.block, self.size))
