@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -18,12 +19,12 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 SIZE = 4
-TIMEOUT = 60.0
+TIMEOUT = 20.0
 
 Function = Callable[..., Any]
 
@@ -57,24 +58,33 @@ class Pool:
             self._start()
         members = self._workers[SIZE - size :]
         for _, connection in members:
-            connection.send((size, function, args, kwargs))
+            connection.send_bytes(pickle.dumps((size, function, args, kwargs)))
         deadline = time.monotonic() + timeout
-        outcomes = []
-        for rank, (process, connection) in enumerate(members):
-            if not connection.poll(max(0.0, deadline - time.monotonic())):
+        outcomes: dict[int, tuple[bool, Any]] = {}
+        while len(outcomes) < size:
+            waiting = {c: rank for rank, (_, c) in enumerate(members) if rank not in outcomes}
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
                 stacks = self._stacks()
                 self.stop()
+                failed = "".join(f"\nrank {r}: {o}" for r, (ok, o) in outcomes.items() if not ok)
                 raise RankError(
-                    f"rank {rank} of {size} did not answer within {timeout} s\n{stacks}"
+                    f"ranks {sorted(waiting.values())} of {size} did not answer within {timeout} s"
+                    f"{failed}\n{stacks}"
                 )
-            try:
-                outcomes.append(connection.recv())
-            except EOFError:
-                process.join(5)
-                outcomes.append((False, f"died with exit code {process.exitcode}"))
-        if any("died with exit code" in str(o) for ok, o in outcomes if not ok):
+            for connection in ready:
+                rank = waiting[connection]
+                try:
+                    outcomes[rank] = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    process = members[rank][0]
+                    process.join(5)
+                    outcomes[rank] = False, f"died with exit code {process.exitcode}"
+                if not outcomes[rank][0]:  # The others may wait for this one for ever.
+                    deadline = min(deadline, time.monotonic() + 5)
+        if any("died with exit code" in str(o) for ok, o in outcomes.values() if not ok):
             self.stop()
-        return outcomes
+        return [outcomes[rank] for rank in range(size)]
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -127,7 +137,7 @@ def _serve(rank: int, directory: str, connection: Connection, path: list[str]) -
     gangs = {size: world.create_gang(range(SIZE - size, SIZE)) for size in range(1, SIZE + 1)}
     while True:
         try:
-            size, function, args, kwargs = connection.recv()
+            size, function, args, kwargs = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         try:
@@ -135,4 +145,5 @@ def _serve(rank: int, directory: str, connection: Connection, path: list[str]) -
             outcome = True, function(gangs[size], *args, **kwargs)
         except Exception:
             outcome = False, traceback.format_exc()
-        connection.send(outcome)
+        # Not `send()`, which would pass tensors as shared memory and keep it open.
+        connection.send_bytes(pickle.dumps(outcome))

@@ -19,7 +19,7 @@ from tp_embed import init
 from tp_embed.collectives import all_gather_columns, gather_columns, reduce_partial
 from tp_embed.gang import FakeGang, Gang, GangError
 from tp_embed.ids import IdCheck, as_indices
-from tp_embed.lookup import lookup
+from tp_embed.lookup import keep_coalesced, lookup
 from tp_embed.partition import Partition
 
 InitFn = Callable[[Any], object]
@@ -111,8 +111,13 @@ class _Table(Embedding):
         self._id_check = IdCheck()
         shape = len(self.rows), len(self.columns)
         self.weight = Parameter(torch.empty(shape, device=device, dtype=dtype))
-        gang.adopt(self)
+        self._prepare_weight()
         self.reset_parameters()
+
+    def _prepare_weight(self) -> None:
+        if self.sparse:
+            keep_coalesced(self.weight)
+        self.gang.adopt(self)
 
     @property
     def partition(self) -> Partition:
@@ -232,12 +237,12 @@ class _Table(Embedding):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self.gang.adopt(self)  # `to_empty()` and the like replace the Parameter.
+        self._prepare_weight()  # `to_empty()` and the like replace the Parameter.
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.gang.adopt(self)  # A copied Parameter has lost the marks of its gang.
+        self._prepare_weight()  # A copied Parameter has lost what is attached to it.
 
 
 @final

@@ -32,7 +32,8 @@ def lookup(
     :param first_row: the row of the table that is the block's first.
     :param num_embeddings: V, the number of rows of the whole table.
     :param pad_idx: the row of the table that gets no gradient.
-    :param sparse: whether the gradient is a coalesced sparse tensor of the rows that were used.
+    :param sparse: whether the gradient is a coalesced sparse tensor of the rows that were used;
+        see :func:`keep_coalesced`.
     :returns: *Shape:* :math:`(*,E)`. *Dtype:* that of ``weight``.
     """
     output: Tensor = _Lookup.apply(weight, ids, first_row, num_embeddings, pad_idx, sparse)
@@ -53,16 +54,21 @@ class _Lookup(torch.autograd.Function):
         ctx.save_for_backward(ids)
         ctx.shape, ctx.first_row, ctx.pad_idx, ctx.sparse = weight.shape, first_row, pad_idx, sparse
         num_rows, dim = weight.shape
+        # Not a view, so that the sum over the gang may overwrite it.
+        output = weight.new_empty((*ids.shape, dim))
         if not num_rows:
-            return weight.new_full((*ids.shape, dim), -0.0)
+            return output.fill_(-0.0)
         local = ids.flatten() - first_row
-        if num_rows == num_embeddings and ids.device.type == "cpu":
-            return weight.index_select(0, local).view(*ids.shape, dim)
         # Out-of-range ids get this far on an accelerator, where their error is a step late.
-        output = weight.index_select(0, local.clamp(0, num_rows - 1))
+        if num_rows < num_embeddings or ids.device.type != "cpu":
+            rows = local.clamp(0, num_rows - 1)
+        else:
+            rows = local
+        flat = output.view(len(local), dim)
+        torch.index_select(weight, 0, rows, out=flat)
         if num_rows < num_embeddings:
-            output.masked_fill_(((local < 0) | (local >= num_rows))[:, None], -0.0)
-        return output.view(*ids.shape, dim)
+            flat.masked_fill_((local != rows)[:, None], -0.0)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -106,5 +112,25 @@ def _dense_gradient(grad: Tensor, local: Tensor, num_rows: int) -> Tensor:
 def _sparse_gradient(grad: Tensor, local: Tensor, num_rows: int) -> Tensor:
     rows, sums = _sum_unique_rows(grad, local)
     return torch.sparse_coo_tensor(
-        rows[None].long(), sums, (num_rows, grad.size(1)), is_coalesced=True
+        rows[None].long(),
+        sums,
+        (num_rows, grad.size(1)),
+        is_coalesced=True,
+        check_invariants=False,  # `unique` gives them.
     )
+
+
+def keep_coalesced(weight: Tensor) -> None:
+    """Sees to it that the sparse gradients of :func:`lookup` are coalesced in ``weight.grad`` too,
+    as the optimizers want them: where autograd takes over the first one, it loses the mark."""
+    hooks = weight._post_accumulate_grad_hooks or {}
+    if weight.requires_grad and _mark_coalesced not in hooks.values():
+        weight.register_post_accumulate_grad_hook(_mark_coalesced)
+
+
+def _mark_coalesced(weight: Tensor) -> None:
+    grad = weight.grad
+    if grad is not None and grad.is_sparse and not grad.is_coalesced():
+        rows = grad._indices()[0]
+        if (rows[1:] > rows[:-1]).all():
+            grad._coalesced_(True)

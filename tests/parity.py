@@ -1,0 +1,177 @@
+"""The parity harness: what a table does, sharded or not, as data that can be compared.
+
+`run` trains a table on every rank of a gang and gives everything that can be seen of it;
+`reference` gives the same for `torch.nn.Embedding`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tp_embed import ShardedEmbedding, StandardEmbedding, VocabShardedEmbedding
+
+SHARDED = {"embed": ShardedEmbedding, "vocab": VocabShardedEmbedding}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table, the ids of each step, and how it is trained."""
+
+    num_embeddings: int
+    embed_dim: int
+    shape: tuple[int, ...] = (3, 4)
+    pad_idx: int | None = None
+    dtype: torch.dtype = torch.float32
+    id_dtype: torch.dtype = torch.int64
+    sparse: bool = False
+    nan_row: int | None = None
+    output: str = "replicated"
+    seed: int = 0
+    steps: int = 5
+
+    def table(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        table = torch.randn(self.num_embeddings, self.embed_dim, generator=generator)
+        table[0, 0] = -0.0  # A sum with 0.0 would lose its sign.
+        if self.nan_row is not None:
+            table[self.nan_row] = torch.nan
+        return table.to(self.dtype)
+
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """(ids, gradient of the output) of each step."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        batches = []
+        for _ in range(self.steps):
+            ids = torch.randint(self.num_embeddings, self.shape, generator=generator)
+            grad = torch.randn(*self.shape, self.embed_dim, generator=generator)
+            batches.append((ids.to(self.id_dtype), grad.to(self.dtype)))
+        return batches
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What can be seen of a table: its outputs and the gradient of its weight by step, and the
+    table at the end. All are whole, whatever the rank held."""
+
+    outputs: list[Tensor]
+    gradients: list[Tensor]
+    table: Tensor
+
+
+def _optimizer(parameters: Any, sparse: bool) -> torch.optim.Optimizer:
+    if sparse:
+        return torch.optim.SparseAdam(list(parameters), lr=0.1)
+    return torch.optim.AdamW(parameters, lr=0.1, foreach=False)
+
+
+def run(gang: Any, kind: str, case: Case) -> Seen:
+    """Trains the table of ``case`` over ``gang``; ``kind`` is "embed" or "vocab"."""
+    whole = StandardEmbedding(
+        case.num_embeddings, case.embed_dim, case.pad_idx, dtype=case.dtype, sparse=case.sparse
+    )
+    with torch.no_grad():
+        whole.weight.copy_(case.table())
+    embed = SHARDED[kind].from_embedding(whole, gang, output=case.output)
+    return _train(embed, case, embed.columns if case.output == "shard" else None)
+
+
+def run_standard(case: Case) -> Seen:
+    embed = StandardEmbedding(
+        case.num_embeddings, case.embed_dim, case.pad_idx, dtype=case.dtype, sparse=case.sparse
+    )
+    with torch.no_grad():
+        embed.weight.copy_(case.table())
+    return _train(embed, case, None)
+
+
+def _train(embed: Any, case: Case, columns: range | None) -> Seen:
+    optimizer = _optimizer(embed.parameters(), case.sparse)
+    outputs, gradients = [], []
+    for ids, grad in case.batches():
+        optimizer.zero_grad()
+        output = embed(ids)
+        output.backward(grad if columns is None else grad[..., columns.start : columns.stop])
+        outputs.append(output.detach().clone())
+        gradients.append(_whole(embed, _dense(embed.weight.grad, case)))
+        optimizer.step()
+    return Seen(outputs, gradients, _whole(embed, embed.weight.detach()))
+
+
+def _dense(grad: Tensor, case: Case) -> Tensor:
+    assert grad.is_sparse == case.sparse
+    if not case.sparse:
+        return grad
+    assert grad.is_coalesced()
+    rows = grad.indices()[0]
+    assert torch.equal(rows, rows.unique())
+    return grad.to_dense()
+
+
+def _whole(embed: Any, block: Tensor) -> Tensor:
+    """``block``, shaped as the weight of ``embed``, put together over the gang."""
+    if isinstance(embed, StandardEmbedding):
+        return block.clone()
+    weight, embed.weight = embed.weight, torch.nn.Parameter(block, requires_grad=False)
+    whole = embed.to_embedding().weight.detach()
+    embed.weight = weight
+    return whole
+
+
+def reference(case: Case) -> Seen:
+    """The same for `torch.nn.Embedding`."""
+    embed = torch.nn.Embedding(
+        case.num_embeddings,
+        case.embed_dim,
+        case.pad_idx,
+        sparse=case.sparse,
+        _weight=case.table(),
+    )
+    optimizer = _optimizer(embed.parameters(), case.sparse)
+    outputs, gradients = [], []
+    for ids, grad in case.batches():
+        optimizer.zero_grad()
+        ids = ids if ids.dtype == torch.int32 else ids.long()
+        # torch 2.13 fails in the sparse backward of 0-d ids with a `padding_idx`.
+        output = embed(ids.view(-1)).view(grad.shape)
+        output.backward(grad)
+        outputs.append(output.detach().clone())
+        assert embed.weight.grad is not None
+        gradients.append(embed.weight.grad.to_dense())
+        if case.sparse:
+            # Torch adds up duplicates in order in `to_dense()`, and in any order in `coalesce()`.
+            rows = embed.weight.grad._indices().unique()
+            embed.weight.grad = torch.sparse_coo_tensor(
+                rows[None], gradients[-1][rows], case.table().shape, check_invariants=True
+            ).coalesce()
+        optimizer.step()
+    return Seen(outputs, gradients, embed.weight.detach())
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bits of ``tensor``, so that 0.0 is not -0.0 and NaN is NaN."""
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(kinds[tensor.element_size()])
+
+
+def assert_same_bits(a: Tensor, b: Tensor, what: str) -> None:
+    assert a.shape == b.shape, f"{what}: {a.shape} is not {b.shape}"
+    assert a.dtype == b.dtype, f"{what}: {a.dtype} is not {b.dtype}"
+    assert torch.equal(bits(a), bits(b)), f"{what} differ by {(a - b).abs().max()}: {a}\n{b}"
+
+
+def assert_same(seen: Seen, expected: Seen, *, columns: range | None = None) -> None:
+    for step, (a, b) in enumerate(zip(seen.outputs, expected.outputs, strict=True)):
+        if columns is not None:
+            b = b[..., columns.start : columns.stop]
+        assert_same_bits(a, b, f"outputs of step {step}")
+    for step, (a, b) in enumerate(zip(seen.gradients, expected.gradients, strict=True)):
+        assert_same_bits(a, b, f"gradients of step {step}")
+    assert_same_bits(seen.table, expected.table, "tables at the end")
+
+
+def with_(case: Case, **changes: Any) -> Case:
+    return replace(case, **changes)
