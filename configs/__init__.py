@@ -1,0 +1,1 @@
+"""Hydra configs; installed as ``tp_embed.configs``, found through ``pkg://tp_embed.configs``."""

@@ -1,0 +1,1 @@
+"""What imports DeepSpeed, Hydra or other frameworks; installed as ``tp_embed.integrations``."""

@@ -1,0 +1,95 @@
+"""A gang over the tensor-parallel group that DeepSpeed uses."""
+
+from __future__ import annotations
+
+from typing import Any, Self, final
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
+from torch.nn import Module
+
+from tp_embed.gang import GangError, ProcessGroupGang
+
+from .layers import register_layer
+
+
+@final
+class DeepSpeedGang(ProcessGroupGang):
+    """A :class:`ProcessGroupGang` whose layers DeepSpeed takes for tensor-parallel layers of its own.
+
+    Make it with one of the class methods, or over any process group as the base class.
+    """
+
+    @classmethod
+    def from_groups(cls, tp_size: int | None = None) -> Self:
+        """The tensor-parallel group of ``deepspeed.utils.groups``, which AutoTP uses.
+
+        :param tp_size: the ``autotp_size`` of the DeepSpeed config. Before
+            ``deepspeed.initialize()`` it is needed to make the groups (and torch.distributed is
+            initialised if it is not yet); once they exist, it is only checked.
+        :raises GangError: there are no groups yet and ``tp_size`` is ``None``.
+        :raises ValueError: ``tp_size`` does not divide the number of processes, or differs from
+            the size of the groups that exist.
+        """
+        if tp_size is not None:
+            deepspeed.init_distributed()
+            world_size = dist.get_world_size()
+            if tp_size < 1 or world_size % tp_size:
+                raise ValueError(
+                    f"`tp_size` must divide the number of processes ({world_size}), "
+                    f"but is {tp_size} instead."
+                )
+            groups._init_tp_mesh_device(tensor_model_parallel_size=tp_size)
+        try:
+            group = groups.get_tensor_model_parallel_group()
+        except AssertionError as e:
+            raise GangError(
+                "DeepSpeed's tensor-parallel groups do not exist yet. Pass `tp_size`, the "
+                "`autotp_size` of the DeepSpeed config, or call `deepspeed.initialize()` first."
+            ) from e
+        gang = cls._over(group)
+        if tp_size is not None and gang.size != tp_size:
+            raise ValueError(
+                f"`tp_size` must be {gang.size}, the size of the tensor-parallel groups that "
+                f"DeepSpeed has already made in this process, but is {tp_size} instead."
+            )
+        return gang
+
+    @classmethod
+    def from_mpu(cls, mpu: Any) -> Self:
+        """The tensor-parallel group of a Megatron-style model-parallel unit, such as
+        ``megatron.core.mpu`` or the grid of a ``PipelineModule``.
+
+        :raises TypeError: ``mpu`` has no getter for it.
+        """
+        try:
+            group = bwc_tensor_model_parallel_group(mpu)
+        except AttributeError as e:
+            raise TypeError(
+                "`mpu` must have `get_tensor_model_parallel_group()` (or the older "
+                f"`get_model_parallel_group()`), but is a `{type(mpu).__name__}` without them."
+            ) from e
+        return cls._over(group)
+
+    @classmethod
+    def from_engine(cls, engine: Any) -> Self:
+        """The tensor-parallel group of a ``DeepSpeedEngine``.
+
+        :raises GangError: the engine has neither AutoTP nor an ``mpu``.
+        """
+        if engine.mpu is None:
+            raise GangError(
+                "`engine` has no tensor-parallel group. Set `tensor_parallel.autotp_size` in its "
+                "DeepSpeed config, or pass `mpu` to `deepspeed.initialize()`."
+            )
+        return cls.from_mpu(engine.mpu)
+
+    @classmethod
+    def _over(cls, group: Any) -> Self:
+        return cls(group, get_accelerator().current_device_name())
+
+    def adopt(self, layer: Module) -> None:
+        register_layer(layer, self)

@@ -1,0 +1,100 @@
+"""Makes DeepSpeed take our layers for its own `TensorParallel_Layer`.
+
+DeepSpeed keeps what it knows of a tensor-parallel Parameter on the Parameter itself; AutoTP asks a
+module for `replaced` and then leaves it alone.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from deepspeed.module_inject.layers import (
+    DS_IS_REPLACED_MODULE,
+    DS_TENSOR_MODEL_PARALLEL,
+    TensorParallel_Layer,
+)
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from tp_embed.collectives import all_gather_columns
+from tp_embed.embedding import ShardedEmbedding, VocabShardedEmbedding
+from tp_embed.gang import Gang
+from tp_embed.head import TiedHead
+from tp_embed.partition import Partition
+
+for _layer in (ShardedEmbedding, VocabShardedEmbedding, TiedHead):
+    TensorParallel_Layer.register(_layer)
+
+
+def register_layer(layer: Module, gang: Gang) -> None:
+    """Marks the weight of a sharded embedding or head as tensor-parallel, for gradient norms,
+    gathering and universal checkpoints. Doing it twice does no harm."""
+    if not isinstance(layer, (ShardedEmbedding, VocabShardedEmbedding, TiedHead)):
+        raise TypeError(
+            "`layer` must be a sharded embedding or a head tied to one, "
+            f"but is a `{type(layer).__name__}` instead."
+        )
+    layer.replaced = True  # type: ignore[assignment]
+    weight, partition, dim = layer.weight, layer.partition, layer.shard_dim
+    if hasattr(weight, DS_IS_REPLACED_MODULE):
+        return  # By the embedding that a head shares it with, or before.
+
+    shard = _Shard(gang, partition, dim)
+    for name, value in {
+        DS_IS_REPLACED_MODULE: True,
+        DS_TENSOR_MODEL_PARALLEL: True,
+        "gather_params": shard.gather_params,
+        "_tp_partition": shard.partition_params,
+    }.items():
+        setattr(weight, name, value)
+
+    logical = list(weight.shape)
+    logical[dim] = partition.size
+    # As `HiddenParallelEmbedding` and `VocabParallelEmbedding` describe theirs.
+    TensorParallel_Layer._set_param_uc_meta(
+        SimpleNamespace(tp_world_size=gang.size),
+        weight,
+        partition_type="row" if dim else "column",
+        partition_dim=dim,
+        logical_shape=tuple(logical),
+        output_shape=(logical[0],),
+        partition_sizes=partition.sizes,
+        target_partition_shape=tuple(weight.shape),
+        original_shape=tuple(logical),
+    )
+
+
+class _Shard:
+    """Gathers the Parameter that it belongs to, in place, and puts its shard back."""
+
+    def __init__(self, gang: Gang, partition: Partition, dim: int) -> None:
+        self._gang, self._partition, self._dim = gang, partition, dim
+        self._shard: Tensor | None = None
+
+    @torch.no_grad()
+    def gather_params(self, params: list[Parameter]) -> None:
+        """All ranks have to call it. Sends (P-1) times the largest shard."""
+        for param in filter(_is_sharded, params):
+            self._shard = param.data
+            # Columns are rows of the transpose.
+            columns = self._shard if self._dim else self._shard.t()
+            whole = all_gather_columns(columns, self._gang, self._partition)
+            param.data = whole if self._dim else whole.t().contiguous()
+
+    @torch.no_grad()
+    def partition_params(self, params: list[Parameter]) -> None:
+        for param in filter(_is_sharded, params):
+            own = self._partition.shard(self._gang.rank)
+            shard = param.data.narrow(self._dim, own.start, len(own))
+            if self._shard is None:
+                param.data = shard.clone()
+            else:
+                # The same memory as before: it may be a view of an optimizer's flat buffer.
+                self._shard.copy_(shard)
+                param.data, self._shard = self._shard, None
+
+
+def _is_sharded(param: Any) -> bool:
+    return getattr(param, DS_IS_REPLACED_MODULE, False)
