@@ -10,7 +10,12 @@ from typing import Literal, cast
 from torch import nn
 from torch.nn import Module, Parameter
 
-from tp_embed.embedding import ShardedEmbedding, StandardEmbedding, VocabShardedEmbedding
+from tp_embed.embedding import (
+    InitFn,
+    ShardedEmbedding,
+    StandardEmbedding,
+    VocabShardedEmbedding,
+)
 from tp_embed.gang import Gang
 from tp_embed.head import TiedHead
 
@@ -81,11 +86,13 @@ def shard_embeddings(
     *,
     strategy: Strategy = "auto",
     rules: Mapping[str, Strategy] | None = None,
+    init_fn: InitFn | None = None,
 ) -> ShardingReport:
     """Replaces every ``nn.Embedding`` and :class:`StandardEmbedding` of ``model``, in place, by one
     that is sharded over ``gang``; a ``nn.Linear`` that shares the table becomes a
-    :class:`TiedHead`. Values, ``requires_grad``, dtype, device and hooks stay. Nothing is sent:
-    every rank cuts its block out of the table that it has.
+    :class:`TiedHead`. ``requires_grad``, dtype, device and hooks stay. So do the values, unless
+    there is an ``init_fn``: every rank cuts its block out of the table that it has, and nothing is
+    sent.
 
     Call it before an optimizer or an engine is built, which would keep the old Parameters.
 
@@ -97,6 +104,8 @@ def shard_embeddings(
         sends half of what ``"vocab"`` does.
     :param rules: strategies for the tables whose name matches a pattern as in
         :mod:`fnmatch`, the first match counts: ``{"*.wpe": "none"}``.
+    :param init_fn: initializes every table anew, those that are not sharded too, so that tables
+        are the same for each strategy; all ranks of the gang have to call then.
     :raises ValueError: a strategy or rule is unknown, a rule matches no table, or a table cannot
         be sharded: it has options or ties that would be lost.
     :raises TypeError: a table is of a class with a ``forward`` of its own, which would be lost.
@@ -107,7 +116,7 @@ def shard_embeddings(
             raise ValueError(f"`{name}` must be one of {_STRATEGIES}, but is {value!r} instead.")
 
     plans = list(_plan(model, strategy, rules))
-    return ShardingReport(tuple(_replace(plan, gang) for plan in plans))
+    return ShardingReport(tuple(_carry_out(plan, gang, init_fn) for plan in plans))
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,7 @@ class _Plan:
     weight: Parameter
     tables: dict[Module, list[_Place]]
     heads: dict[nn.Linear, list[_Place]]
-    strategy: Literal["embed", "vocab"]
+    strategy: Literal["embed", "vocab", "none"]
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,10 @@ def _plan(model: Module, strategy: str, rules: dict[str, Strategy]) -> Iterator[
         unmatched.difference_update(matching)
         chosen = rules[matching[0]] if matching else strategy
         if chosen == "none":
+            weight = cast(Parameter, module.weight)
+            if weight not in planned:
+                planned.add(weight)
+                yield _Plan(weight, {module: module_places}, {}, "none")
             continue
         if not module_places:
             raise ValueError(
@@ -228,31 +241,57 @@ def _plan_table(
     return _Plan(weight, tables, heads, "vocab" if strategy == "vocab" else "embed")
 
 
-def _replace(plan: _Plan, gang: Gang) -> TableReport:
-    kind = VocabShardedEmbedding if plan.strategy == "vocab" else ShardedEmbedding
-    first: _Sharded | None = None
+def _carry_out(plan: _Plan, gang: Gang, init_fn: InitFn | None) -> TableReport:
+    first: StandardEmbedding | _Sharded | None = None
     for module, places in plan.tables.items():
-        sharded = kind.from_embedding(_as_standard(module), gang)
+        new = _new_table(_as_standard(module), plan.strategy, gang, init_fn if not first else None)
         if first is None:
-            first = sharded
-        else:
-            sharded.weight = first.weight
-        _put(sharded, module, places)
+            first = new
+        elif plan.strategy != "none":
+            new.weight = first.weight
+        if plan.strategy != "none":
+            _put(new, module, places)
     assert first is not None  # A plan is made for a table.
     for linear, places in plan.heads.items():
+        assert not isinstance(first, StandardEmbedding)  # Heads are planned for sharded tables.
         _put(TiedHead(first, bias=linear.bias), linear, places)
 
-    name, *tied = [p.name for places in plan.tables.values() for p in places]
-    tied += [p.name for places in plan.heads.values() for p in places]
+    names = [p.name for places in plan.tables.values() for p in places] or [""]
+    names += [p.name for places in plan.heads.values() for p in places]
     return TableReport(
-        name,
+        names[0],
         first.num_embeddings,
         first.embed_dim,
         plan.strategy,
-        tuple(tied),
+        tuple(names[1:]),
         bytes_per_rank=first.weight.nbytes,
         bytes_replicated=plan.weight.nbytes,
     )
+
+
+def _new_table(
+    table: StandardEmbedding, strategy: str, gang: Gang, init_fn: InitFn | None
+) -> StandardEmbedding | _Sharded:
+    if strategy == "none":
+        if init_fn is not None:
+            table.init_fn = init_fn
+            table.reset_parameters()
+        return table
+    kind = VocabShardedEmbedding if strategy == "vocab" else ShardedEmbedding
+    if init_fn is None:
+        return kind.from_embedding(table, gang)
+    new = kind(
+        gang,
+        table.num_embeddings,
+        table.embed_dim,
+        table.pad_idx,
+        init_fn=init_fn,
+        device=table.weight.device,
+        dtype=table.weight.dtype,
+        sparse=table.sparse,
+    )
+    new.weight.requires_grad_(table.weight.requires_grad)
+    return new
 
 
 def _as_standard(module: Module) -> StandardEmbedding:

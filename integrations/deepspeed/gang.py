@@ -18,7 +18,7 @@ from .layers import register_layer
 
 @final
 class DeepSpeedGang(ProcessGroupGang):
-    """A :class:`ProcessGroupGang` whose layers DeepSpeed takes for tensor-parallel layers of its own.
+    """A :class:`ProcessGroupGang` whose layers DeepSpeed takes for its own tensor-parallel layers.
 
     Make it with one of the class methods, or over any process group as the base class.
     """

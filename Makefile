@@ -1,0 +1,56 @@
+# `make help` lists what there is.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV := .venv
+READY := $(VENV)/.ready
+PYTHON ?= python3
+RANKS ?= 2
+ARGS ?=
+
+# DeepSpeed compiles its CPU collectives once; they stay in the virtual environment.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export TOKENIZERS_PARALLELISM := true
+
+.PHONY: help setup train test lint types floors check format clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: $(READY) ## Make .venv with everything that the other commands need
+
+# torch first: DeepSpeed's build looks for it.
+$(READY): pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	pip install -q -c constraints.txt setuptools wheel ninja torch
+	pip install -q -c constraints.txt --no-build-isolation deepspeed
+	pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	rm -f $(TORCH_EXTENSIONS_DIR)/*/lock # of a compilation that was killed: it blocks the next one
+	DS_ACCELERATOR=cpu python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load()'
+	touch $@
+
+train: $(READY) ## Train a Llama on real text, RANKS=2, ARGS='embedding=vocab_sharded steps=50'
+	deepspeed --num_gpus $(RANKS) --no_local_rank examples/train_lm.py $(ARGS)
+
+test: $(READY) ## Run the tests, ARGS='-k parity'
+	pytest $(ARGS)
+
+lint: $(READY) ## Check the style
+	ruff check .
+	ruff format --check .
+
+types: $(READY) ## Check the types
+	mypy
+
+floors: $(READY) ## Check that a room imports only from the floors below it
+	lint-imports
+
+check: lint types floors ## All checks but the tests
+
+format: $(READY) ## Put the code into shape
+	ruff check --fix .
+	ruff format .
+
+clean: ## Remove what the commands made
+	rm -rf $(VENV) build dist outputs runs *.egg-info

@@ -1,0 +1,227 @@
+"""Trains a Llama with sharded embedding tables on a DeepSpeed engine.
+
+    deepspeed --num_gpus 2 --no_local_rank examples/train_lm.py embedding=sharded init.std=0.02
+
+A Hydra app: the configs are in `configs/`, the primary one is `configs/train.yaml`. It writes to
+`runs/NAME`: `config.yaml`, `metrics.csv`, `loss.png`, DeepSpeed's `checkpoints/`, and at the end
+`model/`, the whole model as transformers saves it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import hydra
+import matplotlib
+import torch
+import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from tp_embed.integrations.deepspeed import DeepSpeedGang
+from tp_embed.integrations.hydra import register_schemas
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from corpus import Corpus, load
+from tp_embed import shard_embeddings
+
+matplotlib.use("Agg")
+register_schemas()
+
+
+@hydra.main(version_base="1.3", config_path="pkg://tp_embed.configs", config_name="train")
+def main(config: DictConfig) -> None:
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    torch.manual_seed(config.seed)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # One process for each core.
+
+    gang = DeepSpeedGang.from_groups(tp_size=config.tp_size)
+    is_first = dist.get_rank() == 0
+    say = tqdm.write if is_first else lambda text: None
+
+    data = config.data
+    if is_first:
+        OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
+        load(Path(data.cache_dir), data.vocab_size, data.max_bytes, say)
+    dist.barrier()
+    corpus = load(Path(data.cache_dir), data.vocab_size, data.max_bytes)  # From the cache.
+
+    model_config = LlamaConfig(vocab_size=corpus.vocab_size, use_cache=False, **config.model)
+    model = LlamaForCausalLM(model_config)
+    report = shard_embeddings(
+        model,
+        gang,
+        strategy=config.embedding.strategy.value,
+        init_fn=instantiate(config.embedding.init_fn),
+    )
+    say(str(report))
+
+    engine, *_ = deepspeed.initialize(
+        model=model, config=OmegaConf.to_container(config.deepspeed, resolve=True)
+    )
+    metrics = Metrics(run_dir / "metrics.csv")
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+    first_step = 0
+    if config.resume:
+        first_step = checkpoints.load(engine)
+        say(f"resumed after step {first_step}")
+    if is_first:
+        metrics.start(first_step)
+
+    data_rank = dist.get_rank() // config.tp_size
+    data_size = dist.get_world_size() // config.tp_size
+    shape = data.batch_size, data.seq_len
+    tokens = math.prod(shape) * data_size
+    progress = tqdm(
+        range(first_step, config.steps),
+        initial=first_step,
+        total=config.steps,
+        disable=not is_first,
+        unit="step",
+    )
+    engine.train()
+    for step in progress:
+        started = time.perf_counter()
+        ids = corpus.batch(step, *shape, seed=config.seed, rank=data_rank).to(engine.device)
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        seconds = time.perf_counter() - started
+        if is_first:
+            metrics.add(step=step + 1, loss=loss.item(), tokens_per_second=tokens / seconds)
+            progress.set_postfix(loss=f"{loss.item():.3f}", tokens_s=f"{tokens / seconds:.0f}")
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            checkpoints.save(engine, step + 1)
+
+    validation = validation_loss(engine, corpus, config)
+    model_dir = run_dir / "model"
+    export(engine, model_config, model_dir)
+    if is_first:
+        metrics.plot(run_dir / "loss.png")
+        result = {
+            "first_loss": metrics.rows[0]["loss"],
+            "last_loss": metrics.rows[-1]["loss"],
+            "validation_loss": validation,
+            "table_bytes_per_rank": report.bytes_per_rank,
+            "table_bytes_replicated": report.bytes_replicated,
+        }
+        (run_dir / "result.json").write_text(json.dumps(result, indent=2))
+        say(
+            f"loss {result['first_loss']:.3f} -> {result['last_loss']:.3f}, validation loss "
+            f"{validation:.4f}; the whole model is in {model_dir}"
+        )
+
+
+@torch.no_grad()
+def validation_loss(engine: Any, corpus: Corpus, config: DictConfig) -> float:
+    """The mean loss over the first validation batches, the same on every rank."""
+    engine.eval()
+    shape = config.data.batch_size, config.data.seq_len
+    losses = [
+        engine(input_ids=ids.to(engine.device), labels=ids.to(engine.device)).loss.item()
+        for ids in corpus.validation_batches(config.eval_batches, *shape)
+    ]
+    return sum(losses) / len(losses)
+
+
+def export(engine: Any, model_config: LlamaConfig, target: Path) -> None:
+    """Writes the whole model, as transformers saves it, in place of what ``target`` held."""
+    if engine.autotp_size() > 1 or engine.zero_optimization_stage() == 3:
+        state = engine._consolidated_16bit_state_dict()
+    else:
+        state = engine.module.state_dict()
+    if dist.get_rank() == 0:
+        whole = LlamaForCausalLM(model_config).to(engine.module.dtype)
+        whole.load_state_dict(state)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        whole.save_pretrained(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    dist.barrier()
+
+
+class Checkpoints:
+    """DeepSpeed checkpoints of which there is a whole one whenever the run is interrupted: each
+    has a directory of its own, and ``latest`` names one only once all ranks have written theirs."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._latest = directory / "latest"
+
+    def save(self, engine: Any, step: int) -> None:
+        previous = self._latest.read_text() if self._latest.exists() else None
+        tag = f"step{step}"
+        engine.save_checkpoint(
+            str(self._directory), tag=tag, client_state={"step": step}, save_latest=False
+        )
+        dist.barrier()
+        if dist.get_rank() == 0:
+            temporary = self._directory / ".latest"
+            temporary.write_text(tag)
+            temporary.replace(self._latest)
+            if previous not in (None, tag):
+                shutil.rmtree(self._directory / previous)
+        dist.barrier()
+
+    def load(self, engine: Any) -> int:
+        """Loads the latest one and returns the number of steps that it had done."""
+        if not self._latest.exists():
+            raise FileNotFoundError(
+                f"`resume=true` needs a checkpoint in '{self._directory}', but there is none. "
+                "Train without it first, or give the run that has one by `name`."
+            )
+        _, client_state = engine.load_checkpoint(str(self._directory))
+        step: int = client_state["step"]
+        return step
+
+
+class Metrics:
+    """Figures by step, in a CSV file; those that a resumed run repeats are replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.rows: list[dict[str, float]] = []
+
+    def start(self, first_step: int) -> None:
+        if first_step and self._path.exists():
+            with self._path.open() as file:
+                rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+            self.rows = [row for row in rows if row["step"] <= first_step]
+        self._path.write_text("step,loss,tokens_per_second\n")
+        for row in self.rows:
+            self._write(row)
+
+    def add(self, **row: float) -> None:
+        self.rows.append(row)
+        self._write(row)
+
+    def _write(self, row: dict[str, float]) -> None:
+        with self._path.open("a") as file:
+            file.write(f"{row['step']:.0f},{row['loss']!r},{row['tokens_per_second']:.1f}\n")
+
+    def plot(self, path: Path) -> None:
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(7, 4))
+        axes.plot([row["step"] for row in self.rows], [row["loss"] for row in self.rows])
+        axes.set(xlabel="step", ylabel="training loss", title="Python's standard library")
+        axes.grid(alpha=0.3)
+        figure.tight_layout()
+        figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    # torchrun passes nothing; `deepspeed` without `--no_local_rank` passes what Hydra would refuse.
+    sys.argv = [arg for arg in sys.argv if not arg.startswith("--local_rank")]
+    main()

@@ -1,0 +1,147 @@
+"""Run by the `deepspeed` launcher on two ranks for test_deepspeed.py: trains small Llamas with and
+without the plugin on real engines, and saves what was seen, by case and rank."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.module_inject.layers import TensorParallel_Layer
+from deepspeed.utils import groups
+from tp_embed.integrations.deepspeed import DeepSpeedGang
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tp_embed import GangError, shard_embeddings
+
+VOCAB, DIM = 101, 36  # 101 rows do not divide by two ranks; 36 columns do, as the heads need.
+LR, STEPS = 1e-2, 4
+
+CASES: dict[str, dict[str, Any]] = {
+    "autotp alone": {"strategy": None, "tied": False},
+    "embed": {"strategy": "embed", "tied": False},
+    "vocab": {"strategy": "vocab", "tied": False},
+    "tied, vocab": {"strategy": "auto", "tied": True},
+    "tied, embed": {"strategy": "embed", "tied": True},
+}
+
+
+def build(tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=DIM,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config)
+
+
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(VOCAB, (2, 16), generator=generator) for _ in range(STEPS)]
+
+
+def train_alone(tied: bool) -> dict[str, Any]:
+    """The same training by plain torch in one process."""
+    model = build(tied)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
+    losses, norms = [], []
+    for ids in batches():
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        optimizer.step()
+        losses.append(loss.item())
+    moments = optimizer.state[model.get_input_embeddings().weight]
+    return {"losses": losses, "norms": norms, "state": model.state_dict(), "moments": moments}
+
+
+def config(stage: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": LR, "torch_adam": True}},
+        "zero_optimization": {"stage": stage},
+        "tensor_parallel": {"autotp_size": 2},
+    }
+
+
+def train(strategy: Any, tied: bool, checkpoint: Path) -> dict[str, Any]:
+    model = build(tied)
+    gang = DeepSpeedGang.from_groups(tp_size=2)
+    report = shard_embeddings(model, gang, strategy=strategy) if strategy else None
+    engine, *_ = deepspeed.initialize(model=model, config=config(stage=1))
+    seen: dict[str, Any] = {"report": str(report), "losses": [], "norms": []}
+
+    table = engine.module.get_input_embeddings()
+    seen["is layer"] = isinstance(table, TensorParallel_Layer)
+    seen["copy is layer"] = all(
+        getattr(copy.deepcopy(table).weight, name, False) == (strategy is not None)
+        for name in ("tensor_model_parallel", "ds_is_replaced_module")
+    )
+    seen["table"] = type(table).__name__, tuple(table.weight.shape)
+    seen["start"] = clone(engine._consolidated_16bit_state_dict())
+
+    for ids in batches():
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        seen["losses"].append(loss.item())
+        seen["norms"].append(float(engine.get_global_grad_norm()))
+    seen["state"] = clone(engine._consolidated_16bit_state_dict())
+    seen["table after gathering"] = tuple(table.weight.shape)
+    seen["from engine"] = DeepSpeedGang.from_engine(engine).global_ranks
+    engine.save_checkpoint(str(checkpoint), tag="end")
+    return seen
+
+
+def clone(state: Any) -> Any:
+    return state and {name: tensor.clone() for name, tensor in state.items()}
+
+
+def gangs() -> dict[str, Any]:
+    """What the ways to a gang give, and their errors."""
+    group = groups.get_tensor_model_parallel_group()
+    own = SimpleNamespace(get_tensor_model_parallel_group=lambda: group)
+    old = SimpleNamespace(get_model_parallel_group=lambda: group)
+    return {
+        "mpu": repr(DeepSpeedGang.from_mpu(own)),
+        "old mpu": repr(DeepSpeedGang.from_mpu(old)),
+        "no mpu": error(lambda: DeepSpeedGang.from_mpu(object())),
+        "no tp": error(lambda: DeepSpeedGang.from_engine(SimpleNamespace(mpu=None))),
+        "not a divisor": error(lambda: DeepSpeedGang.from_groups(tp_size=3)),
+        "other size": error(lambda: DeepSpeedGang.from_groups(tp_size=1)),
+    }
+
+
+def error(call: Any) -> str:
+    try:
+        call()
+    except (GangError, TypeError, ValueError) as e:
+        return f"{type(e).__name__}: {e}"
+    return "no error"
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    deepspeed.init_distributed()
+    seen: dict[str, Any] = {"too early": error(DeepSpeedGang.from_groups)}
+    for name, case in CASES.items():
+        seen[name] = train(**case, checkpoint=out / name)
+    seen["gangs"] = gangs()
+    torch.save(seen, out / f"seen{dist.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

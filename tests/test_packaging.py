@@ -1,0 +1,101 @@
+"""The wheel, built from the tree and installed in an environment of its own."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from launch import ROOT, run
+
+ROOMS = {
+    "tp_embed": "tp_embed",
+    "integrations": "tp_embed/integrations",
+    "configs": "tp_embed/configs",
+}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    source = out / "source"  # A copy: setuptools leaves a `build/` where it works.
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    # Without isolation, it takes the setuptools that is installed and asks no registry.
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
+    run(build, cwd=source)
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory):
+    """The interpreter of a fresh environment with the wheel, and nothing else, installed."""
+    environment = tmp_path_factory.mktemp("environment")
+    run([sys.executable, "-m", "venv", str(environment)])
+    python = environment / "bin" / "python"
+    run([str(python), "-m", "pip", "install", "-q", "--no-deps", str(wheel)])
+    return python
+
+
+def test_wheel_holds_the_tree_and_nothing_else(wheel):
+    expected = set()
+    for room, installed in ROOMS.items():
+        for path in (ROOT / room).rglob("*"):
+            if path.suffix in {".py", ".yaml"} or path.name == "py.typed":
+                expected.add(f"{installed}/{path.relative_to(ROOT / room)}")
+    assert any(name.endswith(".yaml") for name in expected)
+
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in names if ".dist-info/" not in name} == expected
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_installed_package_has_one_top_level_name_and_is_lazy(python):
+    script = """
+import importlib.util, sys
+from importlib.resources import files
+import tp_embed
+assert "torch" not in sys.modules
+assert importlib.util.find_spec("integrations") is None
+assert importlib.util.find_spec("configs") is None
+assert importlib.util.find_spec("tp_embed.integrations.deepspeed") is not None
+assert "shard_embeddings" in dir(tp_embed)
+print(*sorted(p.name for p in (files("tp_embed.configs") / "init").iterdir()))
+"""
+    output = subprocess.run(
+        [str(python), "-c", script], cwd="/", capture_output=True, text=True, check=True
+    ).stdout
+    assert output.split() == sorted(p.name for p in (ROOT / "configs/init").glob("*.yaml"))
+
+
+def test_editable_install_is_lazy_and_has_the_same_names():
+    script = """
+import sys, tp_embed
+assert "torch" not in sys.modules
+from importlib.resources import files
+import tp_embed.integrations
+print((files("tp_embed.configs") / "train.yaml").is_file(), tp_embed.__file__)
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", script], cwd="/", capture_output=True, text=True, check=True
+    ).stdout
+    found, path = output.split()
+    assert found == "True"
+    assert Path(path) == ROOT / "tp_embed" / "__init__.py"
+
+
+def test_every_public_name_can_be_imported():
+    import tp_embed
+
+    for name in tp_embed.__all__:
+        assert getattr(tp_embed, name).__name__ == name
+    assert set(tp_embed.__all__) == set(tp_embed._MODULE_OF)
+    with pytest.raises(AttributeError, match="has no attribute 'Embeding'"):
+        tp_embed.Embeding  # noqa: B018 (looking it up is the test)

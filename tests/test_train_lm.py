@@ -1,0 +1,112 @@
+"""The main job and its Hydra configs, started as users start them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import sys
+import time
+
+import pytest
+
+from launch import ROOT, deepspeed_command, run, start, torchrun_command
+
+SCRIPT = ROOT / "examples" / "train_lm.py"
+EVALUATE = ROOT / "examples" / "evaluate_lm.py"
+TINY = [
+    "model=llama_tiny",
+    "data.vocab_size=1000",
+    "data.max_bytes=1500000",
+    "data.seq_len=32",
+    "eval_batches=2",
+    "steps=30",
+    "checkpoint_every=15",
+]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture(scope="module")
+def whole_run(directory):
+    """An uninterrupted run with the default embedding, in runs/whole."""
+    output = run(deepspeed_command(SCRIPT, *TINY, "name=whole"), cwd=directory)
+    return directory / "runs" / "whole", output
+
+
+def losses(run_dir):
+    with (run_dir / "metrics.csv").open() as file:
+        return [(int(row["step"]), row["loss"]) for row in csv.DictReader(file)]
+
+
+def test_run_trains_and_reports(whole_run):
+    run_dir, output = whole_run
+    result = json.loads((run_dir / "result.json").read_text())
+    assert [step for step, _ in losses(run_dir)] == list(range(1, 31))
+    assert result["last_loss"] < result["first_loss"]
+    assert result["table_bytes_per_rank"] * 2 == result["table_bytes_replicated"]
+    assert "model.embed_tokens (1000 x 64): strategy 'embed'; 0.12 MiB on this rank" in output
+    assert "30/30" in output  # the progress bar
+    assert "tokens_s=" in output
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (run_dir / "checkpoints").glob("step*")) == ["step30"]
+
+
+def test_transformers_loads_the_exported_model(whole_run, directory):
+    run_dir, _ = whole_run
+    output = run([sys.executable, str(EVALUATE), str(run_dir)], directory)
+    match = re.search(r"loss ([\d.]+) by transformers, ([\d.]+) by the engine", output)
+    here, there = match.groups()
+    assert float(here) == pytest.approx(float(there), rel=1e-5)
+
+
+def test_resumed_run_continues_exactly(whole_run, directory):
+    """Ctrl-C as soon as there is a checkpoint, then `resume=true`."""
+    expected, _ = whole_run
+    run_dir = directory / "runs" / "broken"
+    process = start(deepspeed_command(SCRIPT, *TINY, "name=broken"), cwd=directory)
+    latest = run_dir / "checkpoints" / "latest"
+    deadline = time.monotonic() + 120
+    while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # what the terminal sends on Ctrl-C
+    output, _ = process.communicate(timeout=60)
+    assert latest.read_text() == "step15", output
+    assert not (run_dir / "result.json").exists(), output
+
+    run(deepspeed_command(SCRIPT, *TINY, "name=broken", "resume=true"), cwd=directory)
+    assert losses(run_dir) == losses(expected)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ["embedding=vocab_sharded", "init=xavier_uniform", "deepspeed=zero0"],
+        ["embedding=auto", "init=normal", "init.std=0.01", "model.tie_word_embeddings=true"],
+    ],
+)
+def test_torchrun_and_other_choices_work(directory, choices):
+    command = torchrun_command(SCRIPT, *TINY, "name=other", "steps=6", *choices)
+    output = run(command, cwd=directory)
+    result = json.loads((directory / "runs" / "other" / "result.json").read_text())
+    assert result["last_loss"] < result["first_loss"]
+    assert "strategy 'vocab'" in output
+    run([sys.executable, str(EVALUATE), "runs/other"], directory)
+
+
+def test_misspelt_key_is_an_error(directory):
+    with pytest.raises(AssertionError, match="Key 'stdd' is not in struct"):
+        run([sys.executable, str(SCRIPT), "init.stdd=0.01"], cwd=directory)
+
+
+def test_resume_needs_a_checkpoint(directory):
+    with pytest.raises(AssertionError, match=r"needs a checkpoint in .*, but there is none"):
+        run(
+            deepspeed_command(SCRIPT, *TINY, "name=nothing", "resume=true", "tp_size=1", ranks=1),
+            cwd=directory,
+        )
