@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import SHARDED, Case, assert_same, reference, run, run_standard
 
+from parity import SHARDED, Case, assert_same, reference, run, run_standard
 from tp_embed import Partition, StandardEmbedding
 
 SIZES = [1, 2, 3, 4]

@@ -111,13 +111,8 @@ class _Table(Embedding):
         self._id_check = IdCheck()
         shape = len(self.rows), len(self.columns)
         self.weight = Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self._prepare_weight()
+        gang.adopt(self)
         self.reset_parameters()
-
-    def _prepare_weight(self) -> None:
-        if self.sparse:
-            keep_coalesced(self.weight)
-        self.gang.adopt(self)
 
     @property
     def partition(self) -> Partition:
@@ -206,6 +201,8 @@ class _Table(Embedding):
     def forward(self, x: Tensor) -> Tensor:
         ids = as_indices(x)
         self._id_check(ids, self.num_embeddings, self.gang)
+        if self.sparse:
+            keep_coalesced(self.weight)
         block = lookup(
             self.weight,
             ids,
@@ -237,12 +234,16 @@ class _Table(Embedding):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self._prepare_weight()  # `to_empty()` and the like replace the Parameter.
+        self.gang.adopt(self)  # `to_empty()` and the like replace the Parameter.
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._prepare_weight()  # A copied Parameter has lost what is attached to it.
+        self.gang.adopt(self)  # A copied Parameter has lost the marks of its gang.
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.gang.adopt(self)  # `assign=True` replaces the Parameter.
 
 
 @final

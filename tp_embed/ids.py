@@ -66,9 +66,11 @@ class IdCheck:
 
     def _start(self, ids: Tensor, num_embeddings: int, where: object) -> None:
         flat = ids.flatten().long()
-        nothing = torch.iinfo(torch.int64).max
-        bad = torch.where((flat < 0) | (flat >= num_embeddings), flat, nothing)
-        answer = torch.stack(bad.min(0))  # the smallest bad id and its index, or `nothing`
+        bad = (flat < 0) | (flat >= num_embeddings)
+        smallest = flat.masked_fill(~bad, torch.iinfo(torch.int64).max).min()
+        positions = torch.arange(len(flat), device=ids.device)
+        first = positions.masked_fill(~bad | (flat != smallest), len(flat)).min()
+        answer = torch.stack([bad.any(), smallest, first])
         event = None
         if answer.device.type != "cpu":
             host = torch.empty_like(answer, device="cpu", pin_memory=True)
@@ -83,8 +85,8 @@ class IdCheck:
 
     @staticmethod
     def _report(answer: Tensor, shape: torch.Size, num_embeddings: int, where: object) -> None:
-        bad_id, index = answer.tolist()
-        if bad_id == torch.iinfo(torch.int64).max:
+        any_bad, bad_id, index = answer.tolist()
+        if not any_bad:
             return
         position = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), shape))
         raise IndexError(

@@ -29,6 +29,9 @@ from tp_embed.gang import Gang
 
 _TILE_ROWS, _TILE_COLUMNS = 256, 128
 
+# How much of a file is in memory at a time.
+_CHUNK_BYTES = 16 << 20
+
 Draw = Callable[[Tensor, Generator], object]
 
 
@@ -252,19 +255,28 @@ def from_tensor(embed: Table, *, source: Tensor | str | Path, key: str | None = 
             block = source[rows.start : rows.stop, columns.start : columns.stop]
             embed.weight.copy_(block)
             return
-        with safe_open(source, framework="pt") as file:
-            keys = sorted(file.keys())
-            if key is None and len(keys) == 1:
-                key = keys[0]
-            if key not in keys:
-                raise ValueError(
-                    f"`key` must name a tensor of '{source}', which holds {keys}, "
-                    f"but is {key!r} instead."
-                )
-            table = file.get_slice(key)
-            _check_shape(embed, f"{source}:{key}", table.get_shape())
-            if len(rows) and len(columns):
-                embed.weight.copy_(table[rows.start : rows.stop, columns.start : columns.stop])
+        key = _check_key(embed, source, key)
+        # The file is mapped anew for each chunk, so that what was read of it can leave the memory.
+        step = max(1, _CHUNK_BYTES // (embed.embed_dim * embed.weight.element_size()))
+        for start in range(rows.start, rows.stop if len(columns) else rows.start, step):
+            stop = min(start + step, rows.stop)
+            with safe_open(source, framework="pt") as file:
+                part = file.get_slice(key)[start:stop, columns.start : columns.stop]
+                embed.weight[start - rows.start : stop - rows.start] = part
+
+
+def _check_key(embed: Table, source: str | Path, key: str | None) -> str:
+    with safe_open(source, framework="pt") as file:
+        keys = sorted(file.keys())
+        if key is None and len(keys) == 1:
+            key = keys[0]
+        if key is None or key not in keys:
+            raise ValueError(
+                f"`key` must name a tensor of '{source}', which holds {keys}, "
+                f"but is {key!r} instead."
+            )
+        _check_shape(embed, f"{source}:{key}", file.get_slice(key).get_shape())
+        return key
 
 
 def _check_shape(embed: Table, name: str, shape: Any) -> None:

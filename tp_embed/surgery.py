@@ -1,13 +1,14 @@
-"""Finds the embedding tables of a model and replaces them by sharded ones, with what is tied."""
+"""Replaces the embedding tables of a model by sharded ones, with the heads tied to them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn import Module, Parameter
 
 from tp_embed.embedding import (
@@ -18,12 +19,11 @@ from tp_embed.embedding import (
 )
 from tp_embed.gang import Gang
 from tp_embed.head import TiedHead
+from tp_embed.tables import Place, TableGroup, check_shardable, find_tables
 
 Strategy = Literal["auto", "embed", "vocab", "none"]
 
 _STRATEGIES = ("auto", "embed", "vocab", "none")
-
-_Sharded = ShardedEmbedding | VocabShardedEmbedding
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -102,10 +102,11 @@ def shard_embeddings(
         ``"none"`` leaves tables as they are. ``"auto"`` takes ``"vocab"`` for tables that are tied
         to a head, whose logits are then gathered and not summed, and else ``"embed"``, which
         sends half of what ``"vocab"`` does.
-    :param rules: strategies for the tables whose name matches a pattern as in
-        :mod:`fnmatch`, the first match counts: ``{"*.wpe": "none"}``.
-    :param init_fn: initializes every table anew, those that are not sharded too, so that tables
-        are the same for each strategy; all ranks of the gang have to call then.
+    :param rules: strategies for the tables of which a name matches a pattern as in
+        :mod:`fnmatch`, the first match counts: ``{"*.wpe": "none"}``. Embeddings that share a
+        Parameter are one table with several names.
+    :param init_fn: initializes every table anew, those that are not sharded too, to the same values
+        for each strategy; all ranks of the gang have to call then.
     :raises ValueError: a strategy or rule is unknown, a rule matches no table, or a table cannot
         be sharded: it has options or ties that would be lost.
     :raises TypeError: a table is of a class with a ``forward`` of its own, which would be lost.
@@ -115,168 +116,101 @@ def shard_embeddings(
         if value not in _STRATEGIES:
             raise ValueError(f"`{name}` must be one of {_STRATEGIES}, but is {value!r} instead.")
 
-    plans = list(_plan(model, strategy, rules))
-    return ShardingReport(tuple(_carry_out(plan, gang, init_fn) for plan in plans))
+    groups = find_tables(model)
+    strategies = [_choose(group, strategy, rules) for group in groups]
+    _check_rules(rules, groups)
+    for group, chosen in zip(groups, strategies, strict=True):
+        if chosen != "none":
+            check_shardable(group)
+
+    # All that can fail comes before all that changes the model.
+    changes = [
+        _Change.plan(group, chosen, gang, init_fn)
+        for group, chosen in zip(groups, strategies, strict=True)
+    ]
+    return ShardingReport(tuple(change.carry_out() for change in changes))
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """One Parameter, the modules that use it, and where each of them is registered."""
-
-    weight: Parameter
-    tables: dict[Module, list[_Place]]
-    heads: dict[nn.Linear, list[_Place]]
-    strategy: Literal["embed", "vocab", "none"]
-
-
-@dataclass(frozen=True)
-class _Place:
-    parent: Module
-    attribute: str
-    name: str
+def _choose(group: TableGroup, strategy: Strategy, rules: dict[str, Strategy]) -> Strategy:
+    for pattern, chosen in rules.items():
+        if any(fnmatchcase(name, pattern) for name in group.embedding_names):
+            strategy = chosen
+            break
+    if strategy != "auto":
+        return strategy
+    return "vocab" if group.heads else "embed"
 
 
-def _plan(model: Module, strategy: str, rules: dict[str, Strategy]) -> Iterator[_Plan]:
-    places: dict[Module, list[_Place]] = {model: []}
-    users: dict[Parameter, list[tuple[Module, str]]] = {}
-    for prefix, parent in model.named_modules():
-        for attribute, child in parent._modules.items():
-            if child is not None:
-                name = f"{prefix}.{attribute}" if prefix else attribute
-                places.setdefault(child, []).append(_Place(parent, attribute, name))
-        for attribute, parameter in parent._parameters.items():
-            if parameter is not None:
-                users.setdefault(parameter, []).append((parent, attribute))
-
-    unmatched = set(rules)
-    planned: set[Parameter] = set()
-    for module, module_places in places.items():
-        if not isinstance(module, (nn.Embedding, StandardEmbedding)):
-            continue
-        names = [place.name for place in module_places] or [""]
-        matching = [p for p in rules if any(fnmatchcase(name, p) for name in names)]
-        unmatched.difference_update(matching)
-        chosen = rules[matching[0]] if matching else strategy
-        if chosen == "none":
-            weight = cast(Parameter, module.weight)
-            if weight not in planned:
-                planned.add(weight)
-                yield _Plan(weight, {module: module_places}, {}, "none")
-            continue
-        if not module_places:
-            raise ValueError(
-                "`model` must contain its tables, but is a table itself. Use "
-                "`ShardedEmbedding.from_embedding()` or `VocabShardedEmbedding.from_embedding()`."
-            )
-        _check_table(module, names[0])
-        weight = cast(Parameter, module.weight)
-        if weight in planned:
-            continue
-        planned.add(weight)
-        yield _plan_table(weight, users[weight], places, chosen)
+def _check_rules(rules: dict[str, Strategy], groups: list[TableGroup]) -> None:
+    names = [name for group in groups for name in group.embedding_names]
+    unmatched = [p for p in rules if not any(fnmatchcase(name, p) for name in names)]
     if unmatched:
         raise ValueError(
-            f"`rules` must match the name of a table each, but {sorted(unmatched)} match none."
+            f"`rules` must match the name of a table each, but {unmatched} match none of {names}."
         )
 
 
-def _check_table(module: nn.Embedding | StandardEmbedding, name: str) -> None:
-    skip = f"Leave it out with `rules={{{name!r}: 'none'}}`."
-    if "weight" not in module._parameters:
-        raise ValueError(
-            f"The table '{name}' must hold its `weight` as a Parameter, but computes it (a "
-            f"parametrization?) instead. {skip}"
+@dataclass(frozen=True)
+class _Change:
+    """What is to become of a table: new modules for old ones, or, if there are none, new values."""
+
+    group: TableGroup
+    strategy: Strategy
+    weight: Tensor
+    modules: list[tuple[Module, Module, list[Place]]]
+    values: Tensor | None = None
+
+    @staticmethod
+    def plan(group: TableGroup, strategy: Strategy, gang: Gang, init_fn: InitFn | None) -> _Change:
+        if strategy == "none":
+            values = None
+            if init_fn is not None:
+                # Over the gang, so that its ranks agree.
+                table = _as_standard(next(iter(group.embeddings)))
+                values = _shard(table, "embed", gang, init_fn).to_embedding().weight.detach()
+            return _Change(group, strategy, group.weight, [], values)
+
+        first: ShardedEmbedding | VocabShardedEmbedding | None = None
+        modules: list[tuple[Module, Module, list[Place]]] = []
+        for embedding, places in group.embeddings.items():
+            table = _as_standard(embedding)
+            if first is None:
+                new = first = _shard(table, strategy, gang, init_fn)
+            else:
+                new = _shard(table, strategy, gang, None)
+                new.weight = first.weight
+            modules.append((embedding, new, places))
+        assert first is not None  # A group has an embedding.
+        for head, places in group.heads.items():
+            modules.append((head, TiedHead(first, bias=head.bias), places))
+        return _Change(group, strategy, first.weight, modules)
+
+    def carry_out(self) -> TableReport:
+        for old, new, places in self.modules:
+            for hooks in _HOOKS:
+                setattr(new, hooks, getattr(old, hooks))
+            new.train(old.training)
+            for place in places:
+                setattr(place.parent, place.attribute, new)
+        if self.values is not None:
+            with torch.no_grad():
+                self.weight.copy_(self.values)
+        names = self.group.embedding_names
+        num_embeddings, embed_dim = self.group.weight.shape
+        return TableReport(
+            names[0],
+            num_embeddings,
+            embed_dim,
+            self.strategy,
+            tied=(*names[1:], *self.group.head_names),
+            bytes_per_rank=self.weight.nbytes,
+            bytes_replicated=self.group.weight.nbytes,
         )
-    if isinstance(module, StandardEmbedding):
-        return
-    if type(module).forward is not nn.Embedding.forward:
-        raise TypeError(
-            f"The table '{name}' must be a `torch.nn.Embedding`, but is a "
-            f"`{type(module).__name__}` with a `forward` of its own instead, which a sharded table "
-            f"would not run. {skip}"
-        )
-    for option in ("max_norm", "scale_grad_by_freq"):
-        if getattr(module, option):
-            raise ValueError(
-                f"The table '{name}' must not use `{option}`, which sharded tables do not "
-                f"have, but it is {getattr(module, option)} instead. {skip}"
-            )
-    expected = (module.num_embeddings, module.embedding_dim)
-    if module.weight.shape != expected:
-        raise ValueError(
-            f"The table '{name}' must be whole, with a weight of the shape {expected}, but it has "
-            f"{tuple(module.weight.shape)} instead. Shard it before another tool slices or "
-            "partitions it (AutoTP, `deepspeed.zero.Init`)."
-        )
 
 
-def _plan_table(
-    weight: Parameter,
-    users: list[tuple[Module, str]],
-    places: dict[Module, list[_Place]],
-    strategy: str,
-) -> _Plan:
-    tables: dict[Module, list[_Place]] = {}
-    heads: dict[nn.Linear, list[_Place]] = {}
-    for user, attribute in users:
-        name = places[user][0].name if places[user] else ""
-        if isinstance(user, (nn.Embedding, StandardEmbedding)):
-            _check_table(user, name)
-            tables[user] = places[user]
-        elif type(user).forward is nn.Linear.forward and isinstance(user, nn.Linear):
-            heads[user] = places[user]
-        else:
-            raise ValueError(
-                f"The weight of the table '{places[next(iter(tables))][0].name}' must be shared "
-                f"with embeddings and `torch.nn.Linear` heads only, but '{name}.{attribute}' of a "
-                f"`{type(user).__name__}` is the same Parameter, and the tie would break. "
-                "Leave the table out with `rules`."
-                if tables
-                else f"The Parameter '{name}.{attribute}' of a `{type(user).__name__}` is shared "
-                "with an embedding table, and the tie would break. Leave the table out with "
-                "`rules`."
-            )
-    if strategy == "auto":
-        strategy = "vocab" if heads else "embed"
-    return _Plan(weight, tables, heads, "vocab" if strategy == "vocab" else "embed")
-
-
-def _carry_out(plan: _Plan, gang: Gang, init_fn: InitFn | None) -> TableReport:
-    first: StandardEmbedding | _Sharded | None = None
-    for module, places in plan.tables.items():
-        new = _new_table(_as_standard(module), plan.strategy, gang, init_fn if not first else None)
-        if first is None:
-            first = new
-        elif plan.strategy != "none":
-            new.weight = first.weight
-        if plan.strategy != "none":
-            _put(new, module, places)
-    assert first is not None  # A plan is made for a table.
-    for linear, places in plan.heads.items():
-        assert not isinstance(first, StandardEmbedding)  # Heads are planned for sharded tables.
-        _put(TiedHead(first, bias=linear.bias), linear, places)
-
-    names = [p.name for places in plan.tables.values() for p in places] or [""]
-    names += [p.name for places in plan.heads.values() for p in places]
-    return TableReport(
-        names[0],
-        first.num_embeddings,
-        first.embed_dim,
-        plan.strategy,
-        tuple(names[1:]),
-        bytes_per_rank=first.weight.nbytes,
-        bytes_replicated=plan.weight.nbytes,
-    )
-
-
-def _new_table(
-    table: StandardEmbedding, strategy: str, gang: Gang, init_fn: InitFn | None
-) -> StandardEmbedding | _Sharded:
-    if strategy == "none":
-        if init_fn is not None:
-            table.init_fn = init_fn
-            table.reset_parameters()
-        return table
+def _shard(
+    table: StandardEmbedding, strategy: Strategy, gang: Gang, init_fn: InitFn | None
+) -> ShardedEmbedding | VocabShardedEmbedding:
     kind = VocabShardedEmbedding if strategy == "vocab" else ShardedEmbedding
     if init_fn is None:
         return kind.from_embedding(table, gang)
@@ -295,7 +229,7 @@ def _new_table(
 
 
 def _as_standard(module: Module) -> StandardEmbedding:
-    """A view of ``module`` as a :class:`StandardEmbedding`, with the same Parameter."""
+    """``module`` as a :class:`StandardEmbedding`, with the same Parameter."""
     if isinstance(module, StandardEmbedding):
         return module
     assert isinstance(module, nn.Embedding)
@@ -309,11 +243,3 @@ def _as_standard(module: Module) -> StandardEmbedding:
     )
     standard.weight = cast(Parameter, module.weight)
     return standard.train(module.training)
-
-
-def _put(new: Module, old: Module, places: list[_Place]) -> None:
-    for hooks in _HOOKS:
-        setattr(new, hooks, getattr(old, hooks))
-    new.train(old.training)
-    for place in places:
-        setattr(place.parent, place.attribute, new)

@@ -1,0 +1,378 @@
+"""What the embedding classes promise besides parity: their state, copies, shapes and volumes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.tensor.debug import CommDebugMode
+
+from parity import SHARDED, assert_same_bits
+from tp_embed import (
+    FakeGang,
+    GangError,
+    Partition,
+    ProcessGroupGang,
+    ShardedEmbedding,
+    StandardEmbedding,
+    VocabShardedEmbedding,
+    init_scaled_embedding,
+)
+
+KINDS = sorted(SHARDED)
+ALONE = FakeGang("cpu")
+MIDDLE = FakeGang("cpu", rank=1, size=3)
+
+
+def all_kinds(gang, *args, **options):
+    yield StandardEmbedding(*args, **options)
+    for kind in KINDS:
+        yield SHARDED[kind](gang, *args, **options)
+
+
+@pytest.mark.parametrize(
+    ("embed", "text"),
+    [
+        (
+            StandardEmbedding(11, 6),
+            "StandardEmbedding(11, 6, dtype=torch.float32, device='cpu')",
+        ),
+        (
+            StandardEmbedding(11, 6, -1, dtype=torch.bfloat16, sparse=True, device="meta"),
+            "StandardEmbedding(11, 6, pad_idx=10, sparse=True, dtype=torch.bfloat16, "
+            "device='meta')",
+        ),
+        (
+            ShardedEmbedding(MIDDLE, 11, 6, 0, output="shard"),
+            "ShardedEmbedding(11, 6, pad_idx=0, columns=2:4, shard=1/3, output='shard', "
+            "dtype=torch.float32, device='cpu')",
+        ),
+        (
+            VocabShardedEmbedding(MIDDLE, 11, 6),
+            "VocabShardedEmbedding(11, 6, rows=4:8, shard=1/3, dtype=torch.float32, device='cpu')",
+        ),
+        (
+            VocabShardedEmbedding(ALONE, 11, 6),
+            "VocabShardedEmbedding(11, 6, dtype=torch.float32, device='cpu')",
+        ),
+    ],
+)
+def test_repr(embed, text):
+    assert repr(embed) == text
+
+
+def test_weight_is_the_one_parameter_and_all_of_the_state():
+    for embed in all_kinds(MIDDLE, 11, 6, 2, sparse=True):
+        embed(torch.tensor([1, 2]))
+        for module in (embed, copy.deepcopy(embed), embed.to(torch.float64)):
+            assert [name for name, _ in module.named_parameters()] == ["weight"]
+            assert next(module.parameters()) is module.weight
+            assert list(module.state_dict()) == ["weight"]
+            assert not list(module.buffers())
+            assert list(module.modules()) == [module]
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        ((0, 4), {}, "`num_embeddings` must be greater than or equal to 1, but is 0 instead"),
+        ((-3, 4), {}, "`num_embeddings` must be .* but is -3 instead"),
+        ((5, 0), {}, "`embed_dim` must be greater than or equal to 1, but is 0 instead"),
+        ((5, 4, 5), {}, r"`pad_idx` must be in \[-5, 5\) .* but is 5 instead"),
+        ((5, 4, -6), {}, r"`pad_idx` must be in \[-5, 5\) .* but is -6 instead"),
+    ],
+)
+def test_bad_sizes_are_named(args, options, message):
+    with pytest.raises(ValueError, match=message):
+        StandardEmbedding(*args, **options)
+    for kind in KINDS:
+        with pytest.raises(ValueError, match=message):
+            SHARDED[kind](MIDDLE, *args, **options)
+
+
+def test_bad_outputs_are_named():
+    with pytest.raises(ValueError, match=r"'shard'\) for a `Sharded.*but is 'whole' instead"):
+        ShardedEmbedding(MIDDLE, 5, 4, output="whole")
+    with pytest.raises(ValueError, match=r"Vocab.*is 'shard' instead.*`ShardedEmbedding` gives"):
+        VocabShardedEmbedding(MIDDLE, 5, 4, output="shard")
+    whole = StandardEmbedding(5, 4)
+    with pytest.raises(ValueError, match=r"but is 'shard' instead"):
+        VocabShardedEmbedding.from_embedding(whole, MIDDLE, output="shard")
+
+
+def test_only_a_standard_embedding_is_sharded():
+    for kind in KINDS:
+        with pytest.raises(TypeError, match=r"a `StandardEmbedding`, but is a `Embedding`"):
+            SHARDED[kind].from_embedding(torch.nn.Embedding(5, 4), MIDDLE)
+
+
+@st.composite
+def placed(draw):
+    """(V, E, gang, shape of the ids)"""
+    size = draw(st.integers(1, 9))
+    gang = FakeGang("cpu", rank=draw(st.integers(0, size - 1)), size=size)
+    shape = draw(st.lists(st.integers(0, 4), max_size=3))
+    return draw(st.integers(1, 30)), draw(st.integers(1, 30)), gang, shape
+
+
+@given(placed())
+def test_shapes_at_any_place_of_any_gang(case):
+    v, e, gang, shape = case
+    own_columns = len(Partition(e, gang.size).shard(gang.rank))
+    own_rows = len(Partition(v, gang.size).shard(gang.rank))
+    for kind, output, weight_shape, width in [
+        ("embed", "replicated", (v, own_columns), e),
+        ("embed", "shard", (v, own_columns), own_columns),
+        ("vocab", "replicated", (own_rows, e), e),
+    ]:
+        for device in ("cpu", "meta"):
+            embed = SHARDED[kind](gang, v, e, device=device, output=output)
+            assert embed.weight.shape == weight_shape
+            assert embed.weight.is_meta == (device == "meta")
+            result = embed(torch.zeros(shape, dtype=torch.int64, device=device))
+            assert result.shape == (*shape, width)
+            assert result.device.type == device
+            result.sum().backward()
+            assert embed.weight.grad.shape == weight_shape
+            assert embed.weight.grad.device.type == device
+
+
+def test_nothing_is_allocated_on_meta():
+    # 2^60 numbers, and an init function that would need them.
+    for embed in all_kinds(MIDDLE, 1 << 30, 1 << 30, 7, device="meta", init_fn=lambda e: 1 / 0):
+        embed.reset_parameters()
+        assert embed.weight.is_meta
+        assert embed.weight.numel() == len(embed.rows) * len(embed.columns)
+        if isinstance(embed, StandardEmbedding):
+            sharded = [SHARDED[kind].from_embedding(embed, MIDDLE) for kind in KINDS]
+            assert all(s.weight.is_meta for s in sharded)
+            assert all(s.to_embedding().weight.shape == (1 << 30, 1 << 30) for s in sharded)
+
+
+def round_trip(gang, kind, options, frozen, training):
+    torch.manual_seed(1)
+    whole = StandardEmbedding(11, 7, -2, init_fn=init_scaled_embedding, **options)
+    whole.requires_grad_(not frozen).train(training)
+    embed = SHARDED[kind].from_embedding(whole, gang)
+    again = embed.to_embedding()
+    for table in (embed, again):
+        assert (table.num_embeddings, table.embed_dim, table.pad_idx) == (11, 7, 9)
+        assert table.init_fn is init_scaled_embedding
+        assert table.weight.dtype == whole.weight.dtype
+        assert table.weight.requires_grad == (not frozen)
+        assert table.weight.is_leaf
+        assert table.training == training
+        assert table.sparse == whole.sparse
+    assert_same_bits(again.weight, whole.weight, "tables")
+    assert embed.to_embedding(device="meta").weight.is_meta
+
+    # The three tables are apart from each other.
+    before = whole.weight.detach().clone()
+    with torch.no_grad():
+        embed.weight.fill_(1.0)
+    assert_same_bits(whole.weight, before, "tables")
+    assert_same_bits(again.weight, before, "tables")
+    assert (embed.to_embedding().weight == 1.0).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back_again(pool, kind, size):
+    pool(size, round_trip, kind, {}, False, True)
+    pool(size, round_trip, kind, {"dtype": torch.bfloat16}, True, False)
+    pool(size, round_trip, kind, {"dtype": torch.float64, "sparse": True}, False, False)
+
+
+def xavier(embed):
+    torch.nn.init.xavier_uniform_(embed.weight)
+
+
+def large(gang, kind):
+    """More than travels at once: 40 MiB."""
+    torch.manual_seed(5)
+    whole = StandardEmbedding(1003, 10001, 1002, init_fn=xavier)
+    torch.manual_seed(5)
+    embed = SHARDED[kind](gang, 1003, 10001, 1002, init_fn=xavier)
+    rows, columns = embed.rows, embed.columns
+    block = whole.weight[rows.start : rows.stop, columns.start : columns.stop]
+    assert_same_bits(embed.weight, block, "blocks")
+    assert_same_bits(embed.to_embedding().weight, whole.weight, "tables")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_tables_travel_in_chunks(pool, kind):
+    pool(3, large, kind)
+
+
+def step(embed, ids):
+    embed(ids).pow(2).sum().backward()
+    with torch.no_grad():
+        embed.weight -= 0.1 * embed.weight.grad.to_dense()
+    embed.weight.grad = None
+
+
+def copied(gang, kind, sparse):
+    torch.manual_seed(1)
+    whole = StandardEmbedding(11, 7, 3)
+    embed = SHARDED[kind](gang, 11, 7, 3, sparse=sparse)
+    with torch.no_grad():
+        embed.weight.copy_(SHARDED[kind].from_embedding(whole, gang).weight)
+    ids = torch.tensor([[1, 3, 10], [1, 5, 0]])
+
+    before = whole.weight.detach().clone()
+    dumped = pickle.dumps(embed)
+    copies = [copy.deepcopy(embed), pickle.loads(dumped)]
+    step(whole, ids)
+    for again in copies:
+        assert again.gang.rank == gang.rank
+        step(again, ids)
+        assert_same_bits(again.to_embedding().weight, whole.weight, "tables of a copy")
+        assert_same_bits(embed.to_embedding().weight, before, "tables")
+    step(embed, ids)
+    assert_same_bits(embed.to_embedding().weight, whole.weight, "tables")
+    return dumped, before[embed.rows][:, embed.columns]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_copies_train_on_their_own(pool, kind, size):
+    for sparse in (False, True):
+        for rank, (dumped, block) in enumerate(pool(size, copied, kind, sparse)):
+            # In this process there is no such group.
+            embed = pickle.loads(dumped)
+            assert (embed.gang.rank, embed.gang.size) == (rank, size)
+            assert_same_bits(embed.weight, block, "blocks")
+            if size > 1:
+                with pytest.raises(GangError, match=f"not rank {rank} of a process group"):
+                    embed(torch.tensor([0]))
+
+
+def emptied(embed):
+    embed = embed.to("meta").to_empty(device="cpu")
+    embed.reset_parameters()
+    return embed
+
+
+def loaded(embed, **options):
+    embed.load_state_dict({"weight": torch.ones(11, 6)}, **options)
+    return embed
+
+
+CHANGES = {
+    "as built": lambda embed: embed,
+    "copied": copy.deepcopy,
+    "unpickled": lambda embed: pickle.loads(pickle.dumps(embed)),
+    "converted": lambda embed: embed.to(torch.float64),
+    "emptied": emptied,
+    "loaded": loaded,
+    "assigned": lambda embed: loaded(embed, assign=True),
+    "copied while frozen": lambda embed: copy.deepcopy(embed.requires_grad_(False)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_sparse_gradients_are_coalesced_and_add_up(change):
+    first, second = torch.tensor([7, 1, 7, 2]), torch.tensor([[9, 7], [2, 0]])
+    for embed in all_kinds(ALONE, 11, 6, 2, sparse=True):
+        embed = CHANGES[change](embed).requires_grad_(True)
+        for ids, rows in [(first, [1, 7]), (second, [0, 1, 7, 9])]:
+            embed(ids).sum().backward()
+            assert embed.weight.grad.is_coalesced()
+            assert embed.weight.grad.indices().tolist() == [rows]
+        count = torch.tensor([1, 1, 0, 0, 0, 0, 0, 3, 0, 1, 0]).to(embed.weight)
+        assert torch.equal(embed.weight.grad.to_dense(), count[:, None].expand(11, 6))
+
+
+class RecordingGang(ProcessGroupGang):
+    """Keeps the operations and the bytes of their tensors."""
+
+    def __init__(self, process_group, device):
+        super().__init__(process_group, device)
+        self.operations = []
+
+    def _run(self, operation, collective, *tensors):
+        self.operations.append((operation, sum(tensor.nbytes for tensor in tensors)))
+        super()._run(operation, collective, *tensors)
+
+    def taken(self):
+        operations, self.operations = self.operations, []
+        return operations
+
+
+def recorded(gang, kind, num_embeddings, embed_dim, output, dtype):
+    gang = RecordingGang(gang.as_process_group(), "cpu")
+    sizes = num_embeddings, embed_dim
+    SHARDED[kind](gang, *sizes, dtype=dtype, device="meta")
+    on_meta = gang.taken()
+    SHARDED[kind](gang, *sizes, dtype=dtype)
+    by_block = gang.taken()
+    SHARDED[kind](gang, *sizes, dtype=dtype, init_fn=xavier)
+    as_a_whole = gang.taken()
+    whole = StandardEmbedding(*sizes, dtype=dtype)
+    embed = SHARDED[kind].from_embedding(whole, gang, output=output)
+    cut = gang.taken()
+    ids = torch.arange(12).view(3, 4) % num_embeddings
+    result = embed(ids)
+    forward = gang.taken()
+    result.sum().backward()
+    backward = gang.taken()
+    embed.to_embedding()
+    return on_meta, by_block, as_a_whole, cut, forward, backward, gang.taken()
+
+
+def sent(operations, size):
+    """The bytes that one rank sends."""
+    share = {"all_gather": size - 1, "all_reduce": 2 * (size - 1) / size}
+    return sum(share[operation] * nbytes for operation, nbytes in operations)
+
+
+@pytest.mark.parametrize("sizes", [(24, 12), (11, 7), (3, 2)], ids=str)
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_volumes_are_as_documented(pool, dtype, size, sizes):
+    (v, e), n, b = sizes, 12, dtype.itemsize
+    for kind, output, operation, volume in [
+        ("embed", "replicated", "all_gather", (size - 1) * n * -(-e // size)),
+        ("embed", "shard", None, 0),
+        ("vocab", "replicated", "all_reduce", 2 * (size - 1) / size * n * e),
+    ]:
+        largest_block = v * -(-e // size) if kind == "embed" else -(-v // size) * e
+        for result in pool(size, recorded, kind, *sizes, output, dtype):
+            on_meta, by_block, as_a_whole, cut, forward, backward, gathered = result
+            assert on_meta == []
+            assert by_block == [("broadcast", 8)]
+            seed, outcome, table = as_a_whole
+            assert seed == ("broadcast", 8)
+            assert outcome == ("broadcast_objects", 0)
+            assert table == ("broadcast", v * e * b)
+            assert cut == []
+            assert [name for name, _ in forward] == ([operation] if operation else [])
+            assert sent(forward, size) == pytest.approx(volume * b)
+            assert backward == []
+            assert {name for name, _ in gathered} == {"all_gather"}
+            assert sent(gathered, size) == (size - 1) * largest_block * b
+
+
+def counted_by_torch(gang, kind, output):
+    embed = SHARDED[kind](gang, 11, 7, output=output)
+    with CommDebugMode() as forward:
+        result = embed(torch.tensor([[1, 2, 3]]))
+    with CommDebugMode() as backward:
+        result.sum().backward()
+    assert backward.get_total_counts() == 0
+    return {str(name): count for name, count in forward.get_comm_counts().items()}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_torch_counts_the_same_collectives(pool, size):
+    for kind, output, expected in [
+        ("embed", "replicated", {"c10d._allgather_base_": 1}),
+        ("embed", "shard", {}),
+        ("vocab", "replicated", {"c10d.allreduce_": 1}),
+    ]:
+        wanted = expected if size > 1 else {}
+        assert pool(size, counted_by_torch, kind, output) == [wanted] * size

@@ -1,0 +1,394 @@
+"""Models whose tables are replaced compute what they did, and the model is whole if none was."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.utils import parametrize
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from parity import assert_same_bits
+from tp_embed import (
+    FakeGang,
+    ShardedEmbedding,
+    StandardEmbedding,
+    TiedHead,
+    VocabShardedEmbedding,
+    init,
+    shard_embeddings,
+)
+
+SIZES = [1, 2, 3, 4]
+MIDDLE = FakeGang("cpu", rank=1, size=3)
+IDS = torch.tensor([[1, 5, 102, 7, 5], [0, 3, 101, 1, 50]])
+
+
+def llama(**options):
+    sizes = {"vocab_size": 103, "hidden_size": 20, "intermediate_size": 24}
+    options |= {"num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 3}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **options))
+
+
+def tied_llama():
+    return llama(tie_word_embeddings=True)
+
+
+def gpt2():
+    config = GPT2Config(vocab_size=103, n_positions=9, n_embd=20, n_layer=2, n_head=2)
+    return GPT2LMHeadModel(config)
+
+
+class Tower(nn.Module):
+    """Two tables with one Parameter, another that is registered twice, and a head with a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.source = nn.Embedding(103, 10, padding_idx=3)
+        self.target = nn.Embedding(103, 10)
+        self.target.weight = self.source.weight
+        self.kinds = nn.ModuleList([nn.Embedding(7, 10)])
+        self.kinds.append(self.kinds[0])
+        self.mix = nn.Linear(10, 10)
+        self.head = nn.Linear(10, 103)
+        self.head.weight = self.source.weight
+
+    def forward(self, ids):
+        first, second = self.kinds
+        x = self.source(ids) + self.target(ids.flip(1)) + first(ids % 7) * second(ids % 5)
+        return self.head(torch.tanh(self.mix(x)))
+
+
+def build(name):
+    torch.manual_seed(0)
+    models = {"llama": llama, "tied llama": tied_llama, "gpt2": gpt2, "tower": Tower}
+    return models[name]().eval()
+
+
+def whole_gradient(embed):
+    gradient = copy.deepcopy(embed)
+    gradient.weight = nn.Parameter(embed.weight.grad)
+    return gradient.to_embedding().weight.detach()
+
+
+def seen(model):
+    """The logits, and the gradient of each Parameter, put together where it is sharded."""
+    output = model(IDS)
+    logits = getattr(output, "logits", output)
+    nn.functional.cross_entropy(logits.flatten(0, 1), IDS.roll(1).flatten()).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, (ShardedEmbedding, VocabShardedEmbedding)):
+            gradients[f"{name}.weight"] = whole_gradient(module)
+    # A shared Parameter goes by its first name.
+    return logits.detach(), {name: gradients[name] for name, _ in model.named_parameters()}
+
+
+def seen_sharded(gang, name, options):
+    model = build(name)
+    report = shard_embeddings(model, gang, **options)
+    return *seen(model), {table.name: table.strategy for table in report.tables}
+
+
+# The model, the arguments, and the strategy of each table.
+CASES = {
+    "llama by default": ("llama", {}, {"model.embed_tokens": "embed"}),
+    "llama by rows": ("llama", {"strategy": "vocab"}, {"model.embed_tokens": "vocab"}),
+    "tied llama by default": ("tied llama", {}, {"model.embed_tokens": "vocab"}),
+    "tied llama by columns": ("tied llama", {"strategy": "embed"}, {"model.embed_tokens": "embed"}),
+    "gpt2 by default": ("gpt2", {}, {"transformer.wte": "vocab", "transformer.wpe": "embed"}),
+    "gpt2 by rules": (
+        "gpt2",
+        {"rules": {"*.wpe": "none"}},
+        {"transformer.wte": "vocab", "transformer.wpe": "none"},
+    ),
+    "tower by default": ("tower", {}, {"source": "vocab", "kinds.0": "embed"}),
+    "tower by rules": (
+        "tower",
+        {"strategy": "none", "rules": {"*.1": "vocab", "source": "embed", "*": "embed"}},
+        {"source": "embed", "kinds.0": "vocab"},
+    ),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_model_computes_what_it_did(pool, case, size):
+    name, options, strategies = CASES[case]
+    logits, gradients = seen(build(name))
+    for result in pool(size, seen_sharded, name, options, timeout=120):
+        assert result[2] == strategies
+        assert list(result[1]) == list(gradients)
+        if name == "llama":
+            assert_same_bits(result[0], logits, "logits")
+            for key, gradient in gradients.items():
+                assert_same_bits(result[1][key], gradient, f"gradients of {key}")
+        else:
+            torch.testing.assert_close(result[0], logits, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(result[1], gradients, atol=1e-5, rtol=1e-5)
+
+
+def test_report():
+    report = shard_embeddings(Tower(), MIDDLE, rules={"kinds.1": "embed"})
+    source, kinds = report.tables
+    assert (source.name, source.tied, source.strategy) == ("source", ("target", "head"), "vocab")
+    assert (kinds.name, kinds.tied, kinds.strategy) == ("kinds.0", ("kinds.1",), "embed")
+    assert (source.num_embeddings, source.embed_dim) == (103, 10)
+    assert (source.bytes_per_rank, source.bytes_replicated) == (35 * 10 * 4, 103 * 10 * 4)
+    assert (kinds.bytes_per_rank, kinds.bytes_replicated) == (7 * 4 * 4, 7 * 10 * 4)
+    assert report.bytes_per_rank == source.bytes_per_rank + kinds.bytes_per_rank
+    assert report.bytes_replicated == source.bytes_replicated + kinds.bytes_replicated
+    table = nn.ModuleList([nn.Embedding(1 << 20, 1 << 10, device="meta", dtype=torch.bfloat16)])
+    assert str(shard_embeddings(table, FakeGang("cpu", rank=3, size=4))) == (
+        "0 (1048576 x 1024): strategy 'embed'; 512.00 MiB on this rank, 2048.00 MiB if replicated"
+    )
+    assert str(report).startswith("source (103 x 10): strategy 'vocab', tied to target, head; ")
+    assert len(str(report).splitlines()) == 2
+
+
+def test_nothing_to_shard():
+    assert str(shard_embeddings(nn.Linear(3, 3), MIDDLE)) == "no embedding tables"
+    tower = Tower()
+    shard_embeddings(tower, MIDDLE)
+    modules = dict(tower.named_modules())
+    assert shard_embeddings(tower, MIDDLE).tables == ()
+    assert dict(tower.named_modules()) == modules
+
+
+def test_what_was_one_stays_one():
+    tower = Tower()
+    shard_embeddings(tower, MIDDLE)
+    assert tower.kinds[0] is tower.kinds[1]
+    assert isinstance(tower.kinds[0], ShardedEmbedding)
+    assert tower.source is not tower.target
+    assert (tower.source.pad_idx, tower.target.pad_idx) == (3, None)
+    assert tower.source.weight is tower.target.weight is tower.head.weight
+    assert isinstance(tower.head, TiedHead)
+
+
+@pytest.mark.parametrize("strategy", ["embed", "vocab"])
+def test_what_a_table_was_stays(strategy):
+    model = nn.ModuleDict(
+        {
+            "frozen": nn.Embedding(5, 4).requires_grad_(False),
+            "low": nn.Embedding(5, 4, padding_idx=-1, dtype=torch.bfloat16),
+            "sparse": nn.Embedding(5, 4, sparse=True).eval(),
+            "ours": StandardEmbedding(5, 4, pad_idx=2, dtype=torch.float64),
+            "on meta": nn.Embedding(1 << 30, 1 << 20, device="meta"),
+        }
+    )
+    was = copy.deepcopy(model)
+    shard_embeddings(model, FakeGang("cpu"), strategy=strategy)
+    for name, embed in model.items():
+        assert isinstance(embed, (ShardedEmbedding, VocabShardedEmbedding))
+        assert embed.weight.requires_grad == (name != "frozen")
+        assert embed.weight.dtype == was[name].weight.dtype
+        assert embed.weight.device == was[name].weight.device
+        assert embed.sparse == (name == "sparse")
+        assert embed.training == (name != "sparse")
+        assert embed.pad_idx == {"low": 4, "ours": 2}.get(name)
+        if name != "on meta":
+            assert_same_bits(embed.weight, was[name].weight, name)
+
+
+def test_hooks_of_tables_and_heads_stay():
+    tower, calls = Tower(), []
+    tower.source.register_forward_pre_hook(lambda *args: calls.append("in"), with_kwargs=True)
+    handle = tower.source.register_forward_hook(lambda m, x, y: calls.append(type(m)))
+    tower.head.register_forward_hook(lambda m, x, y: calls.append(type(m)))
+    tower.head.register_full_backward_hook(lambda m, x, y: calls.append("back"))
+    shard_embeddings(tower, FakeGang("cpu"))
+    tower(IDS).sum().backward()
+    assert calls == ["in", VocabShardedEmbedding, TiedHead, "back"]
+    handle.remove()
+    tower(IDS)
+    assert calls[4:] == ["in", TiedHead]
+
+
+class Scaled(nn.Embedding):
+    def forward(self, ids):
+        return 10 * super().forward(ids)
+
+
+def pair():
+    """A table that can be sharded, and one that is yet to be spoilt."""
+    model = nn.Module()
+    model.good, model.bad = nn.Embedding(7, 4), nn.Embedding(7, 4)
+    return model
+
+
+def tied_to_a_bag(model):
+    model.other = nn.EmbeddingBag(7, 4)
+    model.other.weight = model.bad.weight
+
+
+BAD_ARGUMENTS = [
+    ({"strategy": "rows"}, r"`strategy` must be one of .*, but is 'rows' instead"),
+    ({"rules": {"bad": "?"}}, r"`rules\['bad'\]` must be .*, but is '\?' instead"),
+    ({"rules": {"good": "vocab", "*.wpe": "none"}}, r"but \['\*.wpe'\] match none"),
+]
+
+BAD_TABLES = {
+    "max_norm": (
+        lambda m: setattr(m.bad, "max_norm", 1.0),
+        r"'bad' must not use `max_norm`.* is 1.0 instead. .*`rules={'bad': 'none'}`",
+    ),
+    "scale_grad_by_freq": (
+        lambda m: setattr(m.bad, "scale_grad_by_freq", True),
+        r"'bad' must not use `scale_grad_by_freq`",
+    ),
+    "forward of the class": (
+        lambda m: setattr(m, "bad", Scaled(7, 4)),
+        r"'bad' must be .* but is a `Scaled` with a `forward` of its own",
+    ),
+    "forward of the object": (
+        lambda m: setattr(m.bad, "forward", lambda ids: 10 * m.bad.weight[ids]),
+        r"'bad' .* a `forward`",
+    ),
+    "narrow": (
+        lambda m: setattr(m.bad, "weight", nn.Parameter(torch.zeros(7, 2))),
+        r"'bad' must be whole, .*\(7, 4\), but it has \(7, 2\)",
+    ),
+    "integers": (
+        lambda m: setattr(m.bad, "weight", nn.Parameter(torch.ones(7, 4).char(), False)),
+        r"'bad'",
+    ),
+    "parametrized": (
+        lambda m: parametrize.register_parametrization(m.bad, "weight", nn.Tanh()),
+        r"'bad' must hold its `weight` as a Parameter",
+    ),
+    "tied to a bag": (
+        tied_to_a_bag,
+        r"The table 'bad' must be shared .* 'other.weight' of a `EmbeddingBag`",
+    ),
+    "hooks of the state dict": (
+        lambda m: m.bad.register_state_dict_post_hook(lambda *args: None),
+        r"'bad' must not have hooks of its state dict",
+    ),
+    "hooks of loading": (
+        lambda m: m.bad.register_load_state_dict_pre_hook(lambda *args: None),
+        r"'bad' must not have hooks of its state dict",
+    ),
+}
+
+
+def state(model):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return modules, {name: (id(p), p.detach().tolist()) for name, p in parameters.items()}
+
+
+def assert_refused(model, error, message, **options):
+    before = state(model)
+    with pytest.raises(error, match=message):
+        shard_embeddings(model, MIDDLE, **options)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_ARGUMENTS)
+def test_bad_arguments_leave_the_model_as_it_was(options, message):
+    assert_refused(pair(), ValueError, message, **options)
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_bad_table_leaves_the_model_as_it_was(name):
+    model, (spoil, message) = pair(), BAD_TABLES[name]
+    spoil(model)
+    assert_refused(model, TypeError if "forward" in name else ValueError, message)
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_bad_table_can_be_left_out(name):
+    model = pair()
+    BAD_TABLES[name][0](model)
+    bad = model.bad
+    shard_embeddings(model, MIDDLE, rules={"bad": "none"})
+    assert isinstance(model.good, ShardedEmbedding)
+    assert model.bad is bad
+
+
+@pytest.mark.parametrize("strategy", ["embed", "vocab"])
+def test_failed_init_fn_leaves_the_model_as_it_was(strategy):
+    values = [1.0]  # The second table gets none.
+    options = {"strategy": strategy, "init_fn": lambda embed: embed.weight.fill_(values.pop())}
+    assert_refused(pair(), IndexError, "pop from empty list", **options)
+
+
+def initialised(gang, strategy):
+    torch.manual_seed(gang.rank)  # Rank 0 has the last word.
+    model = Tower()
+    shard_embeddings(model, gang, strategy=strategy, init_fn=init.scaled)
+    return [
+        (e.to_embedding() if hasattr(e, "to_embedding") else e).weight.detach()
+        for e in (model.source, model.target, model.kinds[0])
+    ]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_init_fn_gives_the_same_tables_for_each_strategy(pool, size):
+    source, target, kinds = initialised(FakeGang("cpu"), "auto")
+    assert_same_bits(source, target, "tables")
+    assert not source[3].any()
+    for strategy in ("auto", "embed", "vocab", "none"):
+        for tables in pool(size, initialised, strategy):
+            for table, expected in zip(tables, (source, target, kinds), strict=True):
+                assert_same_bits(table, expected, f"tables of '{strategy}'")
+
+
+def test_model_that_is_a_table_is_refused():
+    table = nn.Embedding(7, 4)
+    with pytest.raises(ValueError, match=r"but is a table itself. Use\s+`ShardedEmbedding.from_"):
+        shard_embeddings(table, MIDDLE)
+    shard_embeddings(table, MIDDLE, strategy="none")
+    assert type(table) is nn.Embedding
+
+
+@pytest.mark.parametrize("name", ["source", "target"])
+def test_table_with_the_rule_none_is_left_where_its_tied_table_is_not(name):
+    tower = Tower()
+    table = getattr(tower, name)
+    with contextlib.suppress(ValueError):
+        shard_embeddings(tower, MIDDLE, rules={name: "none"})
+    assert getattr(tower, name) is table
+    assert tower.source.weight is tower.target.weight is tower.head.weight
+
+
+def head_and_reference(gang, kind):
+    torch.manual_seed(2)
+    whole = StandardEmbedding(11, 7)
+    bias = nn.Parameter(torch.randn(11))
+    hidden = torch.randn(2, 3, 7, requires_grad=True)
+    upstream = torch.randn(2, 3, 11)
+    nn.functional.linear(hidden, whole.weight, bias).backward(upstream)
+    expected = [hidden.grad, bias.grad, whole.weight.grad]
+    hidden.grad = bias.grad = None
+
+    embed = kind.from_embedding(whole, gang)
+    head = TiedHead(embed, bias=bias)
+    assert head.weight is embed.weight
+    with CommDebugMode() as forward:
+        logits = head(hidden)
+    with CommDebugMode() as backward:
+        logits.backward(upstream)
+    torch.testing.assert_close(logits, nn.functional.linear(hidden, whole.weight, bias))
+    torch.testing.assert_close([hidden.grad, bias.grad, whole_gradient(embed)], expected)
+    return [{str(n): c for n, c in mode.get_comm_counts().items()} for mode in (forward, backward)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_head_is_linear_and_sends_what_it_says(pool, size):
+    gather, reduce = {"c10d._allgather_base_": 1}, {"c10d.allreduce_": 1}
+    rows, columns = ([gather, reduce], [reduce, gather]) if size > 1 else ([{}, {}], [{}, {}])
+    assert pool(size, head_and_reference, VocabShardedEmbedding) == [rows] * size
+    assert pool(size, head_and_reference, ShardedEmbedding) == [columns] * size
+
+
+def test_head_needs_a_sharded_embedding():
+    with pytest.raises(TypeError, match=r"must be .* but is a `StandardEmbedding` instead"):
+        TiedHead(StandardEmbedding(3, 2))
+    head = TiedHead(VocabShardedEmbedding(MIDDLE, 11, 6))
+    assert repr(head) == "TiedHead(rows=4:8, shard=1/3)"

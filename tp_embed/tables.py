@@ -1,0 +1,150 @@
+"""Finds the embedding tables of a model, with all that shares their Parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.nn import Module, Parameter
+
+from tp_embed.embedding import StandardEmbedding
+
+_STATE_DICT_HOOKS = (
+    "_state_dict_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module is registered: ``parent.attribute``, ``name`` seen from the model."""
+
+    parent: Module
+    attribute: str
+    name: str
+
+
+@dataclass(frozen=True)
+class TableGroup:
+    """One table: its weight and the modules that use it, with the places of each; ``others`` says
+    what is neither an embedding nor a head. ``computed`` is for a weight that is no Parameter."""
+
+    weight: Tensor
+    computed: bool = False
+    embeddings: dict[Module, list[Place]] = field(default_factory=dict)
+    heads: dict[nn.Linear, list[Place]] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+
+    @property
+    def embedding_names(self) -> list[str]:
+        """By all places of all embeddings; a model that is a table itself is the place ``""``."""
+        return [name for places in self.embeddings.values() for name in _names(places)]
+
+    @property
+    def head_names(self) -> list[str]:
+        return [name for places in self.heads.values() for name in _names(places)]
+
+
+def _names(places: list[Place]) -> list[str]:
+    return [place.name for place in places] or [""]
+
+
+def find_tables(model: Module) -> list[TableGroup]:
+    """The tables of the ``nn.Embedding`` and :class:`StandardEmbedding` modules of ``model``, in
+    the order of the model."""
+    places: dict[Module, list[Place]] = {model: []}
+    for prefix, parent in model.named_modules():
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                places.setdefault(child, []).append(Place(parent, attribute, name))
+
+    groups: dict[Parameter | Module, TableGroup] = {}
+    for module, module_places in places.items():
+        if isinstance(module, (nn.Embedding, StandardEmbedding)):
+            weight = module._parameters.get("weight")
+            new = TableGroup(module.weight, computed=weight is None)
+            group = groups.setdefault(module if weight is None else weight, new)
+            group.embeddings[module] = module_places
+    for module, module_places in places.items():
+        for attribute, parameter in module._parameters.items():
+            if parameter not in groups or module in groups[parameter].embeddings:
+                continue
+            if isinstance(module, nn.Linear) and _runs(module, nn.Linear.forward):
+                groups[parameter].heads[module] = module_places
+            else:
+                name = ".".join([*filter(None, _names(module_places)[:1]), attribute])
+                groups[parameter].others.append(f"'{name}' of a `{type(module).__name__}`")
+    return list(groups.values())
+
+
+def _runs(module: Module, forward: Callable[..., object]) -> bool:
+    return type(module).forward is forward and "forward" not in vars(module)
+
+
+def check_shardable(group: TableGroup) -> None:
+    """
+    :raises ValueError: the table has options, a dtype or ties that a sharded one would lose.
+    :raises TypeError: it is of a class with a ``forward`` of its own, which would be lost.
+    """
+    name = group.embedding_names[0]
+    if group.computed:
+        raise ValueError(
+            f"The table '{name}' must hold its `weight` as a Parameter, but computes it (a "
+            f"parametrization?) instead. {_skip(name)}"
+        )
+    for module, places in group.embeddings.items():
+        _check_embedding(module, _names(places)[0])
+    if group.others:
+        raise ValueError(
+            f"The table '{name}' must be shared with embeddings and `torch.nn.Linear` heads only, "
+            f"but {' and '.join(group.others)} is the same Parameter, and the tie would break. "
+            f"{_skip(name)}"
+        )
+
+
+def _check_embedding(module: Module, name: str) -> None:
+    if not name:
+        raise ValueError(
+            "`model` must contain its tables, but is a table itself. Use "
+            "`ShardedEmbedding.from_embedding()` or `VocabShardedEmbedding.from_embedding()`."
+        )
+    if isinstance(module, StandardEmbedding):
+        return
+    assert isinstance(module, nn.Embedding)
+    if not _runs(module, nn.Embedding.forward):
+        raise TypeError(
+            f"The table '{name}' must be a `torch.nn.Embedding`, but is a "
+            f"`{type(module).__name__}` with a `forward` of its own instead, which a sharded table "
+            f"would not run. {_skip(name)}"
+        )
+    if any(getattr(module, hooks) for hooks in _STATE_DICT_HOOKS):
+        raise ValueError(
+            f"The table '{name}' must not have hooks of its state dict, which know the whole table "
+            f"only, but has some. Remove them first. {_skip(name)}"
+        )
+    for option in ("max_norm", "scale_grad_by_freq"):
+        if getattr(module, option):
+            raise ValueError(
+                f"The table '{name}' must not use `{option}`, which sharded tables do not "
+                f"have, but it is {getattr(module, option)} instead. {_skip(name)}"
+            )
+    if not module.weight.is_floating_point():
+        raise ValueError(
+            f"The table '{name}' must have a floating-point dtype, "
+            f"but has {module.weight.dtype} instead. {_skip(name)}"
+        )
+    expected = (module.num_embeddings, module.embedding_dim)
+    if module.weight.shape != expected:
+        raise ValueError(
+            f"The table '{name}' must be whole, with a weight of the shape {expected}, but it has "
+            f"{tuple(module.weight.shape)} instead. Shard it before another tool slices or "
+            "partitions it (AutoTP, `deepspeed.zero.Init`)."
+        )
+
+
+def _skip(name: str) -> str:
+    return f"Leave it as it is with `rules={{{name!r}: 'none'}}`."
