@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import final
 
 import torch
@@ -22,6 +23,7 @@ class BatchLayout:
     :param packed: whether the sequences follow each other in one dimension.
     :param device: where the tensor properties live.
     :raises ValueError: the shape does not fit ``packed``, or the lengths do not fit the shape.
+    :raises TypeError: a length is not an integer.
     """
 
     def __init__(
@@ -50,7 +52,10 @@ class BatchLayout:
         if seq_lens is None:
             seq_lens = [width] if packed else [width] * shape[0]
         else:
-            seq_lens = [int(seq_len) for seq_len in seq_lens]
+            try:
+                seq_lens = [index(seq_len) for seq_len in seq_lens]
+            except TypeError as e:
+                raise TypeError(f"`seq_lens` must hold integers, but is {seq_lens} instead.") from e
 
         for idx, seq_len in enumerate(seq_lens):
             if not 1 <= seq_len <= width:
@@ -83,7 +88,7 @@ class BatchLayout:
 
             # (S)
             positions = torch.full((width,), -1, dtype=torch.int64, device=device)
-            positions[:end] = columns[:end] - starts.repeat_interleave(lens)
+            positions[:end] = columns[:end] - starts.repeat_interleave(lens, output_size=end)
         else:
             if len(seq_lens) != shape[0]:
                 raise ValueError(
@@ -115,7 +120,7 @@ class BatchLayout:
 
         :param batch: the batch. *Shape:* :math:`(N,S,*)`, or :math:`(S,*)` if ``packed``.
         :param seq_lens: the length of each sequence; if ``None``, there is no padding.
-        :raises ValueError: as the constructor.
+        :raises ValueError, TypeError: as the constructor.
         """
         shape = batch.shape[: 1 if packed else 2]
 
