@@ -54,11 +54,11 @@ class Corpus:
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
     def validation_batches(self, count: int, batch_size: int, seq_len: int) -> Iterator[Tensor]:
-        """The first ``count`` batches of the validation text, or as many as there are."""
-        size = batch_size * seq_len
-        for index in range(min(count, len(self.validation) // size)):
-            ids = self.validation[index * size : (index + 1) * size].astype(np.int64)
-            yield torch.from_numpy(ids).view(batch_size, seq_len)
+        """``count`` batches, evenly spread over the validation text."""
+        starts = np.linspace(0, len(self.validation) - seq_len, count * batch_size, dtype=np.int64)
+        for batch in starts.reshape(count, batch_size):
+            rows = [self.validation[start : start + seq_len] for start in batch]
+            yield torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
 def load(

@@ -160,8 +160,9 @@ def test_nothing_to_shard():
 
 
 def test_what_was_one_stays_one():
-    tower = Tower()
+    tower = Tower().eval()
     shard_embeddings(tower, MIDDLE)
+    assert not any(module.training for module in tower.modules())
     assert tower.kinds[0] is tower.kinds[1]
     assert isinstance(tower.kinds[0], ShardedEmbedding)
     assert tower.source is not tower.target
