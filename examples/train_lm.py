@@ -76,6 +76,8 @@ def main(config: DictConfig) -> None:
     if config.resume:
         first_step = checkpoints.load(engine)
         say(f"resumed after step {first_step}")
+    else:
+        checkpoints.clear()
     if is_first:
         metrics.start(first_step)
 
@@ -97,10 +99,11 @@ def main(config: DictConfig) -> None:
         loss = engine(input_ids=ids, labels=ids).loss
         engine.backward(loss)
         engine.step()
-        seconds = time.perf_counter() - started
+        value = loss.item()
+        rate = tokens / (time.perf_counter() - started)
         if is_first:
-            metrics.add(step=step + 1, loss=loss.item(), tokens_per_second=tokens / seconds)
-            progress.set_postfix(loss=f"{loss.item():.3f}", tokens_s=f"{tokens / seconds:.0f}")
+            metrics.add(step=step + 1, loss=value, tokens_per_second=rate)
+            progress.set_postfix(loss=f"{value:.3f}", tokens_s=f"{rate:.0f}")
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             checkpoints.save(engine, step + 1)
 
@@ -172,6 +175,12 @@ class Checkpoints:
             temporary.replace(self._latest)
             if previous not in (None, tag):
                 shutil.rmtree(self._directory / previous)
+        dist.barrier()
+
+    def clear(self) -> None:
+        """Removes what an earlier run of this name left, which this one would overwrite."""
+        if dist.get_rank() == 0:
+            shutil.rmtree(self._directory, ignore_errors=True)
         dist.barrier()
 
     def load(self, engine: Any) -> int:

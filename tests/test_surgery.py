@@ -256,7 +256,7 @@ BAD_TABLES = {
     ),
     "integers": (
         lambda m: setattr(m.bad, "weight", nn.Parameter(torch.ones(7, 4).char(), False)),
-        r"'bad'",
+        r"'bad' must have a floating-point dtype, but has torch.int8",
     ),
     "parametrized": (
         lambda m: parametrize.register_parametrization(m.bad, "weight", nn.Tanh()),

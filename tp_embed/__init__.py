@@ -16,10 +16,11 @@ if TYPE_CHECKING:
         StandardEmbedding,
         VocabShardedEmbedding,
     )
-    from tp_embed.gang import FakeGang, Gang, GangError, ProcessGroupGang, ReduceOperation
+    from tp_embed.gang import FakeGang, Gang, GangError, ReduceOperation
     from tp_embed.head import TiedHead
     from tp_embed.init import blockwise, init_scaled_embedding
     from tp_embed.partition import Partition
+    from tp_embed.process_group import ProcessGroupGang
     from tp_embed.surgery import shard_embeddings
 
 _MODULE_OF = {
@@ -29,7 +30,7 @@ _MODULE_OF = {
     "Gang": "gang",
     "GangError": "gang",
     "Partition": "partition",
-    "ProcessGroupGang": "gang",
+    "ProcessGroupGang": "process_group",
     "ReduceOperation": "gang",
     "ShardedEmbedding": "embedding",
     "StandardEmbedding": "embedding",

@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 from tp_embed.gang import Gang
 from tp_embed.partition import Partition
 
+# How much of a table travels at once where all of it has to.
+_CHUNK_BYTES = 16 << 20
+
 
 def gather_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
     """Puts the ranks' blocks of the last dimension together.
@@ -91,6 +94,38 @@ def all_gather_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
     gang.all_gather(blocks, x)
     columns = blocks.movedim(0, -2).flatten(-2)  # (*, P x B)
     return columns[..., : partition.size].contiguous()
+
+
+def gather_table(output: Tensor, block: Tensor, dim: int, gang: Gang, partition: Partition) -> None:
+    """Puts the ranks' blocks of a table together, on every rank, without autograd.
+
+    All ranks have to call it. It sends (P-1) times the largest block, in chunks of 16 MiB, which is
+    about what it needs of memory.
+
+    :param output: the table. *Shape:* :math:`(V,E)`. On any device.
+    :param block: the block of this rank. *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
+    :param dim: the dimension that is cut over the gang: 0, the rows, or 1, the columns.
+    :param partition: how it is cut.
+    """
+    num_rows, width = output.shape
+    step = max(1, _CHUNK_BYTES // (width * output.element_size()))
+    if dim == 1:
+        for start in range(0, num_rows, step):
+            rows = block[start : start + step].to(gang.device)
+            output[start : start + step] = all_gather_columns(rows, gang, partition)
+        return
+    # The first rows of every block, then the next ones, ...
+    step = max(1, step // gang.size)
+    for start in range(0, partition.block, step):
+        length = min(step, partition.block - start)
+        own = block[start : start + length]
+        padded = own.new_zeros((length, width), device=gang.device)
+        padded[: len(own)] = own
+        parts = padded.new_empty((gang.size, length, width))
+        gang.all_gather(parts, padded)
+        for rank in range(gang.size):
+            rows_of_rank = partition.shard(rank)[start : start + length]
+            output[rows_of_rank.start : rows_of_rank.stop] = parts[rank, : len(rows_of_rank)]
 
 
 def _own_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:

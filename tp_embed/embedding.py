@@ -7,8 +7,7 @@ block is and in how the ranks' lookups become the output.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self, final
 
 import torch
@@ -16,18 +15,17 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from tp_embed import init
-from tp_embed.collectives import all_gather_columns, gather_columns, reduce_partial
-from tp_embed.gang import FakeGang, Gang, GangError
+from tp_embed.collectives import gather_columns, gather_table, reduce_partial
+from tp_embed.gang import FakeGang, Gang
 from tp_embed.ids import IdCheck, as_indices
+from tp_embed.layer import GangLayer
 from tp_embed.lookup import keep_coalesced, lookup
 from tp_embed.partition import Partition
+from tp_embed.whole_init import fill_from_whole_table
 
 InitFn = Callable[[Any], object]
 
 Output = Literal["replicated", "shard"]
-
-# How much of a table travels at once where all of it has to.
-_CHUNK_BYTES = 16 << 20
 
 
 class Embedding(Module, ABC):
@@ -38,6 +36,7 @@ class Embedding(Module, ABC):
     :param pad_idx: if not ``None``, the row that is zero after initialisation and gets no
         gradient; negative values count from the end.
     :raises ValueError: a size is less than 1, or ``pad_idx`` is not a row of the table.
+    :raises TypeError: a size is not an integer.
     """
 
     num_embeddings: int
@@ -47,6 +46,10 @@ class Embedding(Module, ABC):
     def __init__(self, num_embeddings: int, embed_dim: int, pad_idx: int | None = None) -> None:
         super().__init__()
         for name, size in (("num_embeddings", num_embeddings), ("embed_dim", embed_dim)):
+            if not isinstance(size, int):
+                raise TypeError(
+                    f"`{name}` must be an integer, but is a `{type(size).__name__}` instead."
+                )
             if size < 1:
                 raise ValueError(
                     f"`{name}` must be greater than or equal to 1, but is {size} instead."
@@ -72,7 +75,7 @@ class Embedding(Module, ABC):
         """
 
 
-class _Table(Embedding):
+class _Table(GangLayer, Embedding):
     """An embedding whose ``weight``, its one Parameter, is a block of the table.
 
     ``shard_dim`` is the dimension that is cut over the gang, 0 for the rows and 1 for the columns;
@@ -98,6 +101,11 @@ class _Table(Embedding):
         sparse: bool = False,
     ) -> None:
         super().__init__(num_embeddings, embed_dim, pad_idx)
+        if not isinstance(gang, Gang):
+            raise TypeError(
+                f"`gang` must be a `Gang`, but is a `{type(gang).__name__}` instead. Wrap a "
+                "process group: `ProcessGroupGang(process_group, device)`."
+            )
         if output not in self.outputs:
             hint = "" if self.shard_dim else " `ShardedEmbedding` gives 'shard', its own columns."
             raise ValueError(
@@ -110,6 +118,8 @@ class _Table(Embedding):
         self.sparse = sparse
         self._id_check = IdCheck()
         shape = len(self.rows), len(self.columns)
+        if device is None and torch.get_default_device().type == "cpu":
+            device = gang.device
         self.weight = Parameter(torch.empty(shape, device=device, dtype=dtype))
         gang.adopt(self)
         self.reset_parameters()
@@ -139,11 +149,12 @@ class _Table(Embedding):
 
         All ranks of the gang have to call it. The functions of :mod:`tp_embed.init`, and others
         that are marked with :func:`tp_embed.init.blockwise`, fill each rank's block where it is;
-        they send 8 bytes. Any other function is called on rank 0 with a whole
+        they send 8 bytes. Any other function is called on rank 0 of the gang with a whole
         :class:`StandardEmbedding`, under torch's generators seeded for this table, and every rank
         receives its block: V x E items are broadcast, in chunks, and rank 0 holds the whole table
         for that long. On ``meta`` nothing is done.
 
+        :raises ValueError: ``init_fn`` has changed the shape, dtype or device of the weight.
         :raises GangError: ``init_fn`` failed on rank 0 and this is another rank.
         """
         if self.weight.is_meta:
@@ -152,51 +163,8 @@ class _Table(Embedding):
         if init.is_blockwise(init_fn):
             init_fn(self)
         else:
-            self._fill_from_whole_table(init_fn)
-
-    @torch.no_grad()
-    def _fill_from_whole_table(self, init_fn: InitFn) -> None:
-        seed = init.agree_on_seed(self.gang)
-        whole, error = None, None
-        # A fake gang has no rank 0 to receive from.
-        if self.gang.rank == 0 or isinstance(self.gang, FakeGang):
-            whole = self if isinstance(self, StandardEmbedding) else _empty_like(self)
-            try:
-                with _seeded(seed, whole.weight.device):
-                    init_fn(whole)
-            except Exception as e:
-                error = e
-            init.zero_pad_row(whole)
-        if self.gang.size > 1:
-            outcome = [repr(error) if error else None]
-            self.gang.broadcast_objects(outcome)
-            if outcome[0] and not error:
-                raise GangError(f"`init_fn` failed on rank 0 of {self.gang}: {outcome[0]}")
-        if error:
-            raise error
-        if whole is not self:
-            self._receive_block(whole)
-
-    def _receive_block(self, whole: _Table | None) -> None:
-        """Takes this rank's block of the table ``whole`` of rank 0."""
-        rows, columns = self.rows, self.columns
-        for chunk in self._row_chunks():
-            if whole is not None:
-                part = whole.weight[chunk.start : chunk.stop].to(self.gang.device)
-            else:
-                part = self.weight.new_empty((len(chunk), self.embed_dim), device=self.gang.device)
-            self.gang.broadcast(part)
-            start, stop = max(chunk.start, rows.start), min(chunk.stop, rows.stop)
-            if start < stop:
-                self.weight[start - rows.start : stop - rows.start] = part[
-                    start - chunk.start : stop - chunk.start, columns.start : columns.stop
-                ]
-
-    def _row_chunks(self) -> list[range]:
-        """The rows of the whole table, a few at a time."""
-        step = max(1, _CHUNK_BYTES // (self.embed_dim * self.weight.element_size()))
-        rows = range(self.num_embeddings)
-        return [rows[start : start + step] for start in rows[::step]]
+            whole = self if isinstance(self, StandardEmbedding) else None
+            fill_from_whole_table(self, init_fn, lambda: whole or _empty_like(self))
 
     def forward(self, x: Tensor) -> Tensor:
         ids = as_indices(x)
@@ -212,6 +180,14 @@ class _Table(Embedding):
             sparse=self.sparse,
         )
         return self._combine(block)
+
+    def check_ids(self) -> None:
+        """Waits until the ids of all forwards so far are checked, which on an accelerator is done
+        in the background; see :class:`tp_embed.ids.IdCheck`.
+
+        :raises IndexError: as the forward.
+        """
+        self._id_check.flush()
 
     def _combine(self, block: Tensor) -> Tensor:
         """The output, from what this rank's block gives for the ids. *Shape:* :math:`(*,E)`."""
@@ -231,19 +207,6 @@ class _Table(Embedding):
             parts.append("sparse=True")
         parts.append(f"dtype={self.weight.dtype}, device='{self.weight.device}'")
         return ", ".join(parts)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self.gang.adopt(self)  # `to_empty()` and the like replace the Parameter.
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.gang.adopt(self)  # A copied Parameter has lost the marks of its gang.
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.gang.adopt(self)  # `assign=True` replaces the Parameter.
 
 
 @final
@@ -302,20 +265,6 @@ def _empty_like(embed: _Table, device: torch.device | str | None = None) -> Stan
     return whole.to_empty(device=device or embed.weight.device)
 
 
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds the generators of the CPU and of ``device``, and puts them back at the end."""
-    if device.type == "cpu":
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            yield
-    else:
-        with torch.random.fork_rng(devices=[device], device_type=device.type):
-            torch.default_generator.manual_seed(seed)
-            torch.get_device_module(device).manual_seed(seed)
-            yield
-
-
 class _ShardedTable(_Table):
     """A table over a gang of any size, which comes from a whole one and can go back to one."""
 
@@ -364,14 +313,17 @@ class _ShardedTable(_Table):
 
         :param device: the device of the whole table; if ``None``, that of this one.
         """
+        if self.weight.is_meta:
+            if device is not None and torch.device(device).type != "meta":
+                raise ValueError(
+                    f"`device` must be 'meta' for a table on meta, but is '{device}' instead. "
+                    "Initialize the table first: `to_empty(device=...)`, `reset_parameters()`."
+                )
+            return _empty_like(self)
         whole = _empty_like(self, device)
-        if not self.weight.is_meta:
-            with torch.no_grad():
-                self._gather_into(whole.weight)
+        with torch.no_grad():
+            gather_table(whole.weight, self.weight, self.shard_dim, self.gang, self.partition)
         return whole
-
-    def _gather_into(self, table: Tensor) -> None:
-        raise NotImplementedError
 
 
 @final
@@ -388,7 +340,8 @@ class ShardedEmbedding(_ShardedTable):
     :param pad_idx: if not ``None``, the row that is zero after initialisation and gets no
         gradient, so that it is not updated during training; negative values count from the end.
     :param init_fn: the callable to initialize the table, see :meth:`reset_parameters`.
-    :param device: the device of the table.
+    :param device: the device of the table; if ``None``, torch's default device, or that of the gang
+        where that is the CPU.
     :param dtype: the dtype of the table.
     :param output: ``"replicated"``: each rank gets :math:`(*,E)`; ``"shard"``: each rank gets its
         own columns, :math:`(*,E_{rank})`.
@@ -405,11 +358,6 @@ class ShardedEmbedding(_ShardedTable):
             return block
         return gather_columns(block, self.gang, self.partition)
 
-    def _gather_into(self, table: Tensor) -> None:
-        for chunk in self._row_chunks():
-            block = self.weight[chunk.start : chunk.stop].to(self.gang.device)
-            table[chunk.start : chunk.stop] = all_gather_columns(block, self.gang, self.partition)
-
 
 @final
 class VocabShardedEmbedding(_ShardedTable):
@@ -425,7 +373,8 @@ class VocabShardedEmbedding(_ShardedTable):
     :param pad_idx: if not ``None``, the row that is zero after initialisation and gets no
         gradient, so that it is not updated during training; negative values count from the end.
     :param init_fn: the callable to initialize the table, see :meth:`reset_parameters`.
-    :param device: the device of the table.
+    :param device: the device of the table; if ``None``, torch's default device, or that of the gang
+        where that is the CPU.
     :param dtype: the dtype of the table.
     :param output: ``"replicated"``: each rank gets :math:`(*,E)`.
     :param sparse: whether ``weight.grad`` is a coalesced sparse tensor of the rows that were used.
@@ -437,20 +386,3 @@ class VocabShardedEmbedding(_ShardedTable):
 
     def _combine(self, block: Tensor) -> Tensor:
         return reduce_partial(block, self.gang)
-
-    def _gather_into(self, table: Tensor) -> None:
-        # The first rows of every block, then the next ones, ...
-        size, block = self.partition.size, self.partition.block
-        step = max(1, len(self._row_chunks()[0]) // self.gang.size)
-        for start in range(0, block, step):
-            length = min(step, block - start)
-            part = self.weight.new_zeros((length, self.embed_dim), device=self.gang.device)
-            own = self.weight[start : start + length]
-            part[: len(own)] = own
-            parts = part.new_empty((self.gang.size, *part.shape))
-            self.gang.all_gather(parts, part)
-            for rank in range(self.gang.size):
-                row = rank * block + start
-                stop = min(row + length, (rank + 1) * block, size)
-                if row < stop:
-                    table[row:stop] = parts[rank, : stop - row]

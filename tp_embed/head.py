@@ -5,22 +5,26 @@ from __future__ import annotations
 from typing import final
 
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 from torch.nn.functional import linear
 
 from tp_embed.collectives import copy_to_gang, gather_columns, reduce_partial, scatter_columns
 from tp_embed.embedding import ShardedEmbedding, VocabShardedEmbedding
+from tp_embed.layer import GangLayer
 
 
 @final
-class TiedHead(Module):
+class TiedHead(GangLayer):
     """Projects hidden states to logits with the table of ``embed``, of which it holds the same
     Parameter: the gradient of the table is the sum of both uses.
 
     Over the vocabulary, each rank computes the logits of its rows; an all-gather of N ceil(V/P)
     items puts them together, and the backward does one all-reduce of N E items. Over the embedding
     dimension, each rank contributes to all logits; they take an all-reduce of N V items, and the
-    backward an all-gather of N ceil(E/P). The former sends far less where V is larger than E.
+    backward an all-gather of N ceil(E/P). The former sends about half of what the latter does.
+
+    As with any tied Parameter in torch, what replaces Parameters (``to_empty()``, loading with
+    ``assign=True``) breaks the tie; mend it with ``head.weight = embed.weight``.
 
     :param embed: the embedding whose table is the head's weight.
     :param bias: a bias that is added to the logits, the same on every rank. *Shape:* :math:`(V)`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -38,14 +39,18 @@ def as_indices(ids: Tensor) -> Tensor:
 class IdCheck:
     """Raises :class:`IndexError` for ids outside ``[0, num_embeddings)``.
 
-    On the CPU it raises at once. On an accelerator reading the answer would stall the stream at
-    every step, so the answer is copied to the host in the background and looked at by the next
-    call that finds it there: the error names the same id, a step or more late. Until then the
-    lookup reads some valid row in its place.
+    On the CPU it raises at once. On an accelerator reading the answer at once would stall the
+    stream at every step, so the answer is copied to the host in the background, and the call that
+    comes two calls later raises: on every rank the same one, so that none is left waiting in a
+    collective. Until then such an id reads a row of the table, or -0.0. :meth:`flush` raises what
+    is still to come.
+
+    :param lag: how many calls later the answer is looked at; if ``None``, 0 on the CPU, else 2.
     """
 
-    def __init__(self) -> None:
-        self._pending: list[tuple[torch.Event | None, Tensor, torch.Size, int, object]] = []
+    def __init__(self, lag: int | None = None) -> None:
+        self._lag = lag
+        self._pending: deque[_Answer] = deque()
 
     def __call__(self, ids: Tensor, num_embeddings: int, where: object) -> None:
         """
@@ -55,45 +60,54 @@ class IdCheck:
         """
         if ids.is_meta or not ids.numel():
             return
-        if ids.device.type == "cpu":
+        on_cpu = ids.device.type == "cpu"
+        lag = self._lag if self._lag is not None else 0 if on_cpu else 2
+        if lag == 0 and on_cpu:
             low, high = ids.aminmax()
-            if low < 0 or high >= num_embeddings:
-                self._start(ids, num_embeddings, where)
-        else:
-            self._start(ids, num_embeddings, where)
-        while self._pending and self._is_ready(self._pending[0][0]):
-            self._report(*self._pending.pop(0)[1:])
+            if low >= 0 and high < num_embeddings:
+                return
+        self._pending.append(_Answer(ids, num_embeddings, where))
+        while len(self._pending) > lag:
+            self._pending.popleft().report()
 
-    def _start(self, ids: Tensor, num_embeddings: int, where: object) -> None:
+    def flush(self) -> None:
+        """Waits for the answers to all calls so far.
+
+        :raises IndexError: as a call.
+        """
+        while self._pending:
+            self._pending.popleft().report()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_lag": self._lag, "_pending": deque()}  # Events belong to this process.
+
+
+class _Answer:
+    """The smallest bad id and its first position, if there is any, on the way to the host."""
+
+    def __init__(self, ids: Tensor, num_embeddings: int, where: object) -> None:
+        self._shape, self._num_embeddings, self._where = ids.shape, num_embeddings, where
         flat = ids.flatten().long()
         bad = (flat < 0) | (flat >= num_embeddings)
         smallest = flat.masked_fill(~bad, torch.iinfo(torch.int64).max).min()
         positions = torch.arange(len(flat), device=ids.device)
         first = positions.masked_fill(~bad | (flat != smallest), len(flat)).min()
-        answer = torch.stack([bad.any(), smallest, first])
-        event = None
-        if answer.device.type != "cpu":
-            host = torch.empty_like(answer, device="cpu", pin_memory=True)
-            answer = host.copy_(answer, non_blocking=True)
-            event = torch.Event(ids.device)
-            event.record()
-        self._pending.append((event, answer, ids.shape, num_embeddings, where))
+        self._answer = torch.stack([bad.any(), smallest, first])
+        self._event: torch.Event | None = None
+        if ids.device.type != "cpu":
+            host = torch.empty_like(self._answer, device="cpu", pin_memory=True)
+            self._answer = host.copy_(self._answer, non_blocking=True)
+            self._event = torch.accelerator.current_stream(ids.device).record_event()
 
-    @staticmethod
-    def _is_ready(event: torch.Event | None) -> bool:
-        return event is None or event.query()
-
-    @staticmethod
-    def _report(answer: Tensor, shape: torch.Size, num_embeddings: int, where: object) -> None:
-        any_bad, bad_id, index = answer.tolist()
+    def report(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+        any_bad, bad_id, index = self._answer.tolist()
         if not any_bad:
             return
-        position = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), shape))
+        position = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), self._shape))
         raise IndexError(
-            f"All ids in `x` must be in [0, {num_embeddings}) (num_embeddings), but the id at "
-            f"position {position} is {bad_id} instead, on {where}. Check the tokenizer against the "
-            "size of the table."
+            f"All ids in `x` must be in [0, {self._num_embeddings}) (num_embeddings), but the id "
+            f"at position {position} is {bad_id} instead, on {self._where}. Check the tokenizer "
+            "against the size of the table."
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_pending": []}  # An event belongs to this process and its device.

@@ -88,6 +88,8 @@ class _Lookup(torch.autograd.Function):
 
 def _sum_rows(grad: Tensor, local: Tensor, num_rows: int) -> Tensor:
     """Adds row i of ``grad`` to row ``local[i]`` of zeros, in order, where that is not -1."""
+    if not grad.size(1):
+        return grad.new_zeros(num_rows, 0)  # The CUDA kernel looks at the strides.
     sums: Tensor = torch.ops.aten.embedding_dense_backward(grad, local, num_rows, -1, False)
     return sums
 

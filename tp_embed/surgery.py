@@ -19,7 +19,7 @@ from tp_embed.embedding import (
 )
 from tp_embed.gang import Gang
 from tp_embed.head import TiedHead
-from tp_embed.tables import Place, TableGroup, check_shardable, find_tables
+from tp_embed.tables import Place, TableGroup, check_shardable, check_weight, find_tables
 
 Strategy = Literal["auto", "embed", "vocab", "none"]
 
@@ -122,6 +122,8 @@ def shard_embeddings(
     for group, chosen in zip(groups, strategies, strict=True):
         if chosen != "none":
             check_shardable(group)
+        elif init_fn is not None:
+            check_weight(group)
 
     # All that can fail comes before all that changes the model.
     changes = [

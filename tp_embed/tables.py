@@ -85,10 +85,9 @@ def _runs(module: Module, forward: Callable[..., object]) -> bool:
     return type(module).forward is forward and "forward" not in vars(module)
 
 
-def check_shardable(group: TableGroup) -> None:
+def check_weight(group: TableGroup) -> None:
     """
-    :raises ValueError: the table has options, a dtype or ties that a sharded one would lose.
-    :raises TypeError: it is of a class with a ``forward`` of its own, which would be lost.
+    :raises ValueError: the weight of the table is not a whole Parameter of a floating dtype.
     """
     name = group.embedding_names[0]
     if group.computed:
@@ -96,6 +95,30 @@ def check_shardable(group: TableGroup) -> None:
             f"The table '{name}' must hold its `weight` as a Parameter, but computes it (a "
             f"parametrization?) instead. {_skip(name)}"
         )
+    if not group.weight.is_floating_point():
+        raise ValueError(
+            f"The table '{name}' must have a floating-point dtype, "
+            f"but has {group.weight.dtype} instead. {_skip(name)}"
+        )
+    for module in group.embeddings:
+        if not isinstance(module, nn.Embedding):
+            continue
+        expected = (module.num_embeddings, module.embedding_dim)
+        if group.weight.shape != expected:
+            raise ValueError(
+                f"The table '{name}' must be whole, with a weight of the shape {expected}, but it "
+                f"has {tuple(group.weight.shape)} instead. Shard it before another tool slices or "
+                "partitions it (AutoTP, `deepspeed.zero.Init`)."
+            )
+
+
+def check_shardable(group: TableGroup) -> None:
+    """
+    :raises ValueError: the table has options, a dtype or ties that a sharded one would lose.
+    :raises TypeError: it is of a class with a ``forward`` of its own, which would be lost.
+    """
+    check_weight(group)
+    name = group.embedding_names[0]
     for module, places in group.embeddings.items():
         _check_embedding(module, _names(places)[0])
     if group.others:
@@ -132,19 +155,7 @@ def _check_embedding(module: Module, name: str) -> None:
                 f"The table '{name}' must not use `{option}`, which sharded tables do not "
                 f"have, but it is {getattr(module, option)} instead. {_skip(name)}"
             )
-    if not module.weight.is_floating_point():
-        raise ValueError(
-            f"The table '{name}' must have a floating-point dtype, "
-            f"but has {module.weight.dtype} instead. {_skip(name)}"
-        )
-    expected = (module.num_embeddings, module.embedding_dim)
-    if module.weight.shape != expected:
-        raise ValueError(
-            f"The table '{name}' must be whole, with a weight of the shape {expected}, but it has "
-            f"{tuple(module.weight.shape)} instead. Shard it before another tool slices or "
-            "partitions it (AutoTP, `deepspeed.zero.Init`)."
-        )
 
 
 def _skip(name: str) -> str:
-    return f"Leave it as it is with `rules={{{name!r}: 'none'}}`."
+    return f"Leave it as it is with `rules={{{name!r}: 'none'}}` and no `init_fn`."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Self, final
 
 import deepspeed
@@ -11,7 +12,8 @@ from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
 from torch.nn import Module
 
-from tp_embed.gang import GangError, ProcessGroupGang
+from tp_embed.gang import GangError
+from tp_embed.process_group import ProcessGroupGang
 
 from .layers import register_layer
 
@@ -89,7 +91,11 @@ class DeepSpeedGang(ProcessGroupGang):
 
     @classmethod
     def _over(cls, group: Any) -> Self:
-        return cls(group, get_accelerator().current_device_name())
+        # The device that the engine is going to use, which may not be the current one yet.
+        local_rank = os.environ.get("LOCAL_RANK")
+        if local_rank is None:
+            return cls(group, get_accelerator().current_device_name())
+        return cls(group, get_accelerator().device_name(int(local_rank)))
 
     def adopt(self, layer: Module) -> None:
         register_layer(layer, self)

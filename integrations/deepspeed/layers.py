@@ -18,7 +18,7 @@ from deepspeed.module_inject.layers import (
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from tp_embed.collectives import all_gather_columns
+from tp_embed.collectives import gather_table
 from tp_embed.embedding import ShardedEmbedding, VocabShardedEmbedding
 from tp_embed.gang import Gang
 from tp_embed.head import TiedHead
@@ -78,10 +78,11 @@ class _Shard:
         """All ranks have to call it. Sends (P-1) times the largest shard."""
         for param in filter(_is_sharded, params):
             self._shard = param.data
-            # Columns are rows of the transpose.
-            columns = self._shard if self._dim else self._shard.t()
-            whole = all_gather_columns(columns, self._gang, self._partition)
-            param.data = whole if self._dim else whole.t().contiguous()
+            shape = list(self._shard.shape)
+            shape[self._dim] = self._partition.size
+            whole = self._shard.new_empty(shape)
+            gather_table(whole, self._shard, self._dim, self._gang, self._partition)
+            param.data = whole
 
     @torch.no_grad()
     def partition_params(self, params: list[Parameter]) -> None:

@@ -1,0 +1,242 @@
+"""The gang over a process group of torch.distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, final
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
+    GroupName,
+    _get_default_group,
+    _get_default_store,
+    _new_process_group_helper,
+    _resolve_process_group,
+    _world,
+)
+
+from tp_embed.gang import Gang, GangError, ReduceOperation
+
+
+class ProcessGroupGang(Gang):
+    """A gang over a process group of :mod:`torch.distributed`.
+
+    :param process_group: the group; if ``None``, that of all processes.
+    :param device: the device of the tensors that the collectives take. The group needs a backend
+        for it: gloo for ``cpu``, NCCL for ``cuda``.
+    :raises GangError: torch.distributed is not initialised.
+    :raises ValueError: this process is not in the group, or it has no backend for ``device``.
+
+    Its timeout is that of the group. On gloo a collective has ended when it returns, and what goes
+    wrong is a :class:`GangError`. NCCL's run on in the background: a rank that is missing is
+    noticed by its watchdog, which ends the process with a message of its own.
+
+    Pickled, as a part of a module, a gang remembers which group it stands for and finds it again
+    where it is unpickled; a process that is not in such a group gets a gang of the same rank and
+    size whose collectives raise :class:`GangError`.
+    """
+
+    def __init__(self, process_group: ProcessGroup | None, device: torch.device | str) -> None:
+        if not dist.is_initialized():
+            raise GangError(
+                "torch.distributed must be initialised before a `ProcessGroupGang` is made. Call "
+                "`torch.distributed.init_process_group()` or `deepspeed.init_distributed()`."
+            )
+        group = process_group if process_group is not None else dist.group.WORLD
+        # A process that is not in a group holds a marker in place of it.
+        if not isinstance(group, ProcessGroup):
+            raise ValueError(
+                f"`process_group` must hold this process (global rank {dist.get_rank()}), but "
+                "does not. Make a gang only in the processes of the group."
+            )
+        device = torch.device(device)
+        try:
+            timeout: timedelta = group._get_backend(device).options._timeout
+        except RuntimeError as e:
+            raise ValueError(
+                f"`device` must be one for which `process_group` has a backend, but is '{device}' "
+                "instead. Pass the device of the group, or give the group a backend for it."
+            ) from e
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), device, timeout)
+        self._group = group
+
+    @property
+    def global_ranks(self) -> list[int]:
+        """The rank in the whole job of each rank of the gang."""
+        return dist.get_process_group_ranks(self._group)
+
+    def _create_gang(self, ranks: list[int], timeout: timedelta) -> Gang | None:
+        name = [uuid4().hex]
+        self.broadcast_objects(name)
+        if self._rank not in ranks:
+            return None
+        group = _new_group(
+            name[0],
+            [self.global_ranks[rank] for rank in ranks],
+            dist.get_backend(self._group),
+            timeout,
+        )
+        return type(self)(group, self._device)
+
+    def as_process_group(self) -> ProcessGroup:
+        return self._group
+
+    def barrier(self) -> None:
+        self._run("barrier", lambda: dist.barrier(self._group))
+
+    def all_reduce(self, tensor: Tensor, operation: ReduceOperation = ReduceOperation.SUM) -> None:
+        op = getattr(dist.ReduceOp, operation.name)
+        self._run("all_reduce", lambda: dist.all_reduce(tensor, op, self._group), tensor)
+
+    def all_gather(self, output: Tensor, input: Tensor) -> None:
+        self._check_stacked("output", output, "input", input)
+        flat = output.view(-1)
+        source = input.contiguous().view(-1)
+        self._run("all_gather", lambda: dist.all_gather_single(flat, source, self._group), input)
+
+    def reduce_scatter(
+        self,
+        output: Tensor,
+        input: Tensor,
+        operation: ReduceOperation = ReduceOperation.SUM,
+    ) -> None:
+        self._check_stacked("input", input, "output", output)
+        op = getattr(dist.ReduceOp, operation.name)
+        flat = output.view(-1)
+        source = input.contiguous().view(-1)
+        self._run(
+            "reduce_scatter",
+            lambda: dist.reduce_scatter_single(flat, source, op, self._group),
+            input,
+        )
+
+    def all_to_all(
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_sizes: Sequence[int] | None = None,
+        input_sizes: Sequence[int] | None = None,
+    ) -> None:
+        received = self._pieces("output", output, output_sizes)
+        sent = self._pieces("input", input, input_sizes)
+        source = input.contiguous()
+        self._run(
+            "all_to_all",
+            lambda: dist.all_to_all_single(output, source, received, sent, self._group),
+            input,
+        )
+
+    def broadcast(self, tensor: Tensor, source_rank: int = 0) -> None:
+        self._check_source_rank(source_rank)
+        self._run(
+            "broadcast",
+            lambda: dist.broadcast(tensor, group=self._group, group_src=source_rank),
+            tensor,
+        )
+
+    def broadcast_objects(self, objects: list[Any], source_rank: int = 0) -> None:
+        self._check_source_rank(source_rank)
+        self._run(
+            "broadcast_objects",
+            lambda: dist.broadcast_object_list(
+                objects, group=self._group, device=self._device, group_src=source_rank
+            ),
+        )
+
+    def _run(self, operation: str, collective: Callable[[], object], *tensors: Tensor) -> None:
+        """Every collective of the gang goes through here, with the tensors that it sends."""
+        try:
+            collective()
+        except RuntimeError as e:
+            shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors) or "no tensor"
+            raise GangError(
+                f"`{operation}` of {shapes} failed on rank {self._rank} of {self} (timeout "
+                f"{self._timeout}): {e}\nEvery rank of the gang has to call the same collectives "
+                "with the same shapes; look for a rank that stopped, or took another branch."
+            ) from e
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, global_ranks={self.global_ranks})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_gang, (
+            type(self),
+            self._group.group_name,
+            self.global_ranks,
+            self._rank,
+            self._device,
+        )
+
+
+def _new_group(
+    name: str, global_ranks: list[int], backend: str, timeout: timedelta
+) -> ProcessGroup:
+    """``torch.distributed.new_group()`` for callers that are only a part of the job.
+
+    That function names groups by a count that all processes of the job have to share, or, with
+    ``use_local_synchronization``, by one that the members have to share; where counts differ it
+    hangs. Here the members have agreed on a name.
+    """
+    world = _get_default_group()
+    bound_device_id = world.bound_device_id
+    # With a bound device NCCL would split the communicator of the job, for which all have to call.
+    world.bound_device_id = None
+    try:
+        group, _ = _new_process_group_helper(
+            len(global_ranks),
+            global_ranks.index(dist.get_rank()),
+            global_ranks,
+            dist.Backend(backend),
+            _get_default_store(),
+            GroupName(name),
+            timeout=timeout,
+        )
+    finally:
+        world.bound_device_id = bound_device_id
+    _world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(global_ranks)}
+    return group  # type: ignore[no-any-return]
+
+
+def _restore_gang(
+    kls: type[ProcessGroupGang],
+    group_name: GroupName,
+    global_ranks: list[int],
+    rank: int,
+    device: torch.device,
+) -> Gang:
+    if dist.is_initialized():
+        try:
+            group = _resolve_process_group(group_name)
+        except LookupError:
+            group = None
+        if (
+            group is not None
+            and dist.get_process_group_ranks(group) == global_ranks
+            and dist.get_rank(group) == rank
+        ):
+            return kls(group, device)
+    return _DetachedGang(rank, global_ranks, device)
+
+
+@final
+class _DetachedGang(Gang):
+    """What a pickled gang becomes where its processes are not: it knows its place, and no more."""
+
+    def __init__(self, rank: int, global_ranks: list[int], device: torch.device) -> None:
+        super().__init__(rank, len(global_ranks), device, timedelta(0))
+        self._global_ranks = global_ranks
+
+    def _refuse(self, *args: object, **kwargs: object) -> Any:
+        raise GangError(
+            f"{self} was unpickled in a process that is not rank {self._rank} of a process group "
+            f"of the global ranks {self._global_ranks}, so it can't communicate. Assign a gang of "
+            "this process to the `gang` of the layer."
+        )
+
+    _create_gang = as_process_group = barrier = all_reduce = all_gather = _refuse
+    reduce_scatter = all_to_all = broadcast = broadcast_objects = _refuse
