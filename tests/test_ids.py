@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from parity import SHARDED, assert_same_bits
-from tp_embed import StandardEmbedding
+from tp_embed import ShardedEmbedding, StandardEmbedding
+from tp_embed.ids import IdCheck
 
 SIZES = [1, 2, 3, 4]
 KINDS = sorted(SHARDED)
@@ -143,3 +144,29 @@ def test_any_integer_dtype_works(pool, dtype):
         for sharded_output, gradient in pool(3, look_up, kind, dtype):
             assert_same_bits(sharded_output, expected, "outputs")
             assert_same_bits(gradient, whole.weight.grad, "gradients")
+
+
+def deferred(gang):
+    """What an accelerator does, which is to look at the answer two calls later, on the CPU."""
+    embed = ShardedEmbedding(gang, 11, 6)
+    embed._id_check = IdCheck(lag=2)
+    calls = []
+    for ids in ([1, 2], [3, 99], [4], [5], [6]):
+        try:
+            embed._id_check(torch.tensor(ids), 11, gang)
+            calls.append("ok")
+        except IndexError as e:
+            calls.append(str(e))
+    embed._id_check(torch.tensor([-7]), 11, gang)
+    with pytest.raises(IndexError, match=r"position \(0,\) is -7 instead"):
+        embed.check_ids()
+    embed.check_ids()
+    return calls
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_deferred_check_raises_at_the_same_call_on_every_rank(pool, size):
+    for rank, calls in enumerate(pool(size, deferred)):
+        assert calls[:3] + calls[4:] == ["ok"] * 4
+        assert "the id at position (1,) is 99 instead" in calls[3]
+        assert f"rank={rank}" in calls[3]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch.nn import init as torch_init
 
 from parity import SHARDED, assert_same_bits
-from tp_embed import FakeGang, StandardEmbedding, blockwise, init
+from tp_embed import FakeGang, ShardedEmbedding, StandardEmbedding, blockwise, init
 
 SIZES = [1, 2, 3, 4]
 KINDS = sorted(SHARDED)
@@ -376,3 +376,20 @@ def test_no_more_than_the_own_rows_of_a_file_are_read(file_of_1_gib):
     growth, shard, nonzeros = measured("VocabShardedEmbedding", 64, file_of_1_gib)
     assert (shard, nonzeros) == (16, 4)
     assert growth < shard + 64
+
+
+def replaces_the_weight(embed):
+    embed.weight.data = torch.ones(embed.num_embeddings, embed.embed_dim)
+
+
+def wrong_dtype(gang):
+    return ShardedEmbedding(gang, 11, 6, init_fn=replaces_the_weight, dtype=torch.bfloat16)
+
+
+def test_init_fn_has_to_leave_the_weight_as_it_is(pool):
+    (ok0, error0), (ok1, error1) = pool.outcomes(2, wrong_dtype)
+    assert not ok0
+    assert not ok1
+    for part in ("ValueError: `init_fn` must fill `embed.weight`", "(11, 6), torch.bfloat16"):
+        assert part in error0
+    assert "GangError: `init_fn` failed on rank 0" in error1

@@ -303,13 +303,19 @@ def test_bad_table_leaves_the_model_as_it_was(name):
 
 
 @pytest.mark.parametrize("name", BAD_TABLES)
-def test_bad_table_can_be_left_out(name):
+def test_bad_table_can_be_left_out_but_not_initialised(name):
     model = pair()
     BAD_TABLES[name][0](model)
     bad = model.bad
     shard_embeddings(model, MIDDLE, rules={"bad": "none"})
     assert isinstance(model.good, ShardedEmbedding)
     assert model.bad is bad
+
+    if name in ("narrow", "integers", "parametrized"):
+        options = {"rules": {"bad": "none"}, "init_fn": init.zeros}
+        model = pair()
+        BAD_TABLES[name][0](model)
+        assert_refused(model, ValueError, "'bad' must", **options)
 
 
 @pytest.mark.parametrize("strategy", ["embed", "vocab"])
