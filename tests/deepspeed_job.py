@@ -28,6 +28,8 @@ CASES: dict[str, dict[str, Any]] = {
     "vocab": {"strategy": "vocab", "tied": False},
     "tied, vocab": {"strategy": "auto", "tied": True},
     "tied, embed": {"strategy": "embed", "tied": True},
+    "mpu, embed": {"strategy": "embed", "tied": False, "mpu": True},
+    "mpu, tied, vocab": {"strategy": "vocab", "tied": True, "mpu": True},
 }
 
 
@@ -67,21 +69,24 @@ def train_alone(tied: bool) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "state": model.state_dict(), "moments": moments}
 
 
-def config(stage: int) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_clipping": 1.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": LR, "torch_adam": True}},
-        "zero_optimization": {"stage": stage},
-        "tensor_parallel": {"autotp_size": 2},
-    }
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_clipping": 1.0,
+    "optimizer": {"type": "AdamW", "params": {"lr": LR, "torch_adam": True}},
+    "zero_optimization": {"stage": 1},
+}
 
 
-def train(strategy: Any, tied: bool, checkpoint: Path) -> dict[str, Any]:
+def train(strategy: Any, tied: bool, checkpoint: Path, mpu: bool = False) -> dict[str, Any]:
+    """With AutoTP, or with a Megatron-style ``mpu``, which cuts nothing but what we do."""
     model = build(tied)
     gang = DeepSpeedGang.from_groups(tp_size=2)
     report = shard_embeddings(model, gang, strategy=strategy) if strategy else None
-    engine, *_ = deepspeed.initialize(model=model, config=config(stage=1))
+    if mpu:
+        engine, *_ = deepspeed.initialize(model=model, config=CONFIG, mpu=megatron_mpu())
+    else:
+        config = {**CONFIG, "tensor_parallel": {"autotp_size": 2}}
+        engine, *_ = deepspeed.initialize(model=model, config=config)
     seen: dict[str, Any] = {"report": str(report), "losses": [], "norms": []}
 
     table = engine.module.get_input_embeddings()
@@ -91,7 +96,8 @@ def train(strategy: Any, tied: bool, checkpoint: Path) -> dict[str, Any]:
         for name in ("tensor_model_parallel", "ds_is_replaced_module")
     )
     seen["table"] = type(table).__name__, tuple(table.weight.shape)
-    seen["start"] = clone(engine._consolidated_16bit_state_dict())
+    # What `_consolidated_16bit_state_dict()` is at ZeRO 0 to 2; that one asks for AutoTP.
+    seen["start"] = clone(engine._replace_module_consolidated_state_dict())
 
     for ids in batches():
         loss = engine(input_ids=ids, labels=ids).loss
@@ -99,11 +105,20 @@ def train(strategy: Any, tied: bool, checkpoint: Path) -> dict[str, Any]:
         engine.step()
         seen["losses"].append(loss.item())
         seen["norms"].append(float(engine.get_global_grad_norm()))
-    seen["state"] = clone(engine._consolidated_16bit_state_dict())
+    seen["state"] = clone(engine._replace_module_consolidated_state_dict())
     seen["table after gathering"] = tuple(table.weight.shape)
     seen["from engine"] = DeepSpeedGang.from_engine(engine).global_ranks
     engine.save_checkpoint(str(checkpoint), tag="end")
     return seen
+
+
+def megatron_mpu() -> SimpleNamespace:
+    names = [
+        f"get_{kind}_parallel_{what}"
+        for kind in ("model", "data")
+        for what in ("group", "rank", "world_size")
+    ]
+    return SimpleNamespace(**{name: getattr(groups, name) for name in names})
 
 
 def clone(state: Any) -> Any:

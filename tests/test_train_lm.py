@@ -87,7 +87,13 @@ def test_resumed_run_continues_exactly(whole_run, directory):
     "choices",
     [
         ["embedding=vocab_sharded", "init=xavier_uniform", "deepspeed=zero0"],
-        ["embedding=auto", "init=normal", "init.std=0.01", "model.tie_word_embeddings=true"],
+        [
+            "embedding=auto",
+            "init=normal",
+            "init.std=0.01",
+            "model.tie_word_embeddings=true",
+            "deepspeed=zero3",
+        ],
     ],
 )
 def test_torchrun_and_other_choices_work(directory, choices):
@@ -97,6 +103,15 @@ def test_torchrun_and_other_choices_work(directory, choices):
     assert result["last_loss"] < result["first_loss"]
     assert "strategy 'vocab'" in output
     run([sys.executable, str(EVALUATE), "runs/other"], directory)
+
+
+def test_four_ranks_are_two_gangs(directory):
+    command = deepspeed_command(SCRIPT, *TINY, "name=four", "steps=6", "deepspeed=zero2", ranks=4)
+    run(command, cwd=directory)
+    result = json.loads((directory / "runs" / "four" / "result.json").read_text())
+    assert result["last_loss"] < result["first_loss"]
+    assert result["table_bytes_per_rank"] * 2 == result["table_bytes_replicated"]
+    run([sys.executable, str(EVALUATE), "runs/four"], directory)
 
 
 def test_misspelt_key_is_an_error(directory):
