@@ -77,7 +77,7 @@ def main(config: DictConfig) -> None:
         first_step = checkpoints.load(engine)
         say(f"resumed after step {first_step}")
     else:
-        checkpoints.clear()
+        checkpoints.set_aside()
     if is_first:
         metrics.start(first_step)
 
@@ -128,7 +128,7 @@ def main(config: DictConfig) -> None:
 
 @torch.no_grad()
 def validation_loss(engine: Any, corpus: Corpus, config: DictConfig) -> float:
-    """The mean loss over the first validation batches, the same on every rank."""
+    """The mean loss over the validation batches, the same on every rank."""
     engine.eval()
     shape = config.data.batch_size, config.data.seq_len
     losses = [
@@ -177,10 +177,13 @@ class Checkpoints:
                 shutil.rmtree(self._directory / previous)
         dist.barrier()
 
-    def clear(self) -> None:
-        """Removes what an earlier run of this name left, which this one would overwrite."""
-        if dist.get_rank() == 0:
-            shutil.rmtree(self._directory, ignore_errors=True)
+    def set_aside(self) -> None:
+        """Moves what an earlier run of this name left, and this one would overwrite, to
+        ``checkpoints.previous``, of which there is one."""
+        if dist.get_rank() == 0 and self._directory.exists():
+            previous = self._directory.with_name(f"{self._directory.name}.previous")
+            shutil.rmtree(previous, ignore_errors=True)
+            self._directory.rename(previous)
         dist.barrier()
 
     def load(self, engine: Any) -> int:

@@ -119,6 +119,15 @@ def test_misspelt_key_is_an_error(directory):
         run([sys.executable, str(SCRIPT), "init.stdd=0.01"], cwd=directory)
 
 
+def test_run_of_the_same_name_sets_checkpoints_aside(directory):
+    run_dir = directory / "runs" / "again"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "checkpoints" / "latest").write_text("step7")
+    run(deepspeed_command(SCRIPT, *TINY, "name=again", "steps=2", "tp_size=1", ranks=1), directory)
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step2"
+    assert (run_dir / "checkpoints.previous" / "latest").read_text() == "step7"
+
+
 def test_resume_needs_a_checkpoint(directory):
     with pytest.raises(AssertionError, match=r"needs a checkpoint in .*, but there is none"):
         run(
