@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 SIZE = 4
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 
 Function = Callable[..., Any]
 
