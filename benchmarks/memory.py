@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from deepspeed.utils import safe_get_full_optimizer_state as state
-from tp_embed.integrations.deepspeed import DeepSpeedGang
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tp_embed import shard_embeddings
+from tp_embed.integrations.deepspeed import DeepSpeedGang
 
 VOCAB, DIM = 128_000, 1024
 

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +50,24 @@ class Corpus:
         """The batch of a step, the same whenever it is asked for. *Shape:* (batch, seq), int64."""
         generator = np.random.default_rng((seed, step, rank))
         starts = generator.integers(len(self.train) - seq_len, size=batch_size)
-        rows = [self.train[start : start + seq_len] for start in starts]
-        return torch.from_numpy(np.stack(rows).astype(np.int64))
+        return _rows(self.train, starts, seq_len)
 
-    def validation_batches(self, count: int, batch_size: int, seq_len: int) -> Iterator[Tensor]:
-        """``count`` batches, evenly spread over the validation text."""
+    @torch.no_grad()
+    def validation_loss(self, model: Any, count: int, batch_size: int, seq_len: int) -> float:
+        """The mean loss of ``model``, or of an engine around it, over ``count`` batches that are
+        evenly spread over the validation text."""
+        model.eval()
         starts = np.linspace(0, len(self.validation) - seq_len, count * batch_size, dtype=np.int64)
+        losses = []
         for batch in starts.reshape(count, batch_size):
-            rows = [self.validation[start : start + seq_len] for start in batch]
-            yield torch.from_numpy(np.stack(rows).astype(np.int64))
+            ids = _rows(self.validation, batch, seq_len).to(model.device)
+            losses.append(model(input_ids=ids, labels=ids).loss.item())
+        return sum(losses) / count
+
+
+def _rows(tokens: Any, starts: Any, seq_len: int) -> Tensor:
+    rows = [tokens[start : start + seq_len] for start in starts]
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
 def load(

@@ -9,24 +9,18 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from omegaconf import OmegaConf
 from transformers import LlamaForCausalLM
 
 from corpus import load
 
 
-@torch.no_grad()
 def main(run_dir: Path) -> None:
     config = OmegaConf.load(run_dir / "config.yaml")
     data = config.data
     corpus = load(Path(data.cache_dir), data.vocab_size, data.max_bytes)
-    model = LlamaForCausalLM.from_pretrained(run_dir / "model").eval()
-    losses = [
-        model(input_ids=ids, labels=ids).loss.item()
-        for ids in corpus.validation_batches(config.eval_batches, data.batch_size, data.seq_len)
-    ]
-    loss = sum(losses) / len(losses)
+    model = LlamaForCausalLM.from_pretrained(run_dir / "model")
+    loss = corpus.validation_loss(model, config.eval_batches, data.batch_size, data.seq_len)
     trained = json.loads((run_dir / "result.json").read_text())["validation_loss"]
     print(
         f"validation loss {loss:.6f} by transformers, {trained:.6f} by the engine that trained it"

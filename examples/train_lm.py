@@ -27,13 +27,13 @@ import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from tp_embed.integrations.deepspeed import DeepSpeedGang
-from tp_embed.integrations.hydra import register_schemas
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from corpus import Corpus, load
+from corpus import load
 from tp_embed import shard_embeddings
+from tp_embed.integrations.deepspeed import DeepSpeedGang
+from tp_embed.integrations.hydra import register_schemas
 
 matplotlib.use("Agg")
 register_schemas()
@@ -107,7 +107,7 @@ def main(config: DictConfig) -> None:
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             checkpoints.save(engine, step + 1)
 
-    validation = validation_loss(engine, corpus, config)
+    validation = corpus.validation_loss(engine, config.eval_batches, *shape)
     model_dir = run_dir / "model"
     export(engine, model_config, model_dir)
     if is_first:
@@ -124,18 +124,6 @@ def main(config: DictConfig) -> None:
             f"loss {result['first_loss']:.3f} -> {result['last_loss']:.3f}, validation loss "
             f"{validation:.4f}; the whole model is in {model_dir}"
         )
-
-
-@torch.no_grad()
-def validation_loss(engine: Any, corpus: Corpus, config: DictConfig) -> float:
-    """The mean loss over the validation batches, the same on every rank."""
-    engine.eval()
-    shape = config.data.batch_size, config.data.seq_len
-    losses = [
-        engine(input_ids=ids.to(engine.device), labels=ids.to(engine.device)).loss.item()
-        for ids in corpus.validation_batches(config.eval_batches, *shape)
-    ]
-    return sum(losses) / len(losses)
 
 
 def export(engine: Any, model_config: LlamaConfig, target: Path) -> None:

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.module_inject.layers import TensorParallel_Layer
 from deepspeed.utils import groups
-from tp_embed.integrations.deepspeed import DeepSpeedGang
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tp_embed import GangError, shard_embeddings
+from tp_embed.integrations.deepspeed import DeepSpeedGang
 
 VOCAB, DIM = 101, 36  # 101 rows do not divide by two ranks; 36 columns do, as the heads need.
 LR, STEPS = 1e-2, 4

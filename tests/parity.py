@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,22 +70,21 @@ def _optimizer(parameters: Any, sparse: bool) -> torch.optim.Optimizer:
 
 def run(gang: Any, kind: str, case: Case) -> Seen:
     """Trains the table of ``case`` over ``gang``; ``kind`` is "embed" or "vocab"."""
-    whole = StandardEmbedding(
-        case.num_embeddings, case.embed_dim, case.pad_idx, dtype=case.dtype, sparse=case.sparse
-    )
-    with torch.no_grad():
-        whole.weight.copy_(case.table())
-    embed = SHARDED[kind].from_embedding(whole, gang, output=case.output)
+    embed = SHARDED[kind].from_embedding(_standard(case), gang, output=case.output)
     return _train(embed, case, embed.columns if case.output == "shard" else None)
 
 
 def run_standard(case: Case) -> Seen:
+    return _train(_standard(case), case, None)
+
+
+def _standard(case: Case) -> StandardEmbedding:
     embed = StandardEmbedding(
         case.num_embeddings, case.embed_dim, case.pad_idx, dtype=case.dtype, sparse=case.sparse
     )
     with torch.no_grad():
         embed.weight.copy_(case.table())
-    return _train(embed, case, None)
+    return embed
 
 
 def _train(embed: Any, case: Case, columns: range | None) -> Seen:
@@ -96,9 +95,9 @@ def _train(embed: Any, case: Case, columns: range | None) -> Seen:
         output = embed(ids)
         output.backward(grad if columns is None else grad[..., columns.start : columns.stop])
         outputs.append(output.detach().clone())
-        gradients.append(_whole(embed, _dense(embed.weight.grad, case)))
+        gradients.append(whole(embed, _dense(embed.weight.grad, case)))
         optimizer.step()
-    return Seen(outputs, gradients, _whole(embed, embed.weight.detach()))
+    return Seen(outputs, gradients, whole(embed, embed.weight.detach()))
 
 
 def _dense(grad: Tensor, case: Case) -> Tensor:
@@ -111,14 +110,14 @@ def _dense(grad: Tensor, case: Case) -> Tensor:
     return grad.to_dense()
 
 
-def _whole(embed: Any, block: Tensor) -> Tensor:
+def whole(embed: Any, block: Tensor) -> Tensor:
     """``block``, shaped as the weight of ``embed``, put together over the gang."""
     if isinstance(embed, StandardEmbedding):
         return block.clone()
     weight, embed.weight = embed.weight, torch.nn.Parameter(block, requires_grad=False)
-    whole = embed.to_embedding().weight.detach()
+    table = embed.to_embedding().weight.detach()
     embed.weight = weight
-    return whole
+    return table
 
 
 def reference(case: Case) -> Seen:
@@ -171,7 +170,3 @@ def assert_same(seen: Seen, expected: Seen, *, columns: range | None = None) -> 
     for step, (a, b) in enumerate(zip(seen.gradients, expected.gradients, strict=True)):
         assert_same_bits(a, b, f"gradients of step {step}")
     assert_same_bits(seen.table, expected.table, "tables at the end")
-
-
-def with_(case: Case, **changes: Any) -> Case:
-    return replace(case, **changes)

@@ -12,9 +12,9 @@ import torch
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from tp_embed.integrations.hydra import register_schemas
 
 from tp_embed import StandardEmbedding, init
+from tp_embed.integrations.hydra import register_schemas
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

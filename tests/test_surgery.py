@@ -8,11 +8,10 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.utils import parametrize
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from parity import assert_same_bits
+from parity import assert_same_bits, whole
 from tp_embed import (
     FakeGang,
     ShardedEmbedding,
@@ -69,12 +68,6 @@ def build(name):
     return models[name]().eval()
 
 
-def whole_gradient(embed):
-    gradient = copy.deepcopy(embed)
-    gradient.weight = nn.Parameter(embed.weight.grad)
-    return gradient.to_embedding().weight.detach()
-
-
 def seen(model):
     """The logits, and the gradient of each Parameter, put together where it is sharded."""
     output = model(IDS)
@@ -83,7 +76,7 @@ def seen(model):
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     for name, module in model.named_modules():
         if isinstance(module, (ShardedEmbedding, VocabShardedEmbedding)):
-            gradients[f"{name}.weight"] = whole_gradient(module)
+            gradients[f"{name}.weight"] = whole(module, module.weight.grad)
     # A shared Parameter goes by its first name.
     return logits.detach(), {name: gradients[name] for name, _ in model.named_parameters()}
 
@@ -362,40 +355,3 @@ def test_table_with_the_rule_none_is_left_where_its_tied_table_is_not(name):
         shard_embeddings(tower, MIDDLE, rules={name: "none"})
     assert getattr(tower, name) is table
     assert tower.source.weight is tower.target.weight is tower.head.weight
-
-
-def head_and_reference(gang, kind):
-    torch.manual_seed(2)
-    whole = StandardEmbedding(11, 7)
-    bias = nn.Parameter(torch.randn(11))
-    hidden = torch.randn(2, 3, 7, requires_grad=True)
-    upstream = torch.randn(2, 3, 11)
-    nn.functional.linear(hidden, whole.weight, bias).backward(upstream)
-    expected = [hidden.grad, bias.grad, whole.weight.grad]
-    hidden.grad = bias.grad = None
-
-    embed = kind.from_embedding(whole, gang)
-    head = TiedHead(embed, bias=bias)
-    assert head.weight is embed.weight
-    with CommDebugMode() as forward:
-        logits = head(hidden)
-    with CommDebugMode() as backward:
-        logits.backward(upstream)
-    torch.testing.assert_close(logits, nn.functional.linear(hidden, whole.weight, bias))
-    torch.testing.assert_close([hidden.grad, bias.grad, whole_gradient(embed)], expected)
-    return [{str(n): c for n, c in mode.get_comm_counts().items()} for mode in (forward, backward)]
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_head_is_linear_and_sends_what_it_says(pool, size):
-    gather, reduce = {"c10d._allgather_base_": 1}, {"c10d.allreduce_": 1}
-    rows, columns = ([gather, reduce], [reduce, gather]) if size > 1 else ([{}, {}], [{}, {}])
-    assert pool(size, head_and_reference, VocabShardedEmbedding) == [rows] * size
-    assert pool(size, head_and_reference, ShardedEmbedding) == [columns] * size
-
-
-def test_head_needs_a_sharded_embedding():
-    with pytest.raises(TypeError, match=r"must be .* but is a `StandardEmbedding` instead"):
-        TiedHead(StandardEmbedding(3, 2))
-    head = TiedHead(VocabShardedEmbedding(MIDDLE, 11, 6))
-    assert repr(head) == "TiedHead(rows=4:8, shard=1/3)"

@@ -198,9 +198,7 @@ class _Table(GangLayer, Embedding):
         if self.pad_idx is not None:
             parts.append(f"pad_idx={self.pad_idx}")
         if self.gang.size > 1:
-            name = "columns" if self.shard_dim else "rows"
-            own = self._own_range()
-            parts.append(f"{name}={own.start}:{own.stop}, shard={self.gang.rank}/{self.gang.size}")
+            parts.append(self._shard_repr(self.shard_dim, self.partition))
         if self.output != "replicated":
             parts.append(f"output={self.output!r}")
         if self.sparse:

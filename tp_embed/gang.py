@@ -198,12 +198,12 @@ class Gang(ABC):
 
     def _check_stacked(self, stacked_name: str, stacked: Tensor, name: str, tensor: Tensor) -> None:
         expected = (self._size, *tensor.shape)
-        for other, value in ((stacked_name, stacked), (name, tensor)):
-            if other == "output" and not value.is_contiguous():
-                raise ValueError(
-                    "`output` must be contiguous, but has the strides "
-                    f"{value.stride()} for the shape {tuple(value.shape)} instead."
-                )
+        output = stacked if stacked_name == "output" else tensor
+        if not output.is_contiguous():
+            raise ValueError(
+                "`output` must be contiguous, but has the strides "
+                f"{output.stride()} for the shape {tuple(output.shape)} instead."
+            )
         if stacked.shape != expected or stacked.dtype != tensor.dtype:
             raise ValueError(
                 f"`{stacked_name}` must have the shape {expected} and the dtype {tensor.dtype} "

@@ -61,6 +61,4 @@ class TiedHead(GangLayer):
         return logits if self.bias is None else logits + self.bias
 
     def extra_repr(self) -> str:
-        name = "columns" if self.shard_dim else "rows"
-        own = self.partition.shard(self.gang.rank)
-        return f"{name}={own.start}:{own.stop}, shard={self.gang.rank}/{self.gang.size}"
+        return self._shard_repr(self.shard_dim, self.partition)

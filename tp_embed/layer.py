@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from tp_embed.gang import Gang
+from tp_embed.partition import Partition
 
 
 class GangLayer(Module):
@@ -19,6 +20,12 @@ class GangLayer(Module):
     """
 
     gang: Gang
+
+    def _shard_repr(self, dim: int, partition: Partition) -> str:
+        """What this rank holds, for ``extra_repr()``."""
+        own = partition.shard(self.gang.rank)
+        name = "columns" if dim else "rows"
+        return f"{name}={own.start}:{own.stop}, shard={self.gang.rank}/{self.gang.size}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

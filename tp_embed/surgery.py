@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from tp_embed.tables import Place, TableGroup, check_shardable, check_weight, fi
 
 Strategy = Literal["auto", "embed", "vocab", "none"]
 
-_STRATEGIES = ("auto", "embed", "vocab", "none")
+_STRATEGIES = get_args(Strategy)
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -117,25 +117,22 @@ def shard_embeddings(
             raise ValueError(f"`{name}` must be one of {_STRATEGIES}, but is {value!r} instead.")
 
     groups = find_tables(model)
-    strategies = [_choose(group, strategy, rules) for group in groups]
     _check_rules(rules, groups)
-    for group, chosen in zip(groups, strategies, strict=True):
+    choices = [(group, _choose(group, strategy, rules)) for group in groups]
+    for group, chosen in choices:
         if chosen != "none":
             check_shardable(group)
         elif init_fn is not None:
             check_weight(group)
 
     # All that can fail comes before all that changes the model.
-    changes = [
-        _Change.plan(group, chosen, gang, init_fn)
-        for group, chosen in zip(groups, strategies, strict=True)
-    ]
+    changes = [_Change.plan(group, chosen, gang, init_fn) for group, chosen in choices]
     return ShardingReport(tuple(change.carry_out() for change in changes))
 
 
 def _choose(group: TableGroup, strategy: Strategy, rules: dict[str, Strategy]) -> Strategy:
     for pattern, chosen in rules.items():
-        if any(fnmatchcase(name, pattern) for name in group.embedding_names):
+        if _matches(pattern, group):
             strategy = chosen
             break
     if strategy != "auto":
@@ -143,10 +140,14 @@ def _choose(group: TableGroup, strategy: Strategy, rules: dict[str, Strategy]) -
     return "vocab" if group.heads else "embed"
 
 
+def _matches(pattern: str, group: TableGroup) -> bool:
+    return any(fnmatchcase(name, pattern) for name in group.embedding_names)
+
+
 def _check_rules(rules: dict[str, Strategy], groups: list[TableGroup]) -> None:
-    names = [name for group in groups for name in group.embedding_names]
-    unmatched = [p for p in rules if not any(fnmatchcase(name, p) for name in names)]
+    unmatched = [p for p in rules if not any(_matches(p, group) for group in groups)]
     if unmatched:
+        names = [name for group in groups for name in group.embedding_names]
         raise ValueError(
             f"`rules` must match the name of a table each, but {unmatched} match none of {names}."
         )
