@@ -14,10 +14,10 @@ from parity import SHARDED, assert_same_bits
 from tp_embed import (
     FakeGang,
     GangError,
+    OutputHead,
     Partition,
     ShardedEmbedding,
     StandardEmbedding,
-    TiedHead,
     VocabShardedEmbedding,
     init_scaled_embedding,
 )
@@ -305,7 +305,7 @@ class MarkingGang(FakeGang):
 )
 def test_gang_marks_new_parameters_too(replace):
     embed = ShardedEmbedding(MarkingGang("cpu"), 11, 6, device="meta")
-    head = TiedHead(embed)
+    head = OutputHead(embed)
     before = embed.weight
     for layer in replace(embed, head):
         assert layer.weight is not before

@@ -8,7 +8,13 @@ from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 
 from parity import whole
-from tp_embed import FakeGang, ShardedEmbedding, StandardEmbedding, TiedHead, VocabShardedEmbedding
+from tp_embed import (
+    FakeGang,
+    OutputHead,
+    ShardedEmbedding,
+    StandardEmbedding,
+    VocabShardedEmbedding,
+)
 
 MIDDLE = FakeGang("cpu", rank=1, size=3)
 
@@ -24,7 +30,7 @@ def head_and_reference(gang, kind):
     hidden.grad = bias.grad = None
 
     embed = kind.from_embedding(table, gang)
-    head = TiedHead(embed, bias=bias)
+    head = OutputHead(embed, bias=bias)
     assert head.weight is embed.weight
     with CommDebugMode() as forward:
         logits = head(hidden)
@@ -45,6 +51,6 @@ def test_head_is_linear_and_sends_what_it_says(pool, size):
 
 def test_head_needs_a_sharded_embedding():
     with pytest.raises(TypeError, match=r"must be .* but is a `StandardEmbedding` instead"):
-        TiedHead(StandardEmbedding(3, 2))
-    head = TiedHead(VocabShardedEmbedding(MIDDLE, 11, 6))
-    assert repr(head) == "TiedHead(rows=4:8, shard=1/3)"
+        OutputHead(StandardEmbedding(3, 2))
+    head = OutputHead(VocabShardedEmbedding(MIDDLE, 11, 6))
+    assert repr(head) == "OutputHead(rows=4:8, shard=1/3)"

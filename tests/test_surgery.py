@@ -14,9 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from parity import assert_same_bits, whole
 from tp_embed import (
     FakeGang,
+    OutputHead,
     ShardedEmbedding,
     StandardEmbedding,
-    TiedHead,
     VocabShardedEmbedding,
     init,
     shard_embeddings,
@@ -161,7 +161,7 @@ def test_what_was_one_stays_one():
     assert tower.source is not tower.target
     assert (tower.source.pad_idx, tower.target.pad_idx) == (3, None)
     assert tower.source.weight is tower.target.weight is tower.head.weight
-    assert isinstance(tower.head, TiedHead)
+    assert isinstance(tower.head, OutputHead)
 
 
 @pytest.mark.parametrize("strategy", ["embed", "vocab"])
@@ -197,10 +197,10 @@ def test_hooks_of_tables_and_heads_stay():
     tower.head.register_full_backward_hook(lambda m, x, y: calls.append("back"))
     shard_embeddings(tower, FakeGang("cpu"))
     tower(IDS).sum().backward()
-    assert calls == ["in", VocabShardedEmbedding, TiedHead, "back"]
+    assert calls == ["in", VocabShardedEmbedding, OutputHead, "back"]
     handle.remove()
     tower(IDS)
-    assert calls[4:] == ["in", TiedHead]
+    assert calls[4:] == ["in", OutputHead]
 
 
 class Scaled(nn.Embedding):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         VocabShardedEmbedding,
     )
     from tp_embed.gang import FakeGang, Gang, GangError, ReduceOperation
-    from tp_embed.head import TiedHead
+    from tp_embed.head import OutputHead
     from tp_embed.init import blockwise, init_scaled_embedding
     from tp_embed.partition import Partition
     from tp_embed.process_group import ProcessGroupGang
@@ -34,7 +34,7 @@ _MODULE_OF = {
     "ReduceOperation": "gang",
     "ShardedEmbedding": "embedding",
     "StandardEmbedding": "embedding",
-    "TiedHead": "head",
+    "OutputHead": "head",
     "VocabShardedEmbedding": "embedding",
     "blockwise": "init",
     "init_scaled_embedding": "init",
@@ -47,12 +47,12 @@ __all__ = [
     "FakeGang",
     "Gang",
     "GangError",
+    "OutputHead",
     "Partition",
     "ProcessGroupGang",
     "ReduceOperation",
     "ShardedEmbedding",
     "StandardEmbedding",
-    "TiedHead",
     "VocabShardedEmbedding",
     "blockwise",
     "init_scaled_embedding",

@@ -99,6 +99,7 @@ class _Table(GangLayer, Embedding):
         dtype: torch.dtype | None = None,
         output: Output = "replicated",
         sparse: bool = False,
+        scale: float | Tensor | None = None,
     ) -> None:
         super().__init__(num_embeddings, embed_dim, pad_idx)
         if not isinstance(gang, Gang):
@@ -116,6 +117,7 @@ class _Table(GangLayer, Embedding):
         self.init_fn = init_fn
         self.output = output
         self.sparse = sparse
+        self.scale = scale
         self._id_check = IdCheck()
         shape = len(self.rows), len(self.columns)
         if device is None and torch.get_default_device().type == "cpu":
@@ -179,7 +181,12 @@ class _Table(GangLayer, Embedding):
             pad_idx=self.pad_idx,
             sparse=self.sparse,
         )
-        return self._combine(block)
+        output = self._combine(block)
+        if self.scale is None:
+            return output
+        if isinstance(self.scale, Tensor):
+            return output * self.scale.to(output.dtype)
+        return output * self.scale
 
     def check_ids(self) -> None:
         """Waits until the ids of all forwards so far are checked, which on an accelerator is done
@@ -203,6 +210,8 @@ class _Table(GangLayer, Embedding):
             parts.append(f"output={self.output!r}")
         if self.sparse:
             parts.append("sparse=True")
+        if self.scale is not None:
+            parts.append(f"scale={float(self.scale):g}")
         parts.append(f"dtype={self.weight.dtype}, device='{self.weight.device}'")
         return ", ".join(parts)
 
@@ -220,6 +229,8 @@ class StandardEmbedding(_Table):
     :param device: the device of the table.
     :param dtype: the dtype of the table.
     :param sparse: whether ``weight.grad`` is a coalesced sparse tensor of the rows that were used.
+    :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
+        is first rounded to the dtype of the output, as scaled embeddings of transformers are.
     :raises ValueError: a size is less than 1, or ``pad_idx`` is not a row of the table.
     """
 
@@ -235,6 +246,7 @@ class StandardEmbedding(_Table):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         sparse: bool = False,
+        scale: float | Tensor | None = None,
     ) -> None:
         super().__init__(
             FakeGang("cpu"),  # Its size is 1, so nothing ever travels.
@@ -245,6 +257,7 @@ class StandardEmbedding(_Table):
             device=device,
             dtype=dtype,
             sparse=sparse,
+            scale=scale,
         )
 
 
@@ -258,6 +271,7 @@ def _empty_like(embed: _Table, device: torch.device | str | None = None) -> Stan
         device="meta",
         dtype=embed.weight.dtype,
         sparse=embed.sparse,
+        scale=embed.scale,
     )
     whole.requires_grad_(embed.weight.requires_grad).train(embed.training)
     return whole.to_empty(device=device or embed.weight.device)
@@ -293,6 +307,7 @@ class _ShardedTable(_Table):
             dtype=weight.dtype,
             output=output,
             sparse=embed.sparse,
+            scale=embed.scale,
         )
         sharded.requires_grad_(weight.requires_grad).train(embed.training)
         if weight.is_meta:
@@ -344,6 +359,8 @@ class ShardedEmbedding(_ShardedTable):
     :param output: ``"replicated"``: each rank gets :math:`(*,E)`; ``"shard"``: each rank gets its
         own columns, :math:`(*,E_{rank})`.
     :param sparse: whether ``weight.grad`` is a coalesced sparse tensor of the rows that were used.
+    :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
+        is first rounded to the dtype of the output, as scaled embeddings of transformers are.
     :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or ``output``
         is something else.
     """
@@ -376,6 +393,8 @@ class VocabShardedEmbedding(_ShardedTable):
     :param dtype: the dtype of the table.
     :param output: ``"replicated"``: each rank gets :math:`(*,E)`.
     :param sparse: whether ``weight.grad`` is a coalesced sparse tensor of the rows that were used.
+    :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
+        is first rounded to the dtype of the output, as scaled embeddings of transformers are.
     :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or ``output``
         is something else.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from enum import Enum
 from typing import Any, final
@@ -180,6 +181,17 @@ class Gang(ABC):
     def adopt(self, layer: Module) -> None:  # noqa: B027 (most gangs have nothing to mark)
         """Called by every layer that is sharded over this gang once its Parameters exist, and
         again if they were replaced. A gang of a framework marks them as the framework expects."""
+
+    def adopt_model(self, model: Module) -> None:  # noqa: B027
+        """Called once the tables of ``model`` are sharded over this gang."""
+
+    def whole(self, parameter: Tensor, *, modified: bool = False) -> AbstractContextManager[object]:
+        """In this context ``parameter``, of a model that is not sharded yet, is there as a whole;
+        a gang of a framework that keeps it elsewhere fetches it. All ranks have to call it.
+
+        :param modified: whether the caller changes the values, alike on every rank.
+        """
+        return nullcontext()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gang:
         return self  # The processes are not copied with a module that talks to them.

@@ -1,38 +1,49 @@
-"""The output head that shares the table of a sharded embedding."""
+"""The output head over a sharded table, usually that of the embedding."""
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import linear
 
 from tp_embed.collectives import copy_to_gang, gather_columns, reduce_partial, scatter_columns
-from tp_embed.embedding import ShardedEmbedding, VocabShardedEmbedding
+from tp_embed.embedding import Output, ShardedEmbedding, VocabShardedEmbedding
 from tp_embed.layer import GangLayer
+from tp_embed.loss import linear_cross_entropy
 
 
 @final
-class TiedHead(GangLayer):
+class OutputHead(GangLayer):
     """Projects hidden states to logits with the table of ``embed``, of which it holds the same
     Parameter: the gradient of the table is the sum of both uses.
 
     Over the vocabulary, each rank computes the logits of its rows; an all-gather of N ceil(V/P)
-    items puts them together, and the backward does one all-reduce of N E items. Over the embedding
-    dimension, each rank contributes to all logits; they take an all-reduce of N V items, and the
-    backward an all-gather of N ceil(E/P). The former sends about half of what the latter does.
+    items puts them together, and the backward does one all-reduce of N E items. With
+    ``output="shard"`` each rank keeps its own logits and the forward sends nothing. Over the
+    embedding dimension, each rank contributes to all logits; they take an all-reduce of N V items,
+    and the backward an all-gather of N ceil(E/P). A loss is best taken from :meth:`loss`, which
+    holds no logits.
 
     As with any tied Parameter in torch, what replaces Parameters (``to_empty()``, loading with
     ``assign=True``) breaks the tie; mend it with ``head.weight = embed.weight``.
 
     :param embed: the embedding whose table is the head's weight.
     :param bias: a bias that is added to the logits, the same on every rank. *Shape:* :math:`(V)`.
+    :param output: ``"replicated"``: each rank gets :math:`(*,V)`; ``"shard"``, for a table that is
+        cut over the vocabulary: each rank gets its own classes, :math:`(*,V_{rank})`, which is
+        what :func:`tp_embed.loss.cross_entropy` takes.
     :raises TypeError: ``embed`` is not a sharded embedding.
+    :raises ValueError: ``output`` is something else, or does not go with ``embed``.
     """
 
     def __init__(
-        self, embed: ShardedEmbedding | VocabShardedEmbedding, *, bias: Parameter | None = None
+        self,
+        embed: ShardedEmbedding | VocabShardedEmbedding,
+        *,
+        bias: Parameter | None = None,
+        output: Output = "replicated",
     ) -> None:
         super().__init__()
         if not isinstance(embed, (ShardedEmbedding, VocabShardedEmbedding)):
@@ -40,18 +51,27 @@ class TiedHead(GangLayer):
                 "`embed` must be a `ShardedEmbedding` or a `VocabShardedEmbedding`, "
                 f"but is a `{type(embed).__name__}` instead."
             )
+        outputs = ("replicated",) if embed.shard_dim else ("replicated", "shard")
+        if output not in outputs:
+            raise ValueError(
+                f"`output` must be one of {outputs} for the table of a `{type(embed).__name__}`, "
+                f"but is {output!r} instead."
+            )
         self.weight = embed.weight
         self.bias = bias
         self.gang = embed.gang
         self.partition = embed.partition
         self.shard_dim = embed.shard_dim
+        self.output = output
         self.gang.adopt(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """
         :param x: the hidden states, the same on every rank. *Shape:* :math:`(*,E)`.
-        :returns: the logits. *Shape:* :math:`(*,V)`.
+        :returns: the logits. *Shape:* :math:`(*,V)`, or :math:`(*,V_{rank})` for ``"shard"``.
         """
+        if self.output == "shard":
+            return linear(copy_to_gang(x, self.gang), self.weight, self._own_bias())
         if self.shard_dim == 0:
             logits = linear(copy_to_gang(x, self.gang), self.weight)
             logits = gather_columns(logits, self.gang, self.partition)
@@ -60,5 +80,37 @@ class TiedHead(GangLayer):
             logits = reduce_partial(logits, self.gang)
         return logits if self.bias is None else logits + self.bias
 
+    def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
+        """The cross entropy of the logits of ``x``, which are never held: see
+        :func:`tp_embed.loss.linear_cross_entropy` for the options and for what is sent. On top of
+        that, the backward sends what that of the forward does.
+
+        :param x: the hidden states, the same on every rank. *Shape:* :math:`(*,E)`.
+        :param target: the classes, the same on every rank. *Shape:* :math:`(*)`.
+        """
+        if self.shard_dim == 0:
+            x, bias = copy_to_gang(x, self.gang), self._own_bias()
+        else:
+            x, bias = scatter_columns(x, self.gang, self.partition), self.bias
+        return linear_cross_entropy(
+            x,
+            self.weight,
+            target,
+            self.gang,
+            self.partition,
+            shard_dim=self.shard_dim,
+            bias=bias,
+            **options,
+        )
+
+    def _own_bias(self) -> Tensor | None:
+        if self.bias is None:
+            return None
+        own = self.partition.shard(self.gang.rank)
+        return copy_to_gang(self.bias, self.gang)[own.start : own.stop]
+
     def extra_repr(self) -> str:
-        return self._shard_repr(self.shard_dim, self.partition)
+        parts = [self._shard_repr(self.shard_dim, self.partition)]
+        if self.output != "replicated":
+            parts.append(f"output={self.output!r}")
+        return ", ".join(parts)

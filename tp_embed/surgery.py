@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, cast, get_args
+from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Module, Parameter
+from torch.optim import Optimizer
 
+from tp_embed.agreement import check_agreement
 from tp_embed.embedding import (
     InitFn,
+    Output,
     ShardedEmbedding,
     StandardEmbedding,
     VocabShardedEmbedding,
 )
 from tp_embed.gang import Gang
-from tp_embed.head import TiedHead
-from tp_embed.tables import Place, TableGroup, check_shardable, check_weight, find_tables
+from tp_embed.head import OutputHead
+from tp_embed.repoint import Groups, Shard, repoint_groups, repoint_optimizer
+from tp_embed.tables import (
+    Place,
+    TableGroup,
+    check_shardable,
+    check_weight,
+    find_places,
+    find_tables,
+    output_scale,
+)
 
 Strategy = Literal["auto", "embed", "vocab", "none"]
 
@@ -86,15 +100,22 @@ def shard_embeddings(
     *,
     strategy: Strategy = "auto",
     rules: Mapping[str, Strategy] | None = None,
+    tie_head: bool = True,
+    shard_head: bool = False,
+    output: Output = "replicated",
+    sparse: bool | None = None,
     init_fn: InitFn | None = None,
+    optimizer: Optimizer | None = None,
+    parameters: Groups | None = None,
 ) -> ShardingReport:
     """Replaces every ``nn.Embedding`` and :class:`StandardEmbedding` of ``model``, in place, by one
-    that is sharded over ``gang``; a ``nn.Linear`` that shares the table becomes a
-    :class:`TiedHead`. ``requires_grad``, dtype, device and hooks stay. So do the values, unless
-    there is an ``init_fn``: every rank cuts its block out of the table that it has, and nothing is
-    sent.
+    that is sharded over ``gang``; a ``nn.Linear`` that shares the table becomes an
+    :class:`OutputHead`. ``requires_grad``, dtype, device and hooks stay. So do the values, unless
+    there is an ``init_fn``: every rank cuts its block out of the table that it has.
 
-    Call it before an optimizer or an engine is built, which would keep the old Parameters.
+    All ranks of the gang have to call it: they compare, with a broadcast of about a kilobyte each,
+    what they are about to do. Call it before an engine is built, which would keep the old
+    Parameters; an optimizer that is there already is passed as ``optimizer``.
 
     :param model: the model. It is left as it was if an error is raised.
     :param gang: the tensor-parallel gang.
@@ -104,53 +125,132 @@ def shard_embeddings(
         sends half of what ``"vocab"`` does.
     :param rules: strategies for the tables of which a name matches a pattern as in
         :mod:`fnmatch`, the first match counts: ``{"*.wpe": "none"}``. Embeddings that share a
-        Parameter are one table with several names.
+        Parameter are one table with several names. The full name of a ``nn.Linear`` that is tied
+        to no table makes it a table of its own: an output head.
+    :param tie_head: whether tables that are tied to a head are sharded, together with it; if not,
+        they are left whole unless a rule names them.
+    :param shard_head: whether the output head that ``model.get_output_embeddings()`` names is
+        sharded if it is tied to no table: over the vocabulary, unless a rule names it. Don't where
+        another tool does it, as AutoTP does.
+    :param output: the layout of what the embeddings give, see :class:`ShardedEmbedding`.
+    :param sparse: whether gradients are sparse; if ``None``, where they were.
     :param init_fn: initializes every table anew, those that are not sharded too, to the same values
-        for each strategy; all ranks of the gang have to call then.
+        for each strategy. Heads that are tied to no table keep their values.
+    :param optimizer: an optimizer over the Parameters of ``model``; it gets the new ones, with its
+        states cut to the shards.
+    :param parameters: a list of Parameters or parameter groups; likewise, in place.
     :raises ValueError: a strategy or rule is unknown, a rule matches no table, or a table cannot
         be sharded: it has options or ties that would be lost.
     :raises TypeError: a table is of a class with a ``forward`` of its own, which would be lost.
+    :raises GangError: the ranks disagree on strategies, sizes, dtypes, or the values of a table.
     """
     rules = dict(rules or {})
     for name, value in [("strategy", strategy), *((f"rules[{k!r}]", v) for k, v in rules.items())]:
         if value not in _STRATEGIES:
             raise ValueError(f"`{name}` must be one of {_STRATEGIES}, but is {value!r} instead.")
 
-    groups = find_tables(model)
+    groups = find_tables(model, _untied_heads(model, rules, shard_head))
     _check_rules(rules, groups)
-    choices = [(group, _choose(group, strategy, rules)) for group in groups]
-    for group, chosen in choices:
-        if chosen != "none":
-            check_shardable(group)
-        elif init_fn is not None:
-            check_weight(group)
+    choices = [(group, _choose(group, strategy, rules, tie_head)) for group in groups]
+    _check_agreement(gang, choices, output, sparse, init_fn)
 
     # All that can fail comes before all that changes the model.
-    changes = [_Change.plan(group, chosen, gang, init_fn) for group, chosen in choices]
-    return ShardingReport(tuple(change.carry_out() for change in changes))
+    changes = []
+    for group, chosen in choices:
+        with gang.whole(group.weight):
+            if chosen != "none":
+                check_shardable(group)
+            elif init_fn is not None:
+                check_weight(group)
+            changes.append(_Change.plan(group, chosen, gang, init_fn, output, sparse))
+    shards = {change.group.weight: change.shard for change in changes if change.shard}
+    report = ShardingReport(tuple(change.carry_out(gang) for change in changes))
+    if optimizer is not None:
+        repoint_optimizer(optimizer, shards)
+    if parameters is not None:
+        repoint_groups(parameters, shards)
+    gang.adopt_model(model)
+    return report
 
 
-def _choose(group: TableGroup, strategy: Strategy, rules: dict[str, Strategy]) -> Strategy:
+def _untied_heads(model: Module, rules: Mapping[str, Strategy], shard_head: bool) -> set[Module]:
+    """The heads that are to be sharded although they may be tied to no table."""
+    heads = set()
+    if shard_head and isinstance(model, SupportsOutputEmbeddings):
+        heads.add(model.get_output_embeddings())
+    for module, places in find_places(model).items():
+        if any(place.name in rules for place in places):
+            heads.add(module)
+    return {head for head in heads if isinstance(head, nn.Linear)}
+
+
+@runtime_checkable
+class SupportsOutputEmbeddings(Protocol):
+    """A model of transformers, or one that says as they do which module its output head is."""
+
+    def get_output_embeddings(self) -> Module | None: ...
+
+
+def _choose(
+    group: TableGroup, strategy: Strategy, rules: dict[str, Strategy], tie_head: bool
+) -> Strategy:
     for pattern, chosen in rules.items():
         if _matches(pattern, group):
             strategy = chosen
             break
+    else:
+        if not group.embeddings and strategy != "none":
+            return "vocab"
+        if group.embeddings and group.heads and not tie_head:
+            return "none"
     if strategy != "auto":
         return strategy
     return "vocab" if group.heads else "embed"
 
 
 def _matches(pattern: str, group: TableGroup) -> bool:
-    return any(fnmatchcase(name, pattern) for name in group.embedding_names)
+    return any(fnmatchcase(name, pattern) for name in group.names)
 
 
 def _check_rules(rules: dict[str, Strategy], groups: list[TableGroup]) -> None:
     unmatched = [p for p in rules if not any(_matches(p, group) for group in groups)]
     if unmatched:
-        names = [name for group in groups for name in group.embedding_names]
+        names = [name for group in groups for name in group.names]
         raise ValueError(
             f"`rules` must match the name of a table each, but {unmatched} match none of {names}."
         )
+
+
+def _check_agreement(
+    gang: Gang,
+    choices: list[tuple[TableGroup, Strategy]],
+    output: Output,
+    sparse: bool | None,
+    init_fn: InitFn | None,
+) -> None:
+    facts: dict[str, object] = {
+        "`output`": output,
+        "`sparse`": sparse,
+        "whether there is an `init_fn`": init_fn is not None,
+    }
+    for group, chosen in choices:
+        name = group.names[0]
+        facts[f"the strategy for '{name}'"] = chosen
+        with gang.whole(group.weight):
+            facts[f"the shape of '{name}'"] = tuple(group.weight.shape)
+            facts[f"the dtype of '{name}'"] = group.weight.dtype
+            if init_fn is None and chosen != "none":
+                facts[f"the values of '{name}' (a checksum)"] = _checksum(group.weight)
+    check_agreement(gang, facts)
+
+
+def _checksum(table: Tensor) -> str | None:
+    """Of some items: tables that were drawn from different seeds differ in all of them."""
+    if table.is_meta or not table.numel():
+        return None
+    sample = table.detach().flatten()[:: max(1, table.numel() // 256)].cpu()
+    data = sample.contiguous().view(torch.uint8).tolist()
+    return hashlib.blake2b(bytes(data), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -159,64 +259,78 @@ class _Change:
 
     group: TableGroup
     strategy: Strategy
-    weight: Tensor
+    shape: tuple[int, int]
+    shard: Shard | None
     modules: list[tuple[Module, Module, list[Place]]]
     values: Tensor | None = None
 
     @staticmethod
-    def plan(group: TableGroup, strategy: Strategy, gang: Gang, init_fn: InitFn | None) -> _Change:
+    def plan(
+        group: TableGroup,
+        strategy: Strategy,
+        gang: Gang,
+        init_fn: InitFn | None,
+        output: Output,
+        sparse: bool | None,
+    ) -> _Change:
+        num_rows, dim = group.weight.shape
         if strategy == "none":
             values = None
-            if init_fn is not None:
+            if init_fn is not None and group.embeddings:
                 # Over the gang, so that its ranks agree.
-                table = _as_standard(next(iter(group.embeddings)))
+                table = _as_standard(next(iter(group.embeddings)), sparse)
                 values = _shard(table, "embed", gang, init_fn).to_embedding().weight.detach()
-            return _Change(group, strategy, group.weight, [], values)
+            return _Change(group, strategy, (num_rows, dim), None, [], values)
 
         first: ShardedEmbedding | VocabShardedEmbedding | None = None
         modules: list[tuple[Module, Module, list[Place]]] = []
         for embedding, places in group.embeddings.items():
-            table = _as_standard(embedding)
+            table = _as_standard(embedding, sparse)
             if first is None:
-                new = first = _shard(table, strategy, gang, init_fn)
+                new = first = _shard(table, strategy, gang, init_fn, output)
             else:
-                new = _shard(table, strategy, gang, None)
+                new = _shard(table, strategy, gang, None, output)
                 new.weight = first.weight
             modules.append((embedding, new, places))
-        assert first is not None  # A group has an embedding.
+        if first is None:  # A head that is tied to no table.
+            first = _shard(_as_standard(next(iter(group.heads)), False), strategy, gang, None)
         for head, places in group.heads.items():
-            modules.append((head, TiedHead(first, bias=head.bias), places))
-        return _Change(group, strategy, first.weight, modules)
+            modules.append((head, OutputHead(first, bias=head.bias), places))
+        shard = Shard(first.weight, first.rows, first.columns)
+        return _Change(group, strategy, (num_rows, dim), shard, modules)
 
-    def carry_out(self) -> TableReport:
+    def carry_out(self, gang: Gang) -> TableReport:
         for old, new, places in self.modules:
             for hooks in _HOOKS:
                 setattr(new, hooks, getattr(old, hooks))
             new.train(old.training)
             for place in places:
                 setattr(place.parent, place.attribute, new)
+        weight = self.group.weight
         if self.values is not None:
-            with torch.no_grad():
-                self.weight.copy_(self.values)
-        names = self.group.embedding_names
-        num_embeddings, embed_dim = self.group.weight.shape
+            with torch.no_grad(), gang.whole(weight, modified=True):
+                weight.copy_(self.values)
+        bytes_replicated = math.prod(self.shape) * weight.element_size()
         return TableReport(
-            names[0],
-            num_embeddings,
-            embed_dim,
+            self.group.names[0],
+            *self.shape,
             self.strategy,
-            tied=(*names[1:], *self.group.head_names),
-            bytes_per_rank=self.weight.nbytes,
-            bytes_replicated=self.group.weight.nbytes,
+            tied=tuple(self.group.shared_with),
+            bytes_per_rank=self.shard.parameter.nbytes if self.shard else bytes_replicated,
+            bytes_replicated=bytes_replicated,
         )
 
 
 def _shard(
-    table: StandardEmbedding, strategy: Strategy, gang: Gang, init_fn: InitFn | None
+    table: StandardEmbedding,
+    strategy: Strategy,
+    gang: Gang,
+    init_fn: InitFn | None,
+    output: Output = "replicated",
 ) -> ShardedEmbedding | VocabShardedEmbedding:
     kind = VocabShardedEmbedding if strategy == "vocab" else ShardedEmbedding
     if init_fn is None:
-        return kind.from_embedding(table, gang)
+        return kind.from_embedding(table, gang, output=output)
     new = kind(
         gang,
         table.num_embeddings,
@@ -225,24 +339,33 @@ def _shard(
         init_fn=init_fn,
         device=table.weight.device,
         dtype=table.weight.dtype,
+        output=output,
         sparse=table.sparse,
+        scale=table.scale,
     )
     new.weight.requires_grad_(table.weight.requires_grad)
     return new
 
 
-def _as_standard(module: Module) -> StandardEmbedding:
-    """``module`` as a :class:`StandardEmbedding`, with the same Parameter."""
-    if isinstance(module, StandardEmbedding):
+def _as_standard(module: Module, sparse: bool | None) -> StandardEmbedding:
+    """The table of ``module`` as a :class:`StandardEmbedding`, with the same Parameter."""
+    if isinstance(module, StandardEmbedding) and sparse in (None, module.sparse):
         return module
-    assert isinstance(module, nn.Embedding)
+    weight = cast(Parameter, module.weight)
+    pad_idx, was_sparse, scale = None, False, None
+    if isinstance(module, StandardEmbedding):
+        pad_idx, was_sparse, scale = module.pad_idx, module.sparse, module.scale
+    elif isinstance(module, nn.Embedding):
+        pad_idx, was_sparse, scale = module.padding_idx, module.sparse, output_scale(module)
+    num_rows, dim = weight.shape
     standard = StandardEmbedding(
-        module.num_embeddings,
-        module.embedding_dim,
-        module.padding_idx,
+        num_rows,
+        dim,
+        pad_idx,
         device="meta",
-        dtype=module.weight.dtype,
-        sparse=module.sparse,
+        dtype=weight.dtype,
+        sparse=was_sparse if sparse is None else sparse,
+        scale=scale,
     )
-    standard.weight = cast(Parameter, module.weight)
+    standard.weight = weight
     return standard.train(module.training)

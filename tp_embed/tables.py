@@ -1,10 +1,13 @@
-"""Finds the embedding tables of a model, with all that shares their Parameters."""
+"""Finds the tables of a model, those of its embeddings and output heads, with all that shares
+their Parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Module, Parameter
 
@@ -30,7 +33,8 @@ class Place:
 @dataclass(frozen=True)
 class TableGroup:
     """One table: its weight and the modules that use it, with the places of each; ``others`` says
-    what is neither an embedding nor a head. ``computed`` is for a weight that is no Parameter."""
+    what is neither an embedding nor a head. ``computed`` is for a weight that is no Parameter. An
+    output head that is not tied is a table without embeddings."""
 
     weight: Tensor
     computed: bool = False
@@ -39,36 +43,46 @@ class TableGroup:
     others: list[str] = field(default_factory=list)
 
     @property
-    def embedding_names(self) -> list[str]:
-        """By all places of all embeddings; a model that is a table itself is the place ``""``."""
-        return [name for places in self.embeddings.values() for name in _names(places)]
+    def names(self) -> list[str]:
+        """By all places of all embeddings, or of the head if there are none; a model that is a
+        table itself is the place ``""``."""
+        modules = self.embeddings or self.heads
+        return [name for places in modules.values() for name in _names(places)]
 
     @property
-    def head_names(self) -> list[str]:
-        return [name for places in self.heads.values() for name in _names(places)]
+    def shared_with(self) -> list[str]:
+        """The names of what is tied to the first of :attr:`names`."""
+        heads = [name for places in self.heads.values() for name in _names(places)]
+        return self.names[1:] + (heads if self.embeddings else [])
 
 
 def _names(places: list[Place]) -> list[str]:
     return [place.name for place in places] or [""]
 
 
-def find_tables(model: Module) -> list[TableGroup]:
-    """The tables of the ``nn.Embedding`` and :class:`StandardEmbedding` modules of ``model``, in
-    the order of the model."""
+def find_places(model: Module) -> dict[Module, list[Place]]:
+    """All modules of ``model`` with all their places, in the order of the model."""
     places: dict[Module, list[Place]] = {model: []}
     for prefix, parent in model.named_modules():
         for attribute, child in parent._modules.items():
             if child is not None:
                 name = f"{prefix}.{attribute}" if prefix else attribute
                 places.setdefault(child, []).append(Place(parent, attribute, name))
+    return places
 
+
+def find_tables(model: Module, heads: Collection[Module] = ()) -> list[TableGroup]:
+    """The tables of the ``nn.Embedding`` and :class:`StandardEmbedding` modules of ``model``, and
+    of ``heads``, in the order of the model."""
+    places = find_places(model)
     groups: dict[Parameter | Module, TableGroup] = {}
     for module, module_places in places.items():
-        if isinstance(module, (nn.Embedding, StandardEmbedding)):
+        if isinstance(module, (nn.Embedding, StandardEmbedding)) or module in heads:
             weight = module._parameters.get("weight")
-            new = TableGroup(module.weight, computed=weight is None)
+            new = TableGroup(module.weight, computed=weight is None)  # type: ignore[arg-type]
             group = groups.setdefault(module if weight is None else weight, new)
-            group.embeddings[module] = module_places
+            if module not in heads:
+                group.embeddings[module] = module_places
     for module, module_places in places.items():
         for attribute, parameter in module._parameters.items():
             if parameter not in groups or module in groups[parameter].embeddings:
@@ -89,7 +103,7 @@ def check_weight(group: TableGroup) -> None:
     """
     :raises ValueError: the weight of the table is not a whole Parameter of a floating dtype.
     """
-    name = group.embedding_names[0]
+    name = group.names[0]
     if group.computed:
         raise ValueError(
             f"The table '{name}' must hold its `weight` as a Parameter, but computes it (a "
@@ -118,7 +132,7 @@ def check_shardable(group: TableGroup) -> None:
     :raises TypeError: it is of a class with a ``forward`` of its own, which would be lost.
     """
     check_weight(group)
-    name = group.embedding_names[0]
+    name = group.names[0]
     for module, places in group.embeddings.items():
         _check_embedding(module, _names(places)[0])
     if group.others:
@@ -138,11 +152,11 @@ def _check_embedding(module: Module, name: str) -> None:
     if isinstance(module, StandardEmbedding):
         return
     assert isinstance(module, nn.Embedding)
-    if not _runs(module, nn.Embedding.forward):
+    if not _runs(module, nn.Embedding.forward) and not _only_scales(module):
         raise TypeError(
-            f"The table '{name}' must be a `torch.nn.Embedding`, but is a "
-            f"`{type(module).__name__}` with a `forward` of its own instead, which a sharded table "
-            f"would not run. {_skip(name)}"
+            f"The table '{name}' must be a `torch.nn.Embedding`, or one that multiplies its output "
+            f"with its `embed_scale`, but is a `{type(module).__name__}` with a `forward` of its "
+            f"own instead, which a sharded table would not run. {_skip(name)}"
         )
     if any(getattr(module, hooks) for hooks in _STATE_DICT_HOOKS):
         raise ValueError(
@@ -155,6 +169,32 @@ def _check_embedding(module: Module, name: str) -> None:
                 f"The table '{name}' must not use `{option}`, which sharded tables do not "
                 f"have, but it is {getattr(module, option)} instead. {_skip(name)}"
             )
+
+
+def output_scale(module: nn.Embedding) -> float | Tensor | None:
+    """What a scaled embedding, such as that of Gemma 3 or BART, multiplies its output with."""
+    if _runs(module, nn.Embedding.forward):
+        return None
+    scale: float | Tensor = module.embed_scale  # type: ignore[assignment]
+    return scale.detach().cpu() if isinstance(scale, Tensor) else scale
+
+
+def _only_scales(module: nn.Embedding) -> bool:
+    """Whether the ``forward`` of the class of ``module`` is that of ``nn.Embedding`` times
+    ``embed_scale``: found out by running it on a small table."""
+    scale = getattr(module, "embed_scale", None)
+    if not isinstance(scale, (float, int, Tensor)) or "forward" in vars(module):
+        return False
+    small = copy.copy(module)
+    weight = torch.linspace(-3.0, 3.0, 6).view(2, 3)
+    ids = torch.tensor([[1, 0], [1, 1]])
+    small.__dict__ |= {"_parameters": {"weight": Parameter(weight)}, "padding_idx": None}
+    small._buffers = {k: b if b is None else b.cpu() for k, b in module._buffers.items()}
+    factor = scale.detach().cpu() if isinstance(scale, Tensor) else scale
+    try:
+        return torch.equal(type(module).forward(small, ids), weight[ids] * factor)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
 
 
 def _skip(name: str) -> str:

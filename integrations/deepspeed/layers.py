@@ -21,17 +21,17 @@ from torch.nn import Module, Parameter
 from tp_embed.collectives import gather_table
 from tp_embed.embedding import ShardedEmbedding, VocabShardedEmbedding
 from tp_embed.gang import Gang
-from tp_embed.head import TiedHead
+from tp_embed.head import OutputHead
 from tp_embed.partition import Partition
 
-for _layer in (ShardedEmbedding, VocabShardedEmbedding, TiedHead):
+for _layer in (ShardedEmbedding, VocabShardedEmbedding, OutputHead):
     TensorParallel_Layer.register(_layer)
 
 
 def register_layer(layer: Module, gang: Gang) -> None:
     """Marks the weight of a sharded embedding or head as tensor-parallel, for gradient norms,
     gathering and universal checkpoints. Doing it twice does no harm."""
-    if not isinstance(layer, (ShardedEmbedding, VocabShardedEmbedding, TiedHead)):
+    if not isinstance(layer, (ShardedEmbedding, VocabShardedEmbedding, OutputHead)):
         raise TypeError(
             "`layer` must be a sharded embedding or a head tied to one, "
             f"but is a `{type(layer).__name__}` instead."

@@ -1,0 +1,28 @@
+"""Makes sure that the ranks of a gang are about to do the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tp_embed.gang import Gang, GangError
+
+
+def check_agreement(gang: Gang, facts: Mapping[str, object]) -> None:
+    """Compares what each rank says of itself. All ranks have to call it; each broadcasts its facts.
+
+    :param facts: what has to be the same on every rank, by what it is called in the error.
+    :raises GangError: ranks disagree; the error is raised on all of them.
+    """
+    all_facts = []
+    for rank in range(gang.size):
+        box = [dict(facts)]
+        gang.broadcast_objects(box, rank)
+        all_facts.append(box[0])
+    for name in dict.fromkeys(name for one in all_facts for name in one):
+        found = [repr(one.get(name, "nothing")) for one in all_facts]
+        if len(set(found)) > 1:
+            by_rank = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(found))
+            raise GangError(
+                f"The ranks of {gang} must agree on {name}, but disagree: {by_rank}. Build the "
+                "same model from the same config on each, with torch seeded alike."
+            )

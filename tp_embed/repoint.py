@@ -1,0 +1,63 @@
+"""Puts the Parameters of sharded tables where an optimizer holds those of the whole ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+# What an optimizer takes: Parameters, or groups of them; with names, pairs for Parameters.
+Groups = list[Any]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A Parameter that took the place of a whole table, with the block of the table it holds."""
+
+    parameter: Parameter
+    rows: range
+    columns: range
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """The block out of what has the shape of the table."""
+        rows, columns = self.rows, self.columns
+        return whole[rows.start : rows.stop, columns.start : columns.stop].clone()
+
+
+Shards = Mapping[Tensor, Shard]
+
+
+def repoint_groups(groups: Groups, shards: Shards) -> None:
+    """Replaces the tables in a list of Parameters, of ``(name, Parameter)`` pairs, or of parameter
+    groups, in place."""
+    for i, entry in enumerate(groups):
+        if isinstance(entry, dict):
+            params = entry["params"]
+            entry["params"] = [params] if isinstance(params, Tensor) else list(params)
+            repoint_groups(entry["params"], shards)
+        elif isinstance(entry, tuple):
+            groups[i] = entry[0], _repointed(entry[1], shards)
+        else:
+            groups[i] = _repointed(entry, shards)
+
+
+def repoint_optimizer(optimizer: Optimizer, shards: Shards) -> None:
+    """Replaces the tables in the parameter groups of ``optimizer``, in place, and cuts its states
+    of the shape of a table, such as moments; others, such as step counts, stay."""
+    repoint_groups(optimizer.param_groups, shards)
+    for whole in [whole for whole in optimizer.state if whole in shards]:
+        shard, state = shards[whole], optimizer.state.pop(whole)
+        optimizer.state[shard.parameter] = {
+            key: shard.cut(value)
+            if isinstance(value, Tensor) and value.shape == whole.shape
+            else value
+            for key, value in state.items()
+        }
+
+
+def _repointed(parameter: Any, shards: Shards) -> Any:
+    return shards[parameter].parameter if parameter in shards else parameter
