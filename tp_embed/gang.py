@@ -182,8 +182,10 @@ class Gang(ABC):
         """Called by every layer that is sharded over this gang once its Parameters exist, and
         again if they were replaced. A gang of a framework marks them as the framework expects."""
 
-    def adopt_model(self, model: Module) -> None:  # noqa: B027
-        """Called once the tables of ``model`` are sharded over this gang."""
+    def sharding(self, model: Module) -> AbstractContextManager[object]:
+        """The tables of ``model`` are sharded over this gang in this context. A gang of a framework
+        checks the model first, and describes it to the framework at the end."""
+        return nullcontext()
 
     def whole(self, parameter: Tensor, *, modified: bool = False) -> AbstractContextManager[object]:
         """In this context ``parameter``, of a model that is not sharded yet, is there as a whole;

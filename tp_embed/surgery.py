@@ -154,22 +154,22 @@ def shard_embeddings(
     choices = [(group, _choose(group, strategy, rules, tie_head)) for group in groups]
     _check_agreement(gang, choices, output, sparse, init_fn)
 
-    # All that can fail comes before all that changes the model.
-    changes = []
-    for group, chosen in choices:
-        with gang.whole(group.weight):
-            if chosen != "none":
-                check_shardable(group)
-            elif init_fn is not None:
-                check_weight(group)
-            changes.append(_Change.plan(group, chosen, gang, init_fn, output, sparse))
-    shards = {change.group.weight: change.shard for change in changes if change.shard}
-    report = ShardingReport(tuple(change.carry_out(gang) for change in changes))
+    with gang.sharding(model):
+        # All that can fail comes before all that changes the model.
+        changes = []
+        for group, chosen in choices:
+            with gang.whole(group.weight):
+                if chosen != "none":
+                    check_shardable(group)
+                elif init_fn is not None:
+                    check_weight(group)
+                changes.append(_Change.plan(group, chosen, gang, init_fn, output, sparse))
+        shards = {change.group.weight: change.shard for change in changes if change.shard}
+        report = ShardingReport(tuple(change.carry_out(gang) for change in changes))
     if optimizer is not None:
         repoint_optimizer(optimizer, shards)
     if parameters is not None:
         repoint_groups(parameters, shards)
-    gang.adopt_model(model)
     return report
 
 

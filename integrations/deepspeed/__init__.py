@@ -1,10 +1,13 @@
 """DeepSpeed: a gang over its process groups, and the embedding classes as its layers.
 
 Tables that are sharded over a :class:`DeepSpeedGang` are tensor-parallel layers to DeepSpeed:
-AutoTP leaves them alone, the gradient norm counts every shard once, and under AutoTP the engine's
-consolidated state dict holds them whole and universal checkpoints merge and cut them.
+AutoTP leaves them alone, the gradient norm counts every shard once, the engine's consolidated state
+dict holds them whole and universal checkpoints merge and cut them.
 """
 
+from .checks import check_config
+from .config import EmbedConfig
 from .gang import DeepSpeedGang
+from .initialize import initialize
 
-__all__ = ["DeepSpeedGang"]
+__all__ = ["DeepSpeedGang", "EmbedConfig", "check_config", "initialize"]

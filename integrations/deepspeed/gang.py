@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self, final
 
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.utils import is_zero_param
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
+from torch import Tensor
 from torch.nn import Module
 
 from tp_embed.gang import GangError
 from tp_embed.process_group import ProcessGroupGang
 
+from .checks import check_model
+from .describe import describe_model
 from .layers import register_layer
 
 
@@ -99,3 +105,23 @@ class DeepSpeedGang(ProcessGroupGang):
 
     def adopt(self, layer: Module) -> None:
         register_layer(layer, self)
+
+    @contextmanager
+    def sharding(self, model: Module) -> Iterator[None]:
+        check_model(model)
+        yield
+        describe_model(model)
+
+    def whole(self, parameter: Tensor, *, modified: bool = False) -> AbstractContextManager[object]:
+        """Fetches what ``deepspeed.zero.Init`` has partitioned."""
+        if not is_zero_param(parameter):
+            return nullcontext()
+        ranks = dist.get_process_group_ranks(parameter.ds_process_group)  # type: ignore[attr-defined]
+        if len(set(ranks) & set(self.global_ranks)) > 1:
+            raise ValueError(
+                "`deepspeed.zero.Init` must partition over data-parallel ranks, but does over "
+                f"{ranks}, of which {self.global_ranks} are tensor-parallel: their shards would be "
+                "mixed up. Pass it `data_parallel_group=deepspeed.utils.groups."
+                "get_data_parallel_group()`, or that of your `mpu`."
+            )
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if modified else None)

@@ -24,14 +24,16 @@ from tp_embed.gang import Gang
 from tp_embed.head import OutputHead
 from tp_embed.partition import Partition
 
-for _layer in (ShardedEmbedding, VocabShardedEmbedding, OutputHead):
+LAYERS = (ShardedEmbedding, VocabShardedEmbedding, OutputHead)
+
+for _layer in LAYERS:
     TensorParallel_Layer.register(_layer)
 
 
 def register_layer(layer: Module, gang: Gang) -> None:
     """Marks the weight of a sharded embedding or head as tensor-parallel, for gradient norms,
     gathering and universal checkpoints. Doing it twice does no harm."""
-    if not isinstance(layer, (ShardedEmbedding, VocabShardedEmbedding, OutputHead)):
+    if not isinstance(layer, LAYERS):
         raise TypeError(
             "`layer` must be a sharded embedding or a head tied to one, "
             f"but is a `{type(layer).__name__}` instead."
@@ -62,7 +64,8 @@ def register_layer(layer: Module, gang: Gang) -> None:
         output_shape=(logical[0],),
         partition_sizes=partition.sizes,
         target_partition_shape=tuple(weight.shape),
-        original_shape=tuple(logical),
+        # No `original_shape`: DeepSpeed would take a table that is cut over the vocabulary for the
+        # one of all such tables, and cut others to its size when it merges them.
     )
 
 

@@ -1,0 +1,88 @@
+"""Refuses what DeepSpeed would do wrong without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deepspeed.module_inject.autotp_config import PartitionType
+from deepspeed.module_inject.layers import TensorParallel_Layer, is_autotp_training_mode
+from deepspeed.runtime.tensor_parallel import get_tensor_parallel_config
+from torch import nn
+from torch.nn import Module
+
+from .layers import LAYERS
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Checks a DeepSpeed config for an engine with tensor parallelism. ``initialize()`` does so by
+    itself.
+
+    :raises ValueError: DeepSpeed would train with it, but not as it says.
+    """
+    stage = (config.get("zero_optimization") or {}).get("stage", 0)
+    for name in ("bf16", "fp16"):
+        if stage == 0 and (config.get(name) or {}).get("enabled", False):
+            raise ValueError(
+                f"`zero_optimization.stage` must be 1, 2 or 3 for `{name}` with tensor "
+                "parallelism, but is 0 instead: there DeepSpeed's norm of the gradients leaves out "
+                "shards, and clips by a wrong norm. Set it to 1."
+            )
+
+
+def check_sparse(config: Mapping[str, Any]) -> None:
+    """
+    :raises ValueError: DeepSpeed's optimizer takes no sparse gradients.
+    """
+    stage = (config.get("zero_optimization") or {}).get("stage", 0)
+    if stage > 0:
+        raise ValueError(
+            "`zero_optimization.stage` must be 0 for sparse gradients, which ZeRO has no room for "
+            f"in its flat buffers, but is {stage} instead. Set it to 0, or `tp_embed.sparse` to "
+            "false."
+        )
+
+
+def check_model(model: Module) -> None:
+    """Checks a model of which the tables are about to be sharded.
+
+    :raises ValueError: AutoTP has been there before, or its layers are not made for training.
+    """
+    if getattr(model, "ds_autotp_parsed", False):
+        raise ValueError(
+            "`model` must not have passed AutoTP, which may have sliced its tables, but has. "
+            "Shard the tables before `deepspeed.initialize()`."
+        )
+    theirs = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, TensorParallel_Layer) and not isinstance(module, LAYERS)
+    ]
+    if theirs and not is_autotp_training_mode():
+        raise ValueError(
+            f"AutoTP's mode must be TRAINING, but is INFERENCE instead, in which its layers, such "
+            f"as '{theirs[0]}', are made without gradients. Call "
+            "`deepspeed.set_autotp_mode(training=True)` before they are made."
+        )
+
+
+def check_whole_tables(model: Module, config: Mapping[str, Any]) -> None:
+    """Checks the tables that have been left whole.
+
+    :raises ValueError: a ``partition_config`` matches one, of which AutoTP would keep some columns
+        and gather none.
+    """
+    partition = get_tensor_parallel_config(config).get_partition_config_object()
+    if partition is None:
+        return
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding):
+            continue
+        spec = partition.find_matching_spec(f"{name}.weight", model_type)
+        if spec is not None and spec.partition_type != PartitionType.SKIP:
+            raise ValueError(
+                f"The table '{name}' must not match `tensor_parallel.partition_config` if it is "
+                f"left whole, but matches {spec.patterns}: AutoTP would slice it and gather "
+                'nothing. Let `tp_embed` shard it, or give it `"partition_type": "skip"`.'
+            )

@@ -1,0 +1,92 @@
+"""The ``"tp_embed"`` section of a DeepSpeed config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from tp_embed import init as init_functions
+from tp_embed.embedding import InitFn, Output
+from tp_embed.init import is_blockwise
+from tp_embed.surgery import Strategy
+
+SECTION = "tp_embed"
+
+
+class EmbedConfig(BaseModel):
+    """How the tables of a model are sharded; the keys of the ``"tp_embed"`` section. See
+    :func:`tp_embed.shard_embeddings` for what they mean.
+
+    :param init: the name of a function of :mod:`tp_embed.init`, or ``"package.module.function"``,
+        or a mapping of such a ``name`` and keyword arguments, ``{"name": "normal", "std": 0.1}``.
+    :param shard_head: if ``None``, an output head that is tied to no table is sharded unless AutoTP
+        does that.
+    :param shard_logits: whether a model of transformers computes its loss from the logits of each
+        rank, see :func:`tp_embed.integrations.transformers.shard_logits`. Then ``outputs.logits``
+        are rank-local wherever labels are given.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    strategy: Strategy = "auto"
+    rules: dict[str, Strategy] = {}
+    tie_head: bool = True
+    shard_head: bool | None = None
+    shard_logits: bool = False
+    output: Output = "replicated"
+    sparse: bool | None = None
+    init: str | dict[str, Any] | None = None
+
+    @field_validator("init")
+    @classmethod
+    def _find_init(cls, value: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+        if value is not None:
+            _init_function(value)
+        return value
+
+    @property
+    def init_fn(self) -> InitFn | None:
+        return None if self.init is None else _init_function(self.init)
+
+
+def read_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], EmbedConfig]:
+    """Splits a DeepSpeed config into what is DeepSpeed's and our section.
+
+    :raises ValueError: the section does not hold what it may; the error names the key.
+    """
+    rest = {key: value for key, value in config.items() if key != SECTION}
+    try:
+        return rest, EmbedConfig.model_validate(config.get(SECTION, {}))
+    except ValidationError as e:
+        raise ValueError("\n".join(map(_describe, e.errors()))) from None
+
+
+def _describe(error: Any) -> str:
+    key = ".".join(str(part) for part in (SECTION, *error["loc"]))
+    if error["type"] == "extra_forbidden":
+        keys = ", ".join(sorted(EmbedConfig.model_fields))
+        return f"`{key}` is not a key of the DeepSpeed config. The section `{SECTION}` has {keys}."
+    message = error["msg"].removeprefix("Value error, ")
+    return f"`{key}` of the DeepSpeed config is {error['input']!r}: {message}."
+
+
+def _init_function(value: str | dict[str, Any]) -> InitFn:
+    arguments = {"name": value} if isinstance(value, str) else dict(value)
+    name = arguments.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError("an init function must have a `name`, such as 'normal'")
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(import_module(module) if module else init_functions, attribute, None)
+    except ImportError as e:
+        raise ValueError(f"the module '{module}' cannot be imported: {e}") from None
+    if not callable(found) or (not module and not is_blockwise(found)):
+        known = sorted(n for n, f in vars(init_functions).items() if is_blockwise(f))
+        raise ValueError(
+            f"`{name}` must be one of {known} or 'package.module.function', but is not callable"
+        )
+    return partial(found, **arguments) if arguments else found
