@@ -7,7 +7,20 @@ dict holds them whole and universal checkpoints merge and cut them.
 
 from .checks import check_config
 from .config import EmbedConfig
+from .export import export
 from .gang import DeepSpeedGang
 from .initialize import initialize
+from .resize import resize_vocab
+from .universal import to_universal
+from .universal_load import load_universal
 
-__all__ = ["DeepSpeedGang", "EmbedConfig", "check_config", "initialize"]
+__all__ = [
+    "DeepSpeedGang",
+    "EmbedConfig",
+    "check_config",
+    "export",
+    "initialize",
+    "load_universal",
+    "resize_vocab",
+    "to_universal",
+]

@@ -1,0 +1,232 @@
+"""Writes the whole model of an engine in the layout of Hugging Face.
+
+DeepSpeed's ``save_16bit_model()`` writes the part of one tensor-parallel rank at ZeRO 0 to 2, and
+gathers all of the model on one rank before it writes at ZeRO 3.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.module_inject.layers import DS_TENSOR_MODEL_PARALLEL
+from deepspeed.runtime.pipe import PipelineModule
+from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from tp_embed.gang import GangError
+
+from .layout import local_shape, logical_shape, map_of
+from .staging import staged
+
+_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
+
+
+def export(
+    engine: Any,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = 5_000_000_000,
+) -> None:
+    """Writes the whole model of ``engine``, of any ZeRO stage and any tensor-parallel size, as
+    safetensors, with ``config.json`` if it is one of transformers, so that
+    ``from_pretrained(directory)`` loads it. A weight that has several names is written once.
+
+    All ranks of the engine call it. Parameters are gathered one at a time, and rank 0, which
+    writes, holds those of one file. Each is gathered over the data-parallel group where ZeRO has
+    cut it, and sent to rank 0 by the other ranks of its tensor-parallel group.
+
+    :param directory: the directory to write, on the file system of rank 0.
+    :param dtype: the dtype of the Parameters; if ``None``, that which they have. With
+        ``torch.float32``, 16-bit Parameters are the optimizer's master weights, exactly.
+    :param max_shard_size: how many bytes there are at most in a file; a Parameter that is larger
+        has one of its own.
+    :raises FileExistsError: ``directory`` is there already; a :class:`GangError` on other ranks.
+    :raises ValueError: ``dtype`` is another, the model has pipeline stages or layers that cannot
+        be gathered, or there are no master weights; before anything is written.
+    """
+    module = engine.module
+    parameters = _parameters(module)
+    _check(engine, parameters, dtype)
+    sizes = {
+        name: torch.Size(logical_shape(param)).numel() * (dtype or param.dtype).itemsize
+        for name, param in parameters.items()
+    }
+    all_buffers = dict(module.named_buffers())
+    buffers = {name: all_buffers[name] for name in engine._get_buffer_names()}
+    sizes.update({name: buffer.nbytes for name, buffer in buffers.items()})
+    files = _plan(sizes, max_shard_size)
+
+    with _partitioned(engine), ExitStack() as stack:
+        folder = _on_rank_0(lambda: stack.enter_context(staged(directory)))
+        for file, names in files.items():
+            tensors = {}
+            for name in names:
+                if name in buffers:
+                    tensors[name] = buffers[name].detach().cpu().clone()
+                else:
+                    tensors[name] = _gather(engine, parameters[name], dtype)
+            _on_rank_0(partial(_write_tensors, folder, file, tensors))
+        _on_rank_0(partial(_write_index, folder, files, sizes))
+        _on_rank_0(partial(_write_config, folder, module, dtype))
+        _on_rank_0(stack.close)
+
+
+def _parameters(module: Module) -> dict[str, Parameter]:
+    """The Parameters, each by the name by which transformers saves it."""
+    tied: Iterable[str] = getattr(module, "all_tied_weights_keys", None) or ()
+    names: dict[Parameter, str] = {}
+    for name, param in module.named_parameters(remove_duplicate=False):
+        if param not in names or (names[param] in tied and name not in tied):
+            names[param] = name
+    return {name: param for param, name in names.items()}
+
+
+def _check(engine: Any, parameters: Mapping[str, Parameter], dtype: torch.dtype | None) -> None:
+    if dtype not in _DTYPES:
+        raise ValueError(f"`dtype` must be one of {_DTYPES}, but is {dtype} instead.")
+    if isinstance(engine.module, PipelineModule):
+        raise ValueError(
+            "`engine` must have a model without pipeline stages, but has a `PipelineModule`."
+        )
+    for name, param in parameters.items():
+        if getattr(param, DS_TENSOR_MODEL_PARALLEL, False) and map_of(param) is None:
+            raise ValueError(
+                f"`{name}` must say how it is cut over the tensor-parallel ranks, as AutoTP's "
+                "layers and ours do, but does not. Export the model with the library that cut it."
+            )
+        if _wants_master(param, dtype) and engine.zero_optimization_stage() == 0:
+            raise ValueError(
+                f"`dtype` must be None or {param.dtype} at ZeRO 0, where the master weights cannot "
+                f"be reached, but is {dtype}. Train at ZeRO 1."
+            )
+
+
+def _wants_master(param: Parameter, dtype: torch.dtype | None) -> bool:
+    return dtype == torch.float32 and param.dtype != torch.float32 and param.requires_grad
+
+
+def _plan(sizes: Mapping[str, int], max_shard_size: int) -> dict[str, list[str]]:
+    """The names of the tensors in each file."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > max_shard_size:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors": names
+        for i, names in enumerate(shards, start=1)
+    }
+
+
+@contextmanager
+def _partitioned(engine: Any) -> Iterator[None]:
+    """Cuts what ZeRO 3 holds gathered, as DeepSpeed does to save, and gathers it again."""
+    if engine.zero_optimization_stage() < 3:
+        yield
+        return
+    engine.optimizer.checkpoint_event_prologue()
+    try:
+        yield
+    finally:
+        engine.optimizer.checkpoint_event_epilogue()
+
+
+def _gather(engine: Any, param: Parameter, dtype: torch.dtype | None) -> Tensor | None:
+    """The whole ``param`` on rank 0, on the CPU, and ``None`` elsewhere. All ranks call it."""
+    shard = _shard(param, dtype)
+    layout, group = map_of(param), bwc_tensor_model_parallel_group(engine.mpu)
+    if layout is None or group is None:
+        return shard.cpu() if dist.get_rank() == 0 else None
+    ranks = dist.get_process_group_ranks(group)
+    if 0 not in ranks:
+        return None
+    if dist.get_rank() != 0:
+        if shard.numel():
+            dist.send(shard, dst=0, group=group)
+        return None
+    shards = {}
+    for tp_rank, rank in enumerate(ranks):
+        if rank == 0:
+            shards[tp_rank] = shard
+            continue
+        shards[tp_rank] = shard.new_empty(layout.shard_shapes[tp_rank])
+        if shards[tp_rank].numel():
+            dist.recv(shards[tp_rank], src=rank, group=group)
+    whole: Tensor = layout.rebuild(shards)
+    return whole.cpu()
+
+
+@torch.no_grad()
+def _shard(param: Parameter, dtype: torch.dtype | None) -> Tensor:
+    """What this tensor-parallel rank holds of ``param``, gathered over the data-parallel group."""
+    master = safe_get_full_fp32_param(param) if _wants_master(param, dtype) else None
+    if master is not None:
+        return master.reshape(local_shape(param)).contiguous()
+    with deepspeed.zero.GatheredParameters([param]):
+        return param.detach().to(dtype or param.dtype, copy=True).contiguous()
+
+
+def _on_rank_0(action: Callable[[], Any]) -> Any:
+    """Does ``action`` on rank 0; if it fails, all ranks do. All ranks call it."""
+    result, error = None, None
+    if dist.get_rank() == 0:
+        try:
+            result = action()
+        except Exception as e:
+            error = e
+    message = [error and f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(message, src=0)
+    if error is not None:
+        raise error
+    if message[0] is not None:
+        raise GangError(f"Rank 0 could not export the model. {message[0]}")
+    return result
+
+
+def _write_tensors(folder: Path, file: str, tensors: dict[str, Tensor]) -> None:
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / file,
+        metadata={"format": "pt"},
+    )
+
+
+def _write_index(folder: Path, files: Mapping[str, list[str]], sizes: Mapping[str, int]) -> None:
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": {name: file for file, names in files.items() for name in names},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_config(folder: Path, module: Module, dtype: torch.dtype | None) -> None:
+    """The configuration of a model of transformers, as ``save_pretrained()`` writes it."""
+    config: Any = getattr(module, "config", None)
+    if not hasattr(config, "save_pretrained"):
+        return
+    config = copy.deepcopy(config)
+    config.dtype = str(dtype or next(module.parameters()).dtype).removeprefix("torch.")
+    config.architectures = [type(module).__name__]
+    config.save_pretrained(folder)
+    generation_config: Any = getattr(module, "generation_config", None)
+    if generation_config is not None:
+        generation_config.save_pretrained(folder)

@@ -1,0 +1,122 @@
+"""Changes the vocabulary of a universal checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tp_embed.embedding import InitFn, StandardEmbedding
+
+from .staging import staged, write_text
+from .universal_format import MOMENTS, parameters_of, read_tensor, write_tensor
+
+
+def resize_vocab(
+    source: str | Path,
+    output: str | Path,
+    *,
+    names: Sequence[str],
+    num_embeddings: int,
+    init_fn: InitFn | None = None,
+    shrink: bool = False,
+) -> None:
+    """Writes a universal checkpoint whose tables, heads and their biases have another number of
+    rows. Rows that stay keep their values and moments bit for bit; the moments of new rows are
+    zero.
+
+    It runs in one process, on the CPU. Give the model that loads the result the new size, too.
+
+    :param source: the directory of a universal checkpoint, see :func:`to_universal`.
+    :param output: the directory to write; the file ``latest_universal`` beside it will name it.
+    :param names: the Parameters to resize, as patterns of :mod:`fnmatch`. A table that is tied to
+        a head has one name; a head that is not has its own. *Shape:* :math:`(V,E)`, or :math:`(V)`
+        for a bias, the same :math:`V` for all.
+    :param num_embeddings: the new number of rows.
+    :param init_fn: initializes the new rows of tables, as in :class:`tp_embed.StandardEmbedding`;
+        ``torch.manual_seed()`` decides the values. New items of a bias are zero.
+    :param shrink: has to be ``True`` if there are fewer rows than before; the last are dropped.
+    :raises FileNotFoundError: ``source`` is not there.
+    :raises FileExistsError: ``output`` is there already.
+    :raises ValueError: ``source`` is not universal, a pattern matches nothing or Parameters of
+        several sizes, or there would be fewer rows.
+    """
+    source, output = Path(source), Path(output).absolute()
+    matched = _matching(source, names)
+    _check_sizes(matched, num_embeddings, shrink)
+    with staged(output) as universal:
+        shutil.copytree(source, universal, dirs_exist_ok=True)
+        for name, directory in matched.items():
+            new = universal / "zero" / name
+            for key in _keys(directory):
+                old = read_tensor(directory, key)
+                write_tensor(new, key, _resize(old, num_embeddings, init_fn, key == "fp32"))
+    write_text(output.parent / "latest_universal", output.name)
+
+
+def _matching(source: Path, names: Sequence[str]) -> dict[str, Path]:
+    if not source.is_dir():
+        raise FileNotFoundError(
+            f"`source` must be the directory of a universal checkpoint, but there is no `{source}`."
+        )
+    if not (source / "zero").is_dir():
+        raise ValueError(
+            f"`source` must be a universal checkpoint, but `{source}` has no directory `zero`. "
+            "Convert it with `to_universal()`."
+        )
+    found = parameters_of(source)
+    for pattern in names:
+        if not any(fnmatchcase(name, pattern) for name in found):
+            raise ValueError(
+                f"`names` must match Parameters of the checkpoint, but {pattern!r} matches none of "
+                f"{sorted(found)}."
+            )
+    return {
+        name: path
+        for name, path in found.items()
+        if any(fnmatchcase(name, pattern) for pattern in names)
+    }
+
+
+def _check_sizes(matched: dict[str, Path], num_embeddings: int, shrink: bool) -> None:
+    shapes = {name: tuple(read_tensor(path, "fp32").shape) for name, path in matched.items()}
+    sizes = {shape[0] if shape else 0 for shape in shapes.values()}
+    if len(sizes) != 1 or any(len(shape) > 2 for shape in shapes.values()):
+        raise ValueError(
+            f"`names` must match Parameters with one number of rows, but match {shapes}. Name "
+            "those of the vocabulary only."
+        )
+    size = sizes.pop()
+    if num_embeddings < 1:
+        raise ValueError(
+            f"`num_embeddings` must be greater than or equal to 1, but is {num_embeddings} instead."
+        )
+    if num_embeddings < size and not shrink:
+        raise ValueError(
+            f"`num_embeddings` must be at least {size}, the number of rows of {sorted(matched)}, "
+            f"but is {num_embeddings}. Pass `shrink=True` to drop the last rows."
+        )
+
+
+def _keys(directory: Path) -> list[str]:
+    """The tensors of a Parameter: a frozen one has no moments."""
+    return [key for key in ("fp32", *MOMENTS) if (directory / f"{key}.pt").is_file()]
+
+
+def _resize(old: Tensor, size: int, init_fn: InitFn | None, draw: bool) -> Tensor:
+    """``old`` with ``size`` rows; new ones are drawn, or zero."""
+    kept = old[:size]
+    if len(kept) == size:
+        return kept
+    if draw and old.dim() == 2:
+        table = StandardEmbedding(
+            size, old.shape[1], init_fn=init_fn, device="cpu", dtype=old.dtype
+        )
+        new = table.weight.detach()[len(kept) :]
+    else:
+        new = old.new_zeros((size - len(kept), *old.shape[1:]))
+    return torch.cat([kept, new])

@@ -1,0 +1,296 @@
+"""Loads universal checkpoints into engines of every ZeRO stage.
+
+DeepSpeed loads what is trained at ZeRO 1 to 3. ZeRO 0, frozen Parameters and buffers, which it
+leaves as they are, are loaded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.checkpoint.constants import PARAM_GROUPS
+from deepspeed.utils import groups
+from deepspeed.utils.bwc import (
+    bwc_tensor_model_parallel_group,
+    bwc_tensor_model_parallel_rank,
+    bwc_tensor_model_parallel_world_size,
+)
+from torch import Tensor
+from torch.nn import Parameter
+
+from .layout import logical_shape, own_shard
+from .universal_format import (
+    MOMENTS,
+    STEP,
+    hyperparameters,
+    load,
+    model_file,
+    optimizer_state_file,
+    parameters_of,
+    read_step,
+    read_tensor,
+)
+
+
+def load_universal(
+    engine: Any,
+    directory: str | Path,
+    tag: str | None = None,
+    *,
+    strict: bool = True,
+    load_lr_scheduler_states: bool = True,
+) -> tuple[str, dict[str, Any]]:
+    """Loads what :func:`to_universal` has written into ``engine``, of any ZeRO stage and any
+    tensor- and data-parallel size: Parameters and buffers, moments and step of Adam, the param
+    groups' hyperparameters, the learning-rate schedule and the step counts.
+
+    All ranks call it, and each reads all of the checkpoint but keeps no more than its part. The
+    engine need not be configured for universal checkpoints. It unpickles the files, so load
+    checkpoints that you trust.
+
+    :param directory: the directory that the universal checkpoint is in.
+    :param tag: its name; if ``None``, what the file ``latest_universal`` says.
+    :param strict: if ``False``, frozen Parameters and buffers that the checkpoint lacks stay as
+        they are, as for one that was saved with ``exclude_frozen_parameters``.
+    :param load_lr_scheduler_states: whether to load the learning-rate schedule, if the engine has
+        one.
+    :returns: what ``engine.load_checkpoint()`` does: the path of the file that was read, and the
+        client's state.
+    :raises FileNotFoundError: there is no such checkpoint.
+    :raises ValueError: the checkpoint does not fit the model or the optimizer. Nothing has been
+        changed then.
+    """
+    directory = Path(directory)
+    tag = tag or _latest(directory)
+    universal = directory / tag
+    stage = engine.zero_optimization_stage()
+    _check_files(universal, stage)
+    param_groups = load(optimizer_state_file(universal))[PARAM_GROUPS]
+    optimizer = _basic_optimizer(engine, stage)
+    _check_optimizer(optimizer, param_groups)
+    found = parameters_of(universal)
+    parameters = dict(engine.module.named_parameters())
+    _check_parameters(parameters, found, strict)
+    if stage:
+        _check_steps(found)
+    saved = load(model_file(universal, 0, stage))
+    _check_buffers(engine, saved["module"], strict)
+    if load_lr_scheduler_states:
+        _check_scheduler(engine, saved["lr_scheduler"])
+
+    _load_buffers(engine, saved["module"])
+    with _universal_mode(engine):
+        for name, param in parameters.items():
+            if name in found and (stage == 0 or not param.requires_grad):
+                _load_parameter(engine, param, found[name], stage)
+        if stage == 0:
+            _load_optimizer(engine, parameters, found, param_groups)
+        # At ZeRO 0, `engine.load_checkpoint()` takes the optimizer for one of ZeRO afterwards.
+        load_rest = engine.load_checkpoint if stage else engine._load_checkpoint
+        path, client_state = load_rest(
+            str(directory),
+            tag,
+            load_optimizer_states=stage > 0,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+        )
+    if stage == 3:
+        _mend_zero3(optimizer, param_groups)
+    return path, client_state
+
+
+def _latest(directory: Path) -> str:
+    file = directory / "latest_universal"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"`{directory}` must have a file `latest_universal` if no `tag` is given, but has "
+            "none. Pass the name of the universal checkpoint as `tag`."
+        )
+    return file.read_text().strip()
+
+
+def _check_files(universal: Path, stage: int) -> None:
+    if not universal.is_dir():
+        raise FileNotFoundError(f"There must be a universal checkpoint in `{universal}`.")
+    for file in (optimizer_state_file(universal), model_file(universal, 0, stage)):
+        if not file.is_file():
+            raise ValueError(
+                f"`{universal}` must be a universal checkpoint that `to_universal()` has written, "
+                f"but has no `{file.relative_to(universal)}`. Convert the engine's checkpoint."
+            )
+
+
+def _basic_optimizer(engine: Any, stage: int) -> torch.optim.Optimizer:
+    """The optimizer of torch that the engine has wrapped, if it has."""
+    wrapped = engine.optimizer.optimizer if stage else engine.optimizer
+    if isinstance(wrapped, torch.optim.Optimizer):
+        return wrapped
+    raise ValueError(
+        f"`engine` must have an optimizer in fp32 at ZeRO 0, but has a `{type(wrapped).__name__}`. "
+        "Set `zero_optimization.stage` to 1 in its DeepSpeed config."
+    )
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    if len(optimizer.param_groups) != len(groups):
+        raise ValueError(
+            f"The optimizer must have {len(groups)} param groups, as that of the checkpoint, but "
+            f"has {len(optimizer.param_groups)}. Build it with the same param groups."
+        )
+
+
+def _check_parameters(
+    parameters: Mapping[str, Parameter], found: Mapping[str, Path], strict: bool
+) -> None:
+    """That there is all that the engine wants, and no more."""
+    unknown = [
+        name for name in found.keys() - parameters.keys() if (found[name] / f"{STEP}.pt").is_file()
+    ]
+    if unknown:
+        raise ValueError(
+            f"The model must have all Parameters of the checkpoint, but lacks {sorted(unknown)}. "
+            "Build the model that was saved, with the same tied weights."
+        )
+    for name, param in parameters.items():
+        if name not in found:
+            if param.requires_grad or strict:
+                raise ValueError(
+                    f"The checkpoint must have all Parameters of the model, but lacks `{name}`. "
+                    "Build the model that was saved"
+                    + (", or pass `strict=False`." if not param.requires_grad else ".")
+                )
+            continue
+        keys = ("fp32", *MOMENTS) if param.requires_grad else ("fp32",)
+        expected = logical_shape(param)
+        for key in keys:
+            if not (found[name] / f"{key}.pt").is_file():
+                raise ValueError(
+                    f"The checkpoint must have the optimizer's state of `{name}`, but lacks its "
+                    f"`{key}`: it was frozen. Freeze it, or save it as trained."
+                )
+            shape = tuple(read_tensor(found[name], key).shape)
+            if shape != expected:
+                raise ValueError(
+                    f"`{name}` must have the shape {expected}, but its `{key}` in the checkpoint "
+                    f"has {shape}. Build the model that was saved, or change the size of its "
+                    "vocabulary with `resize_vocab()`."
+                )
+
+
+def _check_steps(found: Mapping[str, Path]) -> None:
+    """That there is one step for all, which is all that ZeRO 1 to 3 can have."""
+    steps = {
+        name: float(read_step(path))
+        for name, path in found.items()
+        if (path / f"{STEP}.pt").is_file()
+    }
+    if len(set(steps.values())) > 1:
+        fewest = min(steps, key=lambda name: steps[name])
+        raise ValueError(
+            f"All Parameters must have made {max(steps.values()):.0f} steps for ZeRO 1 to 3, but "
+            f"`{fewest}` has made {steps[fewest]:.0f}. Load the checkpoint at ZeRO 0."
+        )
+
+
+def _check_buffers(engine: Any, buffers: Mapping[str, Tensor], strict: bool) -> None:
+    expected = _buffers(engine)
+    missing = sorted(expected.keys() - buffers.keys())
+    if missing and strict:
+        raise ValueError(
+            f"The checkpoint must have all buffers of the model, but lacks {missing}. Build the "
+            "model that was saved, or pass `strict=False`."
+        )
+    for name in expected.keys() & buffers.keys():
+        if expected[name].shape != buffers[name].shape:
+            raise ValueError(
+                f"The buffer `{name}` must have the shape {tuple(expected[name].shape)}, but in "
+                f"the checkpoint has {tuple(buffers[name].shape)}. Build the model that was saved."
+            )
+
+
+def _check_scheduler(engine: Any, state: Any) -> None:
+    if engine.lr_scheduler is not None and state is None:
+        raise ValueError(
+            "The checkpoint must have the state of a learning-rate schedule, since the engine has "
+            "one, but has none. Pass `load_lr_scheduler_states=False` to start the schedule anew."
+        )
+
+
+def _buffers(engine: Any) -> dict[str, Tensor]:
+    """The persistent buffers."""
+    buffers = dict(engine.module.named_buffers())
+    return {name: buffers[name] for name in engine._get_buffer_names() if name in buffers}
+
+
+@torch.no_grad()
+def _load_buffers(engine: Any, buffers: Mapping[str, Tensor]) -> None:
+    for name, buffer in _buffers(engine).items():
+        if name in buffers:
+            buffer.copy_(buffers[name])
+
+
+@torch.no_grad()
+def _load_parameter(engine: Any, param: Parameter, directory: Path, stage: int) -> None:
+    """Loads a Parameter that DeepSpeed does not."""
+    if stage == 3:
+        fragment = engine.optimizer.load_hp_checkpoint_state(str(directory), "fp32", param=param)
+        param.ds_tensor.copy_(fragment)  # type: ignore[attr-defined]
+    else:
+        param.copy_(_own_shard(engine, param, directory, "fp32"))
+
+
+def _own_shard(engine: Any, param: Parameter, directory: Path, key: str) -> Tensor:
+    rank = bwc_tensor_model_parallel_rank(engine.mpu)
+    size = bwc_tensor_model_parallel_world_size(engine.mpu)
+    return own_shard(param, key, read_tensor(directory, key), rank, size)
+
+
+@contextmanager
+def _universal_mode(engine: Any) -> Iterator[None]:
+    """As if `checkpoint.load_universal` were set in the DeepSpeed config, and with the tensor-
+    parallel group of the engine: ZeRO 3 takes that of AutoTP, which an `mpu` of another kind, or a
+    second engine, need not have."""
+    config = engine._config
+    before = config.load_universal_checkpoint, groups._TENSOR_MODEL_PARALLEL_GROUP
+    config.load_universal_checkpoint = True
+    groups._TENSOR_MODEL_PARALLEL_GROUP = bwc_tensor_model_parallel_group(engine.mpu)
+    try:
+        yield
+    finally:
+        config.load_universal_checkpoint, groups._TENSOR_MODEL_PARALLEL_GROUP = before
+
+
+def _load_optimizer(
+    engine: Any,
+    parameters: Mapping[str, Parameter],
+    found: Mapping[str, Path],
+    groups: Sequence[Mapping[str, Any]],
+) -> None:
+    """Loads the optimizer at ZeRO 0."""
+    optimizer = engine.optimizer
+    names = {param: name for name, param in parameters.items()}
+    own_groups = optimizer.state_dict()[PARAM_GROUPS]
+    state = {}
+    for group, own in zip(optimizer.param_groups, own_groups, strict=True):
+        for param, index in zip(group["params"], own["params"], strict=True):
+            path = found[names[param]]
+            state[index] = {key: _own_shard(engine, param, path, key).clone() for key in MOMENTS}
+            state[index][STEP] = read_step(path)
+    new_groups = [
+        {**own, **hyperparameters(group)} for own, group in zip(own_groups, groups, strict=True)
+    ]
+    optimizer.load_state_dict({"state": state, PARAM_GROUPS: new_groups})
+
+
+def _mend_zero3(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Gives each param group its own hyperparameters, and each state a step of its own: DeepSpeed
+    gives all groups those of the first, and all states one tensor, which then counts each step
+    several times."""
+    for own, group in zip(optimizer.param_groups, groups, strict=True):
+        own.update(hyperparameters(group))
+    for state in optimizer.state.values():
+        if isinstance(state[STEP], Tensor):
+            state[STEP] = state[STEP].clone()
