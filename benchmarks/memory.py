@@ -1,17 +1,21 @@
-"""What one rank holds with DeepSpeed's AutoTP `alone`, and with tables sharded by tp_embed.
+"""What one rank holds of a Llama's table and head, with AutoTP alone and with tp_embed.
 
-    deepspeed --num_gpus 2 --no_local_rank benchmarks/memory.py alone|embed|vocab
+    deepspeed --num_gpus 2 --no_local_rank benchmarks/memory.py untied-alone untied-auto
+    deepspeed --num_gpus 2 --no_local_rank benchmarks/memory.py tied-preset-alone tied-preset-auto
 
-Trains a one-layer Llama (V=128k, E=1024, untied, fp32, ZeRO 1, AdamW) for two steps, and prints the
-bytes of the token table with what belongs to it (gradient, master copy, two moments), counted from
-the engine's tensors, and the growth of the process's resident memory. One job for each, since a
-process does not give back what an engine took.
+A case is `untied` or `tied`, `preset` where AutoTP cuts by its preset and not by the plan of
+transformers, and a strategy or `alone`. Each trains a one-layer Llama for two steps (fp32, ZeRO 1,
+AdamW). Printed are the bytes of the token table and of the output head, each with its gradient,
+master copy and two moments, counted from the engine's tensors, and the growth of the process's
+resident memory: take one case a job for that one, since a process gives back little of what an
+engine took.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
-import sys
+import json
 from typing import Any
 
 import deepspeed
@@ -20,67 +24,89 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from deepspeed.utils import safe_get_full_optimizer_state as state
+from torch.nn import Parameter
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tp_embed import shard_embeddings
-from tp_embed.integrations.deepspeed import DeepSpeedGang
-
-VOCAB, DIM = 128_000, 1024
+from tp_embed.integrations.deepspeed import initialize
 
 
-def measure(strategy: str | None) -> tuple[int, int]:
-    """(bytes of the table, its gradient, master copy and moments; growth of the RSS)."""
+def measure(case: str, vocab_size: int, dim: int) -> dict[str, Any]:
     before = psutil.Process().memory_info().rss
-    engine = build(strategy)
+    engine = build(case, vocab_size, dim)
+    table = engine.module.get_input_embeddings().weight
+    head = engine.module.get_output_embeddings().weight
+    kept: dict[Parameter, list[torch.Tensor]] = {table: [], head: []}  # One, if they are tied.
     for step in range(2):
         ids = torch.arange(64).view(1, 64) + step
         # The logits of one position: those of all would dwarf what is measured.
         loss = engine(input_ids=ids, logits_to_keep=1).logits.float().norm()
+        engine.backward(loss)
         if step == 1:
-            engine.backward(loss)
-            table = engine.module.get_input_embeddings().weight
-            kept = [table.data, safe_get_full_grad(table)]
-            engine.step()
-            kept += [safe_get_full_fp32_param(table)]
-            kept += [state(table, name) for name in ("exp_avg", "exp_avg_sq")]
-        else:
-            engine.backward(loss)
-            engine.step()
-    total = sum(tensor.nbytes for tensor in kept)
-    growth = psutil.Process().memory_info().rss - before
-    return total, growth
+            for parameter, tensors in kept.items():
+                tensors += [parameter.data, safe_get_full_grad(parameter)]
+        engine.step()
+    for parameter, tensors in kept.items():
+        tensors += [safe_get_full_fp32_param(parameter)]
+        tensors += [state(parameter, name) for name in ("exp_avg", "exp_avg_sq")]
+    row = {
+        "case": case,
+        "table": sum(tensor.nbytes for tensor in kept[table]),
+        "head": 0 if head is table else sum(tensor.nbytes for tensor in kept[head]),
+        "process": psutil.Process().memory_info().rss - before,
+    }
+    kept.clear()
+    engine.destroy()
+    return row
 
 
-def build(strategy: str | None) -> Any:
+def build(case: str, vocab_size: int, dim: int) -> Any:
+    tying, *preset, strategy = case.split("-")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=DIM,
-        intermediate_size=1024,
+        vocab_size=vocab_size,
+        hidden_size=dim,
+        intermediate_size=dim,
         num_hidden_layers=1,
         num_attention_heads=8,
+        tie_word_embeddings=tying == "tied",
     )
+    ds_config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+        "zero_optimization": {"stage": 1},
+        "tensor_parallel": {"autotp_size": dist.get_world_size()},
+    }
+    if preset:
+        ds_config["tensor_parallel"]["preset_model"] = "llama"
     model = LlamaForCausalLM(config)
-    gang = DeepSpeedGang.from_groups(tp_size=dist.get_world_size())
-    if strategy:
-        shard_embeddings(model, gang, strategy=strategy)  # type: ignore[arg-type]
+    if strategy == "alone":
+        engine, *_ = deepspeed.initialize(model=model, config=ds_config)
+    else:
+        ds_config["tp_embed"] = {"strategy": strategy}
+        engine, *_ = initialize(model=model, config=ds_config)
+    del model
     gc.collect()
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
-            "zero_optimization": {"stage": 1},
-            "tensor_parallel": {"autotp_size": dist.get_world_size()},
-        },
-    )
     return engine
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="+")
+    parser.add_argument("--vocab-size", type=int, default=128_000)
+    parser.add_argument("--dim", type=int, default=1024)
+    parser.add_argument("--json", help="write the rows")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     deepspeed.init_distributed()
-    name = sys.argv[1]
-    table, growth = measure(None if name == "alone" else name)
+    rows = [measure(case, arguments.vocab_size, arguments.dim) for case in arguments.cases]
     if dist.get_rank() == 0:
-        print(f"{name}: table {table / 2**20:.0f} MiB, process {growth / 2**20:.0f} MiB")
+        for row in rows:
+            sizes = ", ".join(f"{k} {v / 2**20:.1f} MiB" for k, v in row.items() if k != "case")
+            print(f"{row['case']}: {sizes}")
+        if arguments.json:
+            with open(arguments.json, "w") as file:
+                json.dump(rows, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,10 +13,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.module_inject.layers import TensorParallel_Layer
+from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from deepspeed.utils import groups
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tp_embed import GangError, shard_embeddings
+from tp_embed import GangError, OutputHead, VocabShardedEmbedding, shard_embeddings
 from tp_embed.integrations.deepspeed import DeepSpeedGang
 
 VOCAB, DIM = 101, 36  # 101 rows do not divide by two ranks; 36 columns do, as the heads need.
@@ -125,6 +126,35 @@ def clone(state: Any) -> Any:
     return state and {name: tensor.clone() for name, tensor in state.items()}
 
 
+def fused_losses() -> list[list[torch.Tensor]]:
+    """The loss of our head and that of DeepSpeed, each with the gradients of its inputs."""
+    torch.manual_seed(0)
+    gang = DeepSpeedGang.from_groups(tp_size=2)
+    embed = VocabShardedEmbedding(gang, VOCAB, DIM)
+    target = torch.randint(VOCAB, (64,))
+    target[:5] = -100
+    hidden = torch.randn(64, DIM)
+    results = []
+    for by_us in (True, False):
+        embed.zero_grad()
+        x = hidden.clone().requires_grad_()
+        if by_us:
+            loss = OutputHead(embed).loss(x, target)
+        else:
+            loss = vocab_parallel_linear_cross_entropy(
+                x,
+                embed.weight,
+                target,
+                tp_group=gang.as_process_group(),
+                vocab_start_index=embed.rows.start,
+                vocab_end_index=embed.rows.stop,
+                chunk_size=16,
+            )
+        loss.backward()
+        results.append([loss.detach(), x.grad, embed.weight.grad])
+    return results
+
+
 def gangs() -> dict[str, Any]:
     """What the ways to a gang give, and their errors."""
     group = groups.get_tensor_model_parallel_group()
@@ -155,6 +185,7 @@ def main(out: Path) -> None:
     for name, case in CASES.items():
         seen[name] = train(**case, checkpoint=out / name)
     seen["gangs"] = gangs()
+    seen["fused losses"] = fused_losses()
     torch.save(seen, out / f"seen{dist.get_rank()}.pt")
 
 

@@ -108,7 +108,7 @@ def check_model(gang, name, strategy, sharded_logits):
     expected, expected_tokens = step(model), tokens(model)
     gradients = {n: p.grad for n, p in model.named_parameters()}
 
-    shard_embeddings(model, gang, strategy=strategy, shard_head=True)
+    shard_embeddings(model, gang, strategy=strategy)
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embed, (ShardedEmbedding, VocabShardedEmbedding))
     assert isinstance(head, OutputHead)

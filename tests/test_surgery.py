@@ -21,6 +21,7 @@ from tp_embed import (
     init,
     shard_embeddings,
 )
+from tp_embed.collectives import all_gather_columns
 
 SIZES = [1, 2, 3, 4]
 MIDDLE = FakeGang("cpu", rank=1, size=3)
@@ -77,6 +78,10 @@ def seen(model):
     for name, module in model.named_modules():
         if isinstance(module, (ShardedEmbedding, VocabShardedEmbedding)):
             gradients[f"{name}.weight"] = whole(module, module.weight.grad)
+        elif isinstance(module, OutputHead) and module.shard_dim == 0:
+            # As the columns of its transpose, which any tie has put there already.
+            grad = all_gather_columns(module.weight.grad.T, module.gang, module.partition)
+            gradients[f"{name}.weight"] = grad.T
     # A shared Parameter goes by its first name.
     return logits.detach(), {name: gradients[name] for name, _ in model.named_parameters()}
 
@@ -89,8 +94,17 @@ def seen_sharded(gang, name, options):
 
 # The model, the arguments, and the strategy of each table.
 CASES = {
-    "llama by default": ("llama", {}, {"model.embed_tokens": "embed"}),
-    "llama by rows": ("llama", {"strategy": "vocab"}, {"model.embed_tokens": "vocab"}),
+    "llama by default": ("llama", {}, {"lm_head": "vocab", "model.embed_tokens": "embed"}),
+    "llama without its head": (
+        "llama",
+        {"shard_head": False},
+        {"model.embed_tokens": "embed"},
+    ),
+    "llama by rows": (
+        "llama",
+        {"strategy": "vocab", "shard_head": False},
+        {"model.embed_tokens": "vocab"},
+    ),
     "tied llama by default": ("tied llama", {}, {"model.embed_tokens": "vocab"}),
     "tied llama by columns": ("tied llama", {"strategy": "embed"}, {"model.embed_tokens": "embed"}),
     "gpt2 by default": ("gpt2", {}, {"transformer.wte": "vocab", "transformer.wpe": "embed"}),
@@ -98,6 +112,21 @@ CASES = {
         "gpt2",
         {"rules": {"*.wpe": "none"}},
         {"transformer.wte": "vocab", "transformer.wpe": "none"},
+    ),
+    "llama with its head by a rule": (
+        "llama",
+        {"strategy": "none", "rules": {"lm_head": "auto"}},
+        {"lm_head": "vocab", "model.embed_tokens": "none"},
+    ),
+    "llama without its head by a rule": (
+        "llama",
+        {"rules": {"lm_head": "none"}},
+        {"lm_head": "none", "model.embed_tokens": "embed"},
+    ),
+    "tied tables left whole": (
+        "gpt2",
+        {"tie_head": False},
+        {"transformer.wte": "none", "transformer.wpe": "embed"},
     ),
     "tower by default": ("tower", {}, {"source": "vocab", "kinds.0": "embed"}),
     "tower by rules": (
@@ -116,7 +145,7 @@ def test_sharded_model_computes_what_it_did(pool, case, size):
     for result in pool(size, seen_sharded, name, options, timeout=120):
         assert result[2] == strategies
         assert list(result[1]) == list(gradients)
-        if name == "llama":
+        if name == "llama" and "lm_head" not in strategies:
             assert_same_bits(result[0], logits, "logits")
             for key, gradient in gradients.items():
                 assert_same_bits(result[1][key], gradient, f"gradients of {key}")
@@ -355,3 +384,11 @@ def test_table_with_the_rule_none_is_left_where_its_tied_table_is_not(name):
         shard_embeddings(tower, MIDDLE, rules={name: "none"})
     assert getattr(tower, name) is table
     assert tower.source.weight is tower.target.weight is tower.head.weight
+
+
+def test_options_of_the_embeddings():
+    model = build("llama")
+    shard_embeddings(model, MIDDLE, sparse=True, output="shard")
+    embed = model.get_input_embeddings()
+    assert (embed.sparse, embed.output) == (True, "shard")
+    assert_refused(tied_llama(), ValueError, "`output` must be one of", output="shard")

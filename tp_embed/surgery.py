@@ -101,7 +101,7 @@ def shard_embeddings(
     strategy: Strategy = "auto",
     rules: Mapping[str, Strategy] | None = None,
     tie_head: bool = True,
-    shard_head: bool = False,
+    shard_head: bool = True,
     output: Output = "replicated",
     sparse: bool | None = None,
     init_fn: InitFn | None = None,
@@ -130,8 +130,7 @@ def shard_embeddings(
     :param tie_head: whether tables that are tied to a head are sharded, together with it; if not,
         they are left whole unless a rule names them.
     :param shard_head: whether the output head that ``model.get_output_embeddings()`` names is
-        sharded if it is tied to no table: over the vocabulary, unless a rule names it. Don't where
-        another tool does it, as AutoTP does.
+        sharded if it is tied to no table: over the vocabulary, unless a rule names it.
     :param output: the layout of what the embeddings give, see :class:`ShardedEmbedding`.
     :param sparse: whether gradients are sparse; if ``None``, where they were.
     :param init_fn: initializes every table anew, those that are not sharded too, to the same values

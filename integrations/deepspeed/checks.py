@@ -7,9 +7,12 @@ from typing import Any
 
 from deepspeed.module_inject.autotp_config import PartitionType
 from deepspeed.module_inject.layers import TensorParallel_Layer, is_autotp_training_mode
+from deepspeed.runtime.config import get_gradient_clipping
 from deepspeed.runtime.tensor_parallel import get_tensor_parallel_config
 from torch import nn
 from torch.nn import Module
+
+from tp_embed.head import OutputHead
 
 from .layers import LAYERS
 
@@ -28,6 +31,21 @@ def check_config(config: Mapping[str, Any]) -> None:
                 "parallelism, but is 0 instead: there DeepSpeed's norm of the gradients leaves out "
                 "shards, and clips by a wrong norm. Set it to 1."
             )
+
+
+def check_clipping(config: Mapping[str, Any]) -> None:
+    """Checks a DeepSpeed config for an engine with pipeline stages.
+
+    :raises ValueError: DeepSpeed would clip gradients by a wrong norm.
+    """
+    stage = (config.get("zero_optimization") or {}).get("stage", 0)
+    is_fp32 = not any((config.get(name) or {}).get("enabled", False) for name in ("bf16", "fp16"))
+    if stage == 0 and is_fp32 and get_gradient_clipping(config) > 0.0:
+        raise ValueError(
+            "`zero_optimization.stage` must be 1 for clipping with pipeline stages, but is 0 "
+            "instead: there DeepSpeed's norm of fp32 gradients leaves out Parameters of later "
+            "stages. Set it to 1, or `gradient_clipping`, which is 1.0 by default, to 0."
+        )
 
 
 def check_sparse(config: Mapping[str, Any]) -> None:
@@ -63,6 +81,20 @@ def check_model(model: Module) -> None:
             f"AutoTP's mode must be TRAINING, but is INFERENCE instead, in which its layers, such "
             f"as '{theirs[0]}', are made without gradients. Call "
             "`deepspeed.set_autotp_mode(training=True)` before they are made."
+        )
+
+
+def check_heads(model: Module, config: Mapping[str, Any]) -> None:
+    """Checks the output heads after they have been sharded.
+
+    :raises ValueError: AutoTP is told to shard one too.
+    """
+    heads = [name for name, module in model.named_modules() if isinstance(module, OutputHead)]
+    if heads and get_tensor_parallel_config(config).vocab_parallel_lm_head:
+        raise ValueError(
+            "`tensor_parallel.vocab_parallel_lm_head` must not be true where `tp_embed` shards the "
+            f"output head {heads}. Set `tp_embed.shard_logits` to true in the place of it, or "
+            "`tp_embed.strategy` and `tp_embed.shard_head` to 'none' and false."
         )
 
 

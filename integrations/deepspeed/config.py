@@ -23,8 +23,6 @@ class EmbedConfig(BaseModel):
 
     :param init: the name of a function of :mod:`tp_embed.init`, or ``"package.module.function"``,
         or a mapping of such a ``name`` and keyword arguments, ``{"name": "normal", "std": 0.1}``.
-    :param shard_head: if ``None``, an output head that is tied to no table is sharded unless AutoTP
-        does that.
     :param shard_logits: whether a model of transformers computes its loss from the logits of each
         rank, see :func:`tp_embed.integrations.transformers.shard_logits`. Then ``outputs.logits``
         are rank-local wherever labels are given.
@@ -35,7 +33,7 @@ class EmbedConfig(BaseModel):
     strategy: Strategy = "auto"
     rules: dict[str, Strategy] = {}
     tie_head: bool = True
-    shard_head: bool | None = None
+    shard_head: bool = True
     shard_logits: bool = False
     output: Output = "replicated"
     sparse: bool | None = None
@@ -87,6 +85,6 @@ def _init_function(value: str | dict[str, Any]) -> InitFn:
     if not callable(found) or (not module and not is_blockwise(found)):
         known = sorted(n for n, f in vars(init_functions).items() if is_blockwise(f))
         raise ValueError(
-            f"`{name}` must be one of {known} or 'package.module.function', but is not callable"
+            f"an init function must be one of {known}, or a 'package.module.function' of your own"
         )
     return partial(found, **arguments) if arguments else found

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -21,7 +22,13 @@ from tp_embed.agreement import check_agreement
 from tp_embed.gang import FakeGang, Gang
 from tp_embed.surgery import ShardingReport, shard_embeddings
 
-from .checks import check_config, check_sparse, check_whole_tables
+from .checks import (
+    check_clipping,
+    check_config,
+    check_heads,
+    check_sparse,
+    check_whole_tables,
+)
 from .config import SECTION, EmbedConfig, read_section
 from .gang import DeepSpeedGang
 
@@ -83,10 +90,13 @@ def initialize(
     )
     report = ShardingReport(())
     if isinstance(model, PipelineModule):
+        if model.num_stages > 1:
+            check_clipping(ds_config)
         if gang.size > 1:
             _check_pipeline(model)
     else:
-        report = _shard(model, gang, section, autotp_size, optimizer, model_parameters)
+        report = _shard(model, gang, section, optimizer, model_parameters)
+        check_heads(model, ds_config)
         check_whole_tables(model, ds_config)
     log_dist(f"tp_embed over {gang}:\n{report}", ranks=[0])
 
@@ -138,7 +148,6 @@ def _shard(
     model: Module,
     gang: Gang,
     section: EmbedConfig,
-    autotp_size: int,
     optimizer: Any,
     parameters: list[Any] | None,
 ) -> ShardingReport:
@@ -148,7 +157,7 @@ def _shard(
         strategy=section.strategy,
         rules=section.rules,
         tie_head=section.tie_head,
-        shard_head=autotp_size <= 1 if section.shard_head is None else section.shard_head,
+        shard_head=section.shard_head,
         output=section.output,
         sparse=section.sparse,
         init_fn=section.init_fn,
@@ -163,8 +172,12 @@ def _shard(
 
 
 def _check_pipeline(model: PipelineModule) -> None:
-    """Layers of a pipeline are called where its specs have put them, and cannot be replaced."""
-    tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    """Layers of a pipeline are called where its specs have put them, and cannot be replaced. Each
+    rank sees those of its own stage only."""
+    own = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    of_all: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_all, own)
+    tables = sorted({name for names in of_all for name in names})
     if tables:
         raise ValueError(
             f"The tables of a `PipelineModule` must be sharded by its specs, but {tables} are not. "

@@ -29,8 +29,7 @@ def shard_logits(model: Any) -> None:
     if not isinstance(head, OutputHead) or head.shard_dim != 0:
         raise ValueError(
             "The output head of `model` must be an `OutputHead` over the vocabulary, but is "
-            f"{head} instead. Shard it with `shard_embeddings(model, gang, strategy='vocab', "
-            "shard_head=True)`."
+            f"{head} instead. Shard it with `shard_embeddings(model, gang, strategy='vocab')`."
         )
     forward = inspect.unwrap(type(model).forward)
     if "loss_function" not in forward.__code__.co_names:

@@ -1,0 +1,147 @@
+"""Engines of all kinds against one process of plain torch, by the real launcher."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import engines_job as job
+from launch import ROOT, deepspeed_command, run
+
+PARITY = ROOT / "benchmarks" / "engine_parity.py"
+
+
+def parity(tmp_path, *args, ranks):
+    rows = tmp_path / "rows.json"
+    command = deepspeed_command(PARITY, "--json", rows, *args, ranks=ranks)
+    run(command, timeout=600)  # Fails if a row is out of tolerance.
+    return json.loads(rows.read_text())
+
+
+def test_matrix_of_engines(tmp_path):
+    rows = parity(tmp_path, ranks=2)
+    assert all(row["ok"] for row in rows)
+    kinds = ["stage", "strategy", "tied", "dtype", "by"]
+    found = {tuple(row[kind] for kind in kinds) for row in rows}
+    for stage in range(4):
+        for dtype in ("fp32", "bf16")[: 2 if stage else 1]:
+            for strategy in ("embed", "vocab"):
+                for tied in (False, True):
+                    for by in ("plan", "mpu"):
+                        assert (stage, strategy, tied, dtype, by) in found
+    # The page that people read is about the same engines.
+    page = (ROOT / "docs" / "parity.md").read_text()
+    assert page.count("\n| ") == len(rows) + 1
+
+
+def test_tensor_and_data_parallel(tmp_path):
+    rows = parity(tmp_path, "--few", ranks=4)
+    assert {row["stage"] for row in rows} == {0, 1, 2, 3}
+    assert all(row["ok"] for row in rows)
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    out = tmp_path_factory.mktemp("engines")
+    run(deepspeed_command(job.__file__, out, ranks=4))
+    return [torch.load(out / f"seen{rank}.pt", weights_only=True) for rank in range(4)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return pytest.approx(job.train_alone(), rel=1e-6)
+
+
+def test_two_engines_with_different_gangs_in_one_process(seen):
+    for rank, gangs in enumerate([([0, 1], [0, 2]), ([0, 1], [1, 3]), ([2, 3], [0, 2])]):
+        assert seen[rank]["two engines"]["gangs"] == list(gangs)
+        for seed, losses in enumerate(seen[rank]["two engines"]["losses"]):
+            assert losses == pytest.approx(job.train_alone(seed), rel=1e-6)
+
+
+def test_universal_checkpoint_of_an_engine_with_an_mpu(seen):
+    for rank in range(4):
+        found = seen[rank]["mpu checkpoint"]
+        assert found["after"] == pytest.approx(found["before"], rel=1e-6)
+
+
+def test_optimizer_and_parameters_that_were_built_before(seen, alone):
+    for rank in range(4):
+        assert seen[rank]["built before"] == {
+            "optimizer": alone,
+            "groups": alone,
+            "generator": alone,
+        }
+
+
+def test_zero_init(seen, alone):
+    for rank in range(4):
+        for found in seen[rank]["zero.Init"]:
+            assert found == {"before": (0,), "after": (job.V, job.E // 2), "losses": alone}
+        assert "does over [0, 1, 2, 3], of which" in seen[rank]["zero.Init over the gang"]
+
+
+def test_sparse_gradients(seen):
+    expected = job.train_alone(momentum=0.0)
+    for rank in range(4):
+        assert seen[rank]["sparse"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_init_does_not_depend_on_the_engine(seen):
+    autotp, two, one = seen[0]["init"]
+    assert autotp == pytest.approx(two, rel=1e-6)
+    assert two == pytest.approx(one, rel=1e-6)
+    without = job.build()(job.batches(0)[0]).item()
+    assert one[0] != pytest.approx(without, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    {
+        "bf16": "ValueError: `zero_optimization.stage` must be 1, 2 or 3 for `bf16` with tensor",
+        "sparse": "ValueError: `zero_optimization.stage` must be 0 for sparse gradients, which",
+        "spec": "ValueError: The table 'embed' must not match `tensor_parallel.partition_config`",
+        "head": "ValueError: `tensor_parallel.vocab_parallel_lm_head` must not be true where `tp_",
+        "parsed": "ValueError: `model` must not have passed AutoTP, which may have sliced its",
+        "inference": "ValueError: AutoTP's mode must be TRAINING, but is INFERENCE instead, in",
+        "key": "ValueError: `tp_embed.stratgy` is not a key of the DeepSpeed config. The section",
+        "value": "ValueError: `tp_embed.rules.embed` of the DeepSpeed config is 'columns': Input",
+        "type": "ValueError: `tp_embed.tie_head` of the DeepSpeed config is 'yes': Input should be",
+        "init": "ValueError: `tp_embed.init` of the DeepSpeed config is 'normale': an init functi",
+        "module": "ValueError: `tp_embed.init` of the DeepSpeed config is 'no_such_module.normal'",
+        "path": "ValueError: `tp_embed.strategy` of the DeepSpeed config is 'rows': Input should",
+        "args": "ValueError: `tp_embed.strategy` of the DeepSpeed config is 'rows': Input should",
+        "no config": "ValueError: The DeepSpeed config must be given as either `config` or `args.",
+        "no model": "ValueError: `model` must be a `torch.nn.Module`, but is None instead.",
+        "section": "GangError: The ranks of DeepSpeedGang(",
+        "seed": "GangError: The ranks of DeepSpeedGang(",
+    }.items(),
+)
+def test_refused(seen, what, message):
+    for rank in range(4):
+        assert seen[rank]["refusals"][what].startswith(message)
+
+
+def test_bytes_of_table_and_head(tmp_path):
+    """With gradients, master copies and moments: what AutoTP keeps whole on each rank, and what it
+    cuts itself depends on how it is told to; with the plugin both are cut always."""
+    rows, vocab_size, dim = tmp_path / "rows.json", 4000, 64
+    whole = 5 * vocab_size * dim * 4
+    half = whole // 2
+    expected = {
+        "untied-alone": (whole, half),
+        "untied-auto": (half, half),
+        "untied-preset-alone": (whole, whole),
+        "untied-preset-auto": (half, half),
+        "tied-alone": (half, 0),
+        "tied-auto": (half, 0),
+        "tied-preset-alone": (whole, 0),
+        "tied-preset-auto": (half, 0),
+    }
+    sizes = [f"--vocab-size={vocab_size}", f"--dim={dim}"]
+    program = ROOT / "benchmarks" / "memory.py"
+    run(deepspeed_command(program, *expected, *sizes, f"--json={rows}"))
+    found = {row["case"]: (row["table"], row["head"]) for row in json.loads(rows.read_text())}
+    assert found == expected
