@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -32,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from corpus import load
 from tp_embed import shard_embeddings
-from tp_embed.integrations.deepspeed import DeepSpeedGang
+from tp_embed.integrations.deepspeed import DeepSpeedGang, export
 from tp_embed.integrations.hydra import register_schemas
 
 matplotlib.use("Agg")
@@ -109,7 +108,7 @@ def main(config: DictConfig) -> None:
 
     validation = corpus.validation_loss(engine, config.eval_batches, *shape)
     model_dir = run_dir / "model"
-    export(engine, model_config, model_dir)
+    write_model(engine, model_dir)
     if is_first:
         metrics.plot(run_dir / "loss.png")
         result = {
@@ -126,17 +125,14 @@ def main(config: DictConfig) -> None:
         )
 
 
-def export(engine: Any, model_config: LlamaConfig, target: Path) -> None:
+def write_model(engine: Any, target: Path) -> None:
     """Writes the whole model, as transformers saves it, in place of what ``target`` held."""
-    if engine.autotp_size() > 1 or engine.zero_optimization_stage() == 3:
-        state = engine._consolidated_16bit_state_dict()
-    else:
-        state = engine.module.state_dict()
+    temporary = target.with_name(f".{target.name}")
     if dist.get_rank() == 0:
-        whole = LlamaForCausalLM(model_config).to(engine.module.dtype)
-        whole.load_state_dict(state)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        whole.save_pretrained(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)  # Of a run that was broken off.
+    dist.barrier()
+    export(engine, temporary)
+    if dist.get_rank() == 0:
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
     dist.barrier()

@@ -1,0 +1,107 @@
+"""The scripts that `docs/deepspeed.md` shows, on two ranks by the real launcher, and plain torch or
+the Trainer of transformers in this process."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaForCausalLM, Trainer
+
+from launch import ROOT, deepspeed_command, run
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+import train_accelerate
+import train_autotp
+import train_hf_trainer
+import train_mpu
+
+EXAMPLES = ROOT / "examples"
+DOC = (ROOT / "docs" / "deepspeed.md").read_text()
+MARK = "  # added"
+
+# By the script that is named before each diff.
+DIFFS = dict(re.findall(r"`examples/(train_\w+\.py)`:\n+```diff\n(.*?)```", DOC, re.DOTALL))
+
+
+def start(name, *args):
+    """What a script printed, and the losses in it."""
+    output = run(deepspeed_command(EXAMPLES / name, *args))
+    return output, [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", output)]
+
+
+def train_alone(model, batches, loss_of):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for ids in batches:
+        optimizer.zero_grad()
+        loss = loss_of(model, ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def llama_loss(model, ids):
+    return model(input_ids=ids, labels=ids).loss
+
+
+@pytest.mark.parametrize("script", [train_autotp, train_accelerate])
+def test_autotp_and_accelerate_scripts(script):
+    output, losses = start(f"{script.__name__}.py")
+    assert "(101 x 32): strategy 'vocab', tied to lm_head" in output
+    expected = train_alone(script.build_model(), script.batches(), llama_loss)
+    assert losses == pytest.approx(expected, rel=1e-6)
+
+
+def test_mpu_script():
+    def loss_of(model, ids):
+        x, _ = model.body(model.embed(ids[:, :-1]))
+        return cross_entropy(model.head(x).flatten(0, 1), ids[:, 1:].flatten())
+
+    output, losses = start("train_mpu.py")
+    assert "(101 x 32): strategy 'vocab', tied to head" in output
+    torch.manual_seed(0)
+    expected = train_alone(train_mpu.LanguageModel(), train_mpu.batches(), loss_of)
+    assert losses == pytest.approx(expected, rel=1e-6)
+
+
+def test_trainer_script(tmp_path):
+    output, losses = start("train_hf_trainer.py", tmp_path / "sharded")
+    assert "(101 x 32): strategy 'embed'" in output
+
+    args = train_hf_trainer.training_arguments(str(tmp_path / "alone"))
+    data = train_hf_trainer.dataset()
+    alone = Trainer(train_hf_trainer.build_model(), args, train_dataset=data)
+    alone.train()
+    expected = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
+    assert losses == pytest.approx(expected, rel=1e-6)
+
+    whole = LlamaForCausalLM.from_pretrained(tmp_path / "sharded" / "model").state_dict()
+    for key, tensor in alone.model.state_dict().items():
+        torch.testing.assert_close(whole[key], tensor, rtol=1e-4, atol=2e-5, msg=key)
+
+
+def test_doc_has_a_diff_of_each_script():
+    scripts = {path.name for path in EXAMPLES.glob("train_*.py")} - {"train_lm.py"}
+    assert sorted(DIFFS) == sorted(scripts)
+
+
+@pytest.mark.parametrize("name", DIFFS)
+def test_diff_of_the_doc_is_that_of_the_script(name):
+    """What the diff adds is what the script marks; it and what is around it are in the script."""
+    diff = [line for line in DIFFS[name].splitlines() if line.strip()]
+    script = [line.strip() for line in (EXAMPLES / name).read_text().splitlines()]
+    marked = [line.removesuffix(MARK) for line in script if line.endswith(MARK)]
+    if marked:
+        assert [line[1:].strip() for line in diff if line.startswith("+")] == marked
+
+    rest = iter([line.removesuffix(MARK) for line in script])
+    for line in diff:
+        if not line.startswith("-"):
+            assert line[1:].strip() in rest, line  # `in` goes on from the line before.
