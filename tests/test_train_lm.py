@@ -12,7 +12,14 @@ import time
 
 import pytest
 
-from launch import ROOT, deepspeed_command, run, start, torchrun_command
+from launch import (
+    ROOT,
+    deepspeed_command,
+    remove_shared_memory,
+    run,
+    start,
+    torchrun_command,
+)
 
 SCRIPT = ROOT / "examples" / "train_lm.py"
 EVALUATE = ROOT / "examples" / "evaluate_lm.py"
@@ -69,13 +76,15 @@ def test_resumed_run_continues_exactly(whole_run, directory):
     """Ctrl-C as soon as there is a checkpoint, then `resume=true`."""
     expected, _ = whole_run
     run_dir = directory / "runs" / "broken"
-    process = start(deepspeed_command(SCRIPT, *TINY, "name=broken"), cwd=directory)
+    command = deepspeed_command(SCRIPT, *TINY, "name=broken")
+    process = start(command, cwd=directory)
     latest = run_dir / "checkpoints" / "latest"
     deadline = time.monotonic() + 120
     while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # what the terminal sends on Ctrl-C
     output, _ = process.communicate(timeout=60)
+    remove_shared_memory(command)
     assert latest.read_text() == "step15", output
     assert not (run_dir / "result.json").exists(), output
 
