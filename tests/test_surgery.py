@@ -166,10 +166,12 @@ def test_report():
     assert report.bytes_replicated == source.bytes_replicated + kinds.bytes_replicated
     table = nn.ModuleList([nn.Embedding(1 << 20, 1 << 10, device="meta", dtype=torch.bfloat16)])
     assert str(shard_embeddings(table, FakeGang("cpu", rank=3, size=4))) == (
-        "0 (1048576 x 1024): strategy 'embed'; 512.00 MiB on this rank, 2048.00 MiB if replicated"
+        "0 (1048576 x 1024): strategy 'embed'; 512.00 MiB on this rank, 2048.00 MiB if replicated\n"
+        "saves 1536.00 of 2048.00 MiB on this rank, and the same share of gradients, master copies "
+        "and optimizer states"
     )
     assert str(report).startswith("source (103 x 10): strategy 'vocab', tied to target, head; ")
-    assert len(str(report).splitlines()) == 2
+    assert len(str(report).splitlines()) == 3
 
 
 def test_nothing_to_shard():

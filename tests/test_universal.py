@@ -92,7 +92,12 @@ LOADED_ALONE = {
     "no frozen": case(1, "typed", load="no frozen", strict=False),
     "z0 bf16": case(0, "bf16", errors=["z1 bf16 universal"]),
 }
-LOADED = {**LOADED_DP, **LOADED_TP, **LOADED_ALONE}
+# AutoTP would leave half of four ranks without a head of attention.
+LOADED_FOUR = {
+    "z1 to four z3": loading("z1", 3, "mpu"),
+    "z3 mpu to four z0": loading("z3 mpu", 0, "mpu"),
+}
+LOADED = {**LOADED_DP, **LOADED_TP, **LOADED_ALONE, **LOADED_FOUR}
 for other in ("errors", "no frozen", "z0 bf16"):
     LOADED.pop(other)
 
@@ -163,10 +168,12 @@ def broken(out, trained):
 def loaded(out, trained, grown, broken):
     by_rank = launch(out, "load", {**LOADED_TP, **OWN}, tp_size=2)
     alone = launch(out, "alone", LOADED_ALONE, ranks=1)
+    by_four = launch(out, "four", LOADED_FOUR, tp_size=4, ranks=4)
     return {
         **{name: trained[name] for name in LOADED_DP},
         **{name: [seen[name] for seen in by_rank] for name in {**LOADED_TP, **OWN}},
         **{name: [alone[0][name]] for name in LOADED_ALONE},
+        **{name: [seen[name] for seen in by_four] for name in LOADED_FOUR},
     }
 
 

@@ -91,7 +91,14 @@ class ShardingReport:
         return sum(table.bytes_replicated for table in self.tables)
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.tables)) or "no embedding tables"
+        if not self.tables:
+            return "no embedding tables"
+        saved = self.bytes_replicated - self.bytes_per_rank
+        summary = (
+            f"saves {saved / 2**20:.2f} of {self.bytes_replicated / 2**20:.2f} MiB on this rank, and "
+            "the same share of gradients, master copies and optimizer states"
+        )
+        return "\n".join([*map(str, self.tables), summary])
 
 
 def shard_embeddings(

@@ -256,7 +256,8 @@ def _universal_mode(engine: Any) -> Iterator[None]:
     config = engine._config
     before = config.load_universal_checkpoint, groups._TENSOR_MODEL_PARALLEL_GROUP
     config.load_universal_checkpoint = True
-    groups._TENSOR_MODEL_PARALLEL_GROUP = bwc_tensor_model_parallel_group(engine.mpu)
+    if engine.mpu is not None:
+        groups._TENSOR_MODEL_PARALLEL_GROUP = bwc_tensor_model_parallel_group(engine.mpu)
     try:
         yield
     finally:
