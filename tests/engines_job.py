@@ -14,10 +14,12 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
 from deepspeed.utils import groups
 from torch import nn
 
-from tp_embed import GangError
+from tp_embed import Gang, GangError, shard_embeddings
+from tp_embed.collectives import copy_to_gang, reduce_partial
 from tp_embed.integrations.deepspeed import (
     DeepSpeedGang,
     initialize,
@@ -133,11 +135,38 @@ def two_engines() -> dict[str, Any]:
     }
 
 
+class ParallelLinear(nn.Module):
+    """A column- or row-parallel layer that tells of itself what Megatron's do."""
+
+    def __init__(self, linear: nn.Linear, gang: Gang, dim: int) -> None:
+        super().__init__()
+        self.gang, self.dim = gang, dim
+        shard = linear.weight.detach().chunk(gang.size, dim)[gang.rank].clone()
+        self.weight = nn.Parameter(shard)
+        self.weight.tensor_model_parallel = True
+        self.weight.partition_dim = dim
+        self.weight.partition_stride = 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.dim == 0:
+            return nn.functional.linear(copy_to_gang(x, self.gang), self.weight)
+        return reduce_partial(nn.functional.linear(x, self.weight), self.gang)
+
+
+def megatron(mpu: Any, stage: int, seed: int) -> Any:
+    model = build(seed)
+    gang = DeepSpeedGang.from_mpu(mpu)
+    model.up = ParallelLinear(model.up, gang, dim=0)
+    model.down = ParallelLinear(model.down, gang, dim=1)
+    adam = config(stage, optimizer={"type": "AdamW", "params": {"lr": LR, "torch_adam": True}})
+    return initialize(model=model, config=adam, mpu=mpu)[0]
+
+
 def mpu_checkpoint(out: Path) -> dict[str, list[float]]:
-    """A universal checkpoint of an engine at ZeRO 3 with an `mpu` that is not DeepSpeed's."""
+    """A universal checkpoint of a model with Megatron-style layers, from ZeRO 3 to 3 and 1, with
+    units that are not DeepSpeed's groups."""
     mpu = mpu_over([[0, 2], [1, 3]])
-    adam = config(3, optimizer={"type": "AdamW", "params": {"lr": LR, "torch_adam": True}})
-    engine, *_ = initialize(model=build(), config=adam, mpu=mpu)
+    engine = megatron(mpu, 3, seed=0)
     ids = batches(mpu.get_data_parallel_rank())
     step(engine, ids[0])
     engine.save_checkpoint(str(out / "mpu"), tag="end")
@@ -145,9 +174,12 @@ def mpu_checkpoint(out: Path) -> dict[str, list[float]]:
     if dist.get_rank() == 0:
         to_universal(out / "mpu" / "end", out / "mpu" / "universal")
     dist.barrier()
-    engine, *_ = initialize(model=build(seed=1), config=adam, mpu=mpu)
-    load_universal(engine, out / "mpu", "universal")
-    seen["after"] = [step(engine, ids[1]), step(engine, ids[2])]
+    for stage, ranks in ((3, [[0, 2], [1, 3]]), (1, [[0, 1], [2, 3]])):
+        mpu = mpu_over(ranks)
+        engine = megatron(mpu, stage, seed=1)
+        load_universal(engine, out / "mpu", "universal")
+        ids = batches(mpu.get_data_parallel_rank())
+        seen[f"after, ZeRO {stage}"] = [step(engine, ids[1]), step(engine, ids[2])]
     return seen
 
 
@@ -193,6 +225,22 @@ def zero_init(by_mpu: bool) -> dict[str, Any]:
     seen["after"] = tuple(engine.module.embed.weight.ds_shape)
     seen["losses"] = train(engine)
     return seen
+
+
+def zero_init_alone() -> tuple[str, list[float]]:
+    """Without tensor parallelism the model is trained as it is."""
+    with deepspeed.zero.Init(config_dict_or_path=config(stage=3)):
+        model = build()
+    engine, *_ = initialize(model=model, config=config(stage=3))
+    return type(engine.module.embed).__name__, [step(engine, ids) for ids in batches(0)]
+
+
+def tp_model_init() -> tuple[str, list[int]]:
+    """The size of AutoTP is not in the config."""
+    model = deepspeed.tp_model_init(build(), tp_size=2, dtype=torch.float32)
+    specs = {"partition_config": AUTOTP["tensor_parallel"]["partition_config"]}
+    engine, *_ = initialize(model=model, config=config(tensor_parallel=specs))
+    return type(engine.module.embed).__name__, list(engine.module.embed.weight.shape)
 
 
 def zero_init_over_the_gang() -> str:
@@ -243,6 +291,7 @@ def refusals(directory: Path) -> dict[str, str]:
     path = directory / f"config{dist.get_rank()}.json"
     path.write_text(json.dumps(section(strategy="rows")))
 
+    pipeline = PipelineModule([nn.Embedding(V, E), nn.Linear(E, V)], num_stages=1)
     found = {
         "bf16": error(build(), config(0, **AUTOTP, bf16={"enabled": True})),
         "sparse": error(build(), section(sparse=True)),
@@ -260,7 +309,18 @@ def refusals(directory: Path) -> dict[str, str]:
         "no model": error(None, config()),  # type: ignore[arg-type]
         "section": error(build(), section(strategy="vocab" if dist.get_rank() % 2 else "embed")),
         "seed": error(build(dist.get_rank()), config() | AUTOTP),
+        "alone": error(build(), section(sparse=True) if dist.get_rank() % 2 else section()),
+        "sparse table": error(build(sparse=True), section()),
+        "logits": error(build(), section(shard_logits=True)),
     }
+    gang = DeepSpeedGang.from_groups()
+    try:
+        shard_embeddings(pipeline, gang)
+    except ValueError as e:
+        found["pipeline"] = str(e)
+    model = build()
+    error(model, config(tensor_parallel=both))
+    found["model after"] = type(model.embed).__name__
     deepspeed.set_autotp_mode(training=False)
     torch.manual_seed(0)
     found["inference"] = error(inference, config() | AUTOTP)
@@ -271,7 +331,10 @@ def refusals(directory: Path) -> dict[str, str]:
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed()
-    seen: dict[str, Any] = {"two engines": two_engines(), "mpu checkpoint": mpu_checkpoint(out)}
+    # First: DeepSpeed keeps the groups of the last engine for those that bring none.
+    seen: dict[str, Any] = {"zero.Init alone": zero_init_alone()}
+    seen["two engines"] = two_engines()
+    seen["mpu checkpoint"] = mpu_checkpoint(out)
     DeepSpeedGang.from_groups(tp_size=2)
     seen["built before"] = built_before()
     seen["zero.Init"] = [zero_init(by_mpu) for by_mpu in (False, True)]
@@ -279,6 +342,7 @@ def main(out: Path) -> None:
     seen["sparse"] = sparse()
     seen["init"] = topology_free_init()
     seen["refusals"] = refusals(out)
+    seen["tp_model_init"] = tp_model_init()
     torch.save(seen, out / f"seen{dist.get_rank()}.pt")
 
 

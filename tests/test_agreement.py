@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tp_embed import GangError, init, shard_embeddings
+from tp_embed import GangError, StandardEmbedding, init, shard_embeddings
 
 
 def shard_differently(gang, what):
@@ -17,11 +17,15 @@ def shard_differently(gang, what):
     if odd and what == "dtype":
         model = model.bfloat16()
     options = {"strategy": "vocab"} if odd and what == "strategy" else {"strategy": "embed"}
+    if odd and what == "error":
+        options["strategy"] = "vocabb"
+    if odd and what == "class":
+        model[0] = StandardEmbedding(11, 6)
     if odd and what == "init":
         options["init_fn"] = init.normal
     with pytest.raises(GangError) as error:
         shard_embeddings(model, gang, **options)
-    assert isinstance(model[0], nn.Embedding)
+    assert isinstance(model[0], (nn.Embedding, StandardEmbedding))
     return str(error.value)
 
 
@@ -32,6 +36,8 @@ def shard_differently(gang, what):
         ("size", "the shape of '0', but disagree: rank 0: (11, 6), rank 1: (12, 6), rank 2: (11,"),
         ("dtype", "the dtype of '0', but disagree: rank 0: torch.float32, rank 1: torch.bfloat16"),
         ("seed", "the values of '0' (a checksum), but disagree: rank 0: '"),
+        ("class", "the classes at '0', but disagree: rank 0: ['Embedding'], rank 1: ['Standard"),
+        ("error", 'what is wrong, but disagree: rank 0: None, rank 1: "`strategy` must be one'),
         ("init", "whether there is an `init_fn`, but disagree: rank 0: False, rank 1: True"),
     ],
 )

@@ -33,6 +33,9 @@ def test_matrix_of_engines(tmp_path):
                         assert (stage, strategy, tied, dtype, by) in found
     # The page that people read is about the same engines.
     page = (ROOT / "docs" / "parity.md").read_text()
+    for row in rows:
+        tied, dtype, by = "yes" if row["tied"] else "no", row["dtype"], row["by"]
+        assert f"| {row['stage']} | {row['strategy']} | {tied} | {dtype} | {by}" in page
     assert page.count("\n| ") == len(rows) + 1
 
 
@@ -64,7 +67,8 @@ def test_two_engines_with_different_gangs_in_one_process(seen):
 def test_universal_checkpoint_of_an_engine_with_an_mpu(seen):
     for rank in range(4):
         found = seen[rank]["mpu checkpoint"]
-        assert found["after"] == pytest.approx(found["before"], rel=1e-6)
+        for stage in (3, 1):
+            assert found[f"after, ZeRO {stage}"] == pytest.approx(found["before"], rel=1e-6)
 
 
 def test_optimizer_and_parameters_that_were_built_before(seen, alone):
@@ -81,6 +85,18 @@ def test_zero_init(seen, alone):
         for found in seen[rank]["zero.Init"]:
             assert found == {"before": (0,), "after": (job.V, job.E // 2), "losses": alone}
         assert "does over [0, 1, 2, 3], of which" in seen[rank]["zero.Init over the gang"]
+
+
+def test_zero_init_without_tensor_parallelism(seen):
+    for rank in range(4):
+        kind, losses = seen[rank]["zero.Init alone"]
+        assert kind == "Embedding"
+        assert losses[0] == pytest.approx(job.build()(job.batches(0)[0]).item(), rel=1e-6)
+
+
+def test_tp_model_init(seen):
+    for rank in range(4):
+        assert seen[rank]["tp_model_init"] == ("ShardedEmbedding", [job.V, job.E // 2])
 
 
 def test_sparse_gradients(seen):
@@ -117,6 +133,11 @@ def test_init_does_not_depend_on_the_engine(seen):
         "no model": "ValueError: `model` must be a `torch.nn.Module`, but is None instead.",
         "section": "GangError: The ranks of DeepSpeedGang(",
         "seed": "GangError: The ranks of DeepSpeedGang(",
+        "alone": "GangError: The ranks of DeepSpeedGang(",
+        "sparse table": "ValueError: `zero_optimization.stage` must be 0 for sparse gradients",
+        "logits": "ValueError: `model` must compute its loss with its `loss_function`, but",
+        "pipeline": "The tables of a `PipelineModule` must be sharded by its specs, since it",
+        "model after": "Embedding",
     }.items(),
 )
 def test_refused(seen, what, message):

@@ -52,5 +52,10 @@ def test_head_is_linear_and_sends_what_it_says(pool, size):
 def test_head_needs_a_sharded_embedding():
     with pytest.raises(TypeError, match=r"must be .* but is a `StandardEmbedding` instead"):
         OutputHead(StandardEmbedding(3, 2))
-    head = OutputHead(VocabShardedEmbedding(MIDDLE, 11, 6))
+    embed = VocabShardedEmbedding(MIDDLE, 11, 6)
+    with pytest.raises(ValueError, match=r"shape \(11,\) .*, but has \(4,\) instead"):
+        OutputHead(embed, bias=nn.Parameter(torch.zeros(4)))
+    with pytest.raises(ValueError, match=r"`output` must be one of \('replicated',\) for"):
+        OutputHead(ShardedEmbedding(MIDDLE, 11, 6), output="shard")
+    head = OutputHead(embed)
     assert repr(head) == "OutputHead(rows=4:8, shard=1/3)"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import transformers
@@ -153,6 +156,45 @@ def test_loss_of_rank_local_logits(pool, name):
     pool(2, check_model, name, "vocab", True)
 
 
+def copies_of_a_model_with_sharded_logits(gang):
+    model = build("llama")
+    shard_embeddings(model, gang, strategy="vocab")
+    shard_logits(model)
+    expected = step(model)
+    assert model.lm_head.output == "replicated"
+    with pytest.raises(ValueError, match=r"`target` must have the shape \(2,\)"):
+        model(**batch(), logits_to_keep=1)
+    assert model.lm_head.output == "replicated"
+    ids = batch()["input_ids"]
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            torch.testing.assert_close(twin(ids, labels=batch()["labels"]).loss, expected.loss)
+            assert twin(ids).logits.shape == (2, 9, V)
+        assert twin.loss_function._head is twin.lm_head is not model.lm_head
+
+
+def test_copies_of_a_model_with_sharded_logits(pool):
+    pool(2, copies_of_a_model_with_sharded_logits)
+
+
+def loss_arguments(gang):
+    """Those that the Trainer passes, and flat labels that are shifted already."""
+    model = build("llama")
+    labels = batch()["labels"]
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    expected = model(**batch(), num_items_in_batch=7).loss
+    shard_embeddings(model, gang, strategy="vocab")
+    shard_logits(model)
+    torch.testing.assert_close(model(**batch(), num_items_in_batch=7).loss, expected)
+    ids = batch()["input_ids"]
+    found = model(ids, labels=labels, shift_labels=shifted.flatten(), num_items_in_batch=7).loss
+    torch.testing.assert_close(found, expected)
+
+
+def test_arguments_of_the_loss(pool):
+    pool(2, loss_arguments)
+
+
 def check_custom(gang, strategy):
     torch.manual_seed(0)
     model = Custom()
@@ -180,4 +222,14 @@ def test_sharded_logits_need_a_head_over_the_vocabulary_and_a_loss_function():
     model = build("t5")
     shard_embeddings(model, gang)
     with pytest.raises(ValueError, match=r"but a `T5ForConditionalGeneration` does not\. Take"):
+        shard_logits(model)
+    model = transformers.ModernBertForMaskedLM(
+        transformers.ModernBertConfig(
+            **{**SMALL, "hidden_size": 16, "global_attn_every_n_layers": 1}
+        )
+    )
+    shard_embeddings(model, gang, strategy="vocab")
+    with pytest.raises(
+        ValueError, match=r"must be `ForCausalLMLoss` of transformers, but for this"
+    ):
         shard_logits(model)

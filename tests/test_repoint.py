@@ -8,7 +8,6 @@ from torch import nn
 
 from parity import whole
 from tp_embed import FakeGang, shard_embeddings
-from tp_embed.repoint import Shard, repoint_groups
 
 V, E = 11, 6
 
@@ -71,17 +70,49 @@ def test_training_goes_on(pool, strategy, tied):
 def test_parameters_and_groups():
     model = Model(tied=False)
     gang = FakeGang("cpu", rank=1, size=3)
-    old = model.embed.weight
     plain = list(model.parameters())
-    groups = [{"params": (p for p in [old]), "lr": 1.0}, {"params": model.mix.weight}]
-    named = list(model.named_parameters())
     shard_embeddings(model, gang, parameters=plain)
-    new = model.embed.weight
     assert plain == list(model.parameters())
 
-    shards = {old: Shard(new, model.embed.rows, model.embed.columns)}
-    repoint_groups(groups, shards)
-    assert groups == [{"params": [new], "lr": 1.0}, {"params": [model.mix.weight]}]
-    repoint_groups(named, shards)
-    assert [name for name, p in named if p is new] == ["embed.weight"]
-    assert not any(p is old for _, p in named)
+    model = Model(tied=False)
+    old = model.embed.weight
+    groups = [{"params": (p for p in [old]), "lr": 1.0}, {"params": model.mix.weight}]
+    shard_embeddings(model, gang, parameters=groups)
+    assert groups == [
+        {"params": [model.embed.weight], "lr": 1.0},
+        {"params": [model.mix.weight]},
+    ]
+
+    model = Model(tied=False)
+    named = list(model.named_parameters())
+    shard_embeddings(model, gang, parameters=named)
+    assert [name for name, p in named if p is model.embed.weight] == ["embed.weight"]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda model: model.parameters(),
+            TypeError,
+            "be a list, .* is a `generator` instead",
+        ),
+        (lambda model: [{"lr": 0.1}], TypeError, r"groups with `params`, but holds \['dict'\]"),
+        (lambda model: ["embed.weight"], TypeError, r"but holds \['str'\] instead"),
+        (lambda model: list(Model(False).parameters()), ValueError, "but holds none of them"),
+    ],
+)
+def test_bad_parameters_leave_the_model_as_it_was(make, error, message):
+    model = Model(tied=False)
+    with pytest.raises(error, match=f"`parameters` must .*{message}"):
+        shard_embeddings(model, FakeGang("cpu", rank=1, size=3), parameters=make(model))
+    assert type(model.embed) is nn.Embedding
+
+
+def test_optimizer_of_another_model():
+    model, other = Model(tied=False), optimizer_of(Model(tied=False))
+    with pytest.raises(
+        ValueError, match=r"`optimizer\.param_groups` must hold Parameters of `model`"
+    ):
+        shard_embeddings(model, FakeGang("cpu", rank=1, size=3), optimizer=other)
+    assert type(model.embed) is nn.Embedding

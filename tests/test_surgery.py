@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from parity import assert_same_bits, whole
 from tp_embed import (
@@ -394,3 +395,49 @@ def test_options_of_the_embeddings():
     embed = model.get_input_embeddings()
     assert (embed.sparse, embed.output) == (True, "shard")
     assert_refused(tied_llama(), ValueError, "`output` must be one of", output="shard")
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_head_that_is_more_than_linear_stays():
+    model = build("llama")
+    model.lm_head = OwnLinear(20, 103)
+    shard_embeddings(model, MIDDLE)
+    assert type(model.lm_head) is OwnLinear
+    model = build("llama")
+    model.lm_head = OwnLinear(20, 103)
+    assert_refused(model, ValueError, "but 'lm_head' is a `OwnLinear`", rules={"lm_head": "vocab"})
+
+
+class WithDropout(nn.Embedding):
+    embed_scale = 2.0
+
+    def forward(self, ids):
+        return nn.functional.dropout(super().forward(ids) * self.embed_scale, 0.5, self.training)
+
+
+class WithSpecialId(nn.Embedding):
+    embed_scale = 2.0
+
+    def forward(self, ids):
+        return super().forward(ids) * self.embed_scale * (ids != 5)[..., None]
+
+
+@pytest.mark.parametrize("kind", [WithDropout, WithSpecialId])
+def test_tables_that_do_more_than_scale_are_refused(kind):
+    model = nn.Sequential(kind(11, 6)).eval()
+    assert_refused(model, TypeError, "with a `forward` of its own")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_scaled_table(device):
+    with torch.device(device):
+        table = Gemma3TextScaledWordEmbedding(11, 6, 0, embed_scale=2.5)
+    model = nn.Sequential(table)
+    shard_embeddings(model, MIDDLE)
+    assert float(model[0].scale) == 2.5
+    with pytest.raises(ValueError, match=r"`scale` must be a number or a tensor of the shape \(\)"):
+        StandardEmbedding(3, 2, scale=torch.ones(2))

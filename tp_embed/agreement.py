@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from tp_embed.gang import Gang, GangError
+
+_T = TypeVar("_T")
 
 
 def check_agreement(gang: Gang, facts: Mapping[str, object]) -> None:
@@ -26,3 +29,21 @@ def check_agreement(gang: Gang, facts: Mapping[str, object]) -> None:
                 f"The ranks of {gang} must agree on {name}, but disagree: {by_rank}. Build the "
                 "same model from the same config on each, with torch seeded alike."
             )
+
+
+def raise_together(gang: Gang, action: Callable[[], _T]) -> _T:
+    """What ``action`` returns. All ranks have to call it, so that an error of one, which would
+    leave the others waiting in the next collective, ends them all.
+
+    :raises GangError: ``action`` has raised a TypeError or ValueError on some ranks, or different
+        ones. The same on all ranks is raised as it is.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except (TypeError, ValueError) as e:
+        error = e
+    check_agreement(gang, {"what is wrong": error and str(error)})
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]

@@ -113,6 +113,13 @@ class _Table(GangLayer, Embedding):
                 f"`output` must be one of {self.outputs} for a `{type(self).__name__}`, "
                 f"but is {output!r} instead.{hint}"
             )
+        is_number = isinstance(scale, (int, float)) or (
+            isinstance(scale, Tensor) and not scale.ndim
+        )
+        if scale is not None and not is_number:
+            raise ValueError(
+                f"`scale` must be a number or a tensor of the shape (), but is {scale!r} instead."
+            )
         self.gang = gang
         self.init_fn = init_fn
         self.output = output

@@ -187,9 +187,9 @@ class Gang(ABC):
         checks the model first, and describes it to the framework at the end."""
         return nullcontext()
 
-    def whole(self, parameter: Tensor, *, modified: bool = False) -> AbstractContextManager[object]:
-        """In this context ``parameter``, of a model that is not sharded yet, is there as a whole;
-        a gang of a framework that keeps it elsewhere fetches it. All ranks have to call it.
+    def whole(self, *parameters: Tensor, modified: bool = False) -> AbstractContextManager[object]:
+        """In this context ``parameters``, of a model that is not sharded yet, are there as a whole;
+        a gang of a framework that keeps them elsewhere fetches them. All ranks have to call it.
 
         :param modified: whether the caller changes the values, alike on every rank.
         """

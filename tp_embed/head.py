@@ -35,7 +35,8 @@ class OutputHead(GangLayer):
         cut over the vocabulary: each rank gets its own classes, :math:`(*,V_{rank})`, which is
         what :func:`tp_embed.loss.cross_entropy` takes.
     :raises TypeError: ``embed`` is not a sharded embedding.
-    :raises ValueError: ``output`` is something else, or does not go with ``embed``.
+    :raises ValueError: ``output`` is something else, or does not go with ``embed``, or ``bias`` has
+        another shape.
     """
 
     def __init__(
@@ -56,6 +57,12 @@ class OutputHead(GangLayer):
             raise ValueError(
                 f"`output` must be one of {outputs} for the table of a `{type(embed).__name__}`, "
                 f"but is {output!r} instead."
+            )
+        num_classes = embed.num_embeddings
+        if bias is not None and bias.shape != (num_classes,):
+            raise ValueError(
+                f"`bias` must have the shape {(num_classes,)} (num_embeddings), whole on each "
+                f"rank, but has {tuple(bias.shape)} instead."
             )
         self.weight = embed.weight
         self.bias = bias

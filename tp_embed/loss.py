@@ -51,7 +51,7 @@ def cross_entropy(
     no rank puts together. See :class:`LossOptions` for the formula.
 
     Two all-reduces of N and of 2 N (with label smoothing 3 N) fp32 numbers, N being the number of
-    tokens; the backward sends nothing.
+    tokens; the backward sends nothing. An fp32 number for each logit of this rank is kept for it.
 
     :param logits: this rank's part. *Shape:* :math:`(*,V_{rank})`. Any floating dtype; the loss is
         computed in fp32, or in fp64 for fp64.
@@ -71,10 +71,14 @@ def cross_entropy(
             f"`logits` must have the {held} columns of this rank, but has {logits.size(-1)} "
             "instead. For whole logits use `torch.nn.functional.cross_entropy()`."
         )
-    losses: Tensor = _CrossEntropy.apply(logits.flatten(0, -2), target, gang, partition, options)
+    flat = logits.reshape(len(target), held)
+    losses: Tensor = _CrossEntropy.apply(flat, target, gang, partition, options)
     if reduction == "none":
         return losses.view(logits.shape[:-1])
-    return losses.sum() / _count(target, options, reduction)
+    count = _count(target, options, reduction)
+    # As in torch, the mean over no token at all is NaN, and the gradient is zero.
+    nan = losses.new_zeros(()).masked_fill(count == 0, torch.nan)
+    return losses.sum() / count.clamp_min(1) + nan
 
 
 def linear_cross_entropy(
@@ -92,13 +96,15 @@ def linear_cross_entropy(
     reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
     """The cross entropy of ``linear(x, weight, bias)`` without the logits: they are computed for
-    some tokens at a time, in no more than 32 MiB, together with their gradients.
+    some tokens at a time, as many as take 32 MiB in fp32, together with their gradients; low
+    precisions take twice that for a moment.
 
-    The gradients of all inputs are computed in the forward and kept for the backward, so that a
-    chunk of logits is computed once (Liger Kernel; Hsu et al., 2024). What is sent depends on
-    ``shard_dim``: for 0, what :func:`cross_entropy` sends; for 1, an all-reduce of all N V logits,
-    chunk by chunk. The gradients of ``x`` and ``bias`` are this rank's part: take
-    :func:`~tp_embed.collectives.copy_to_gang` or :func:`~tp_embed.collectives.scatter_columns`.
+    The gradients of all inputs are computed in the forward and kept for the backward, that of the
+    weight in fp32, so that a chunk of logits is computed once (Liger Kernel; Hsu et al., 2024).
+    What is sent depends on ``shard_dim``: for 0, what :func:`cross_entropy` sends; for 1, an
+    all-reduce of all N V logits, chunk by chunk. For 0 the gradient of ``x`` is this rank's part:
+    pass it through :func:`~tp_embed.collectives.copy_to_gang`, as :class:`~tp_embed.OutputHead`
+    does.
 
     :param x: for ``shard_dim`` 0 the hidden states, *Shape:* :math:`(*,E)`; for 1 this rank's
         columns of them, *Shape:* :math:`(*,E_{rank})`.
@@ -121,7 +127,7 @@ def linear_cross_entropy(
         )
     target = _check(x, target, options, classes, reduction)
     loss: Tensor = _LinearCrossEntropy.apply(
-        x.flatten(0, -2),
+        x.reshape(len(target), x.size(-1)),
         weight,
         bias,
         target,
@@ -130,6 +136,7 @@ def linear_cross_entropy(
         classes,
         _count(target, options, reduction),
         options,
+        torch.is_grad_enabled(),
     )
     return loss
 
@@ -170,7 +177,7 @@ def _check(
 
 
 def _count(target: Tensor, options: LossOptions, reduction: str) -> Tensor:
-    """By what the sum of the losses is divided. As in torch, no token at all gives NaN."""
+    """By what the sum of the losses is divided."""
     if reduction == "sum":
         return target.new_ones(())
     return (target != options.ignore_index).sum()
@@ -192,10 +199,11 @@ def _token_losses(
         gang.all_reduce(highest, ReduceOperation.MAX)
     logits.sub_(highest[:, None])
 
+    # The column of each target, and whether it is this rank's; found without asking the device.
     local = target - own.start
-    rows = ((local >= 0) & (local < len(own))).nonzero()[:, 0]  # Tokens with a target of ours.
-    columns = local[rows]
-    picked = logits.new_zeros(len(logits)).index_put_((rows,), logits[rows, columns])
+    held = (local >= 0) & (local < len(own))
+    column = local.clamp(0, max(len(own) - 1, 0))[:, None]
+    picked = logits.gather(1, column)[:, 0] * held if own else logits.new_zeros(len(logits))
     parts = [picked] if not epsilon else [picked, logits.sum(-1)]
     gradient = logits.exp_()
     sums = torch.stack([gradient.sum(-1), *parts])
@@ -214,7 +222,8 @@ def _token_losses(
     gradient.mul_(factor[:, None])
     if epsilon:
         gradient.sub_(epsilon / classes.size)
-    gradient[rows, columns] -= 1 - epsilon
+    if own:
+        gradient.scatter_add_(1, column, ((epsilon - 1) * held)[:, None].to(gradient.dtype))
 
     ignored = target == options.ignore_index
     return losses.masked_fill_(ignored, 0.0), gradient.masked_fill_(ignored[:, None], 0.0)
@@ -231,14 +240,15 @@ class _CrossEntropy(torch.autograd.Function):
         options: LossOptions,
     ) -> Tensor:
         losses, gradient = _token_losses(logits.clone(), target, gang, classes, options)
-        ctx.save_for_backward(gradient.to(logits.dtype))
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logits.dtype
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad[:, None].to(gradient.dtype), None, None, None, None
+        return _scaled(gradient, grad[:, None], ctx.dtype), None, None, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -254,13 +264,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         classes: Partition,
         count: Tensor,
         options: LossOptions,
+        with_gradients: bool,
     ) -> Tensor:
-        ctx.needs = ctx.needs_input_grad[:3]
-        # Over chunks gradients are added up in fp32; the one of `x` is complete with each chunk.
+        needs = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
+        # Gradients of the sum of the losses: what they are scaled with, in fp32, comes later. Over
+        # chunks they are added up in fp32; the one of `x` is complete with each chunk.
         sum_dtype = torch.promote_types(weight.dtype, torch.float32)
-        grad_x = torch.empty_like(x) if ctx.needs[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if ctx.needs[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=sum_dtype) if ctx.needs[2] else None  # type: ignore[arg-type]
+        grad_x = torch.empty_like(x) if needs[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs[1] else None
+        grad_bias = (
+            torch.zeros_like(bias, dtype=sum_dtype) if bias is not None and needs[2] else None
+        )
 
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         # The largest shard decides, so that all ranks cut alike.
@@ -277,24 +291,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits, target[start : start + step], gang, classes, options
             )
             total += losses.sum()
-            if any(ctx.needs):
-                gradient /= count.clamp_min(1)
-                if grad_bias is not None:
-                    grad_bias += gradient.sum(0)
-                gradient = gradient.to(dtype)
-                if grad_x is not None:
-                    grad_x[start : start + step] = gradient @ weight
-                if grad_weight is not None:
-                    grad_weight += gradient.T @ chunk
-        ctx.save_for_backward(
-            grad_x,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-        )
+            if grad_bias is not None:
+                grad_bias += gradient.sum(0)
+            gradient = gradient.to(dtype)
+            if grad_x is not None:
+                grad_x[start : start + step] = gradient @ weight
+            if grad_weight is not None:
+                grad_weight += gradient.T @ chunk
+        ctx.save_for_backward(grad_x, grad_weight, grad_bias, count)
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         return total / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors]
-        return *grads, None, None, None, None, None, None
+        *gradients, count = ctx.saved_tensors
+        factor = grad / count.clamp_min(1)
+        grads = [
+            None if gradient is None else _scaled(gradient, factor, dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return *grads, None, None, None, None, None, None, None
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``gradient * factor``, rounded to ``dtype`` once: ``factor`` holds the loss scale of fp16,
+    and what bf16 would round alike for all gradients."""
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 # What an optimizer takes: Parameters, or groups of them; with names, pairs for Parameters.
@@ -31,13 +31,45 @@ class Shard:
 Shards = Mapping[Tensor, Shard]
 
 
+def check_groups(name: str, groups: object, model: Module) -> None:
+    """
+    :raises TypeError: ``groups`` is not a list of Parameters, pairs or groups.
+    :raises ValueError: it holds no Parameter of ``model``.
+    """
+    if not isinstance(groups, list):
+        raise TypeError(
+            f"`{name}` must be a list, in which Parameters can be replaced, but is a "
+            f"`{type(groups).__name__}` instead. Make it one: `list(...)`."
+        )
+    found = []
+    for entry in groups:
+        if isinstance(entry, dict) and "params" in entry:
+            params = entry["params"]
+            # A generator is made a list, which can be looked at twice.
+            entry["params"] = [params] if isinstance(params, Tensor) else list(params)
+            found += entry["params"]
+        else:
+            found.append(entry)
+    found = [entry[1] if isinstance(entry, tuple) else entry for entry in found]
+    wrong = {type(entry).__name__ for entry in found if not isinstance(entry, Tensor)}
+    if wrong:
+        raise TypeError(
+            f"`{name}` must hold Parameters, or parameter groups with `params`, "
+            f"but holds {sorted(wrong)} instead."
+        )
+    own = set(model.parameters())
+    if not any(parameter in own for parameter in found):
+        raise ValueError(
+            f"`{name}` must hold Parameters of `model`, but holds none of them. Build it over "
+            "`model.parameters()`."
+        )
+
+
 def repoint_groups(groups: Groups, shards: Shards) -> None:
     """Replaces the tables in a list of Parameters, of ``(name, Parameter)`` pairs, or of parameter
-    groups, in place."""
+    groups that :func:`check_groups` has seen, in place."""
     for i, entry in enumerate(groups):
         if isinstance(entry, dict):
-            params = entry["params"]
-            entry["params"] = [params] if isinstance(params, Tensor) else list(params)
             repoint_groups(entry["params"], shards)
         elif isinstance(entry, tuple):
             groups[i] = entry[0], _repointed(entry[1], shards)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from tp_embed.agreement import check_agreement
+from tp_embed.agreement import check_agreement, raise_together
 from tp_embed.embedding import (
     InitFn,
     Output,
@@ -24,7 +24,13 @@ from tp_embed.embedding import (
 )
 from tp_embed.gang import Gang
 from tp_embed.head import OutputHead
-from tp_embed.repoint import Groups, Shard, repoint_groups, repoint_optimizer
+from tp_embed.repoint import (
+    Groups,
+    Shard,
+    check_groups,
+    repoint_groups,
+    repoint_optimizer,
+)
 from tp_embed.tables import (
     Place,
     TableGroup,
@@ -32,6 +38,7 @@ from tp_embed.tables import (
     check_weight,
     find_places,
     find_tables,
+    is_plain_head,
     output_scale,
 )
 
@@ -95,8 +102,8 @@ class ShardingReport:
             return "no embedding tables"
         saved = self.bytes_replicated - self.bytes_per_rank
         summary = (
-            f"saves {saved / 2**20:.2f} of {self.bytes_replicated / 2**20:.2f} MiB on this rank, and "
-            "the same share of gradients, master copies and optimizer states"
+            f"saves {saved / 2**20:.2f} of {self.bytes_replicated / 2**20:.2f} MiB on this rank, "
+            "and the same share of gradients, master copies and optimizer states"
         )
         return "\n".join([*map(str, self.tables), summary])
 
@@ -117,8 +124,9 @@ def shard_embeddings(
 ) -> ShardingReport:
     """Replaces every ``nn.Embedding`` and :class:`StandardEmbedding` of ``model``, in place, by one
     that is sharded over ``gang``; a ``nn.Linear`` that shares the table becomes an
-    :class:`OutputHead`. ``requires_grad``, dtype, device and hooks stay. So do the values, unless
-    there is an ``init_fn``: every rank cuts its block out of the table that it has.
+    :class:`OutputHead`. ``requires_grad``, dtype, device and the hooks of the modules stay. So do
+    the values, unless there is an ``init_fn``: every rank cuts its block out of the table that it
+    has.
 
     All ranks of the gang have to call it: they compare, with a broadcast of about a kilobyte each,
     what they are about to do. Call it before an engine is built, which would keep the old
@@ -148,23 +156,25 @@ def shard_embeddings(
     :raises ValueError: a strategy or rule is unknown, a rule matches no table, or a table cannot
         be sharded: it has options or ties that would be lost.
     :raises TypeError: a table is of a class with a ``forward`` of its own, which would be lost.
+        ``parameters`` is no list.
     :raises GangError: the ranks disagree on strategies, sizes, dtypes, or the values of a table.
     """
-    rules = dict(rules or {})
-    for name, value in [("strategy", strategy), *((f"rules[{k!r}]", v) for k, v in rules.items())]:
-        if value not in _STRATEGIES:
-            raise ValueError(f"`{name}` must be one of {_STRATEGIES}, but is {value!r} instead.")
 
-    groups = find_tables(model, _untied_heads(model, rules, shard_head))
-    _check_rules(rules, groups)
-    choices = [(group, _choose(group, strategy, rules, tie_head)) for group in groups]
-    _check_agreement(gang, choices, output, sparse, init_fn)
+    def check() -> Choices:
+        if optimizer is not None:
+            check_groups("optimizer.param_groups", optimizer.param_groups, model)
+        if parameters is not None:
+            check_groups("parameters", parameters, model)
+        return choose_strategies(model, strategy, rules, tie_head, shard_head)
 
+    choices = raise_together(gang, check)
+    facts = {"`output`": output, "`sparse`": sparse}
+    check_agreement(gang, facts | _facts(gang, choices, init_fn))
     with gang.sharding(model):
         # All that can fail comes before all that changes the model.
         changes = []
         for group, chosen in choices:
-            with gang.whole(group.weight):
+            with gang.whole(*group.parameters):
                 if chosen != "none":
                     check_shardable(group)
                 elif init_fn is not None:
@@ -179,15 +189,45 @@ def shard_embeddings(
     return report
 
 
+Choices = list[tuple[TableGroup, Strategy]]
+
+
+def choose_strategies(
+    model: Module,
+    strategy: Strategy,
+    rules: Mapping[str, Strategy] | None,
+    tie_head: bool,
+    shard_head: bool,
+) -> Choices:
+    """The tables of ``model``, each with what :func:`shard_embeddings` would do with it: a strategy
+    but ``"auto"``."""
+    rules = dict(rules or {})
+    for name, value in [("strategy", strategy), *((f"rules[{k!r}]", v) for k, v in rules.items())]:
+        if value not in _STRATEGIES:
+            raise ValueError(f"`{name}` must be one of {_STRATEGIES}, but is {value!r} instead.")
+    groups = find_tables(model, _untied_heads(model, rules, shard_head))
+    _check_rules(rules, groups)
+    return [(group, _choose(group, strategy, rules, tie_head)) for group in groups]
+
+
 def _untied_heads(model: Module, rules: Mapping[str, Strategy], shard_head: bool) -> set[Module]:
     """The heads that are to be sharded although they may be tied to no table."""
     heads = set()
     if shard_head and isinstance(model, SupportsOutputEmbeddings):
-        heads.add(model.get_output_embeddings())
+        head = model.get_output_embeddings()
+        if head is not None and is_plain_head(head):
+            heads.add(head)
     for module, places in find_places(model).items():
-        if any(place.name in rules for place in places):
+        named = [place.name for place in places if place.name in rules]
+        if isinstance(module, nn.Linear) and named:
+            if not is_plain_head(module):
+                raise ValueError(
+                    f"`rules` must name embeddings, or `torch.nn.Linear` heads with a weight and "
+                    f"the `forward` of that class, but '{named[0]}' is a "
+                    f"`{type(module).__name__}` that differs in one of these."
+                )
             heads.add(module)
-    return {head for head in heads if isinstance(head, nn.Linear)}
+    return heads
 
 
 @runtime_checkable
@@ -227,27 +267,21 @@ def _check_rules(rules: dict[str, Strategy], groups: list[TableGroup]) -> None:
         )
 
 
-def _check_agreement(
-    gang: Gang,
-    choices: list[tuple[TableGroup, Strategy]],
-    output: Output,
-    sparse: bool | None,
-    init_fn: InitFn | None,
-) -> None:
-    facts: dict[str, object] = {
-        "`output`": output,
-        "`sparse`": sparse,
-        "whether there is an `init_fn`": init_fn is not None,
-    }
+def _facts(gang: Gang, choices: Choices, init_fn: InitFn | None) -> dict[str, object]:
+    """What has to be the same on every rank of ``gang``."""
+    facts: dict[str, object] = {"whether there is an `init_fn`": init_fn is not None}
     for group, chosen in choices:
         name = group.names[0]
         facts[f"the strategy for '{name}'"] = chosen
+        facts[f"the classes at '{name}'"] = [
+            type(module).__name__ for module in (*group.embeddings, *group.heads)
+        ]
         with gang.whole(group.weight):
             facts[f"the shape of '{name}'"] = tuple(group.weight.shape)
             facts[f"the dtype of '{name}'"] = group.weight.dtype
             if init_fn is None and chosen != "none":
                 facts[f"the values of '{name}' (a checksum)"] = _checksum(group.weight)
-    check_agreement(gang, facts)
+    return facts
 
 
 def _checksum(table: Tensor) -> str | None:

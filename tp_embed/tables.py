@@ -4,6 +4,7 @@ their Parameters."""
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
@@ -41,6 +42,11 @@ class TableGroup:
     embeddings: dict[Module, list[Place]] = field(default_factory=dict)
     heads: dict[nn.Linear, list[Place]] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The weight, and the biases of the heads."""
+        return [self.weight, *(head.bias for head in self.heads if head.bias is not None)]
 
     @property
     def names(self) -> list[str]:
@@ -87,7 +93,7 @@ def find_tables(model: Module, heads: Collection[Module] = ()) -> list[TableGrou
         for attribute, parameter in module._parameters.items():
             if parameter not in groups or module in groups[parameter].embeddings:
                 continue
-            if isinstance(module, nn.Linear) and _runs(module, nn.Linear.forward):
+            if isinstance(module, nn.Linear) and is_plain_head(module):
                 groups[parameter].heads[module] = module_places
             else:
                 name = ".".join([*filter(None, _names(module_places)[:1]), attribute])
@@ -171,30 +177,49 @@ def _check_embedding(module: Module, name: str) -> None:
             )
 
 
+def is_plain_head(module: Module) -> bool:
+    """Whether ``module`` is a ``nn.Linear`` that does what one does, with a weight of its own."""
+    return (
+        isinstance(module, nn.Linear)
+        and _runs(module, nn.Linear.forward)
+        and "weight" in module._parameters
+    )
+
+
 def output_scale(module: nn.Embedding) -> float | Tensor | None:
     """What a scaled embedding, such as that of Gemma 3 or BART, multiplies its output with."""
     if _runs(module, nn.Embedding.forward):
         return None
-    scale: float | Tensor = module.embed_scale  # type: ignore[assignment]
-    return scale.detach().cpu() if isinstance(scale, Tensor) else scale
+    scale = getattr(module, "embed_scale", None)
+    if isinstance(scale, Tensor):
+        if not scale.is_meta:
+            return scale.detach().cpu()
+        scale = getattr(module, "scalar_embed_scale", None)  # What Gemma 3 makes the other from.
+        return None if scale is None else torch.tensor(scale, device="cpu")
+    return scale if isinstance(scale, (float, int)) else None
+
+
+# All that the `forward` of a scaled embedding names.
+_SCALING = {"super", "forward", "embed_scale", "to", "weight", "dtype"}
 
 
 def _only_scales(module: nn.Embedding) -> bool:
     """Whether the ``forward`` of the class of ``module`` is that of ``nn.Embedding`` times
-    ``embed_scale``: found out by running it on a small table."""
-    scale = getattr(module, "embed_scale", None)
-    if not isinstance(scale, (float, int, Tensor)) or "forward" in vars(module):
+    ``embed_scale``: by what its code names, and by what it does with a small table."""
+    forward, scale = type(module).forward, output_scale(module)
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    if scale is None or code is None or "forward" in vars(module):
+        return False
+    has_numbers = any(isinstance(constant, (int, float)) for constant in code.co_consts)
+    if has_numbers or not set(code.co_names) <= _SCALING:
         return False
     small = copy.copy(module)
-    weight = torch.linspace(-3.0, 3.0, 6).view(2, 3)
-    ids = torch.tensor([[1, 0], [1, 1]])
+    weight = torch.linspace(-3.0, 3.0, 6, device="cpu").view(2, 3)
+    ids = torch.tensor([[1, 0], [1, 1]], device="cpu")
     small.__dict__ |= {"_parameters": {"weight": Parameter(weight)}, "padding_idx": None}
-    small._buffers = {k: b if b is None else b.cpu() for k, b in module._buffers.items()}
-    factor = scale.detach().cpu() if isinstance(scale, Tensor) else scale
-    try:
-        return torch.equal(type(module).forward(small, ids), weight[ids] * factor)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        return False
+    if "embed_scale" in module._buffers:
+        small._buffers = {"embed_scale": scale}  # type: ignore[dict-item]
+    return torch.equal(forward(small, ids), weight[ids] * scale)
 
 
 def _skip(name: str) -> str:

@@ -8,13 +8,19 @@ from typing import Any
 from deepspeed.module_inject.autotp_config import PartitionType
 from deepspeed.module_inject.layers import TensorParallel_Layer, is_autotp_training_mode
 from deepspeed.runtime.config import get_gradient_clipping
+from deepspeed.runtime.pipe import PipelineModule
 from deepspeed.runtime.tensor_parallel import get_tensor_parallel_config
-from torch import nn
 from torch.nn import Module
 
-from tp_embed.head import OutputHead
+from tp_embed.surgery import Choices
 
 from .layers import LAYERS
+
+PIPELINE = (
+    "The tables of a `PipelineModule` must be sharded by its specs, since it would go on calling "
+    "the old ones. Use `LayerSpec(VocabShardedEmbedding, gang, ...)` or, tied to the head, "
+    "`TiedLayerSpec('embed', VocabShardedEmbedding, gang, ...)`."
+)
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -25,7 +31,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     """
     stage = (config.get("zero_optimization") or {}).get("stage", 0)
     for name in ("bf16", "fp16"):
-        if stage == 0 and (config.get(name) or {}).get("enabled", False):
+        # "auto" is for transformers to fill in.
+        if stage == 0 and (config.get(name) or {}).get("enabled", False) is True:
             raise ValueError(
                 f"`zero_optimization.stage` must be 1, 2 or 3 for `{name}` with tensor "
                 "parallelism, but is 0 instead: there DeepSpeed's norm of the gradients leaves out "
@@ -64,8 +71,11 @@ def check_sparse(config: Mapping[str, Any]) -> None:
 def check_model(model: Module) -> None:
     """Checks a model of which the tables are about to be sharded.
 
-    :raises ValueError: AutoTP has been there before, or its layers are not made for training.
+    :raises ValueError: AutoTP has been there before, its layers are not made for training, or the
+        model would not call what replaces its tables.
     """
+    if isinstance(model, PipelineModule):
+        raise ValueError(PIPELINE)
     if getattr(model, "ds_autotp_parsed", False):
         raise ValueError(
             "`model` must not have passed AutoTP, which may have sliced its tables, but has. "
@@ -84,37 +94,31 @@ def check_model(model: Module) -> None:
         )
 
 
-def check_heads(model: Module, config: Mapping[str, Any]) -> None:
-    """Checks the output heads after they have been sharded.
+def check_choices(model: Module, config: Mapping[str, Any], choices: Choices) -> None:
+    """Checks what is about to become of each table, against what AutoTP is told to do.
 
-    :raises ValueError: AutoTP is told to shard one too.
+    :raises ValueError: AutoTP is told to shard an output head too, or a ``partition_config``
+        matches a table that is left whole, of which AutoTP would keep some columns and gather none.
     """
-    heads = [name for name, module in model.named_modules() if isinstance(module, OutputHead)]
-    if heads and get_tensor_parallel_config(config).vocab_parallel_lm_head:
+    tensor_parallel = get_tensor_parallel_config(config)
+    heads = [group.names[0] for group, chosen in choices if group.heads and chosen != "none"]
+    if heads and tensor_parallel.vocab_parallel_lm_head:
         raise ValueError(
             "`tensor_parallel.vocab_parallel_lm_head` must not be true where `tp_embed` shards the "
-            f"output head {heads}. Set `tp_embed.shard_logits` to true in the place of it, or "
-            "`tp_embed.strategy` and `tp_embed.shard_head` to 'none' and false."
+            f"output head of {heads}. Set `tp_embed.shard_logits` to true in the place of it, or "
+            "`tp_embed.tie_head` and `tp_embed.shard_head` to false."
         )
-
-
-def check_whole_tables(model: Module, config: Mapping[str, Any]) -> None:
-    """Checks the tables that have been left whole.
-
-    :raises ValueError: a ``partition_config`` matches one, of which AutoTP would keep some columns
-        and gather none.
-    """
-    partition = get_tensor_parallel_config(config).get_partition_config_object()
+    partition = tensor_parallel.get_partition_config_object()
     if partition is None:
         return
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Embedding):
-            continue
-        spec = partition.find_matching_spec(f"{name}.weight", model_type)
-        if spec is not None and spec.partition_type != PartitionType.SKIP:
-            raise ValueError(
-                f"The table '{name}' must not match `tensor_parallel.partition_config` if it is "
-                f"left whole, but matches {spec.patterns}: AutoTP would slice it and gather "
-                'nothing. Let `tp_embed` shard it, or give it `"partition_type": "skip"`.'
-            )
+    for group, chosen in choices:
+        for name in group.names if group.embeddings and chosen == "none" else []:
+            spec = partition.find_matching_spec(f"{name}.weight", model_type)
+            if spec is not None and spec.partition_type != PartitionType.SKIP:
+                raise ValueError(
+                    f"The table '{name}' must not match `tensor_parallel.partition_config` if it "
+                    f"is left whole, but matches {spec.patterns}: AutoTP would slice it and "
+                    "gather nothing. Let `tp_embed` shard it, or give it "
+                    '`"partition_type": "skip"`.'
+                )

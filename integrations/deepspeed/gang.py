@@ -110,18 +110,20 @@ class DeepSpeedGang(ProcessGroupGang):
     def sharding(self, model: Module) -> Iterator[None]:
         check_model(model)
         yield
-        describe_model(model)
+        describe_model(model, self)
 
-    def whole(self, parameter: Tensor, *, modified: bool = False) -> AbstractContextManager[object]:
+    def whole(self, *parameters: Tensor, modified: bool = False) -> AbstractContextManager[object]:
         """Fetches what ``deepspeed.zero.Init`` has partitioned."""
-        if not is_zero_param(parameter):
+        partitioned: list[Any] = [p for p in parameters if is_zero_param(p)]
+        for parameter in partitioned:
+            ranks = dist.get_process_group_ranks(parameter.ds_process_group)
+            if len(set(ranks) & set(self.global_ranks)) > 1:
+                raise ValueError(
+                    "`deepspeed.zero.Init` must partition over data-parallel ranks, but does over "
+                    f"{ranks}, of which {self.global_ranks} are tensor-parallel: their shards "
+                    "would be mixed up. Pass it `data_parallel_group=deepspeed.utils.groups."
+                    "get_data_parallel_group()`, or that of your `mpu`."
+                )
+        if not partitioned:
             return nullcontext()
-        ranks = dist.get_process_group_ranks(parameter.ds_process_group)  # type: ignore[attr-defined]
-        if len(set(ranks) & set(self.global_ranks)) > 1:
-            raise ValueError(
-                "`deepspeed.zero.Init` must partition over data-parallel ranks, but does over "
-                f"{ranks}, of which {self.global_ranks} are tensor-parallel: their shards would be "
-                "mixed up. Pass it `data_parallel_group=deepspeed.utils.groups."
-                "get_data_parallel_group()`, or that of your `mpu`."
-            )
-        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if modified else None)
+        return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modified else None)

@@ -12,23 +12,21 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.runtime.pipe.module import PipelineModule
-from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+from deepspeed.runtime.tensor_parallel.init_utils import (
+    load_ds_config,
+    merge_tp_model_init_into_config,
+)
+from deepspeed.runtime.zero.utils import is_zero_param
 from deepspeed.utils import log_dist
 from torch import nn
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from tp_embed.agreement import check_agreement
+from tp_embed.agreement import check_agreement, raise_together
 from tp_embed.gang import FakeGang, Gang
-from tp_embed.surgery import ShardingReport, shard_embeddings
+from tp_embed.surgery import ShardingReport, choose_strategies, shard_embeddings
 
-from .checks import (
-    check_clipping,
-    check_config,
-    check_heads,
-    check_sparse,
-    check_whole_tables,
-)
+from .checks import PIPELINE, check_choices, check_clipping, check_config, check_sparse
 from .config import SECTION, EmbedConfig, read_section
 from .gang import DeepSpeedGang
 
@@ -71,16 +69,13 @@ def initialize(
     deepspeed.init_distributed(
         distributed_port=distributed_port, dist_init_required=dist_init_required
     )
+    merge_tp_model_init_into_config(ds_config, mpu, mesh_param, deepspeed.comm)
     autotp_size = (ds_config.get("tensor_parallel") or {}).get("autotp_size", 0)
     if model_parameters is not None:
         # Before the tables change: a generator may have begun to give old ones.
         model_parameters = list(model_parameters)
 
     gang = _find_gang(model, autotp_size, mpu)
-    if gang.size > 1:
-        check_config(ds_config)
-    if section.sparse:
-        check_sparse(ds_config)
     check_agreement(
         gang,
         {
@@ -88,16 +83,13 @@ def initialize(
             "the seed of torch": torch.initial_seed(),
         },
     )
+    raise_together(gang, lambda: _check(model, gang, section, ds_config))
     report = ShardingReport(())
     if isinstance(model, PipelineModule):
-        if model.num_stages > 1:
-            check_clipping(ds_config)
         if gang.size > 1:
-            _check_pipeline(model)
-    else:
+            _check_stages(model)
+    elif not _is_out_of_reach(model, gang):
         report = _shard(model, gang, section, optimizer, model_parameters)
-        check_heads(model, ds_config)
-        check_whole_tables(model, ds_config)
     log_dist(f"tp_embed over {gang}:\n{report}", ranks=[0])
 
     items = deepspeed.initialize(
@@ -144,6 +136,48 @@ def _find_gang(model: Module, autotp_size: int, mpu: Any) -> Gang:
     return DeepSpeedGang.from_mpu(mpu)
 
 
+def _check(model: Module, gang: Gang, section: EmbedConfig, ds_config: dict[str, Any]) -> None:
+    """Finds out what would be refused before anything is changed."""
+    if gang.size > 1:
+        check_config(ds_config)
+    if isinstance(model, PipelineModule):
+        if model.num_stages > 1:
+            check_clipping(ds_config)
+        return
+    if _is_out_of_reach(model, gang):
+        if section.init is not None:
+            raise ValueError(
+                f"`{SECTION}.init` must be left out for a model of `deepspeed.zero.Init` without "
+                f"tensor parallelism, but is {section.init!r}. Initialize it where it is built."
+            )
+        return
+    choices = choose_strategies(
+        model, section.strategy, section.rules, section.tie_head, section.shard_head
+    )
+    check_choices(model, ds_config, choices)
+    tables = [table for group, _ in choices for table in group.embeddings]
+    if section.sparse or (section.sparse is None and any(table.sparse for table in tables)):
+        check_sparse(ds_config)
+    if section.shard_logits:
+        from tp_embed.integrations.transformers import check_loss  # An optional dependency.
+
+        check_loss(model)
+        heads = {head: chosen for group, chosen in choices for head in group.heads}
+        chosen = heads.get(cast(Any, model).get_output_embeddings(), "none")
+        if chosen != "vocab":
+            raise ValueError(
+                f"The strategy for the output head must be 'vocab' with `{SECTION}.shard_logits`, "
+                f"but is {chosen!r} instead. Set `{SECTION}.strategy` to 'vocab', or "
+                f"`{SECTION}.shard_logits` to false."
+            )
+
+
+def _is_out_of_reach(model: Module, gang: Gang) -> bool:
+    """Whether the Parameters are partitioned by `deepspeed.zero.Init` while there is no tensor
+    parallelism, for which alone it would be worth to fetch them."""
+    return isinstance(gang, FakeGang) and any(map(is_zero_param, model.parameters()))
+
+
 def _shard(
     model: Module,
     gang: Gang,
@@ -165,22 +199,17 @@ def _shard(
         parameters=parameters,
     )
     if section.shard_logits:
-        from tp_embed.integrations.transformers import shard_logits  # An optional dependency.
+        from tp_embed.integrations.transformers import shard_logits
 
         shard_logits(model)
     return report
 
 
-def _check_pipeline(model: PipelineModule) -> None:
-    """Layers of a pipeline are called where its specs have put them, and cannot be replaced. Each
-    rank sees those of its own stage only."""
+def _check_stages(model: PipelineModule) -> None:
+    """Checks that no stage has a table that is not sharded. Each rank sees those of its own."""
     own = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     of_all: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_all, own)
     tables = sorted({name for names in of_all for name in names})
     if tables:
-        raise ValueError(
-            f"The tables of a `PipelineModule` must be sharded by its specs, but {tables} are not. "
-            "Use `LayerSpec(VocabShardedEmbedding, gang, ...)` or, tied to the head, "
-            "`TiedLayerSpec('embed', VocabShardedEmbedding, gang, ...)`."
-        )
+        raise ValueError(f"{PIPELINE} Not sharded are {tables}.")

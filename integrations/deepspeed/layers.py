@@ -52,20 +52,29 @@ def register_layer(layer: Module, gang: Gang) -> None:
     }.items():
         setattr(weight, name, value)
 
-    logical = list(weight.shape)
-    logical[dim] = partition.size
-    # As `HiddenParallelEmbedding` and `VocabParallelEmbedding` describe theirs.
+    describe_parameter(weight, dim, partition.sizes)
+
+
+def describe_parameter(
+    parameter: Parameter, dim: int, sizes: tuple[int, ...], *, unsupported: str | None = None
+) -> None:
+    """Tells universal checkpoints that each rank of a gang holds so many of the rows of
+    ``parameter``, for ``dim`` 0, or columns, for 1; or for what reason it cannot be merged."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    logical = [*shape[:dim], sum(sizes), *shape[dim + 1 :]]
+    # As `HiddenParallelEmbedding` and `VocabParallelEmbedding` describe theirs, but for
+    # `original_shape`: from it DeepSpeed would conclude that this is the one table that is cut over
+    # the vocabulary, and cut others to its size when it merges them.
     TensorParallel_Layer._set_param_uc_meta(
-        SimpleNamespace(tp_world_size=gang.size),
-        weight,
+        SimpleNamespace(tp_world_size=len(sizes)),
+        parameter,
         partition_type="row" if dim else "column",
         partition_dim=dim,
         logical_shape=tuple(logical),
         output_shape=(logical[0],),
-        partition_sizes=partition.sizes,
-        target_partition_shape=tuple(weight.shape),
-        # No `original_shape`: DeepSpeed would take a table that is cut over the vocabulary for the
-        # one of all such tables, and cut others to its size when it merges them.
+        partition_sizes=sizes,
+        target_partition_shape=tuple(shape),
+        unsupported_reason=unsupported,
     )
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.checkpoint.constants import PARAM_GROUPS
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import (
@@ -250,18 +252,27 @@ def _own_shard(engine: Any, param: Parameter, directory: Path, key: str) -> Tens
 
 @contextmanager
 def _universal_mode(engine: Any) -> Iterator[None]:
-    """As if `checkpoint.load_universal` were set in the DeepSpeed config, and with the tensor-
-    parallel group of the engine: ZeRO 3 takes that of AutoTP, which an `mpu` of another kind, or a
-    second engine, need not have."""
-    config = engine._config
-    before = config.load_universal_checkpoint, groups._TENSOR_MODEL_PARALLEL_GROUP
-    config.load_universal_checkpoint = True
+    """As if `checkpoint.load_universal` were set in the DeepSpeed config. And with the engine's own
+    tensor-parallel group: ZeRO 3 takes that of AutoTP, which an `mpu` of another kind, or a second
+    engine, need not have, and ZeRO 1 and 2 ask an `mpu` by names that older ones lack."""
+    changes: list[tuple[Any, str, Any]] = [(engine._config, "load_universal_checkpoint", True)]
     if engine.mpu is not None:
-        groups._TENSOR_MODEL_PARALLEL_GROUP = bwc_tensor_model_parallel_group(engine.mpu)
+        group = bwc_tensor_model_parallel_group(engine.mpu)
+        changes.append((groups, "_TENSOR_MODEL_PARALLEL_GROUP", group))
+        if engine.zero_optimization_stage() in (1, 2):
+            unit = SimpleNamespace(
+                get_tensor_model_parallel_rank=lambda: dist.get_rank(group),
+                get_tensor_model_parallel_world_size=lambda: dist.get_world_size(group),
+            )
+            changes.append((engine.optimizer, "mpu", unit))
+    before = [getattr(owner, name) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        config.load_universal_checkpoint, groups._TENSOR_MODEL_PARALLEL_GROUP = before
+        for (owner, name, _), value in zip(changes, before, strict=True):
+            setattr(owner, name, value)
 
 
 def _load_optimizer(
