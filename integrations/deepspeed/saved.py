@@ -70,8 +70,8 @@ class SavedCheckpoint:
             raise ValueError(
                 "The checkpoint must say how its Parameters are cut over the "
                 f"{len(self.states)} tensor-parallel ranks, but its model files have no "
-                f"`{UNIVERSAL_CHECKPOINT_INFO}`. AutoTP writes it; with an `mpu`, set the "
-                "attribute of that name on the model before it is saved."
+                f"`{UNIVERSAL_CHECKPOINT_INFO}`. AutoTP writes it, and so does "
+                "`shard_embeddings()` over a `DeepSpeedGang`, where it finds tables to shard."
             )
         if info is None:
             return {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
