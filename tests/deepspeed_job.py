@@ -18,6 +18,7 @@ from deepspeed.utils import groups
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tp_embed import GangError, OutputHead, VocabShardedEmbedding, shard_embeddings
+from tp_embed.checkpoint import hook_state_dict
 from tp_embed.integrations.deepspeed import DeepSpeedGang
 
 VOCAB, DIM = 101, 36  # 101 rows do not divide by two ranks; 36 columns do, as the heads need.
@@ -107,6 +108,9 @@ def train(strategy: Any, tied: bool, checkpoint: Path, mpu: bool = False) -> dic
         seen["losses"].append(loss.item())
         seen["norms"].append(float(engine.get_global_grad_norm()))
     seen["state"] = clone(engine._replace_module_consolidated_state_dict())
+    with hook_state_dict(engine.module):
+        state = engine.module.state_dict()
+    seen["hooked table"] = state["model.embed_tokens.weight"].clone()
     seen["table after gathering"] = tuple(table.weight.shape)
     seen["from engine"] = DeepSpeedGang.from_engine(engine).global_ranks
     engine.save_checkpoint(str(checkpoint), tag="end")

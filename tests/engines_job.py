@@ -19,6 +19,7 @@ from deepspeed.utils import groups
 from torch import nn
 
 from tp_embed import Gang, GangError, shard_embeddings
+from tp_embed.checkpoint import hook_state_dict
 from tp_embed.collectives import copy_to_gang, reduce_partial
 from tp_embed.integrations.deepspeed import (
     DeepSpeedGang,
@@ -223,6 +224,8 @@ def zero_init(by_mpu: bool) -> dict[str, Any]:
     seen: dict[str, Any] = {"before": tuple(model.embed.weight.shape)}
     engine, *_ = initialize(model=model, config=ds_config, mpu=mpu)
     seen["after"] = tuple(engine.module.embed.weight.ds_shape)
+    with hook_state_dict(engine.module):  # ZeRO 3 keeps what is its own.
+        seen["hooked"] = tuple(engine.module.state_dict()["embed.weight"].shape)
     seen["losses"] = train(engine)
     return seen
 

@@ -57,6 +57,10 @@ def test_consolidated_state_is_whole(seen, name):
     assert seen[1][name]["start"] is None
     for key, tensor in expected.items():
         assert torch.equal(seen[0][name]["start"][key], tensor), key
+    # So is that of the hooks.
+    for rank in range(2):
+        table = seen[0][name]["state"]["model.embed_tokens.weight"]
+        assert torch.equal(seen[rank][name]["hooked table"], table)
     # Gathering puts the shards back.
     for rank in range(2):
         assert seen[rank][name]["table after gathering"] == seen[rank][name]["table"][1]

@@ -83,7 +83,12 @@ def test_optimizer_and_parameters_that_were_built_before(seen, alone):
 def test_zero_init(seen, alone):
     for rank in range(4):
         for found in seen[rank]["zero.Init"]:
-            assert found == {"before": (0,), "after": (job.V, job.E // 2), "losses": alone}
+            assert found == {
+                "before": (0,),
+                "after": (job.V, job.E // 2),
+                "hooked": (0,),
+                "losses": alone,
+            }
         assert "does over [0, 1, 2, 3], of which" in seen[rank]["zero.Init over the gang"]
 
 
