@@ -312,7 +312,7 @@ def refusals(directory: Path) -> dict[str, str]:
         "no model": error(None, config()),  # type: ignore[arg-type]
         "section": error(build(), section(strategy="vocab" if dist.get_rank() % 2 else "embed")),
         "seed": error(build(dist.get_rank()), config() | AUTOTP),
-        "alone": error(build(), section(sparse=True) if dist.get_rank() % 2 else section()),
+        "alone": error(build(sparse=dist.get_rank() % 2 == 1), section()),
         "sparse table": error(build(sparse=True), section()),
         "logits": error(build(), section(shard_logits=True)),
     }

@@ -138,7 +138,6 @@ def test_init_does_not_depend_on_the_engine(seen):
         "no model": "ValueError: `model` must be a `torch.nn.Module`, but is None instead.",
         "section": "GangError: The ranks of DeepSpeedGang(",
         "seed": "GangError: The ranks of DeepSpeedGang(",
-        "alone": "GangError: The ranks of DeepSpeedGang(",
         "sparse table": "ValueError: `zero_optimization.stage` must be 0 for sparse gradients",
         "logits": "ValueError: `model` must compute its loss with its `loss_function`, but",
         "pipeline": "The tables of a `PipelineModule` must be sharded by its specs, since it",
@@ -148,6 +147,13 @@ def test_init_does_not_depend_on_the_engine(seen):
 def test_refused(seen, what, message):
     for rank in range(4):
         assert seen[rank]["refusals"][what].startswith(message)
+
+
+def test_error_of_one_rank_ends_all(seen):
+    for rank in range(4):
+        found = seen[rank]["refusals"]["alone"]
+        assert "`zero_optimization.stage` must be 0 for sparse gradients" in found
+        assert found.startswith("ValueError: `zero" if rank % 2 else "GangError: Rank 1 of DeepSp")
 
 
 def test_bytes_of_table_and_head(tmp_path):

@@ -102,6 +102,28 @@ def losses_of_tokens(gang):
     torch.testing.assert_close(found, expected.view_as(target))
 
 
+def masked_classes(gang, kind):
+    """Classes that are out of the question, at the edges of shards too."""
+    table, bias, x, target = problem(V, torch.float32)
+    for masked in range(V):
+        bias.data.zero_()[masked] = -torch.inf
+        wanted = torch.where(target == masked, -100, target)
+        head = OutputHead(embed := kind.from_embedding(table, gang), bias=bias)
+        expected = functional.cross_entropy(
+            functional.linear(x, table.weight, bias).flatten(0, -2), wanted.flatten()
+        )
+        torch.testing.assert_close(head.loss(x, wanted), expected)
+        if kind is VocabSharded:
+            logits = OutputHead(embed, bias=bias, output="shard")(x)
+            found = cross_entropy(logits, wanted, gang, embed.partition)
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", [VocabSharded, ShardedEmbedding])
+def test_masked_classes(pool, kind):
+    pool(2, masked_classes, kind)
+
+
 def test_losses_of_tokens(pool):
     pool(3, losses_of_tokens)
 

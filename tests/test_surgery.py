@@ -441,3 +441,28 @@ def test_scaled_table(device):
     assert float(model[0].scale) == 2.5
     with pytest.raises(ValueError, match=r"`scale` must be a number or a tensor of the shape \(\)"):
         StandardEmbedding(3, 2, scale=torch.ones(2))
+
+
+class WithState(nn.Embedding):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("count", torch.zeros(()))
+
+
+class LearnedScale(nn.Embedding):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.embed_scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, ids):
+        return super().forward(ids) * self.embed_scale
+
+
+def test_tables_and_heads_with_more_state_are_refused():
+    model = nn.Sequential(WithState(11, 6))
+    assert_refused(model, ValueError, r"must have no Parameters, buffers .* has \['count'\]")
+    model = nn.Sequential(LearnedScale(11, 6))
+    assert_refused(model, TypeError, "with a `forward` of its own")
+    model = build("llama")
+    model.lm_head.register_state_dict_post_hook(lambda *args: None)
+    assert_refused(model, ValueError, "The table 'lm_head' must not have hooks of its state dict")

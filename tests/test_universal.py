@@ -320,6 +320,36 @@ def test_resize_errors(out, trained, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_output_in_source_is_refused(out, trained):
+    source = out / "z1 universal"
+    with pytest.raises(ValueError, match="`output` must not be in `source`"):
+        resize_vocab(source, source / "grown", names=[HEAD], num_embeddings=200)
+
+
+def test_output_may_be_a_link_to_an_empty_directory(out, trained, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    names = [job.TABLE, HEAD]
+    resize_vocab(out / "z1 universal", tmp_path / "link", names=names, num_embeddings=200)
+    assert read_tensor(tmp_path / "real" / "zero" / HEAD, "fp32").shape[0] == 200
+
+
+def test_order_of_an_optimizer_of_the_user_has_to_be_said(out, trained, tmp_path):
+    source, new = tmp_path / "source", tmp_path / "new"
+    shutil.copytree(out / "z0" / "end", source)
+    for file in source.iterdir():
+        state = torch.load(file, weights_only=False)
+        del state["ds_config"]["optimizer"]
+        torch.save(state, file)
+    with pytest.raises(ValueError, match="must be one that DeepSpeed has made by its config"):
+        to_universal(source, new)
+    names = [name for name, _ in job.build(False).named_parameters()]
+    to_universal(source, new, optimizer_names=names)
+    for name in names:
+        expected = read_tensor(out / "z0 universal" / "zero" / name, "exp_avg")
+        assert torch.equal(read_tensor(new / "zero" / name, "exp_avg"), expected)
+
+
 def test_conversion_errors(out, trained, tmp_path):
     new = tmp_path / "new"
     for source, kind, message in [

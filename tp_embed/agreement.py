@@ -35,15 +35,20 @@ def raise_together(gang: Gang, action: Callable[[], _T]) -> _T:
     """What ``action`` returns. All ranks have to call it, so that an error of one, which would
     leave the others waiting in the next collective, ends them all.
 
-    :raises GangError: ``action`` has raised a TypeError or ValueError on some ranks, or different
-        ones. The same on all ranks is raised as it is.
+    :raises GangError: ``action`` has raised a TypeError or ValueError on other ranks, but not here.
+        A rank where it has raised one raises that.
     """
-    result, error = None, None
+    result: _T | None = None
+    error: Exception | None = None
     try:
         result = action()
     except (TypeError, ValueError) as e:
         error = e
-    check_agreement(gang, {"what is wrong": error and str(error)})
+    for rank in range(gang.size):
+        box = [None if error is None else str(error)]
+        gang.broadcast_objects(box, rank)
+        if error is None and box[0] is not None:
+            error = GangError(f"Rank {rank} of {gang} has failed, and this one with it: {box[0]}")
     if error is not None:
         raise error
     return result  # type: ignore[return-value]

@@ -203,7 +203,8 @@ def _token_losses(
     local = target - own.start
     held = (local >= 0) & (local < len(own))
     column = local.clamp(0, max(len(own) - 1, 0))[:, None]
-    picked = logits.gather(1, column)[:, 0] * held if own else logits.new_zeros(len(logits))
+    picked = logits.gather(1, column)[:, 0] if own else logits.new_zeros(len(logits))
+    picked = picked.masked_fill(~held, 0.0)  # Another's may be -inf.
     parts = [picked] if not epsilon else [picked, logits.sum(-1)]
     gradient = logits.exp_()
     sums = torch.stack([gradient.sum(-1), *parts])
@@ -293,11 +294,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += losses.sum()
             if grad_bias is not None:
                 grad_bias += gradient.sum(0)
-            gradient = gradient.to(dtype)
+            low = gradient.to(dtype)
             if grad_x is not None:
-                grad_x[start : start + step] = gradient @ weight
-            if grad_weight is not None:
-                grad_weight += gradient.T @ chunk
+                grad_x[start : start + step] = low @ weight
+            if grad_weight is not None and dtype == torch.float16:
+                # The sum over a chunk may be more than fp16 holds, which no loss scale would mend.
+                grad_weight += gradient.T @ chunk.float()
+            elif grad_weight is not None:
+                grad_weight += low.T @ chunk
         ctx.save_for_backward(grad_x, grad_weight, grad_bias, count)
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         return total / count
@@ -317,4 +321,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``gradient * factor``, rounded to ``dtype`` once: ``factor`` holds the loss scale of fp16,
     and what bf16 would round alike for all gradients."""
+    if not factor.ndim:
+        factor = factor[None]  # A scalar would be rounded to the dtype of a gradient on CUDA.
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))

@@ -170,15 +170,21 @@ def shard_embeddings(
     choices = raise_together(gang, check)
     facts = {"`output`": output, "`sparse`": sparse}
     check_agreement(gang, facts | _facts(gang, choices, init_fn))
-    with gang.sharding(model):
-        # All that can fail comes before all that changes the model.
-        changes = []
+
+    def check_tables() -> None:
         for group, chosen in choices:
             with gang.whole(*group.parameters):
                 if chosen != "none":
                     check_shardable(group)
                 elif init_fn is not None:
                     check_weight(group)
+
+    raise_together(gang, check_tables)
+    with gang.sharding(model):
+        # All that can fail comes before all that changes the model.
+        changes = []
+        for group, chosen in choices:
+            with gang.whole(*group.parameters):
                 changes.append(_Change.plan(group, chosen, gang, init_fn, output, sparse))
         shards = {change.group.weight: change.shard for change in changes if change.shard}
         report = ShardingReport(tuple(change.carry_out(gang) for change in changes))

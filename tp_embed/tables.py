@@ -141,6 +141,8 @@ def check_shardable(group: TableGroup) -> None:
     name = group.names[0]
     for module, places in group.embeddings.items():
         _check_embedding(module, _names(places)[0])
+    for module, places in (*group.embeddings.items(), *group.heads.items()):
+        _check_state(module, _names(places)[0])
     if group.others:
         raise ValueError(
             f"The table '{name}' must be shared with embeddings and `torch.nn.Linear` heads only, "
@@ -164,17 +166,28 @@ def _check_embedding(module: Module, name: str) -> None:
             f"with its `embed_scale`, but is a `{type(module).__name__}` with a `forward` of its "
             f"own instead, which a sharded table would not run. {_skip(name)}"
         )
-    if any(getattr(module, hooks) for hooks in _STATE_DICT_HOOKS):
-        raise ValueError(
-            f"The table '{name}' must not have hooks of its state dict, which know the whole table "
-            f"only, but has some. Remove them first. {_skip(name)}"
-        )
     for option in ("max_norm", "scale_grad_by_freq"):
         if getattr(module, option):
             raise ValueError(
                 f"The table '{name}' must not use `{option}`, which sharded tables do not "
                 f"have, but it is {getattr(module, option)} instead. {_skip(name)}"
             )
+
+
+def _check_state(module: Module, name: str) -> None:
+    """Checks that there is nothing in the state of ``module`` that a sharded one would not have."""
+    if any(getattr(module, hooks) for hooks in _STATE_DICT_HOOKS):
+        raise ValueError(
+            f"The table '{name}' must not have hooks of its state dict, which know the whole table "
+            f"only, but has some. Remove them first. {_skip(name)}"
+        )
+    others = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
+    others -= module._non_persistent_buffers_set  # Such as `embed_scale`.
+    if others:
+        raise ValueError(
+            f"The table '{name}' must have no Parameters, buffers and modules but its weight, "
+            f"since they would be lost, but has {sorted(others)}. {_skip(name)}"
+        )
 
 
 def is_plain_head(module: Module) -> bool:
@@ -191,11 +204,11 @@ def output_scale(module: nn.Embedding) -> float | Tensor | None:
     if _runs(module, nn.Embedding.forward):
         return None
     scale = getattr(module, "embed_scale", None)
-    if isinstance(scale, Tensor):
-        if not scale.is_meta:
-            return scale.detach().cpu()
+    if isinstance(scale, Tensor) and scale.is_meta:
         scale = getattr(module, "scalar_embed_scale", None)  # What Gemma 3 makes the other from.
         return None if scale is None else torch.tensor(scale, device="cpu")
+    if isinstance(scale, Tensor) and not isinstance(scale, Parameter):
+        return scale.detach().cpu()
     return scale if isinstance(scale, (float, int)) else None
 
 
@@ -211,15 +224,17 @@ def _only_scales(module: nn.Embedding) -> bool:
     if scale is None or code is None or "forward" in vars(module):
         return False
     has_numbers = any(isinstance(constant, (int, float)) for constant in code.co_consts)
-    if has_numbers or not set(code.co_names) <= _SCALING:
+    names = {*code.co_names, *code.co_freevars} - {"__class__"}
+    if has_numbers or not names <= _SCALING:
         return False
     small = copy.copy(module)
-    weight = torch.linspace(-3.0, 3.0, 6, device="cpu").view(2, 3)
+    weight = torch.linspace(-3.0, 3.0, 6, device="cpu", dtype=module.weight.dtype).view(2, 3)
     ids = torch.tensor([[1, 0], [1, 1]], device="cpu")
     small.__dict__ |= {"_parameters": {"weight": Parameter(weight)}, "padding_idx": None}
     if "embed_scale" in module._buffers:
         small._buffers = {"embed_scale": scale}  # type: ignore[dict-item]
-    return torch.equal(forward(small, ids), weight[ids] * scale)
+    factor = scale.to(weight.dtype) if isinstance(scale, Tensor) else scale
+    return torch.equal(forward(small, ids), weight[ids] * factor)
 
 
 def _skip(name: str) -> str:

@@ -18,6 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.module_inject.layers import DS_TENSOR_MODEL_PARALLEL
+from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.pipe import PipelineModule
 from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
@@ -54,8 +55,8 @@ def export(
     :param max_shard_size: how many bytes there are at most in a file; a Parameter that is larger
         has one of its own.
     :raises FileExistsError: ``directory`` is there already; a :class:`GangError` on other ranks.
-    :raises ValueError: ``dtype`` is another, the model has pipeline stages or layers that cannot
-        be gathered, or there are no master weights; before anything is written.
+    :raises ValueError: ``dtype`` is another, the model has pipeline stages, experts, or layers that
+        cannot be gathered, or there are no master weights; before anything is written.
     """
     module = engine.module
     parameters = _parameters(module)
@@ -102,6 +103,11 @@ def _check(engine: Any, parameters: Mapping[str, Parameter], dtype: torch.dtype 
             "`engine` must have a model without pipeline stages, but has a `PipelineModule`."
         )
     for name, param in parameters.items():
+        if is_moe_param(param):
+            raise ValueError(
+                f"`engine` must have a model without experts, of which each rank has others, but "
+                f"`{name}` is one of an expert."
+            )
         if getattr(param, DS_TENSOR_MODEL_PARALLEL, False) and map_of(param) is None:
             raise ValueError(
                 f"`{name}` must say how it is cut over the tensor-parallel ranks, as AutoTP's "

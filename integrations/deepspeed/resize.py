@@ -46,6 +46,10 @@ def resize_vocab(
         several sizes, or there would be fewer rows.
     """
     source, output = Path(source), Path(output).absolute()
+    if output.resolve().is_relative_to(source.resolve()):
+        raise ValueError(
+            f"`output` must not be in `source`, of which it is to be a copy, but is `{output}`."
+        )
     matched = _matching(source, names)
     _check_sizes(matched, num_embeddings, shrink)
     with staged(output) as universal:

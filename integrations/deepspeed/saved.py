@@ -90,18 +90,31 @@ class SavedCheckpoint:
 
     def frozen(self) -> dict[str, list[Tensor]]:
         """The shard of each tensor-parallel rank of the Parameters that are not trained."""
-        state = self.states[0]
-        others = {*self.trained, *state[BUFFER_NAMES], *state["shared_params"]}
-        names = [
-            name
-            for name, value in state["module"].items()
-            if name not in others and isinstance(value, Tensor)
-        ]
+        state, module = self.states[0], self.states[0]["module"]
+        names: list[str]
+        if state[FROZEN_PARAM_SHAPES] is not None:
+            names = [name for name in state[FROZEN_PARAM_SHAPES] if name not in self.trained]
+        else:  # At ZeRO 0 and 1.
+            others = {*self.trained, *state[BUFFER_NAMES], *state["shared_params"]}
+            known = {_storage(module[name]) for name in others if name in module}
+            names = [
+                name
+                for name, value in module.items()
+                if name not in others
+                and isinstance(value, Tensor)
+                # A module with two names has one that is in none of these lists.
+                and _storage(value) not in known
+            ]
         if self.model_files[0][0].name.startswith("mp_rank"):
             return {name: [state["module"][name] for state in self.states] for name in names}
         return {
             name: [_join_fragments(name, files) for files in self.model_files] for name in names
         }
+
+
+def _storage(tensor: Tensor) -> object:
+    """The same for tensors that are one, which empty ones never are."""
+    return tensor.untyped_storage().data_ptr() if tensor.numel() else object()
 
 
 def _model_files(directory: Path, names: Sequence[str]) -> list[list[Path]]:

@@ -16,7 +16,7 @@ def staged(output: str | Path) -> Iterator[Path]:
 
     :raises FileExistsError: ``output`` is there already, and not an empty directory.
     """
-    output = Path(output).absolute()
+    output = Path(output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(
             f"`{output}` must be a new or an empty directory, but holds something already. "

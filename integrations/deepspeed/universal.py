@@ -61,8 +61,9 @@ def to_universal(
     :param output: the directory to write.
     :param workers: the number of processes that extract fragments, and that merge them; each holds
         the fragments of one rank, or one Parameter.
-    :param optimizer_names: for ZeRO 0 with frozen Parameters or several param groups: the names of
-        the Parameters of the optimizer, in its order. The checkpoint does not hold them.
+    :param optimizer_names: for ZeRO 0: the names of the Parameters of the optimizer, in its order,
+        which the checkpoint does not hold. Needed unless DeepSpeed has made the optimizer by its
+        config; then it is the order of the model, if it was given no other `model_parameters`.
     :raises FileNotFoundError: ``source`` is not such a directory, or lacks the file of a rank.
     :raises FileExistsError: ``output`` is there already.
     :raises ValueError: the checkpoint holds something that cannot be converted exactly.

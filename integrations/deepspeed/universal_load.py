@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import PARAM_GROUPS
+from deepspeed.runtime.pipe import PipelineModule
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import (
     bwc_tensor_model_parallel_group,
@@ -69,6 +70,10 @@ def load_universal(
     directory = Path(directory)
     tag = tag or _latest(directory)
     universal = directory / tag
+    if isinstance(engine.module, PipelineModule):
+        raise ValueError(
+            "`engine` must have a model without pipeline stages, but has a `PipelineModule`."
+        )
     stage = engine.zero_optimization_stage()
     _check_files(universal, stage)
     param_groups = load(optimizer_state_file(universal))[PARAM_GROUPS]
@@ -137,6 +142,12 @@ def _basic_optimizer(engine: Any, stage: int) -> torch.optim.Optimizer:
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    for group in optimizer.param_groups:
+        if not {"betas", "eps"} <= group.keys() or group.get("amsgrad", False):
+            raise ValueError(
+                "`engine` must have Adam or AdamW without amsgrad, the states of which the "
+                f"checkpoint holds, but has a `{type(optimizer).__name__}` with {sorted(group)}."
+            )
     if len(optimizer.param_groups) != len(groups):
         raise ValueError(
             f"The optimizer must have {len(groups)} param groups, as that of the checkpoint, but "

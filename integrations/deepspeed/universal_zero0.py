@@ -45,7 +45,8 @@ def convert_zero0(
         raise ValueError("The checkpoint must hold an optimizer that has made a step, but has not.")
 
     names = _parameter_names(states[0])
-    trained = _optimizer_names(optimizer, names, optimizer_names)
+    made_by_deepspeed = bool((states[0].get("ds_config") or {}).get("optimizer"))
+    trained = _optimizer_names(optimizer, names, optimizer_names, made_by_deepspeed)
     indices = dict(zip(trained, _indices(optimizer), strict=True))
     last_step = max((state[STEP] for state in optimizer["state"].values()), key=float)
     for name in names:
@@ -83,7 +84,10 @@ def _indices(optimizer: Mapping[str, Any]) -> list[int]:
 
 
 def _optimizer_names(
-    optimizer: Mapping[str, Any], names: Sequence[str], given: Sequence[str] | None
+    optimizer: Mapping[str, Any],
+    names: Sequence[str],
+    given: Sequence[str] | None,
+    made_by_deepspeed: bool,
 ) -> Sequence[str]:
     """The names of the optimizer's Parameters, in its order."""
     count = len(_indices(optimizer))
@@ -98,13 +102,19 @@ def _optimizer_names(
         return given
     if all("param_names" in group for group in groups):
         return list(chain.from_iterable(group["param_names"] for group in groups))
-    if len(groups) == 1 and count == len(names):
-        return names
-    raise ValueError(
-        f"The checkpoint must have one param group with all {len(names)} Parameters, if it is of "
-        f"ZeRO 0, but has {len(groups)} with {count}, and does not say which. Pass "
-        "`optimizer_names`, the names of the optimizer's Parameters in its order."
-    )
+    if len(groups) != 1 or count != len(names):
+        raise ValueError(
+            f"The checkpoint must have one param group with all {len(names)} Parameters, if it is "
+            f"of ZeRO 0, but has {len(groups)} with {count}, and does not say which. Pass "
+            "`optimizer_names`, the names of the optimizer's Parameters in its order."
+        )
+    if not made_by_deepspeed:
+        raise ValueError(
+            "The optimizer must be one that DeepSpeed has made by its config, if it is of ZeRO 0, "
+            "but is another, of which the order is not known. Pass `optimizer_names`, the names of "
+            "its Parameters in its order."
+        )
+    return names
 
 
 def _moment(optimizer: Mapping[str, Any], index: int, key: str, name: str, shard: Tensor) -> Tensor:

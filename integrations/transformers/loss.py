@@ -49,10 +49,12 @@ def check_loss(model: Any) -> None:
             f"`model` must compute its loss with its `loss_function`, but a `{name}` does not. "
             "Take its hidden states and `OutputHead.loss()`."
         )
-    if model.loss_function is not ForCausalLMLoss:
+    loss = model.loss_function
+    if loss is not ForCausalLMLoss:
+        found = getattr(loss, "__name__", type(loss).__name__)
         raise ValueError(
             "The `loss_function` of `model` must be `ForCausalLMLoss` of transformers, but for "
-            f"this `{name}` is {model.loss_function} instead. Compute that with "
+            f"this `{name}` is `{found}` instead. Compute that with "
             "`tp_embed.loss.cross_entropy()`, or leave the logits whole."
         )
 
