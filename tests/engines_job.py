@@ -37,10 +37,13 @@ class Model(nn.Module):
         self.embed = nn.Embedding(V, E, sparse=sparse)
         self.up = nn.Linear(E, 2 * E)
         self.down = nn.Linear(2 * E, E)
+        self.norm = nn.LayerNorm(E)
+        self.same = self.norm  # One module with two names.
         self.head = nn.Linear(E, V)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        logits = self.head(self.down(self.up(self.embed(ids)).tanh()))
+        x = self.norm(self.embed(ids))
+        logits = self.head(self.same(self.down(self.up(x).tanh())))
         return nn.functional.cross_entropy(logits[:-1], ids[1:])
 
     def get_output_embeddings(self) -> nn.Linear:
