@@ -15,13 +15,12 @@ import torch.distributed as dist
 from deepspeed.module_inject.layers import TensorParallel_Layer
 from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from deepspeed.utils import groups
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from llama import DIM, VOCAB, build
 from tp_embed import GangError, OutputHead, VocabShardedEmbedding, shard_embeddings
 from tp_embed.checkpoint import hook_state_dict
 from tp_embed.integrations.deepspeed import DeepSpeedGang
 
-VOCAB, DIM = 101, 36  # 101 rows do not divide by two ranks; 36 columns do, as the heads need.
 LR, STEPS = 1e-2, 4
 
 CASES: dict[str, dict[str, Any]] = {
@@ -33,21 +32,6 @@ CASES: dict[str, dict[str, Any]] = {
     "mpu, embed": {"strategy": "embed", "tied": False, "mpu": True},
     "mpu, tied, vocab": {"strategy": "vocab", "tied": True, "mpu": True},
 }
-
-
-def build(tied: bool) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=DIM,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config)
 
 
 def batches() -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ import torch
 
 import deepspeed_job as job
 from launch import deepspeed_command, run
+from llama import DIM, VOCAB
 
 SHARDED = [name for name, case in job.CASES.items() if case["strategy"]]
 UNTIED = [name for name in SHARDED if name in ("embed", "vocab")]
@@ -67,7 +68,7 @@ def test_consolidated_state_is_whole(seen, name):
 
 
 def test_tables_are_tensor_parallel_layers(seen):
-    rows, dim = job.VOCAB, job.DIM
+    rows, dim = VOCAB, DIM
     for rank, rows_of_rank in enumerate([51, 50]):
         assert seen[rank]["autotp alone"]["table"] == ("Embedding", (rows, dim))
         assert seen[rank]["embed"]["table"] == ("ShardedEmbedding", (rows, dim // 2))

@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 import universal_job as job
 from launch import deepspeed_command, run
+from llama import DIM, VOCAB
 from tp_embed import init
 from tp_embed.integrations.deepspeed.resize import resize_vocab
 from tp_embed.integrations.deepspeed.universal import to_universal
@@ -278,9 +279,9 @@ def test_grown_vocabulary(out, grown):
             if name not in (job.TABLE, HEAD):
                 assert torch.equal(tensor, old)
                 continue
-            assert tensor.shape == (GROWN, job.DIM)
-            assert torch.equal(tensor[: job.VOCAB], old)
-            added = tensor[job.VOCAB :]
+            assert tensor.shape == (GROWN, DIM)
+            assert torch.equal(tensor[:VOCAB], old)
+            added = tensor[VOCAB:]
             assert added.std() == pytest.approx(0.02, rel=0.1) if key == "fp32" else not added.any()
 
 

@@ -16,12 +16,14 @@ from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_opti
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import llama
+from llama import VOCAB
 from tp_embed import GangError, shard_embeddings
 from tp_embed.integrations.deepspeed import DeepSpeedGang
 from tp_embed.integrations.deepspeed.export import export
 from tp_embed.integrations.deepspeed.universal_load import load_universal
 
-VOCAB, DIM, LR = 101, 36, 1e-2
+LR = 1e-2
 
 TABLE, NORM = "model.embed_tokens.weight", "model.norm.weight"
 # A table of ours, layers of AutoTP that are cut over columns and rows, and one that is not cut.
@@ -49,18 +51,8 @@ class TypedLlama(LlamaForCausalLM):
 
 
 def build(tied: bool, typed: bool = False, vocab: int = VOCAB, seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=DIM,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        tie_word_embeddings=tied,
-    )
-    model = (TypedLlama if typed else LlamaForCausalLM)(config)
+    kind = TypedLlama if typed else LlamaForCausalLM
+    model: LlamaForCausalLM = llama.build(tied, vocab=vocab, layers=1, seed=seed, kind=kind)
     if typed:
         model.get_parameter(NORM).requires_grad_(False)
         with torch.no_grad():
