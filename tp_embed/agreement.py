@@ -16,11 +16,7 @@ def check_agreement(gang: Gang, facts: Mapping[str, object]) -> None:
     :param facts: what has to be the same on every rank, by what it is called in the error.
     :raises GangError: ranks disagree; the error is raised on all of them.
     """
-    all_facts = []
-    for rank in range(gang.size):
-        box = [dict(facts)]
-        gang.broadcast_objects(box, rank)
-        all_facts.append(box[0])
+    all_facts = _of_all_ranks(gang, dict(facts))
     for name in dict.fromkeys(name for one in all_facts for name in one):
         found = [repr(one.get(name, "nothing")) for one in all_facts]
         if len(set(found)) > 1:
@@ -44,11 +40,20 @@ def raise_together(gang: Gang, action: Callable[[], _T]) -> _T:
         result = action()
     except (TypeError, ValueError) as e:
         error = e
-    for rank in range(gang.size):
-        box = [None if error is None else str(error)]
-        gang.broadcast_objects(box, rank)
-        if error is None and box[0] is not None:
-            error = GangError(f"Rank {rank} of {gang} has failed, and this one with it: {box[0]}")
+    messages = _of_all_ranks(gang, None if error is None else str(error))
+    for rank, message in enumerate(messages):
+        if error is None and message is not None:
+            error = GangError(f"Rank {rank} of {gang} has failed, and this one with it: {message}")
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
+
+
+def _of_all_ranks(gang: Gang, own: _T) -> list[_T]:
+    """What each rank gives as ``own``, by rank."""
+    found = []
+    for rank in range(gang.size):
+        box = [own]
+        gang.broadcast_objects(box, rank)
+        found.append(box[0])
+    return found

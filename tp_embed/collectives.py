@@ -128,6 +128,21 @@ def gather_table(output: Tensor, block: Tensor, dim: int, gang: Gang, partition:
             output[rows_of_rank.start : rows_of_rank.stop] = parts[rank, : len(rows_of_rank)]
 
 
+def whole_table(
+    block: Tensor,
+    dim: int,
+    gang: Gang,
+    partition: Partition,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """:func:`gather_table` into a new table, on ``device`` or else that of ``block``."""
+    shape = list(block.shape)
+    shape[dim] = partition.size
+    output = block.new_empty(shape, device=device)
+    gather_table(output, block, dim, gang, partition)
+    return output
+
+
 def _own_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
     own = partition.shard(gang.rank)
     return x.narrow(-1, own.start, len(own)).contiguous()

@@ -121,3 +121,7 @@ class OutputHead(GangLayer):
         if self.output != "replicated":
             parts.append(f"output={self.output!r}")
         return ", ".join(parts)
+
+
+# Every layer that holds a shard of a table.
+ShardedLayer = ShardedEmbedding | VocabShardedEmbedding | OutputHead

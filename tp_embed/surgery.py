@@ -6,8 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Literal, Protocol, cast, get_args, runtime_checkable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -31,20 +30,8 @@ from tp_embed.repoint import (
     repoint_groups,
     repoint_optimizer,
 )
-from tp_embed.tables import (
-    Place,
-    TableGroup,
-    check_shardable,
-    check_weight,
-    find_places,
-    find_tables,
-    is_plain_head,
-    output_scale,
-)
-
-Strategy = Literal["auto", "embed", "vocab", "none"]
-
-_STRATEGIES = get_args(Strategy)
+from tp_embed.strategies import Choices, Strategy, choose_strategies
+from tp_embed.tables import Place, TableGroup, check_shardable, check_weight, output_scale
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -193,84 +180,6 @@ def shard_embeddings(
     if parameters is not None:
         repoint_groups(parameters, shards)
     return report
-
-
-Choices = list[tuple[TableGroup, Strategy]]
-
-
-def choose_strategies(
-    model: Module,
-    strategy: Strategy,
-    rules: Mapping[str, Strategy] | None,
-    tie_head: bool,
-    shard_head: bool,
-) -> Choices:
-    """The tables of ``model``, each with what :func:`shard_embeddings` would do with it: a strategy
-    but ``"auto"``."""
-    rules = dict(rules or {})
-    for name, value in [("strategy", strategy), *((f"rules[{k!r}]", v) for k, v in rules.items())]:
-        if value not in _STRATEGIES:
-            raise ValueError(f"`{name}` must be one of {_STRATEGIES}, but is {value!r} instead.")
-    groups = find_tables(model, _untied_heads(model, rules, shard_head))
-    _check_rules(rules, groups)
-    return [(group, _choose(group, strategy, rules, tie_head)) for group in groups]
-
-
-def _untied_heads(model: Module, rules: Mapping[str, Strategy], shard_head: bool) -> set[Module]:
-    """The heads that are to be sharded although they may be tied to no table."""
-    heads = set()
-    if shard_head and isinstance(model, SupportsOutputEmbeddings):
-        head = model.get_output_embeddings()
-        if head is not None and is_plain_head(head):
-            heads.add(head)
-    for module, places in find_places(model).items():
-        named = [place.name for place in places if place.name in rules]
-        if isinstance(module, nn.Linear) and named:
-            if not is_plain_head(module):
-                raise ValueError(
-                    f"`rules` must name embeddings, or `torch.nn.Linear` heads with a weight and "
-                    f"the `forward` of that class, but '{named[0]}' is a "
-                    f"`{type(module).__name__}` that differs in one of these."
-                )
-            heads.add(module)
-    return heads
-
-
-@runtime_checkable
-class SupportsOutputEmbeddings(Protocol):
-    """A model of transformers, or one that says as they do which module its output head is."""
-
-    def get_output_embeddings(self) -> Module | None: ...
-
-
-def _choose(
-    group: TableGroup, strategy: Strategy, rules: dict[str, Strategy], tie_head: bool
-) -> Strategy:
-    for pattern, chosen in rules.items():
-        if _matches(pattern, group):
-            strategy = chosen
-            break
-    else:
-        if not group.embeddings and strategy != "none":
-            return "vocab"
-        if group.embeddings and group.heads and not tie_head:
-            return "none"
-    if strategy != "auto":
-        return strategy
-    return "vocab" if group.heads else "embed"
-
-
-def _matches(pattern: str, group: TableGroup) -> bool:
-    return any(fnmatchcase(name, pattern) for name in group.names)
-
-
-def _check_rules(rules: dict[str, Strategy], groups: list[TableGroup]) -> None:
-    unmatched = [p for p in rules if not any(_matches(p, group) for group in groups)]
-    if unmatched:
-        names = [name for group in groups for name in group.names]
-        raise ValueError(
-            f"`rules` must match the name of a table each, but {unmatched} match none of {names}."
-        )
 
 
 def _facts(gang: Gang, choices: Choices, init_fn: InitFn | None) -> dict[str, object]:

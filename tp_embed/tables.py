@@ -7,6 +7,7 @@ import copy
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ def find_tables(model: Module, heads: Collection[Module] = ()) -> list[TableGrou
         for attribute, parameter in module._parameters.items():
             if parameter not in groups or module in groups[parameter].embeddings:
                 continue
-            if isinstance(module, nn.Linear) and is_plain_head(module):
+            if is_plain_head(module):
                 groups[parameter].heads[module] = module_places
             else:
                 name = ".".join([*filter(None, _names(module_places)[:1]), attribute])
@@ -190,7 +191,7 @@ def _check_state(module: Module, name: str) -> None:
         )
 
 
-def is_plain_head(module: Module) -> bool:
+def is_plain_head(module: Module) -> TypeGuard[nn.Linear]:
     """Whether ``module`` is a ``nn.Linear`` that does what one does, with a weight of its own."""
     return (
         isinstance(module, nn.Linear)

@@ -12,9 +12,8 @@ from deepspeed.runtime.pipe import PipelineModule
 from deepspeed.runtime.tensor_parallel import get_tensor_parallel_config
 from torch.nn import Module
 
-from tp_embed.surgery import Choices
-
-from .layers import LAYERS
+from tp_embed.head import ShardedLayer
+from tp_embed.strategies import Choices
 
 PIPELINE = (
     "The tables of a `PipelineModule` must be sharded by its specs, since it would go on calling "
@@ -29,7 +28,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
     :raises ValueError: DeepSpeed would train with it, but not as it says.
     """
-    stage = (config.get("zero_optimization") or {}).get("stage", 0)
+    stage = _stage(config)
     for name in ("bf16", "fp16"):
         # "auto" is for transformers to fill in.
         if stage == 0 and (config.get(name) or {}).get("enabled", False) is True:
@@ -45,7 +44,7 @@ def check_clipping(config: Mapping[str, Any]) -> None:
 
     :raises ValueError: DeepSpeed would clip gradients by a wrong norm.
     """
-    stage = (config.get("zero_optimization") or {}).get("stage", 0)
+    stage = _stage(config)
     is_fp32 = not any((config.get(name) or {}).get("enabled", False) for name in ("bf16", "fp16"))
     if stage == 0 and is_fp32 and get_gradient_clipping(config) > 0.0:
         raise ValueError(
@@ -59,7 +58,7 @@ def check_sparse(config: Mapping[str, Any]) -> None:
     """
     :raises ValueError: DeepSpeed's optimizer takes no sparse gradients.
     """
-    stage = (config.get("zero_optimization") or {}).get("stage", 0)
+    stage = _stage(config)
     if stage > 0:
         raise ValueError(
             "`zero_optimization.stage` must be 0 for sparse gradients, which ZeRO has no room for "
@@ -84,7 +83,7 @@ def check_model(model: Module) -> None:
     theirs = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, TensorParallel_Layer) and not isinstance(module, LAYERS)
+        if isinstance(module, TensorParallel_Layer) and not isinstance(module, ShardedLayer)
     ]
     if theirs and not is_autotp_training_mode():
         raise ValueError(
@@ -122,3 +121,8 @@ def check_choices(model: Module, config: Mapping[str, Any], choices: Choices) ->
                     "gather nothing. Let `tp_embed` shard it, or give it "
                     '`"partition_type": "skip"`.'
                 )
+
+
+def _stage(config: Mapping[str, Any]) -> int:
+    stage: int = (config.get("zero_optimization") or {}).get("stage", 0)
+    return stage

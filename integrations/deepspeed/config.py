@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from tp_embed import init as init_functions
 from tp_embed.embedding import InitFn, Output
 from tp_embed.init import is_blockwise
-from tp_embed.surgery import Strategy
+from tp_embed.strategies import Strategy
 
 SECTION = "tp_embed"
 

@@ -11,6 +11,7 @@ from torch.nn import Module
 from tp_embed.gang import Gang
 
 from .layers import describe_parameter
+from .layout import local_shape
 
 _DESCRIBED_BY = "described_by", "tp_embed"
 
@@ -30,7 +31,7 @@ def describe_model(model: Module, gang: Gang) -> None:
         is_sharded = getattr(parameter, "tensor_model_parallel", False)
         if is_sharded and not hasattr(parameter, DS_AUTOTP_UC_META):
             dim = getattr(parameter, "partition_dim", 0)
-            size = getattr(parameter, "ds_shape", parameter.shape)[dim]
+            size = local_shape(parameter)[dim]
             stride = getattr(parameter, "partition_stride", 1)
             reason = None if stride == 1 else f"its shards are of {stride} pieces each"
             describe_parameter(parameter, dim, (size,) * gang.size, unsupported=reason)

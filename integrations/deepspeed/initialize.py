@@ -24,7 +24,8 @@ from torch.optim import Optimizer
 
 from tp_embed.agreement import check_agreement, raise_together
 from tp_embed.gang import FakeGang, Gang
-from tp_embed.surgery import ShardingReport, choose_strategies, shard_embeddings
+from tp_embed.strategies import choose_strategies
+from tp_embed.surgery import ShardingReport, shard_embeddings
 
 from .checks import PIPELINE, check_choices, check_clipping, check_config, check_sparse
 from .config import SECTION, EmbedConfig, read_section

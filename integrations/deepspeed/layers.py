@@ -7,7 +7,7 @@ module for `replaced` and then leaves it alone.
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from deepspeed.module_inject.layers import (
@@ -18,22 +18,21 @@ from deepspeed.module_inject.layers import (
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from tp_embed.collectives import gather_table
-from tp_embed.embedding import ShardedEmbedding, VocabShardedEmbedding
+from tp_embed.collectives import whole_table
 from tp_embed.gang import Gang
-from tp_embed.head import OutputHead
+from tp_embed.head import ShardedLayer
 from tp_embed.partition import Partition
 
-LAYERS = (ShardedEmbedding, VocabShardedEmbedding, OutputHead)
+from .layout import local_shape
 
-for _layer in LAYERS:
+for _layer in get_args(ShardedLayer):
     TensorParallel_Layer.register(_layer)
 
 
 def register_layer(layer: Module, gang: Gang) -> None:
     """Marks the weight of a sharded embedding or head as tensor-parallel, for gradient norms,
     gathering and universal checkpoints. Doing it twice does no harm."""
-    if not isinstance(layer, LAYERS):
+    if not isinstance(layer, ShardedLayer):
         raise TypeError(
             "`layer` must be a sharded embedding or a head tied to one, "
             f"but is a `{type(layer).__name__}` instead."
@@ -60,7 +59,7 @@ def describe_parameter(
 ) -> None:
     """Tells universal checkpoints that each rank of a gang holds so many of the rows of
     ``parameter``, for ``dim`` 0, or columns, for 1; or for what reason it cannot be merged."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)
+    shape = local_shape(parameter)
     logical = [*shape[:dim], sum(sizes), *shape[dim + 1 :]]
     # As `HiddenParallelEmbedding` and `VocabParallelEmbedding` describe theirs, but for
     # `original_shape`: from it DeepSpeed would conclude that this is the one table that is cut over
@@ -73,7 +72,7 @@ def describe_parameter(
         logical_shape=tuple(logical),
         output_shape=(logical[0],),
         partition_sizes=sizes,
-        target_partition_shape=tuple(shape),
+        target_partition_shape=shape,
         unsupported_reason=unsupported,
     )
 
@@ -90,11 +89,7 @@ class _Shard:
         """All ranks have to call it. Sends (P-1) times the largest shard."""
         for param in filter(_is_sharded, params):
             self._shard = param.data
-            shape = list(self._shard.shape)
-            shape[self._dim] = self._partition.size
-            whole = self._shard.new_empty(shape)
-            gather_table(whole, self._shard, self._dim, self._gang, self._partition)
-            param.data = whole
+            param.data = whole_table(self._shard, self._dim, self._gang, self._partition)
 
     @torch.no_grad()
     def partition_params(self, params: list[Parameter]) -> None:

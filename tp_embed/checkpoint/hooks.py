@@ -13,14 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Module
 
-from tp_embed.collectives import gather_table
-from tp_embed.embedding import ShardedEmbedding, VocabShardedEmbedding
+from tp_embed.collectives import whole_table
 from tp_embed.gang import Gang
-from tp_embed.head import OutputHead
+from tp_embed.head import ShardedLayer
 
 Mode = Literal["full", "sharded", "dtensor"]
-
-_Layer = ShardedEmbedding | VocabShardedEmbedding | OutputHead
 
 # The key of what a state dict says of a shard, in its metadata.
 _RECORD = "tp_embed_shard"
@@ -90,7 +87,7 @@ def full_state_dict(model: Module, *, rank: int = 0) -> dict[str, Tensor] | None
 class _SaveHook:
     """Replaces the tables in a state dict by what ``export`` makes of them; what is tied stays."""
 
-    def __init__(self, export: Callable[[_Layer], Tensor]) -> None:
+    def __init__(self, export: Callable[[ShardedLayer], Tensor]) -> None:
         self._export = export
 
     def __call__(self, model: Module, state: Any, prefix: str, local_metadata: Any) -> None:
@@ -129,43 +126,41 @@ def _before_load(
             state[key] = layer.weight.detach()  # So that torch does not complain as well.
 
 
-def _layers(model: Module) -> Iterator[tuple[str, _Layer]]:
+def _layers(model: Module) -> Iterator[tuple[str, ShardedLayer]]:
     """The sharded layers, each with the prefix of its keys."""
     for name, module in model.named_modules():
-        if isinstance(module, _Layer):
+        if isinstance(module, ShardedLayer):
             yield f"{name}." if name else "", module
 
 
-def _is_partitioned(layer: _Layer) -> bool:
+def _is_partitioned(layer: ShardedLayer) -> bool:
     """Whether ZeRO 3 has taken the weight away."""
     return hasattr(layer.weight, "ds_shape")
 
 
-def _shape(layer: _Layer) -> tuple[int, ...]:
+def _shape(layer: ShardedLayer) -> tuple[int, ...]:
     shape = list(layer.weight.shape)
     shape[layer.shard_dim] = layer.partition.size
     return tuple(shape)
 
 
-def _record(layer: _Layer) -> dict[str, int]:
+def _record(layer: ShardedLayer) -> dict[str, int]:
     gang: Gang = layer.gang
     return {"dim": layer.shard_dim, "rank": gang.rank, "num_shards": gang.size}
 
 
-def _gathered(layer: _Layer, device: torch.device | str | None = None) -> Tensor:
+def _gathered(layer: ShardedLayer, device: torch.device | str | None = None) -> Tensor:
     weight = layer.weight.detach()
     if layer.gang.size == 1:
         return weight if device is None else weight.to(device)
-    whole = weight.new_empty(_shape(layer), device=device)
-    gather_table(whole, weight, layer.shard_dim, layer.gang, layer.partition)
-    return whole
+    return whole_table(weight, layer.shard_dim, layer.gang, layer.partition, device)
 
 
-def _own_shard(layer: _Layer) -> Tensor:
+def _own_shard(layer: ShardedLayer) -> Tensor:
     return layer.weight.detach()
 
 
-def _as_dtensor(layer: _Layer) -> Tensor:
+def _as_dtensor(layer: ShardedLayer) -> Tensor:
     weight, shape = layer.weight.detach(), _shape(layer)
     group = layer.gang.as_process_group()
     mesh = DeviceMesh.from_group(group, weight.device.type)
@@ -180,7 +175,7 @@ def _as_dtensor(layer: _Layer) -> Tensor:
     return tensor
 
 
-def _cut(layer: _Layer, value: Any, metadata: dict[str, Any]) -> Tensor:
+def _cut(layer: ShardedLayer, value: Any, metadata: dict[str, Any]) -> Tensor:
     """This rank's shard out of what a state dict holds."""
     own, shape, dim = tuple(layer.weight.shape), _shape(layer), layer.shard_dim
     block = layer.partition.shard(layer.gang.rank)
@@ -214,7 +209,7 @@ def _check_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
         raise ValueError(f"must have the shape {expected}, but has {found} instead.")
 
 
-def _cut_shards(layer: _Layer, value: Any) -> Tensor:
+def _cut_shards(layer: ShardedLayer, value: Any) -> Tensor:
     """This rank's shard out of the local ones of a ``ShardedTensor``."""
     dim, own = layer.shard_dim, layer.partition.shard(layer.gang.rank)
     for shard in value.local_shards():
