@@ -1,5 +1,30 @@
-"""State dicts of models with sharded tables: whole, in shards, or as DTensors."""
+"""Checkpoints: state dicts of models with sharded tables, and files of any format."""
 
+from .compare import Difference, differences
+from .convert import Plan, Request, convert, plan
+from .cuts import Cut, Rule
+from .errors import CheckpointError, MismatchError, UnsafeCheckpointError
+from .formats import read
 from .hooks import Mode, full_state_dict, hook_state_dict
+from .logical import Checkpoint, Key, ReadOptions
 
-__all__ = ["Mode", "full_state_dict", "hook_state_dict"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Cut",
+    "Difference",
+    "Key",
+    "MismatchError",
+    "Mode",
+    "Plan",
+    "ReadOptions",
+    "Request",
+    "Rule",
+    "UnsafeCheckpointError",
+    "convert",
+    "differences",
+    "full_state_dict",
+    "hook_state_dict",
+    "plan",
+    "read",
+]

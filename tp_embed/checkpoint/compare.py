@@ -1,0 +1,119 @@
+"""Compares checkpoints of any formats and tensor-parallel sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .arrays import CHUNK_BYTES, Array, boxes, same_bits
+from .errors import MismatchError
+from .logical import MASTER, WEIGHT, Checkpoint, Key
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs in a tensor.
+
+    :param largest: the largest difference of two values, if both are there in one shape.
+    """
+
+    key: Key
+    what: str
+    largest: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.what}"
+
+
+def differences(
+    first: Checkpoint,
+    second: Checkpoint,
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    weights_only: bool = False,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> Iterator[Difference]:
+    """What differs between two checkpoints: tensors that one lacks, shapes, dtypes and values.
+
+    Without tolerances, values are the same if all their bits are, NaNs included. With them they
+    are compared as by :func:`torch.isclose`, in any two dtypes, and two NaNs are the same.
+
+    :param weights_only: compare weights and buffers, not what an optimizer holds. What is in fp32
+        only is a weight here.
+    :param progress: called with the number of bytes of ``first`` that have been compared.
+    """
+    exact = rtol is None and atol is None
+    arrays = [_comparable(checkpoint, weights_only) for checkpoint in (first, second)]
+    for key in dict.fromkeys([*arrays[0], *arrays[1]]):
+        one, other = (each.get(key) for each in arrays)
+        if one is None or other is None:
+            missing = (first if one is None else second).path
+            yield Difference(key, f"is missing in `{missing}`")
+        elif one.shape != other.shape:
+            yield Difference(key, f"has the shapes {one.shape} and {other.shape}")
+        elif exact and one.dtype != other.dtype:
+            yield Difference(key, f"has the dtypes {one.dtype} and {other.dtype}")
+        else:
+            same, largest = _compare(one, other, exact, rtol or 0.0, atol or 0.0, progress)
+            if not same:
+                yield Difference(key, f"differs by up to {largest:.4g}", largest)
+
+
+def check_same(first: Checkpoint, second: Checkpoint) -> None:
+    """:raises MismatchError: two checkpoints are not the same, bit for bit."""
+    found = list(differences(first, second))
+    if found:
+        raise MismatchError(
+            f"`{second.path}` must be the same as `{first.path}`, but differs in {len(found)} "
+            f"tensors. {found[0]}."
+        )
+
+
+def _comparable(checkpoint: Checkpoint, weights_only: bool) -> dict[Key, Array]:
+    """The tensors by keys that do not depend on the format: Parameters of which there are only
+    fp32 values have these as their weights."""
+    tensors = {}
+    for key, array in checkpoint.tensors.items():
+        if key.state == MASTER and Key(key.name) not in checkpoint.tensors:
+            key = Key(key.name)
+        if key.state == WEIGHT or not weights_only:
+            tensors[key] = array
+    return tensors
+
+
+def _compare(
+    one: Array,
+    other: Array,
+    exact: bool,
+    rtol: float,
+    atol: float,
+    progress: Callable[[int], object],
+) -> tuple[bool, float]:
+    """Whether two arrays are the same, and the largest difference of their values."""
+    same, largest = True, 0.0
+    size = min(one.numel, CHUNK_BYTES // max(one.dtype.itemsize, other.dtype.itemsize))
+    buffers = [torch.empty(size, dtype=array.dtype) for array in (one, other)]
+    for start, shape in boxes(one.shape, max(one.dtype.itemsize, other.dtype.itemsize)):
+        parts = []
+        for array, buffer in zip((one, other), buffers, strict=True):
+            part = buffer[: torch.Size(shape).numel()].view(shape)
+            array.read(start, part)
+            parts.append(part)
+        if not (exact and same_bits(*parts)):
+            values = [_as_numbers(part) for part in parts]
+            close = torch.isclose(values[0], values[1], rtol=rtol, atol=atol, equal_nan=True)
+            same &= not exact and bool(close.all())
+            gap = (values[0] - values[1]).abs().nan_to_num(float("inf"))
+            gap[close & (values[0] == values[1])] = 0.0  # Infinities too.
+            gap[values[0].isnan() & values[1].isnan()] = 0.0
+            largest = max(largest, float(gap.max()))
+        progress(parts[0].numel() * parts[0].element_size())
+    return same, largest
+
+
+def _as_numbers(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)

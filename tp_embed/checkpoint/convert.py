@@ -1,0 +1,286 @@
+"""Converts checkpoints between formats, tensor-parallel sizes and dtypes, piece by piece."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from . import formats
+from .arrays import Array, Cast, Joined, NoNan, Tile, copy
+from .compare import check_same
+from .cuts import DIMS, Cut, Dim, Rule, find_rule, is_table
+from .errors import CheckpointError
+from .formats import Format
+from .logical import MASTER, WEIGHT, Checkpoint, Key, Optimizer, ReadOptions, Target
+from .staging import check_free, staged
+
+NanPolicy = Literal["keep", "refuse"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What :func:`convert` is asked for.
+
+    :param to: the format to write.
+    :param tp_size: the number of tensor-parallel ranks to write for; if ``None``, as many as the
+        source has.
+    :param dim: the dimension that vocabulary tables are cut along; if ``None``, as the source says,
+        or else ``vocab``.
+    :param dtype: the dtype of weights of floating point; if ``None``, that of the source. In
+        ``float32`` they are the optimizer's master weights, where there are some.
+    :param vocab_size: the number of rows of vocabulary tables, at most those of the source: rows
+        beyond it are padding, and left out.
+    :param nan: whether weights and states may be not a number.
+    :param source_format: the format of the source; if ``None``, it is recognised.
+    """
+
+    to: str
+    tp_size: int | None = None
+    dim: Dim | None = None
+    dtype: torch.dtype | None = None
+    vocab_size: int | None = None
+    max_shard_size: int = 5_000_000_000
+    hf_config: Path | None = None
+    zero_stage: int = 1
+    dp_size: int = 1
+    nan: NanPolicy = "keep"
+    source_format: str | None = None
+    read: ReadOptions = field(default_factory=ReadOptions)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do: ``checkpoint`` is what is written, as ``target`` says.
+
+    :param dropped: what the source holds and the format cannot.
+    """
+
+    source: Checkpoint
+    checkpoint: Checkpoint
+    target: Target
+    format: Format
+    dropped: tuple[str, ...]
+
+
+def plan(source: str | Path, request: Request) -> Plan:
+    """What :func:`convert` would do. Writes nothing.
+
+    :raises CheckpointError: the source cannot be read, or not be written as asked for.
+    """
+    target_format = formats.get(request.to)
+    options = replace(request.read, vocab_size=request.vocab_size)
+    checkpoint = formats.read(Path(source), options, request.source_format)
+    rules = options.rules
+    tables = frozenset(name for name in checkpoint.names if is_table(rules, name))
+    carried, dropped = _carried(checkpoint, target_format, request)
+    carried = _without_padding(carried, tables, request.vocab_size)
+    tp_size = request.tp_size or checkpoint.tp_size
+    if tp_size < 1:
+        raise CheckpointError(f"`--tp` must be greater than or equal to 1, but is {tp_size}.")
+    if not target_format.HAS_RANKS:
+        tp_size = 1
+    target = Target(
+        tp_size=tp_size,
+        cuts=_cuts(carried, tables, rules, request.dim, tp_size),
+        tables=tables,
+        max_shard_size=request.max_shard_size,
+        hf_config=request.hf_config,
+        zero_stage=request.zero_stage,
+        dp_size=request.dp_size,
+    )
+    return Plan(checkpoint, carried, target, target_format, tuple(dropped))
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    request: Request,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    verify: bool = False,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> Plan:
+    """Writes the checkpoint at ``source`` to ``output`` as ``request`` says: with all tensors, bit
+    for bit unless another dtype is asked for.
+
+    It reads and writes at most 16 MiB at a time. ``output`` is there as a whole or not at all, even
+    if the process is killed; see :func:`~tp_embed.checkpoint.staging.staged`.
+
+    :param resume: go on with what a killed run with the same request has left.
+    :param overwrite: replace what is at ``output``.
+    :param verify: compare what was written with the source before it gets its name.
+    :param progress: called with the number of bytes that have been written since the last call.
+    :raises CheckpointError: the source is damaged, or cannot be written as asked for.
+    :raises UnsafeCheckpointError: the source asks to run code.
+    :raises FileExistsError: ``output`` is there, and not to be overwritten.
+    """
+    source, output = Path(source), Path(output)
+    check_free(output, overwrite)
+    _check_apart(source, output)
+    work = plan(source, request)
+    identity = _identity(work.source, request)
+    with staged(output, request=identity, resume=resume, overwrite=overwrite) as stage:
+        if not work.format.IS_FILE:
+            stage.path.mkdir(exist_ok=True)
+        arrays = work.format.lay_out(work.checkpoint, work.target, stage.path)
+        stage.check_space()
+        for key, array in arrays.items():
+            if stage.is_done(str(key)):
+                progress(array.nbytes)
+                continue
+            values = work.checkpoint.tensors[key]
+            for nbytes in copy(_checked(key, values, request.nan), array):
+                progress(nbytes)
+            stage.done(str(key), array.nbytes)
+        work.format.finish(stage.path)
+        if verify:
+            written = work.format.read(stage.path, read_back(work))
+            check_same(work.checkpoint, written)
+    return work
+
+
+def read_back(work: Plan) -> ReadOptions:
+    """How to read what has been written."""
+    sizes = {work.checkpoint.shape(name)[0] for name in work.target.tables}
+    return ReadOptions(cuts=work.target.cuts, vocab_size=sizes.pop() if len(sizes) == 1 else None)
+
+
+def _carried(
+    checkpoint: Checkpoint, target: Format, request: Request
+) -> tuple[Checkpoint, list[str]]:
+    """What of ``checkpoint`` the format can hold, in the form that it holds it, and what not."""
+    tensors: dict[Key, Array] = {}
+    for name in checkpoint.names:
+        weight, master = (checkpoint.tensors.get(Key(name, state)) for state in (WEIGHT, MASTER))
+        if target.MAIN == MASTER and name not in checkpoint.buffers:
+            tensors[Key(name, MASTER)] = _cast(name, _some(master, weight), torch.float32)
+        else:
+            main = _weight(name, weight, master, request.dtype)
+            tensors[Key(name)] = main
+            if master is not None and target.HAS_OPTIMIZER and main.dtype != master.dtype:
+                tensors[Key(name, MASTER)] = master
+    states = {
+        key: array for key, array in checkpoint.tensors.items() if key.state not in (WEIGHT, MASTER)
+    }
+    dropped = []
+    optimizer = checkpoint.optimizer
+    if not target.HAS_OPTIMIZER:
+        if states or any(key.state == MASTER and Key(key.name) in tensors for key in tensors):
+            dropped.append(f"the optimizer's {sorted({key.state for key in states})}")
+        optimizer = None
+    else:
+        tensors |= states
+        if states and optimizer is None:
+            names = tuple(dict.fromkeys(key.name for key in states))
+            optimizer = Optimizer(({"params": list(names)},), {})
+    extra: Mapping[str, Any] = checkpoint.extra
+    if not target.HAS_EXTRA and extra:
+        dropped.append(f"{sorted(extra)} of the training run")
+        extra = {}
+    return replace(checkpoint, tensors=tensors, optimizer=optimizer, extra=extra), dropped
+
+
+def _weight(
+    name: str, weight: Array | None, master: Array | None, dtype: torch.dtype | None
+) -> Array:
+    if dtype is None:
+        return _some(weight, master)
+    best = _some(master, weight) if dtype == torch.float32 else _some(weight, master)
+    return _cast(name, best, dtype) if best.dtype.is_floating_point else best
+
+
+def _some(first: Array | None, second: Array | None) -> Array:
+    found = first if first is not None else second
+    assert found is not None  # A name is there because one of them is.
+    return found
+
+
+def _cast(name: str, array: Array, dtype: torch.dtype) -> Array:
+    return array if array.dtype == dtype else Cast(name, array, dtype)
+
+
+def _without_padding(
+    checkpoint: Checkpoint, tables: frozenset[str], vocab_size: int | None
+) -> Checkpoint:
+    """Leaves out the rows of tables beyond ``vocab_size``."""
+    if vocab_size is None:
+        return checkpoint
+    if not tables:
+        raise CheckpointError(
+            "`--vocab-size` must have a table that it is about, but none has a usual name. Say "
+            "which with `--rules PATTERN=vocab`."
+        )
+    tensors = dict(checkpoint.tensors)
+    for key, array in checkpoint.tensors.items():
+        if key.name in tables and array.shape[0] != vocab_size:
+            if array.shape[0] < vocab_size:
+                raise CheckpointError(
+                    f"`--vocab-size` must be at most {array.shape[0]}, the number of rows of "
+                    f"`{key.name}`, but is {vocab_size}. New rows need initial values: use "
+                    "`resize_vocab()` of the DeepSpeed integration."
+                )
+            shape = (vocab_size, *array.shape[1:])
+            start = (0,) * len(shape)
+            tensors[key] = Joined(shape, array.dtype, [Tile(start, array, start, shape)])
+    return replace(checkpoint, tensors=tensors)
+
+
+def _cuts(
+    checkpoint: Checkpoint,
+    tables: frozenset[str],
+    rules: tuple[Rule, ...],
+    dim: Dim | None,
+    tp_size: int,
+) -> dict[str, Cut | None]:
+    """How each Parameter and buffer is to be cut."""
+    cuts: dict[str, Cut | None] = {}
+    unknown = []
+    for name in checkpoint.names:
+        shape = checkpoint.shape(name)
+        rule = find_rule(rules, name)
+        known = checkpoint.cuts.get(name)
+        if name in tables and len(shape) == 2 and (dim or rule or name not in checkpoint.cuts):
+            wanted = DIMS[dim] if dim else rule.dim if rule else DIMS["vocab"]
+            cuts[name] = None if wanted is None else Cut.even(wanted, (shape[wanted],), tp_size)
+        elif rule is not None:
+            cuts[name] = rule.cut(name, shape, tp_size)
+        elif name in checkpoint.cuts:
+            cuts[name] = known and known.over(tp_size)
+        elif tp_size == 1 or not shape:
+            cuts[name] = None
+        else:
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(
+            f"To write for {tp_size} tensor-parallel ranks, it must be known how each Parameter is "
+            f"cut, but the source does not say it of {len(unknown)}, as `{unknown[0]}`. Say it "
+            "with `--rules 'PATTERN=DIM'`, or `--rules '*=replicated'` for what every rank has "
+            "whole."
+        )
+    return cuts
+
+
+def _checked(key: Key, array: Array, nan: NanPolicy) -> Array:
+    return NoNan(str(key), array) if nan == "refuse" and array.dtype.is_floating_point else array
+
+
+def _check_apart(source: Path, output: Path) -> None:
+    inner, outer = output.resolve(), source.resolve()
+    if inner == outer or inner.is_relative_to(outer) or outer.is_relative_to(inner):
+        raise CheckpointError(
+            f"The output must not be the source, nor in it, nor around it, but `{output}` is, with "
+            f"the source `{source}`. Choose another place."
+        )
+
+
+def _identity(source: Checkpoint, request: Request) -> dict[str, Any]:
+    """What makes two conversions the same, as JSON."""
+    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
+    digest = hashlib.sha256(repr((files, request)).encode()).hexdigest()
+    return {"source": str(source.path.resolve()), "to": request.to, "digest": digest}

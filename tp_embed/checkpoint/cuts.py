@@ -1,0 +1,229 @@
+"""How Parameters are cut over tensor-parallel ranks: what a checkpoint records, and the rules that
+say it where a checkpoint does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from tp_embed.partition import Partition
+
+from .arrays import Array, Copies, Index, Joined, Tile
+from .errors import CheckpointError
+
+# The usual names of token tables and of the output heads that are cut like them.
+TABLES = (
+    "*embed_tokens.weight",
+    "*word_embeddings.weight",
+    "*tok_embeddings.weight",
+    "*token_embedding.weight",
+    "*wte.weight",
+    "*embed_in.weight",
+    "*embed_out.weight",
+    "*lm_head.weight",
+    "*output_layer.weight",
+    "shared.weight",
+)
+
+Dim = Literal["vocab", "embed"]
+DIMS: Mapping[Dim, int] = {"vocab": 0, "embed": 1}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which rows, or columns, of a Parameter each rank holds.
+
+    :param dim: the dimension that is cut.
+    :param ranges: for each rank, the ranges of logical indices that it holds, in its order. There
+        are several where a Parameter is stacked from blocks that are cut one by one, such as the
+        queries, keys and values of a fused projection.
+    """
+
+    dim: int
+    ranges: tuple[tuple[range, ...], ...]
+
+    @staticmethod
+    def even(dim: int, blocks: Sequence[int], num_shards: int) -> Cut:
+        """Cuts each of ``blocks``, the sizes of what is stacked along ``dim``, as
+        :class:`~tp_embed.partition.Partition` does."""
+        starts = [sum(blocks[:i]) for i in range(len(blocks))]
+        return Cut(
+            dim,
+            tuple(
+                tuple(
+                    range(start + own.start, start + own.stop)
+                    for start, size in zip(starts, blocks, strict=True)
+                    for own in [Partition(size, num_shards).shard(rank)]
+                )
+                for rank in range(num_shards)
+            ),
+        )
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.ranges)
+
+    @property
+    def size(self) -> int:
+        """How large the cut dimension of the whole is."""
+        return sum(len(part) for parts in self.ranges for part in parts)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The sizes of what is stacked along the cut dimension.
+
+        :raises CheckpointError: the ranges are not those of blocks that are cut one by one.
+        """
+        blocks, stop = [], 0
+        for parts in zip(*self.ranges, strict=True):
+            start = stop
+            for part in parts:
+                if len(part) and part.start != stop:
+                    raise CheckpointError(
+                        f"A cut must consist of blocks that are cut one by one, but is {self}. Say "
+                        "how to cut it with `--rules`."
+                    )
+                stop += len(part)
+            blocks.append(stop - start)
+        return tuple(blocks)
+
+    def over(self, num_shards: int) -> Cut:
+        """The same blocks, cut over another number of ranks."""
+        return (
+            self if num_shards == self.num_shards else Cut.even(self.dim, self.blocks, num_shards)
+        )
+
+    def shard_shape(self, shape: Sequence[int], rank: int) -> Index:
+        """The shape of a rank's shard of a tensor of ``shape``."""
+        size = sum(len(part) for part in self.ranges[rank])
+        return (*shape[: self.dim], size, *shape[self.dim + 1 :])
+
+    def join(self, what: str, shards: Sequence[Array], shape: Sequence[int]) -> Array:
+        """The whole tensor of ``shape``, of which ``shards`` are those of each rank.
+
+        :param what: what a message calls it.
+        :raises CheckpointError: a shard has another shape than it must have.
+        """
+        if len(shards) != self.num_shards or self.size != shape[self.dim]:
+            raise CheckpointError(
+                f"`{what}` must be cut into {len(shards)} shards of {shape[self.dim]} along "
+                f"dimension {self.dim}, but the cut is one of {self.size} into {self.num_shards}."
+            )
+        tiles = []
+        for rank, (shard, parts) in enumerate(zip(shards, self.ranges, strict=True)):
+            expected = self.shard_shape(shape, rank)
+            if shard.shape != expected:
+                raise CheckpointError(
+                    f"The shard of `{what}` of rank {rank} must have the shape {expected}, but "
+                    f"has {shard.shape}. If it is cut otherwise, say how with `--rules`."
+                )
+            place = 0
+            for part in parts:
+                start, source = [0] * len(shape), [0] * len(shape)
+                start[self.dim], source[self.dim] = part.start, place
+                box = (*shape[: self.dim], len(part), *shape[self.dim + 1 :])
+                tiles.append(Tile(tuple(start), shard, tuple(source), box))
+                place += len(part)
+        return Joined(shape, shards[0].dtype, tiles)
+
+    def to_json(self) -> dict[str, Any]:
+        ranges = [[[part.start, part.stop] for part in parts] for parts in self.ranges]
+        return {"dim": self.dim, "ranges": ranges}
+
+    def __str__(self) -> str:
+        return f"dim {self.dim} / {self.num_shards}"
+
+
+def join(what: str, cut: Cut | None, shards: Sequence[Array]) -> Array:
+    """The whole of what ranks hold: their shards, or the same on each if ``cut`` is ``None``."""
+    if cut is None:
+        return shards[0] if len(shards) == 1 else Copies(what, shards)
+    return cut.join(what, shards, whole_shape(what, cut.dim, shards))
+
+
+def whole_shape(what: str, dim: int, shards: Sequence[Array]) -> Index:
+    """The shape of what is cut into ``shards`` along ``dim``."""
+    shape = shards[0].shape
+    if dim >= len(shape):
+        raise CheckpointError(f"`{what}` must have a dimension {dim} to be cut, but is of {shape}.")
+    size = sum(shard.shape[dim] if dim < len(shard.shape) else 0 for shard in shards)
+    return (*shape[:dim], size, *shape[dim + 1 :])
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How Parameters with a matching name are cut.
+
+    :param pattern: of :mod:`fnmatch`.
+    :param dim: the dimension; ``None`` if each rank has all of it.
+    :param blocks: the sizes of the blocks that are stacked along it, or one number: how many of the
+        same size there are.
+    :param is_table: it is a vocabulary table (or its head), which ``--dim`` is about.
+    """
+
+    pattern: str
+    dim: int | None
+    blocks: tuple[int, ...] = (1,)
+    is_table: bool = False
+
+    @staticmethod
+    def parse(text: str) -> Rule:
+        """Reads ``PATTERN=HOW``; HOW is ``replicated``, ``vocab`` or ``embed`` for a table that is
+        cut over its rows or columns, a dimension, ``DIM/N`` for N stacked blocks of the same size,
+        or ``DIM:A,B,...`` for blocks of these sizes.
+
+        :raises CheckpointError: it is something else.
+        """
+        pattern, found, how = text.rpartition("=")
+        pattern, how = pattern.strip(), how.strip()
+        if found and pattern:
+            if how == "replicated":
+                return Rule(pattern, None)
+            if how in DIMS:
+                return Rule(pattern, DIMS[how], is_table=True)  # type: ignore[index]
+            dim, many, count = how.partition("/")
+            if many and dim.isdecimal() and count.isdecimal() and int(count):
+                return Rule(pattern, int(dim), (int(count),))
+            dim, _, sizes = how.partition(":")
+            blocks = sizes.split(",") if sizes else ["1"]
+            if dim.isdecimal() and ("/" not in how) and all(size.isdecimal() for size in blocks):
+                return Rule(pattern, int(dim), tuple(map(int, blocks)))
+        raise CheckpointError(
+            "A rule must be `PATTERN=HOW`, with HOW one of `replicated`, `vocab`, `embed`, a "
+            f"dimension, `DIM/N` or `DIM:A,B,...`, but is `{text}` instead."
+        )
+
+    def cut(self, name: str, shape: Sequence[int], num_shards: int) -> Cut | None:
+        """How a tensor of ``shape`` is cut over ``num_shards`` ranks."""
+        if self.dim is None:
+            return None
+        if self.dim >= len(shape):
+            raise CheckpointError(
+                f"`{name}` must have a dimension {self.dim}, if rule `{self.pattern}` cuts it "
+                f"there, but has the shape {tuple(shape)}."
+            )
+        size, blocks = shape[self.dim], self.blocks
+        if len(blocks) == 1:
+            count = blocks[0]
+            blocks = (size // count,) * count if size % count == 0 else ()
+        if sum(blocks) != size:
+            raise CheckpointError(
+                f"`{name}` must consist of blocks {self.blocks} along dimension {self.dim}, by "
+                f"rule `{self.pattern}`, but has {size}."
+            )
+        return Cut.even(self.dim, blocks, num_shards)
+
+
+def find_rule(rules: Iterable[Rule], name: str) -> Rule | None:
+    """The first of ``rules`` that is for the Parameter ``name``."""
+    return next((rule for rule in rules if fnmatchcase(name, rule.pattern)), None)
+
+
+def is_table(rules: Iterable[Rule], name: str) -> bool:
+    """Whether ``name`` is that of a vocabulary table: by a rule, else if it is a usual one."""
+    rule = find_rule(rules, name)
+    if rule is not None and rule.is_table:
+        return True
+    return any(fnmatchcase(name, pattern) for pattern in TABLES)

@@ -1,0 +1,14 @@
+"""What goes wrong with a checkpoint."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read as what it should be, or cannot be written as what is asked for.
+    Nothing has been written."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A checkpoint could run code, or reach files outside of its directory, if it were read."""
+
+
+class MismatchError(CheckpointError):
+    """Two checkpoints that should be equal differ."""

@@ -1,0 +1,100 @@
+"""The formats that checkpoints are read from and written to, each a module of this package."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
+
+from ..arrays import Array
+from ..errors import CheckpointError
+from ..logical import Checkpoint, Key, ReadOptions, Target
+
+# In the order in which they are tried: what has a mark of its own comes before what has not.
+FORMATS = {
+    "tp-embed": "tp_embed_directory",
+    "universal": "universal",
+    "deepspeed": "deepspeed",
+    "dcp": "dcp",
+    "megatron": "megatron",
+    "fairseq2": "fairseq2",
+    "hf": "hf",
+    "pt": "pt",
+}
+
+
+class Format(Protocol):
+    """What the module of a format has."""
+
+    NAME: str
+    # Whether a checkpoint is one file, and not a directory.
+    IS_FILE: bool
+    # Whether there are files for each tensor-parallel rank.
+    HAS_RANKS: bool
+    # Whether it holds the state of an optimizer.
+    HAS_OPTIMIZER: bool
+    # Whether it holds what else there is of a training run, as the state of a schedule.
+    HAS_EXTRA: bool
+    # The state by which it holds Parameters: `WEIGHT`, or `MASTER` if it has them in fp32 only.
+    MAIN: str
+
+    def recognises(self, path: Path) -> bool:
+        """Whether ``path`` looks like a checkpoint of this format. Reads no more than names."""
+        ...
+
+    def read(self, path: Path, options: ReadOptions) -> Checkpoint:
+        """What is in ``path``. All metadata is checked; of the tensors it says where they are.
+
+        :raises CheckpointError: it is damaged, incomplete, or of something else.
+        """
+        ...
+
+    def lay_out(self, checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Array]:
+        """Writes all files of ``path``, a new name in a directory that is there, with space for the
+        tensors of ``checkpoint``. A file that is there already has been laid out before, by a run
+        that was killed, and is kept.
+
+        :returns: where to write each tensor of ``checkpoint``, whole.
+        :raises CheckpointError: it cannot be written in this format.
+        """
+        ...
+
+    def finish(self, path: Path) -> None:
+        """Writes what depends on the values of the tensors, after they have been written."""
+        ...
+
+
+def get(name: str) -> Format:
+    """The format of a name.
+
+    :raises CheckpointError: there is none.
+    """
+    if name not in FORMATS:
+        raise CheckpointError(f"The format must be one of {list(FORMATS)}, but is `{name}`.")
+    return cast(Format, import_module(f".{FORMATS[name]}", __name__))
+
+
+def read(path: Path, options: ReadOptions, name: str | None = None) -> Checkpoint:
+    """What is in ``path``, in the format ``name``, or in the one that it is recognised by.
+
+    :raises CheckpointError: it is not there, in no known format, damaged, or incomplete.
+    """
+    if not path.exists():
+        raise CheckpointError(f"There must be a checkpoint at `{path}`, but there is nothing.")
+    try:
+        checkpoint = (get(name) if name else _recognise(path)).read(path, options)
+    except OSError as e:
+        raise CheckpointError(f"`{path}` cannot be read: {e}.") from e
+    if not checkpoint.tensors:
+        raise CheckpointError(f"`{path}` must hold tensors, but holds none.")
+    return checkpoint
+
+
+def _recognise(path: Path) -> Format:
+    for name in FORMATS:
+        if (found := get(name)).recognises(path):
+            return found
+    raise CheckpointError(
+        f"`{path}` must be a checkpoint in one of the formats {list(FORMATS)}, but is not "
+        "recognised as any. Say which with `--from`, or give the file or directory itself."
+    )

@@ -1,0 +1,185 @@
+"""One file of ``torch.save()``.
+
+A file holds a state dict, or a dict with one as ``model``, as training scripts write it::
+
+    {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+
+The state of the optimizer is by index, as torch has it. So the names of its Parameters must be in
+its param groups, as ``param_names``: torch writes them there for an optimizer that is made with
+``model.named_parameters()``. We write this form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arrays import Array
+from ..errors import CheckpointError
+from ..logical import WEIGHT, Checkpoint, Key, Optimizer, ReadOptions, Target
+from ..torch_file import TorchFile, placeholder
+from ..torch_file import lay_out as lay_out_file
+
+NAME = "pt"
+IS_FILE = True
+HAS_RANKS = False
+HAS_OPTIMIZER = True
+HAS_EXTRA = False
+MAIN = WEIGHT
+
+_MODEL_KEYS = ("model", "module", "state_dict", "model_state_dict")
+_OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim")
+_STEP_KEYS = ("step", "global_step", "iteration")
+_BUFFERS = "buffer_names"
+
+
+def recognises(path: Path) -> bool:
+    return path.is_file() and path.suffix in (".pt", ".pth", ".bin", ".ckpt")
+
+
+def read(path: Path, options: ReadOptions) -> Checkpoint:
+    file = TorchFile(path, allow_unsafe=options.allow_unsafe_pickle)
+    root = file.root
+    if not isinstance(root, Mapping):
+        raise CheckpointError(f"`{path}` must hold a dict, but holds a {type(root).__name__}.")
+    model_key = next((key for key in _MODEL_KEYS if isinstance(root.get(key), Mapping)), None)
+    model = root if model_key is None else root[model_key]
+    tensors, ties = state_dict_arrays(file, model)
+    notes = [
+        f"`{name}` is no tensor and was left out: {str(value)[:80]}"
+        for name, value in model.items()
+        if not isinstance(value, Tensor)
+    ]
+    optimizer = None
+    if model_key is not None:
+        saved = next((root[key] for key in _OPTIMIZER_KEYS if root.get(key)), None)
+        if saved is not None:
+            states, optimizer = read_optimizer(file, saved, options, path)
+            tensors |= states
+    step = next((root[key] for key in _STEP_KEYS if isinstance(root.get(key), int)), None)
+    return Checkpoint(
+        format=NAME,
+        path=path,
+        tensors=tensors,
+        ties=ties,
+        buffers=frozenset(root.get(_BUFFERS, ())) if model_key else frozenset(),
+        step=step if model_key else None,
+        optimizer=optimizer,
+        notes=tuple(notes),
+        files=(path,),
+    )
+
+
+def state_dict_arrays(
+    file: TorchFile, model: Mapping[str, Any]
+) -> tuple[dict[Key, Array], dict[str, str]]:
+    """The tensors of a state dict in ``file``; those that are one are under the first name, and
+    the other names are ties."""
+    tensors: dict[Key, Array] = {}
+    ties: dict[str, str] = {}
+    places: dict[Hashable, str] = {}
+    for name, value in model.items():
+        if isinstance(value, Tensor):
+            first = places.setdefault(file.place(value), name)
+            if first == name:
+                tensors[Key(name)] = file.array(value)
+            else:
+                ties[name] = first
+    return tensors, ties
+
+
+def read_optimizer(
+    file: TorchFile, saved: Mapping[str, Any], options: ReadOptions, path: Path
+) -> tuple[dict[Key, Array], Optimizer]:
+    """The tensors and the rest of the state dict of an optimizer of torch in ``file``."""
+    groups = saved["param_groups"]
+    indices = list(chain.from_iterable(group["params"] for group in groups))
+    names = options.optimizer_names or tuple(
+        chain.from_iterable(group.get("param_names", ()) for group in groups)
+    )
+    if len(names) != len(indices) or len(set(names)) != len(names):
+        raise CheckpointError(
+            f"The optimizer in `{path}` must say the names of its {len(indices)} Parameters as "
+            f"`param_names` in its groups, but says {len(names)}. Make it with "
+            "`model.named_parameters()`, or pass `--optimizer-names`."
+        )
+    by_index = dict(zip(indices, names, strict=True))
+    tensors: dict[Key, Array] = {}
+    steps = {}
+    for index, state in saved["state"].items():
+        for key, value in state.items():
+            if key == "step":
+                steps[by_index[index]] = float(
+                    file.value(value) if isinstance(value, Tensor) else value
+                )
+            elif isinstance(value, Tensor):
+                tensors[Key(by_index[index], key)] = file.array(value)
+    named = tuple(
+        {
+            **{key: value for key, value in group.items() if key != "param_names"},
+            "params": [by_index[index] for index in group["params"]],
+        }
+        for group in groups
+    )
+    return tensors, Optimizer(named, steps)
+
+
+def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Array]:
+    held = {key: placeholder(array.shape, array.dtype) for key, array in checkpoint.tensors.items()}
+    model = {key.name: tensor for key, tensor in held.items() if key.state == WEIGHT}
+    model |= {alias: model[name] for alias, name in checkpoint.ties.items()}
+    root: dict[str, Any] = {"model": model, _BUFFERS: sorted(checkpoint.buffers)}
+    if checkpoint.step is not None:
+        root["step"] = checkpoint.step
+    if checkpoint.optimizer is not None:
+        root["optimizer"] = _optimizer_root(checkpoint.optimizer, held)
+    file = lay_out_file(path, root)
+
+    arrays = {Key(name): file.array(file.root["model"][name]) for name in model}
+    for name, state in _by_name(file.root.get("optimizer")).items():
+        arrays |= {
+            Key(name, key): file.array(value) for key, value in state.items() if key != "step"
+        }
+    return {key: arrays[key] for key in checkpoint.tensors}
+
+
+def _optimizer_root(optimizer: Optimizer, held: Mapping[Key, Tensor]) -> dict[str, Any]:
+    """The state dict of torch's optimizer."""
+    groups, state, first = [], {}, 0
+    for group in optimizer.groups:
+        names = group["params"]
+        indices = list(range(first, first + len(names)))
+        first += len(names)
+        groups.append({**group, "params": indices, "param_names": list(names)})
+        for index, name in zip(indices, names, strict=True):
+            own: dict[str, Any] = {
+                key.state: tensor
+                for key, tensor in held.items()
+                if key.name == name and key.state != WEIGHT
+            }
+            if name in optimizer.steps:
+                own["step"] = torch.tensor(optimizer.steps[name], dtype=torch.float32)
+            if own:
+                state[index] = own
+    return {"state": state, "param_groups": groups}
+
+
+def _by_name(saved: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
+    """The state of each Parameter in what :func:`_optimizer_root` has made."""
+    if saved is None:
+        return {}
+    return {
+        name: saved["state"][index]
+        for group in saved["param_groups"]
+        for index, name in zip(group["params"], group["param_names"], strict=True)
+        if index in saved["state"]
+    }
+
+
+def finish(path: Path) -> None:
+    """There is nothing to do."""

@@ -1,0 +1,226 @@
+"""Output that is there as a whole, or not at all, even if the process is killed.
+
+It is made under the name ``.NAME.partial``, beside where it will be, written through to the disk,
+and then renamed. What was there under the name stays until that moment. A journal in the partial
+directory says which tensors have been written, so that a run that was killed can be resumed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+# How much may have to be written again after a crash of the machine.
+_FLUSH_BYTES = 256 * 2**20
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+class Stage:
+    """What is being written. ``path`` is where, and will be renamed."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.path = directory / name
+        self._journal = directory / "journal"
+        self._pending: list[str] = []
+        self._pending_bytes = 0
+        self._done: set[str] = set()
+        if self._journal.exists():
+            lines = self._journal.read_text().split("\n")
+            self._done = set(lines[1:-1])  # The last may be cut off.
+
+    def is_done(self, item: str) -> bool:
+        """Whether a run before this one has written ``item``."""
+        return item in self._done
+
+    def done(self, item: str, nbytes: int) -> None:
+        """Notes that ``item`` has been written; it is on the disk before the journal says so."""
+        self._pending.append(item)
+        self._pending_bytes += nbytes
+        if self._pending_bytes >= _FLUSH_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        sync(self.path)
+        with self._journal.open("a") as file:
+            file.writelines(f"{item}\n" for item in self._pending)
+            file.flush()
+            os.fsync(file.fileno())
+        self._pending, self._pending_bytes = [], 0
+
+    def check_space(self) -> None:
+        """:raises CheckpointError: the files that were laid out will not fit on the disk."""
+        files = [file.stat() for file in files_of(self.path)]
+        needed = sum(max(0, file.st_size - 512 * file.st_blocks) for file in files)
+        free = shutil.disk_usage(self.path.parent).free
+        if needed > free:
+            raise CheckpointError(
+                f"The file system of `{self.path.parent.parent}` must have {needed} bytes free for "
+                f"the output, but has {free}. Free some, or choose another place."
+            )
+
+
+@contextmanager
+def staged(
+    output: Path, *, request: Any = None, resume: bool = False, overwrite: bool = False
+) -> Iterator[Stage]:
+    """What is written to the ``path`` of the stage in the block is at ``output`` after it, and is
+    gone if the block raises.
+
+    :param request: what identifies the work, as JSON: only the same work is resumed.
+    :param resume: go on where a run was killed that wrote to ``output``. A ``KeyboardInterrupt``
+        keeps what was written for this.
+    :param overwrite: replace what is at ``output``, at one moment.
+    :raises FileExistsError: ``output`` is there, and not an empty directory.
+    :raises CheckpointError: another process is writing there, or there is nothing to resume, or
+        the disk is full, or it may not be written to.
+    """
+    output = Path(os.path.abspath(output))
+    check_free(output, overwrite)
+    partial = output.with_name(f".{output.name}.partial")
+    with _explained(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(partial, output):
+            stage = _begin(partial, output, json.dumps(request, sort_keys=True), resume)
+            try:
+                yield stage
+                sync(stage.path)
+                _publish(stage.path, output)
+            except KeyboardInterrupt:
+                raise
+            except BaseException:
+                shutil.rmtree(partial)
+                raise
+            shutil.rmtree(partial)
+            _sync_one(output.parent)
+
+
+def check_free(output: Path, overwrite: bool = False) -> None:
+    """:raises FileExistsError: something is at ``output`` that must not be replaced."""
+    is_free = not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir()))
+    if not is_free and not overwrite:
+        raise FileExistsError(
+            f"`{output}` must be new or an empty directory, but holds something already. Choose "
+            "another name, remove it first, or overwrite it."
+        )
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file ``path``, or all files in the directory ``path``."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    return [path] if path.is_file() else []
+
+
+def sync(path: Path) -> None:
+    """Writes ``path``, with all that is in it, through to the disk."""
+    for file in files_of(path):
+        _sync_one(file)
+    for directory in [path, *path.rglob("*")]:
+        if directory.is_dir():
+            _sync_one(directory)
+
+
+def write_text(path: Path, text: str) -> None:
+    """As ``path.write_text(text)``, for a file that others may be reading."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    _sync_one(temporary)
+    temporary.replace(path)
+
+
+def _begin(partial: Path, output: Path, request: str, resume: bool) -> Stage:
+    journal = partial / "journal"
+    began = journal.read_text().partition("\n") if journal.exists() else None
+    if resume and began and began[1] and began[0] != request:
+        raise CheckpointError(
+            f"`{partial}` must be of the same conversion of the same source to be resumed, but is "
+            f"of {began[0]}, and not of {request}. Convert without `--resume`."
+        )
+    if not (resume and began and began[1]):
+        for entry in partial.iterdir():
+            if entry.name != "lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        journal.write_text(request + "\n")
+        _sync_one(journal)
+    return Stage(partial, output.name)
+
+
+@contextmanager
+def _locked(partial: Path, output: Path) -> Iterator[None]:
+    """Keeps others from writing to ``output``."""
+    partial.mkdir(exist_ok=True)
+    with (partial / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise CheckpointError(
+                f"`{output}` must be written by one process, but another is writing it. Wait for "
+                "it, or end it."
+            ) from e
+        yield
+
+
+def _publish(path: Path, output: Path) -> None:
+    """Gives ``path`` the name ``output``; what had it, if anything, takes that of ``path``."""
+    try:
+        os.replace(path, output)
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR, errno.ENOTDIR):
+            raise
+        _exchange(path, output)
+    _sync_one(output.parent)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swaps two names at one moment, by :manpage:`renameat2(2)` of Linux."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(first), os.fsencode(second)
+    failed = libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
+    if failed:
+        number = ctypes.get_errno()
+        if number not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise OSError(number, os.strerror(number), str(second))
+        raise CheckpointError(
+            f"The file system of `{second}` must be able to swap two names, so that it is never "
+            "gone, but is not. Write to a new name, and remove the old one."
+        )
+
+
+def _sync_one(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def _explained(output: Path) -> Iterator[None]:
+    """Says of errors of the system what they mean for ``output``."""
+    try:
+        yield
+    except OSError as e:
+        reasons = {
+            errno.ENOSPC: "must have space for it, but is full. Free some, or choose another place",
+            errno.EDQUOT: "must have space for it, but your quota is used up. Free some",
+            errno.EACCES: "must be open to you for writing, but is not. Change who may write there",
+            errno.EPERM: "must be open to you for writing, but is not. Change who may write there",
+            errno.EROFS: "must be writable, but is mounted read-only. Choose another place",
+        }
+        if e.errno not in reasons or isinstance(e, FileExistsError):
+            raise
+        raise CheckpointError(
+            f"`{output}` has not been written. The file system {reasons[e.errno]}. ({e})"
+        ) from e

@@ -1,0 +1,235 @@
+"""Files of ``torch.save()``: read without running code from them and without loading tensors, and
+laid out without having tensors."""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import struct
+import zipfile
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch import Tensor
+
+from .arrays import Array, Span, View
+from .errors import CheckpointError, UnsafeCheckpointError
+
+# The fixed part of the header before the data of a file in a zip archive.
+_LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
+
+
+class TorchFile:
+    """A file that ``torch.save()`` has written.
+
+    Classes are not imported: an instance of one that is in ``stand_ins`` is made an instance of
+    the class given there, and any other is refused.
+
+    :param window: if the file holds several, the first byte of this one and how many there are.
+    :param stand_ins: classes to use, by their full names in the file.
+    :param allow_unsafe: run the code that the file asks for; classes are then imported.
+    :raises CheckpointError: it is no such file, or a damaged one.
+    :raises UnsafeCheckpointError: it asks for other classes or functions.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        window: tuple[int, int] | None = None,
+        stand_ins: Mapping[str, type] | None = None,
+        allow_unsafe: bool = False,
+    ) -> None:
+        self.path = path
+        self._first = window[0] if window else 0
+        with open_window(path, window) as file:
+            self._records = _records(path, file)
+            file.seek(0)
+            self.root: Any = _unpickle(path, file, stand_ins or {}, allow_unsafe)
+
+    def array(self, tensor: Tensor) -> Array:
+        """Where ``tensor``, one of ``root``, is in the file.
+
+        :raises CheckpointError: it is not in it.
+        """
+        flat = Span(
+            self.path,
+            self._first + self._offset(tensor),
+            tensor.untyped_storage().nbytes() // tensor.element_size(),
+            tensor.dtype,
+        )
+        return View(
+            flat, tensor.shape, strides=tensor.stride(), offset=int(tensor.storage_offset())
+        )
+
+    def value(self, tensor: Tensor) -> Tensor:
+        """The values of ``tensor``, one of ``root``."""
+        return self.array(tensor).load()
+
+    def place(self, tensor: Tensor) -> Hashable:
+        """The same for two tensors of ``root`` if they are one. Empty ones never are."""
+        if not tensor.numel():
+            return object()
+        return self._offset(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
+
+    def _offset(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        offset = getattr(storage, "_checkpoint_offset", None)
+        if storage.nbytes() and self._records.get(cast(int, offset)) != storage.nbytes():
+            raise CheckpointError(
+                f"A tensor of `{self.path}` must have its {storage.nbytes()} bytes in the file, "
+                "but they are not there. The file is damaged: copy it again."
+            )
+        return offset or 0
+
+
+def placeholder(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+    """A tensor for :func:`lay_out` that needs no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second
+
+    with FakeTensorMode():
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+
+
+def lay_out(path: Path, root: Any) -> TorchFile:
+    """Writes ``root``, of plain Python values, as ``torch.save()`` does: placeholders as space to
+    fill, and other tensors with their values. If the file is there already it is kept, since then
+    it has been laid out before.
+
+    :returns: the file. The arrays of its tensors can be written to.
+    """
+    if not path.exists():
+        temporary = path.with_name(f".{path.name}.layout")
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(root, temporary)
+        file = TorchFile(temporary)
+        for tensor, saved in _pairs(root, file.root):
+            if type(tensor) is Tensor:
+                array = file.array(saved)
+                array.write((0,) * tensor.dim(), tensor.detach())
+        temporary.replace(path)
+    return TorchFile(path)
+
+
+@contextmanager
+def open_window(path: Path, window: tuple[int, int] | None = None) -> Iterator[BinaryIO]:
+    """The file, or as one the part of it that begins at a byte and has a number of them."""
+    with path.open("rb") as file:
+        yield file if window is None else cast(BinaryIO, io.BufferedReader(_Window(file, *window)))
+
+
+def find_globals(data: bytes, allowed: Mapping[tuple[str, str], Any]) -> list[str]:
+    """The classes and functions that a pickle asks for and that are not in ``allowed``."""
+    found: set[tuple[str, ...]] = set()
+    strings: list[str] = []
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name == "GLOBAL":
+            found.add(tuple(cast(str, argument).split(" ", 1)))
+        elif opcode.name == "STACK_GLOBAL":
+            found.add((strings[-2], strings[-1]) if len(strings) > 1 else ("?", "?"))
+        elif isinstance(argument, str):
+            strings.append(argument)
+    return sorted(".".join(each) for each in found - set(allowed))
+
+
+def refuse(path: Path, found: Iterable[str]) -> UnsafeCheckpointError:
+    return UnsafeCheckpointError(
+        f"`{path}` must hold tensors and plain values only, but asks to import {list(found)}, "
+        "which could run any code. If you trust whoever wrote it, pass `--allow-unsafe-pickle`."
+    )
+
+
+class _Window(io.RawIOBase):
+    """A part of a file."""
+
+    def __init__(self, file: BinaryIO, first: int, size: int) -> None:
+        self._file, self._first, self._size, self._position = file, first, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self._size - self._position)]
+        self._file.seek(self._first + self._position)
+        count = cast(io.BufferedReader, self._file).readinto(view)
+        self._position += count
+        return count
+
+
+def _records(path: Path, file: BinaryIO) -> dict[int, int]:
+    """The size of what is in the archive, by its first byte."""
+    file.seek(0, io.SEEK_END)
+    end = file.tell()
+    records = {}
+    try:
+        with zipfile.ZipFile(file) as archive:
+            infos = archive.infolist()
+            if len({info.filename for info in infos}) != len(infos):
+                raise CheckpointError(f"`{path}` must not hold two entries of one name, but does.")
+            for info in infos:
+                file.seek(info.header_offset)
+                signature, *_, names, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+                first = info.header_offset + _LOCAL_HEADER.size + names + extra
+                if (
+                    signature != b"PK\3\4"
+                    or info.compress_type != zipfile.ZIP_STORED
+                    or info.compress_size != info.file_size
+                    or first + info.file_size > end
+                ):
+                    raise CheckpointError(
+                        f"The entry `{info.filename}` of `{path}` must be uncompressed and within "
+                        "the file, but is not. The file is damaged: copy it again."
+                    )
+                if info.file_size:
+                    records[first] = info.file_size
+    except (zipfile.BadZipFile, struct.error, OSError, NotImplementedError, ValueError) as e:
+        if isinstance(e, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"`{path}` must be a file that `torch.save()` of torch 1.6 or newer has written, but "
+            f"is not, or is damaged: {e}."
+        ) from e
+    return records
+
+
+def _unpickle(path: Path, file: BinaryIO, stand_ins: Mapping[str, type], allow_unsafe: bool) -> Any:
+    try:
+        with torch.serialization.safe_globals([(cls, name) for name, cls in stand_ins.items()]):
+            if allow_unsafe:
+                return torch.load(file, map_location="meta", weights_only=False)
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            if found:
+                raise refuse(path, found)
+            file.seek(0)
+            return torch.load(file, map_location="meta", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as e:  # Of a damaged file anything is possible.
+        reason = str(e).partition("\n")[0]
+        raise CheckpointError(
+            f"`{path}` must be a file that `torch.save()` has written, but cannot be read: "
+            f"{type(e).__name__}: {reason}. Copy it again, or write it anew."
+        ) from e
+
+
+def _pairs(root: Any, saved: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each tensor in ``root``, with the one in its place."""
+    if isinstance(root, Tensor):
+        yield root, saved
+    elif isinstance(root, Mapping):
+        for key, value in root.items():
+            yield from _pairs(value, saved[key])
+    elif isinstance(root, (list, tuple)):
+        for value, other in zip(root, saved, strict=True):
+            yield from _pairs(value, other)
