@@ -16,7 +16,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import final
@@ -131,7 +131,8 @@ class View(Array):
         self._strides = contiguous_strides(shape) if strides is None else tuple(strides)
         self._offset = offset
         end = offset + _extent(self.shape, self._strides)
-        if offset < 0 or min(self._strides, default=0) < 0 or end > flat.numel:
+        is_inside = offset >= 0 and min(self._strides, default=0) >= 0 and end <= flat.numel
+        if self.numel and not is_inside:
             raise CheckpointError(
                 f"A tensor of shape {self.shape}, strides {self._strides} and offset {offset} must "
                 f"lie in its storage, but that has {flat.numel} elements."
@@ -267,29 +268,30 @@ class Copies(Array):
     """The same array in several places. Reading compares them.
 
     :param what: what a message calls it.
+    :param of: where the places are, for a message.
     :raises CheckpointError: there are none, or they have different shapes or dtypes; when they are
         read, if they differ in their values.
     """
 
-    def __init__(self, what: str, copies: Sequence[Array]) -> None:
+    def __init__(self, what: str, copies: Sequence[Array], of: str = "on every rank") -> None:
+        self._expected = f"`{what}` must be the same {of}, "
+        self._fix = "If it is cut over the ranks, say how with `--rules`."
+        if of != "on every rank":
+            self._fix = "They are not one Parameter: write the checkpoint anew."
         if len({(copy.shape, copy.dtype) for copy in copies}) != 1:
-            raise CheckpointError(
-                f"`{what}` must be the same on every rank, but is {list(copies)}. If it is cut "
-                "over the ranks, say how with `--rules`."
-            )
+            raise CheckpointError(f"{self._expected}but is {list(copies)}. {self._fix}")
         super().__init__(copies[0].shape, copies[0].dtype)
-        self._what = what
         self._copies = copies
 
     def read(self, start: Index, out: Tensor) -> None:
         self._copies[0].read(start, out)
-        for rank, copy in enumerate(self._copies[1:], 1):
+        for number, copy in enumerate(self._copies[1:], 1):
             other = torch.empty(out.shape, dtype=out.dtype)
             copy.read(start, other)
             if not same_bits(out, other):
                 raise CheckpointError(
-                    f"`{self._what}` must be the same on every rank, but rank {rank} has other "
-                    "values than rank 0. If it is cut over the ranks, say how with `--rules`."
+                    f"{self._expected}but number {number} has other values than number 0. "
+                    f"{self._fix}"
                 )
 
     def write(self, start: Index, values: Tensor) -> None:
@@ -411,14 +413,14 @@ def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 def _overlap(tiles: Sequence[Tile]) -> bool:
     """Whether two tiles have an element in common."""
-    ordered = sorted(tiles, key=lambda tile: tile.start)
-    if all(len(tile.start) <= 1 for tile in tiles):
-        return any(
-            first.start[0] + first.shape[0] > second.start[0] for first, second in pairwise(ordered)
-        )
+    if not tiles or not tiles[0].start:
+        return len(tiles) > 1
+    # Along the dimension that most are cut along, so that few are compared with each other.
+    dim = max(range(len(tiles[0].start)), key=lambda dim: len({t.start[dim] for t in tiles}))
+    ordered = sorted(tiles, key=lambda tile: tile.start[dim])
     for index, tile in enumerate(ordered):
-        for other in ordered[index + 1 :]:
-            if other.start[0] >= tile.start[0] + tile.shape[0]:
+        for other in islice(ordered, index + 1, None):
+            if other.start[dim] >= tile.start[dim] + tile.shape[dim]:
                 break
             if all(
                 max(a, b) < min(a + m, b + n)

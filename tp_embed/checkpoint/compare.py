@@ -47,7 +47,10 @@ def differences(
     :param progress: called with the number of bytes of ``first`` that have been compared.
     """
     exact = rtol is None and atol is None
-    arrays = [_comparable(checkpoint, weights_only) for checkpoint in (first, second)]
+    arrays = [
+        _comparable(checkpoint, other, weights_only)
+        for checkpoint, other in ((first, second), (second, first))
+    ]
     for key in dict.fromkeys([*arrays[0], *arrays[1]]):
         one, other = (each.get(key) for each in arrays)
         if one is None or other is None:
@@ -63,9 +66,13 @@ def differences(
                 yield Difference(key, f"differs by up to {largest:.4g}", largest)
 
 
-def check_same(first: Checkpoint, second: Checkpoint) -> None:
+def check_same(
+    first: Checkpoint,
+    second: Checkpoint,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> None:
     """:raises MismatchError: two checkpoints are not the same, bit for bit."""
-    found = list(differences(first, second))
+    found = list(differences(first, second, progress=progress))
     if found:
         raise MismatchError(
             f"`{second.path}` must be the same as `{first.path}`, but differs in {len(found)} "
@@ -73,12 +80,18 @@ def check_same(first: Checkpoint, second: Checkpoint) -> None:
         )
 
 
-def _comparable(checkpoint: Checkpoint, weights_only: bool) -> dict[Key, Array]:
+def _comparable(checkpoint: Checkpoint, other: Checkpoint, weights_only: bool) -> dict[Key, Array]:
     """The tensors by keys that do not depend on the format: Parameters of which there are only
-    fp32 values have these as their weights."""
+    fp32 values have these as their weights, and what is tied is there under each name that the
+    other checkpoint has on its own."""
     tensors = {}
-    for key, array in checkpoint.tensors.items():
-        if key.state == MASTER and Key(key.name) not in checkpoint.tensors:
+    named = dict(checkpoint.tensors)
+    for alias, name in checkpoint.ties.items():
+        for key in other.tensors:
+            if key.name == alias and Key(name, key.state) in checkpoint.tensors:
+                named[key] = checkpoint.tensors[Key(name, key.state)]
+    for key, array in named.items():
+        if key.state == MASTER and Key(key.name) not in named:
             key = Key(key.name)
         if key.state == WEIGHT or not weights_only:
             tensors[key] = array

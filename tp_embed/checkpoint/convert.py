@@ -13,11 +13,13 @@ import torch
 from . import formats
 from .arrays import Array, Cast, Joined, NoNan, Tile, copy
 from .compare import check_same
-from .cuts import DIMS, Cut, Dim, Rule, find_rule, is_table
+from .cuts import DIMS, Cut, Dim, Rule, find_rule, tables_of
 from .errors import CheckpointError
 from .formats import Format
 from .logical import MASTER, WEIGHT, Checkpoint, Key, Optimizer, ReadOptions, Target
 from .staging import check_free, staged
+
+_MAX_RANKS = 65_536
 
 NanPolicy = Literal["keep", "refuse"]
 
@@ -60,6 +62,7 @@ class Plan:
     :param dropped: what the source holds and the format cannot.
     """
 
+    request: Request
     source: Checkpoint
     checkpoint: Checkpoint
     target: Target
@@ -75,25 +78,24 @@ def plan(source: str | Path, request: Request) -> Plan:
     target_format = formats.get(request.to)
     options = replace(request.read, vocab_size=request.vocab_size)
     checkpoint = formats.read(Path(source), options, request.source_format)
-    rules = options.rules
-    tables = frozenset(name for name in checkpoint.names if is_table(rules, name))
+    tables = tables_of(checkpoint.names, options.rules)
     carried, dropped = _carried(checkpoint, target_format, request)
-    carried = _without_padding(carried, tables, request.vocab_size)
+    carried = without_padding(carried, tables, request.vocab_size)
     tp_size = request.tp_size or checkpoint.tp_size
-    if tp_size < 1:
-        raise CheckpointError(f"`--tp` must be greater than or equal to 1, but is {tp_size}.")
+    if not 1 <= tp_size <= _MAX_RANKS:
+        raise CheckpointError(f"`--tp` must be in [1, {_MAX_RANKS}], but is {tp_size}.")
     if not target_format.HAS_RANKS:
         tp_size = 1
     target = Target(
         tp_size=tp_size,
-        cuts=_cuts(carried, tables, rules, request.dim, tp_size),
+        cuts=_cuts(carried, tables, options.rules, request.dim, tp_size),
         tables=tables,
         max_shard_size=request.max_shard_size,
         hf_config=request.hf_config,
         zero_stage=request.zero_stage,
         dp_size=request.dp_size,
     )
-    return Plan(checkpoint, carried, target, target_format, tuple(dropped))
+    return Plan(request, checkpoint, carried, target, target_format, tuple(dropped))
 
 
 def convert(
@@ -115,16 +117,31 @@ def convert(
     :param resume: go on with what a killed run with the same request has left.
     :param overwrite: replace what is at ``output``.
     :param verify: compare what was written with the source before it gets its name.
-    :param progress: called with the number of bytes that have been written since the last call.
+    :param progress: called with the number of bytes that have been written, or compared, since the
+        last call.
     :raises CheckpointError: the source is damaged, or cannot be written as asked for.
     :raises UnsafeCheckpointError: the source asks to run code.
     :raises FileExistsError: ``output`` is there, and not to be overwritten.
     """
-    source, output = Path(source), Path(output)
-    check_free(output, overwrite)
-    _check_apart(source, output)
+    check_free(Path(output), overwrite)
     work = plan(source, request)
-    identity = _identity(work.source, request)
+    write(work, output, resume=resume, overwrite=overwrite, verify=verify, progress=progress)
+    return work
+
+
+def write(
+    work: Plan,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    verify: bool = False,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> None:
+    """Does what ``work`` says, as :func:`convert` does."""
+    output = Path(output)
+    check_output(work.source, output, overwrite)
+    identity = _identity(work.source, work.request)
     with staged(output, request=identity, resume=resume, overwrite=overwrite) as stage:
         if not work.format.IS_FILE:
             stage.path.mkdir(exist_ok=True)
@@ -135,14 +152,13 @@ def convert(
                 progress(array.nbytes)
                 continue
             values = work.checkpoint.tensors[key]
-            for nbytes in copy(_checked(key, values, request.nan), array):
+            for nbytes in copy(_checked(key, values, work.request.nan), array):
                 progress(nbytes)
             stage.done(str(key), array.nbytes)
         work.format.finish(stage.path)
         if verify:
             written = work.format.read(stage.path, read_back(work))
-            check_same(work.checkpoint, written)
-    return work
+            check_same(work.checkpoint, written, progress)
 
 
 def read_back(work: Plan) -> ReadOptions:
@@ -205,7 +221,7 @@ def _cast(name: str, array: Array, dtype: torch.dtype) -> Array:
     return array if array.dtype == dtype else Cast(name, array, dtype)
 
 
-def _without_padding(
+def without_padding(
     checkpoint: Checkpoint, tables: frozenset[str], vocab_size: int | None
 ) -> Checkpoint:
     """Leaves out the rows of tables beyond ``vocab_size``."""
@@ -270,8 +286,11 @@ def _checked(key: Key, array: Array, nan: NanPolicy) -> Array:
     return NoNan(str(key), array) if nan == "refuse" and array.dtype.is_floating_point else array
 
 
-def _check_apart(source: Path, output: Path) -> None:
-    inner, outer = output.resolve(), source.resolve()
+def check_output(source: Checkpoint, output: Path, overwrite: bool) -> None:
+    """:raises CheckpointError: ``output`` is the source, or in it, or around it.
+    :raises FileExistsError: it is there, and not to be overwritten."""
+    check_free(output, overwrite)
+    inner, outer = output.resolve(), source.path.resolve()
     if inner == outer or inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise CheckpointError(
             f"The output must not be the source, nor in it, nor around it, but `{output}` is, with "

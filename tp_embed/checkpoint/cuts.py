@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 from typing import Any, Literal
 
 from tp_embed.partition import Partition
@@ -77,10 +78,10 @@ class Cut:
         :raises CheckpointError: the ranges are not those of blocks that are cut one by one.
         """
         blocks, stop = [], 0
-        for parts in zip(*self.ranges, strict=True):
+        for parts in zip_longest(*self.ranges):
             start = stop
             for part in parts:
-                if len(part) and part.start != stop:
+                if part is None or (len(part) and part.start != stop):
                     raise CheckpointError(
                         f"A cut must consist of blocks that are cut one by one, but is {self}. Say "
                         "how to cut it with `--rules`."
@@ -186,9 +187,9 @@ class Rule:
             dim, many, count = how.partition("/")
             if many and dim.isdecimal() and count.isdecimal() and int(count):
                 return Rule(pattern, int(dim), (int(count),))
-            dim, _, sizes = how.partition(":")
-            blocks = sizes.split(",") if sizes else ["1"]
-            if dim.isdecimal() and ("/" not in how) and all(size.isdecimal() for size in blocks):
+            dim, several, sizes = how.partition(":")
+            blocks = sizes.split(",") if several else ["1"]
+            if dim.isdecimal() and all(size.isdecimal() for size in blocks):
                 return Rule(pattern, int(dim), tuple(map(int, blocks)))
         raise CheckpointError(
             "A rule must be `PATTERN=HOW`, with HOW one of `replicated`, `vocab`, `embed`, a "
@@ -227,3 +228,8 @@ def is_table(rules: Iterable[Rule], name: str) -> bool:
     if rule is not None and rule.is_table:
         return True
     return any(fnmatchcase(name, pattern) for pattern in TABLES)
+
+
+def tables_of(names: Iterable[str], rules: Sequence[Rule]) -> frozenset[str]:
+    """Those of ``names`` that are of vocabulary tables, or of their heads."""
+    return frozenset(name for name in names if is_table(rules, name))

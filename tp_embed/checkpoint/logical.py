@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,7 +86,12 @@ class Checkpoint:
         return sum(array.nbytes for array in self.tensors.values())
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return next(array.shape for key, array in self.tensors.items() if key.name == name)
+        """The logical shape of a Parameter or buffer."""
+        return self._shapes[name]
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key.name: array.shape for key, array in self.tensors.items()}
 
 
 @dataclass(frozen=True)

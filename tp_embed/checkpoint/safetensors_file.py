@@ -23,12 +23,16 @@ from .text_files import parse_json
 # The same limit as that of the package.
 _MAX_HEADER = 100_000_000
 
+_METADATA = "__metadata__"
+
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "I16": torch.int16,
     "U16": torch.uint16,
     "F16": torch.float16,
@@ -58,7 +62,7 @@ def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
                 f"{length} bytes, and the file has {size}. It is truncated, or something else."
             )
         header = parse_json(file.read(length), path)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop(_METADATA, None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"The metadata of `{path}` must be strings, but is not.")
     first = 8 + length
@@ -93,9 +97,13 @@ def lay_out(
     :raises CheckpointError: the format has no such dtype.
     """
     if not path.exists():
-        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
         end = 0
         for name, (shape, dtype) in tensors.items():
+            if name == _METADATA:
+                raise CheckpointError(
+                    f"A tensor must not have the name `{name}`, which safetensors keeps for itself."
+                )
             if dtype not in _NAMES:
                 raise CheckpointError(
                     f"`{name}` must be of a dtype that safetensors has, but is of {dtype}. Choose "
@@ -119,8 +127,13 @@ def lay_out(
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, Index, int, int]:
     match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(stop)]}:
-            if dtype in _DTYPES and all(type(size) is int and size >= 0 for size in shape):
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, stop]}:
+            # Not booleans, and nothing that torch cannot hold.
+            if (
+                dtype in _DTYPES
+                and all(type(number) is int and number >= 0 for number in (*shape, begin, stop))
+                and prod(max(1, size) for size in shape) < 2**60
+            ):
                 return _DTYPES[dtype], tuple(shape), begin, stop
     raise CheckpointError(
         f"`{name}` in `{path}` must have a known dtype, a shape and two offsets, but has "

@@ -38,7 +38,7 @@ class Stage:
         self._done: set[str] = set()
         if self._journal.exists():
             lines = self._journal.read_text().split("\n")
-            self._done = set(lines[1:-1])  # The last may be cut off.
+            self._done = {json.loads(line) for line in lines[1:-1]}  # The last may be cut off.
 
     def is_done(self, item: str) -> bool:
         """Whether a run before this one has written ``item``."""
@@ -54,7 +54,7 @@ class Stage:
     def flush(self) -> None:
         sync(self.path)
         with self._journal.open("a") as file:
-            file.writelines(f"{item}\n" for item in self._pending)
+            file.writelines(f"{json.dumps(item)}\n" for item in self._pending)
             file.flush()
             os.fsync(file.fileno())
         self._pending, self._pending_bytes = [], 0
@@ -112,7 +112,7 @@ def check_free(output: Path, overwrite: bool = False) -> None:
     if not is_free and not overwrite:
         raise FileExistsError(
             f"`{output}` must be new or an empty directory, but holds something already. Choose "
-            "another name, remove it first, or overwrite it."
+            "another name, remove it first, or pass `--overwrite`."
         )
 
 

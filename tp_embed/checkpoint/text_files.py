@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def inside(directory: Path, name: Any, named_by: Path) -> Path:
 def _object(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
+        counts = Counter(key for key, _ in pairs)
+        twice = sorted(key for key, count in counts.items() if count > 1)[:5]
         raise CheckpointError(f"`{path}` must not have a key twice, but has {twice}.")
     return value

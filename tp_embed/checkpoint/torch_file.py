@@ -4,11 +4,11 @@ laid out without having tensors."""
 from __future__ import annotations
 
 import io
-import pickletools
 import struct
 import zipfile
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -55,9 +55,10 @@ class TorchFile:
 
         :raises CheckpointError: it is not in it.
         """
+        offset = self._first + self._offset(tensor)
         flat = Span(
             self.path,
-            self._first + self._offset(tensor),
+            offset,
             tensor.untyped_storage().nbytes() // tensor.element_size(),
             tensor.dtype,
         )
@@ -71,11 +72,17 @@ class TorchFile:
 
     def place(self, tensor: Tensor) -> Hashable:
         """The same for two tensors of ``root`` if they are one. Empty ones never are."""
+        offset = self._offset(tensor)
         if not tensor.numel():
             return object()
-        return self._offset(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
+        return offset, tensor.storage_offset(), tensor.shape, tensor.stride()
 
     def _offset(self, tensor: Tensor) -> int:
+        if tensor.layout is not torch.strided:
+            raise CheckpointError(
+                f"The tensors of `{self.path}` must be dense, but one is of {tensor.layout}. Save "
+                "it with `to_dense()`."
+            )
         storage = tensor.untyped_storage()
         offset = getattr(storage, "_checkpoint_offset", None)
         if storage.nbytes() and self._records.get(cast(int, offset)) != storage.nbytes():
@@ -88,30 +95,37 @@ class TorchFile:
 
 def placeholder(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
     """A tensor for :func:`lay_out` that needs no memory."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second
-
-    with FakeTensorMode():
+    with _fake_mode():
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
 
 
-def lay_out(path: Path, root: Any) -> TorchFile:
+@cache
+def _fake_mode() -> Any:
+    """One for all, since making one takes long."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second
+
+    return FakeTensorMode()
+
+
+def lay_out(path: Path, root: Any, stand_ins: Mapping[str, type] | None = None) -> TorchFile:
     """Writes ``root``, of plain Python values, as ``torch.save()`` does: placeholders as space to
     fill, and other tensors with their values. If the file is there already it is kept, since then
     it has been laid out before.
 
+    :param stand_ins: as for :class:`TorchFile`, if there are instances of other classes.
     :returns: the file. The arrays of its tensors can be written to.
     """
     if not path.exists():
         temporary = path.with_name(f".{path.name}.layout")
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(root, temporary)
-        file = TorchFile(temporary)
+        file = TorchFile(temporary, stand_ins=stand_ins)
         for tensor, saved in _pairs(root, file.root):
             if type(tensor) is Tensor:
                 array = file.array(saved)
                 array.write((0,) * tensor.dim(), tensor.detach())
         temporary.replace(path)
-    return TorchFile(path)
+    return TorchFile(path, stand_ins=stand_ins)
 
 
 @contextmanager
@@ -119,20 +133,6 @@ def open_window(path: Path, window: tuple[int, int] | None = None) -> Iterator[B
     """The file, or as one the part of it that begins at a byte and has a number of them."""
     with path.open("rb") as file:
         yield file if window is None else cast(BinaryIO, io.BufferedReader(_Window(file, *window)))
-
-
-def find_globals(data: bytes, allowed: Mapping[tuple[str, str], Any]) -> list[str]:
-    """The classes and functions that a pickle asks for and that are not in ``allowed``."""
-    found: set[tuple[str, ...]] = set()
-    strings: list[str] = []
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name == "GLOBAL":
-            found.add(tuple(cast(str, argument).split(" ", 1)))
-        elif opcode.name == "STACK_GLOBAL":
-            found.add((strings[-2], strings[-1]) if len(strings) > 1 else ("?", "?"))
-        elif isinstance(argument, str):
-            strings.append(argument)
-    return sorted(".".join(each) for each in found - set(allowed))
 
 
 def refuse(path: Path, found: Iterable[str]) -> UnsafeCheckpointError:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
 from ..arrays import Array
 from ..errors import CheckpointError
-from ..logical import Checkpoint, Key, ReadOptions, Target
+from ..logical import MASTER, Checkpoint, Key, ReadOptions, Target
 
 # In the order in which they are tried: what has a mark of its own comes before what has not.
 FORMATS = {
@@ -81,13 +82,47 @@ def read(path: Path, options: ReadOptions, name: str | None = None) -> Checkpoin
     """
     if not path.exists():
         raise CheckpointError(f"There must be a checkpoint at `{path}`, but there is nothing.")
+    found = get(name) if name else _recognise(path)
     try:
-        checkpoint = (get(name) if name else _recognise(path)).read(path, options)
+        checkpoint = replace(found.read(path, options), path=path)
+    except CheckpointError:
+        raise
     except OSError as e:
         raise CheckpointError(f"`{path}` cannot be read: {e}.") from e
-    if not checkpoint.tensors:
-        raise CheckpointError(f"`{path}` must hold tensors, but holds none.")
+    except Exception as e:  # What is damaged can have anything in any place.
+        raise CheckpointError(
+            f"`{path}` must be a checkpoint in the format {found.NAME}, but cannot be read as one: "
+            f"{type(e).__name__}: {e}. It is damaged, or of a version that is not known here."
+        ) from e
+    _check(checkpoint)
     return checkpoint
+
+
+def _check(checkpoint: Checkpoint) -> None:
+    """What holds in every format."""
+    path, tensors = checkpoint.path, checkpoint.tensors
+    if not tensors:
+        raise CheckpointError(f"`{path}` must hold tensors, but holds none.")
+    for key, array in tensors.items():
+        if not isinstance(key.name, str) or not isinstance(key.state, str):
+            raise CheckpointError(f"A name in `{path}` must be a string, but is {key!r}.")
+        main = tensors.get(Key(key.name), tensors.get(Key(key.name, MASTER)))
+        if main is None:
+            raise CheckpointError(
+                f"What the optimizer in `{path}` has must be of Parameters of the model, but it "
+                f"has `{key}`."
+            )
+        if array.shape != main.shape:
+            raise CheckpointError(
+                f"`{key}` in `{path}` must have the shape of its Parameter, {main.shape}, but has "
+                f"{array.shape}."
+            )
+    for alias, name in checkpoint.ties.items():
+        if Key(name) not in tensors and Key(name, MASTER) not in tensors:
+            raise CheckpointError(
+                f"`{alias}` in `{path}` must be another name of a Parameter, but is one of "
+                f"`{name}`, which is not there."
+            )
 
 
 def _recognise(path: Path) -> Format:

@@ -114,19 +114,22 @@ def read_optimizer(
     for index, state in saved["state"].items():
         for key, value in state.items():
             if key == "step":
-                steps[by_index[index]] = float(
-                    file.value(value) if isinstance(value, Tensor) else value
-                )
+                steps[by_index[index]] = float(_number(file, value))
             elif isinstance(value, Tensor):
                 tensors[Key(by_index[index], key)] = file.array(value)
     named = tuple(
         {
-            **{key: value for key, value in group.items() if key != "param_names"},
+            **{key: _number(file, value) for key, value in group.items() if key != "param_names"},
             "params": [by_index[index] for index in group["params"]],
         }
         for group in groups
     )
     return tensors, Optimizer(named, steps)
+
+
+def _number(file: TorchFile, value: Any) -> Any:
+    """``value``, as a number if it is a tensor of one."""
+    return file.value(value).item() if isinstance(value, Tensor) else value
 
 
 def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Array]:
@@ -150,6 +153,10 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Arr
 
 def _optimizer_root(optimizer: Optimizer, held: Mapping[Key, Tensor]) -> dict[str, Any]:
     """The state dict of torch's optimizer."""
+    states: dict[str, dict[str, Any]] = {}
+    for key, tensor in held.items():
+        if key.state != WEIGHT:
+            states.setdefault(key.name, {})[key.state] = tensor
     groups, state, first = [], {}, 0
     for group in optimizer.groups:
         names = group["params"]
@@ -157,11 +164,7 @@ def _optimizer_root(optimizer: Optimizer, held: Mapping[Key, Tensor]) -> dict[st
         first += len(names)
         groups.append({**group, "params": indices, "param_names": list(names)})
         for index, name in zip(indices, names, strict=True):
-            own: dict[str, Any] = {
-                key.state: tensor
-                for key, tensor in held.items()
-                if key.name == name and key.state != WEIGHT
-            }
+            own = states.get(name, {})
             if name in optimizer.steps:
                 own["step"] = torch.tensor(optimizer.steps[name], dtype=torch.float32)
             if own:

@@ -1,0 +1,244 @@
+"""Output is there as a whole or not at all: processes are killed and file systems are filled."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+
+from tp_embed.checkpoint import CheckpointError, Request, convert, staging
+from tp_embed.checkpoint.staging import staged
+from tp_embed.checkpoint.torch_file import placeholder
+
+# 24 tensors of 1 MiB: more than one flush of the journal, which comes sooner in these tests.
+COUNT, ROWS, COLUMNS = 24, 512, 512
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("source") / "model.pt"
+    generator = torch.Generator().manual_seed(0)
+    placeholder((), torch.float32)  # So that what it imports is there in the processes.
+    torch.save(
+        {f"w{i}": torch.randn(ROWS, COLUMNS, generator=generator) for i in range(COUNT)}, path
+    )
+    return path
+
+
+def run(progress, source, output, flags):
+    staging._FLUSH_BYTES = 2 * 2**20
+    request = Request(to="pt", source_format="pt")
+
+    def report(nbytes):
+        progress.send(nbytes)
+        time.sleep(0.01)
+
+    convert(source, output, request, progress=report, **dict.fromkeys(flags, True))
+
+
+class Run:
+    """A conversion in a process of its own."""
+
+    def __init__(self, source, output, *flags):
+        context = multiprocessing.get_context("fork")
+        self.progress, progress = context.Pipe(duplex=False)
+        self.process = context.Process(target=run, args=(progress, source, output, flags))
+        self.process.start()
+        progress.close()
+
+    def wait_for(self, count):
+        """Waits until ``count`` tensors have been written."""
+        for _ in range(count):
+            assert self.progress.poll(60)
+            self.progress.recv()
+
+    def end(self, signum=None):
+        if signum:
+            os.kill(self.process.pid, signum)
+        with suppress(EOFError):
+            while True:
+                self.progress.recv()
+        self.process.join(60)
+        return self.process.exitcode
+
+
+def kill_after(count, *args):
+    run = Run(*args)
+    run.wait_for(count)
+    assert run.end(signal.SIGKILL) == -signal.SIGKILL
+
+
+def assert_same(source, output):
+    expected, found = torch.load(source), torch.load(output)["model"]
+    assert list(expected) == list(found)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_killed_run_leaves_nothing_and_is_resumed(source, tmp_path):
+    output = tmp_path / "out.pt"
+    kill_after(12, source, output)
+    assert not output.exists()
+    written = (tmp_path / ".out.pt.partial" / "journal").read_text().splitlines()[1:]
+    assert 6 <= len(written) <= 12
+    assert Run(source, output, "resume", "verify").end() == 0
+    assert names(tmp_path) == ["out.pt"]
+    assert_same(source, output)
+
+
+def test_only_what_a_killed_run_has_not_written_is_written_by_the_next(source, tmp_path):
+    output = tmp_path / "out.pt"
+    kill_after(12, source, output)
+    partial = tmp_path / ".out.pt.partial" / "out.pt"
+    names_written = (partial.parent / "journal").read_text().splitlines()[1:]
+    marked = json.loads(names_written[0])
+    # A mark in what was written shows that it is left as it is; --verify would find it.
+    row = torch.load(source)[marked][0]
+    offset = partial.read_bytes().index(row.numpy().tobytes())
+    with partial.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\1\2\3\4")
+    assert Run(source, output, "resume").end() == 0
+    found = torch.load(output)["model"][marked]
+    assert bytes(found[0, :1].view(torch.uint8).tolist()) == b"\1\2\3\4"
+
+
+@pytest.mark.parametrize("count", [1, 12, COUNT])
+def test_a_killed_run_leaves_the_old_output_whole(source, tmp_path, count):
+    output = tmp_path / "out.pt"
+    torch.save({"old": torch.ones(3)}, output)
+    kill_after(count, source, output, "overwrite")
+    assert list(torch.load(output)) == ["old"] or count == COUNT
+    assert Run(source, output, "overwrite", "resume").end() == 0
+    assert_same(source, output)
+    assert names(tmp_path) == ["out.pt"]
+
+
+def test_an_interrupted_run_is_resumed(source, tmp_path):
+    output = tmp_path / "out.pt"
+    interrupted = Run(source, output)
+    interrupted.wait_for(12)
+    assert interrupted.end(signal.SIGINT) == 1
+    assert names(tmp_path) == [".out.pt.partial"]
+    assert Run(source, output, "resume").end() == 0
+    assert_same(source, output)
+
+
+def test_another_conversion_is_not_resumed(source, tmp_path):
+    output = tmp_path / "out.pt"
+    kill_after(12, source, output)
+    request = Request(to="pt", source_format="pt", dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match="must be of the same conversion"):
+        convert(source, output, request, resume=True)
+    convert(source, output, request)
+    assert torch.load(output)["model"]["w0"].dtype == torch.bfloat16
+    assert names(tmp_path) == ["out.pt"]
+
+
+def test_two_runs_do_not_write_one_output(source, tmp_path):
+    output = tmp_path / "out.pt"
+    other = Run(source, output)
+    other.wait_for(1)
+    with pytest.raises(CheckpointError, match="another is writing it"):
+        convert(source, output, Request(to="pt", source_format="pt"))
+    assert other.end() == 0
+    assert_same(source, output)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with 32 MiB, of which a part can be taken away later."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", directory], check=True)
+    yield directory
+    subprocess.run(["umount", directory], check=True)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_writing(source, small_disk):
+    with pytest.raises(CheckpointError, match=r"must have 25\d{6} bytes free.*but has 16"):
+        convert(source, small_disk / "out.pt", Request(to="pt", source_format="pt"))
+    assert names(small_disk) == []
+
+
+def test_a_disk_that_fills_up_leaves_the_old_output(source, small_disk, tmp_path):
+    small = tmp_path / "small.pt"
+    torch.save({f"w{i}": torch.ones(512, 1024) for i in range(5)}, small)  # 10 MiB
+    output = small_disk / "out.pt"
+    torch.save({"old": torch.ones(3)}, output)
+
+    def fill(nbytes):  # Another process takes the space.
+        if not (small_disk / "other").exists():
+            (small_disk / "other").write_bytes(b"\1" * (10 * 2**20))
+
+    with pytest.raises(CheckpointError, match=r"has not been written.*is full. Free some"):
+        convert(small, output, Request(to="pt", source_format="pt"), overwrite=True, progress=fill)
+    assert list(torch.load(output)) == ["old"]
+    assert names(small_disk) == ["other", "out.pt"]
+
+
+def test_a_read_only_disk_is_named(source, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(CheckpointError, match="mounted read-only"):
+        convert(source, small_disk / "out.pt", Request(to="pt", source_format="pt"))
+
+
+@pytest.fixture
+def public_directory():
+    """A directory that other users can reach."""
+    with TemporaryDirectory(dir="/dev/shm") as directory:
+        os.chmod(directory, 0o755)
+        yield Path(directory)
+
+
+def test_a_directory_that_may_not_be_written_to_is_named(public_directory):
+    source, output = public_directory / "source.pt", public_directory / "out.pt"
+    torch.save({"w": torch.ones(3)}, source)
+    request = Request(to="pt", source_format="pt")
+    convert(source, output, request)  # So that nothing is imported later, as nobody.
+    os.seteuid(65534)
+    try:
+        with pytest.raises(CheckpointError, match="must be open to you for writing"):
+            convert(source, output, request, overwrite=True)
+    finally:
+        os.seteuid(0)
+    assert torch.load(output)["model"]["w"].sum() == 3
+    assert names(public_directory) == ["out.pt", "source.pt"]
+
+
+def test_directories_are_replaced_at_one_moment(tmp_path):
+    output = tmp_path / "out"
+    with staged(output) as stage:
+        stage.path.mkdir()
+        (stage.path / "a").write_text("old")
+    with pytest.raises(FileExistsError, match="must be new or an empty directory"), staged(output):
+        pass
+    with staged(output, overwrite=True) as stage:
+        stage.path.mkdir()
+        (stage.path / "b").write_text("new")
+        assert names(output) == ["a"]
+    assert names(output) == ["b"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_raises_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), staged(tmp_path / "deep" / "out") as stage:
+        stage.path.write_text(str(1 / 0))
+    assert not any((tmp_path / "deep").iterdir())
+
+
+def test_the_output_must_be_apart_from_the_source(source, tmp_path):
+    for output in (source, source / "x", source.parent):
+        with pytest.raises((CheckpointError, FileExistsError)):
+            convert(source, output, Request(to="pt", source_format="pt"), overwrite=True)
+    assert source.is_file()
