@@ -1,0 +1,598 @@
+"""The format of tp_embed: a directory with a file for each tensor-parallel rank and a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import struct
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tp_embed import shard_embeddings
+from tp_embed.checkpoint import (
+    CheckpointError,
+    Key,
+    ReadOptions,
+    Request,
+    Rule,
+    UnsafeCheckpointError,
+    convert,
+    differences,
+    hook_state_dict,
+    plain_values,
+    plan,
+    read,
+)
+from tp_embed.checkpoint.arrays import Cast
+from tp_embed.checkpoint.formats import tp_embed_directory
+from tp_embed.checkpoint.logical import Optimizer, Target
+
+V, E = 11, 6
+RULES = (
+    Rule.parse("embed.weight=vocab"),
+    Rule.parse("few.weight=vocab"),
+    Rule.parse("qkv.*=0/3"),
+    Rule.parse("gqa.*=0:8,4,4"),
+    Rule.parse("out.weight=1"),
+    Rule.parse("*=replicated"),
+)
+BLOCKS = {"qkv.weight": [6, 6, 6], "gqa.weight": [8, 4, 4], "few.weight": [3], "embed.weight": [V]}
+
+
+class Model(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(V, E)
+        self.few = nn.Embedding(3, E)  # Fewer rows than four ranks.
+        self.qkv = nn.Linear(E, 3 * E, bias=False)
+        self.gqa = nn.Linear(E, 16, bias=False)
+        self.out = nn.Linear(E, E, dtype=torch.bfloat16)
+        self.norm = nn.LayerNorm(E)
+        self.head = nn.Linear(E, V, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("positions", torch.arange(5))
+        self.register_buffer("scale", torch.tensor(float("nan")))
+
+
+def trained(optimizer=torch.optim.AdamW):
+    model = Model()
+    groups = [
+        {"params": [(n, p) for n, p in model.named_parameters() if n != "norm.bias"]},
+        {"params": [("norm.bias", model.norm.bias)], "lr": 1e-5, "weight_decay": 0.0},
+    ]
+    adam = optimizer(groups, lr=0.1)
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        adam.step()
+    adam.param_groups[1]["more"] = (math.inf, [None, True, (1, -0.0)], {3: "x", "$y": 1e-300})
+    return model, adam
+
+
+def save(path, model, optimizer=None):
+    root = {"model": model.state_dict(), "step": 3}
+    root["buffer_names"] = [name for name, _ in model.named_buffers()]
+    if optimizer is not None:
+        root["optimizer"] = optimizer.state_dict()
+    torch.save(root, path)
+    return path
+
+
+def request(to="tp-embed", source="tp-embed", rules=(), **more):
+    return Request(to=to, source_format=source, read=ReadOptions(rules=rules), **more)
+
+
+def file_of(path, rank, size):
+    return path / f"rank-{rank:05}-of-{size:05}.safetensors"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("source") / "model.pt", *trained())
+
+
+@pytest.fixture(scope="module")
+def written(source):
+    path = source.with_name("written")
+    convert(source, path, request(source="pt", rules=RULES, tp_size=2))
+    return path
+
+
+@pytest.fixture
+def damaged(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "damaged")
+
+
+def assert_same_tensors(state, expected):
+    assert list(state) == list(expected)
+    for key, tensor in expected.items():
+        assert state[key].dtype == tensor.dtype, key
+        assert torch.equal(
+            state[key].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)
+        )
+
+
+@pytest.mark.parametrize("dims", [["vocab"], ["embed"], ["vocab", "embed"]])
+def test_nothing_is_lost_over_many_sizes(source, tmp_path, dims):
+    at, options = source, {"source": "pt", "rules": RULES}
+    for step, size in enumerate((1, 2, 3, 4, 1)):
+        to = tmp_path / f"{step}"
+        dim = dims[step % len(dims)]
+        convert(at, to, request(tp_size=size, dim=dim, **options), verify=True)
+        # With more than one rank, a checkpoint says how all of it is cut.
+        at, options = to, {"rules": RULES if size == 1 else ()}
+    convert(at, tmp_path / "back.pt", request(to="pt"))
+
+    first, last = (torch.load(file) for file in (source, tmp_path / "back.pt"))
+    assert_same_tensors(last["model"], first["model"])
+    assert last["model"]["head.weight"].data_ptr() == last["model"]["embed.weight"].data_ptr()
+    assert (last["step"], set(last["buffer_names"])) == (3, {"positions", "scale"})
+    groups = last["optimizer"]["param_groups"]
+    assert repr([dict(sorted(group.items())) for group in groups]) == repr(
+        [dict(sorted(group.items())) for group in first["optimizer"]["param_groups"]]
+    )
+    assert last["optimizer"]["state"].keys() == first["optimizer"]["state"].keys()
+    for index, state in first["optimizer"]["state"].items():
+        found = last["optimizer"]["state"][index]
+        assert_same_tensors({key: found[key] for key in state}, state)
+    trained()[1].load_state_dict(last["optimizer"])
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_files_of_ranks_hold_what_torch_would_cut(source, tmp_path, size):
+    convert(source, tmp_path / "out", request(source="pt", rules=RULES, tp_size=size))
+    model = Model()
+    saved = torch.load(source)["model"]
+    expected = [{} for _ in range(size)]
+    for name, tensor in saved.items():
+        dim = {"out.weight": 1}.get(name, 0)
+        blocks = BLOCKS.get(name, [tensor.shape[dim]] if name == "out.weight" else None)
+        if name == "head.weight":
+            continue
+        for rank in range(size):
+            expected[rank][name] = tensor
+            if blocks:
+                chunks = [
+                    [*block.chunk(size, dim), *[block.narrow(dim, 0, 0)] * size][rank]
+                    for block in tensor.split(blocks, dim)
+                ]
+                expected[rank][name] = torch.cat(chunks, dim)
+    for rank in range(size):
+        state = load_file(file_of(tmp_path / "out", rank, size))
+        weights = {name: state[name] for name in expected[rank]}
+        assert_same_tensors(weights, expected[rank])
+        moments = {
+            f".{moment}/{name}"
+            for moment in ("exp_avg", "exp_avg_sq")
+            for name, _ in model.named_parameters()
+        }
+        assert state.keys() == weights.keys() | moments
+        assert state[".exp_avg/embed.weight"].shape == state["embed.weight"].shape
+
+
+def test_manifest_says_what_is_in_the_files(written):
+    manifest = json.loads((written / "manifest.json").read_text())
+    assert (manifest["format"], manifest["version"], manifest["tp_size"]) == ("tp-embed", 1, 2)
+    assert manifest["step"] == 3
+    assert manifest["ties"] == {"head.weight": "embed.weight"}
+    for name, file in manifest["files"].items():
+        data = (written / name).read_bytes()
+        assert file == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    tensors = manifest["tensors"]
+    assert tensors["gqa.weight"] == {
+        "shape": [16, E],
+        "dtypes": {"weight": "float32", "exp_avg": "float32", "exp_avg_sq": "float32"},
+        "buffer": False,
+        "partition": {
+            "dim": 0,
+            "ranges": [[[0, 4], [8, 10], [12, 14]], [[4, 8], [10, 12], [14, 16]]],
+        },
+    }
+    assert tensors["scale"] == {
+        "shape": [],
+        "dtypes": {"weight": "float32"},
+        "buffer": True,
+        "partition": "replicated",
+    }
+    assert tensors["out.weight"]["dtypes"]["exp_avg"] == "bfloat16"
+    assert sorted(path.name for path in written.iterdir()) == ["manifest.json", *manifest["files"]]
+
+
+def test_every_tensor_is_aligned_and_ties_are_in_the_file(written):
+    data = file_of(written, 0, 2).read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    assert length % 8 == 0
+    assert header.pop("__metadata__") == {"head.weight": "embed.weight"}
+    sizes = {"F32": 4, "BF16": 2, "I64": 8}
+    assert {entry["dtype"] for entry in header.values()} == sizes.keys()
+    assert all(e["data_offsets"][0] % sizes[e["dtype"]] == 0 for e in header.values())
+
+
+def test_the_reader_in_the_docs_reads_it(source, written, tmp_path):
+    page = Path(__file__).parent.parent / "docs" / "manifest.md"
+    code = page.read_text().rpartition("```python\n")[2].partition("```")[0]
+    names = {}
+    exec(code, names)
+    expected = torch.load(source)["model"]
+    convert(written, tmp_path / "five", request(tp_size=5, dim="embed"))
+    for path in (written, tmp_path / "five"):
+        state = names["whole_weights"](path)
+        assert_same_tensors({name: state[name] for name in expected}, expected)
+        assert state["head.weight"] is state["embed.weight"]
+
+
+class Tables(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed_tokens = nn.Embedding(V, E)
+        self.few = nn.Embedding(3, E)
+        self.mix = nn.Linear(E, E)
+        self.head = nn.Linear(E, V, bias=False)
+        self.head.weight = self.embed_tokens.weight
+
+
+def load_own_file(gang, path, strategy):
+    model = Tables(seed=1)
+    shard_embeddings(model, gang, strategy=strategy)
+    file = file_of(Path(path), gang.rank, gang.size)
+    state = load_file(file)
+    with safe_open(file, "pt") as opened:
+        for other, name in opened.metadata().items():
+            state[other] = state[name]
+    with hook_state_dict(model, "sharded"):
+        model.load_state_dict(state)
+    assert model.head.weight is model.embed_tokens.weight
+    with hook_state_dict(model, "full"):
+        return {name: tensor.tolist() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("strategy", ["vocab", "embed"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_each_rank_loads_its_own_file(pool, tmp_path, size, strategy):
+    torch.save(Tables().state_dict(), tmp_path / "tables.pt")
+    rules = (Rule.parse(f"few.weight={strategy}"), Rule.parse("mix.*=replicated"))
+    convert(
+        tmp_path / "tables.pt",
+        tmp_path / "out",
+        request(source="pt", rules=rules, tp_size=size, dim=strategy),
+    )
+    expected = {name: tensor.tolist() for name, tensor in Tables().state_dict().items()}
+    assert pool(size, load_own_file, str(tmp_path / "out"), strategy) == [expected] * size
+
+
+def test_what_a_single_rank_does_not_say_is_asked_for_later(source, tmp_path):
+    convert(source, tmp_path / "one", request(source="pt", tp_size=1))
+    with pytest.raises(CheckpointError, match="it must be known how each Parameter is cut"):
+        convert(tmp_path / "one", tmp_path / "two", request(tp_size=2))
+    convert(tmp_path / "one", tmp_path / "two", request(tp_size=2, rules=RULES))
+    convert(tmp_path / "two", tmp_path / "back", request(tp_size=1), verify=True)
+    one, back = (read(tmp_path / name, ReadOptions(), "tp-embed") for name in ("one", "back"))
+    assert not list(differences(one, back))
+
+
+def write(path, checkpoint, **target):
+    """What :func:`convert` does, for a checkpoint that is in no file yet."""
+    cuts = dict.fromkeys(checkpoint.names)
+    path.mkdir()
+    arrays = tp_embed_directory.lay_out(
+        checkpoint, Target(**{"tp_size": 1, "cuts": cuts} | target), path
+    )
+    for key, array in arrays.items():
+        array.write((0,) * len(array.shape), checkpoint.tensors[key].load())
+    tp_embed_directory.finish(path)
+    return read(path, ReadOptions(), "tp-embed")
+
+
+def test_other_states_and_master_weights(tmp_path):
+    amsgrad = partial(torch.optim.AdamW, amsgrad=True)
+    source = save(tmp_path / "amsgrad.pt", *trained(amsgrad))
+    checkpoint = read(source, ReadOptions(), "pt")
+    half = {
+        key: Cast(key.name, array, torch.bfloat16) if key.state == "weight" else array
+        for key, array in checkpoint.tensors.items()
+        if key.name not in checkpoint.buffers
+    }
+    weights = {Key(key.name): checkpoint.tensors[Key(key.name)] for key in half}
+    master = {Key(key.name, "fp32"): array for key, array in weights.items()}
+    mixed = replace(checkpoint, tensors=half | master, buffers=frozenset())
+    assert not list(differences(mixed, write(tmp_path / "one", mixed)))
+
+    convert(tmp_path / "one", tmp_path / "three", request(tp_size=3, rules=RULES), verify=True)
+    state = load_file(file_of(tmp_path / "three", 0, 3))
+    assert state[".max_exp_avg_sq/embed.weight"].shape == state["embed.weight"].shape == (4, E)
+    assert state["embed.weight"].dtype == torch.bfloat16
+    assert torch.equal(state[".fp32/embed.weight"], weights[Key("embed.weight")].load()[:4])
+
+    # What is in fp32 only.
+    only = replace(mixed, tensors=master, optimizer=None)
+    assert write(tmp_path / "only", only).tensors.keys() == master.keys()
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner)
+        | st.lists(inner).map(tuple)
+        | st.dictionaries(
+            st.text() | st.integers() | st.tuples(st.text()) | st.just("$tuple"), inner
+        )
+    ),
+)
+
+
+@given(PLAIN)
+def test_plain_values_survive(value):
+    text = json.dumps(plain_values.to_json("it", value), allow_nan=False)
+    # As text, since NaN is not NaN and 1 is True.
+    assert repr(plain_values.from_json("it", json.loads(text))) == repr(value)
+
+
+def test_extra_survives(written, tmp_path):
+    checkpoint = read(written, ReadOptions())
+    extra = {"lr_scheduler": {"base_lrs": [0.1], "warmup": (0, math.inf)}, "seen": {1: None}}
+    assert write(tmp_path / "out", replace(checkpoint, extra=extra)).extra == extra
+
+
+def test_values_that_are_not_plain_are_refused(written, tmp_path):
+    checkpoint = read(written, ReadOptions())
+    endless = []
+    endless.append(endless)
+    bad = {
+        "must consist of numbers.* but has a Tensor": replace(
+            checkpoint, extra={"rng": torch.zeros(1)}
+        ),
+        "nested too deep, or in itself": replace(checkpoint, extra={"endless": endless}),
+        "names .* must be those of Parameters, but is .'other'": replace(
+            checkpoint, optimizer=Optimizer(({"params": ["other"]},), {})
+        ),
+        "must be names, each in one group": replace(
+            checkpoint, optimizer=Optimizer(({"params": ["embed.weight"] * 2},), {})
+        ),
+        "must be a number, but is nan": replace(
+            checkpoint, optimizer=Optimizer(({"params": []},), {"embed.weight": math.nan})
+        ),
+        "without a dot": replace(
+            checkpoint,
+            tensors={Key(".x"): checkpoint.tensors[Key("embed.weight")]},
+            ties={},
+            optimizer=None,
+        ),
+        "of a dtype that safetensors has": replace(
+            checkpoint,
+            tensors={Key("x"): Cast("x", checkpoint.tensors[Key("scale")], torch.complex128)},
+            ties={},
+            optimizer=None,
+        ),
+    }
+    for index, (message, each) in enumerate(bad.items()):
+        with pytest.raises(CheckpointError, match=message):
+            write(tmp_path / f"{index}", each)
+
+
+def test_a_killed_run_is_finished_by_the_next(written, tmp_path):
+    checkpoint = read(written, ReadOptions())
+    cuts = {name: cut and cut.over(3) for name, cut in checkpoint.cuts.items()}
+    path = tmp_path / "out"
+    path.mkdir()
+    first = tp_embed_directory.lay_out(checkpoint, Target(3, cuts), path)
+    assert not (path / "manifest.json").exists()
+    with pytest.raises(CheckpointError, match="was not finished"):
+        read(path, ReadOptions())
+    key = Key("embed.weight")
+    first[key].write((0, 0), checkpoint.tensors[key].load())
+    again = tp_embed_directory.lay_out(checkpoint, Target(3, cuts), path)
+    assert torch.equal(again[key].load(), checkpoint.tensors[key].load())
+    for array in (again[key] for key in again):
+        array.write((0,) * len(array.shape), torch.zeros(array.shape, dtype=array.dtype))
+    tp_embed_directory.finish(path)
+    assert read(path, ReadOptions()).tensors[key].load().count_nonzero() == 0
+    # Killed after the manifest, before the directory had its name.
+    tp_embed_directory.lay_out(checkpoint, Target(3, cuts), path)
+    tp_embed_directory.finish(path)
+    assert sorted(file.name for file in path.iterdir()) == [
+        "manifest.json",
+        *(file_of(path, rank, 3).name for rank in range(3)),
+    ]
+
+
+def sign(path):
+    """Makes the manifest one of the files as they are now."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        data = (path / name).read_bytes()
+        entry |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def assert_refused(path, message, error=CheckpointError):
+    output = path.with_name("output")
+    with pytest.raises(CheckpointError, match=message) as raised:
+        convert(path, output, request(tp_size=1))
+    assert type(raised.value) is error
+    assert not list(path.parent.glob("*output*"))
+
+
+def test_a_replicated_parameter_that_differs_is_refused(damaged):
+    file = file_of(damaged, 1, 2)
+    state = load_file(file)
+    state["norm.weight"][2] += 1
+    save_file(state, file, metadata={"head.weight": "embed.weight"})
+    sign(damaged)
+    read(damaged, ReadOptions())
+    assert_refused(damaged, "`norm.weight` must be the same on every rank, but")
+
+
+def test_each_flipped_byte_is_found(damaged):
+    file = file_of(damaged, 1, 2)
+    data = file.read_bytes()
+    for place in {*range(0, len(data), 97), len(data) - 1}:
+        file.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        with pytest.raises(CheckpointError):
+            plan(damaged, request())
+    assert_refused(damaged, "must have the SHA-256 .*rank-00001|rank-00001.* must have the SHA-256")
+
+
+def test_damaged_files_are_refused(damaged):
+    first, second = (file_of(damaged, rank, 2) for rank in (0, 1))
+    data = second.read_bytes()
+    second.write_bytes(data[:-1])
+    assert_refused(damaged, "rank-00001.* must have .* bytes, as .* says, but has .* truncated")
+    sign(damaged)
+    assert_refused(damaged, "rank-00001.* damaged")
+    second.unlink()
+    assert_refused(damaged, "names `rank-00001-of-00002.safetensors`, but there is no such file")
+    shutil.copy(first, second)
+    sign(damaged)
+    assert_refused(damaged, "must have the shape and dtype .*5, 6.* but has .*6, 6")
+    for change in ({"more": torch.zeros(1)}, {"norm.weight": torch.zeros(E).half()}):
+        second.write_bytes(data)
+        save_file(load_file(second) | change, second, metadata={"head.weight": "embed.weight"})
+        sign(damaged)
+        assert_refused(damaged, f"`{next(iter(change))}` in .* must have the shape and dtype")
+    save_file(load_file(second), second)
+    sign(damaged)
+    assert_refused(damaged, "must be the ties")
+    second.write_bytes(data)
+    (damaged / "manifest.json").unlink()
+    assert_refused(damaged, "must have a `manifest.json`")
+
+
+PART = ("tensors", "embed.weight", "partition")
+RANGES = (*PART, "ranges")
+GROUP = ("optimizer", "groups", 0)
+DELETE = object()
+DEEP = json.loads("[" * 900 + "]" * 900)
+BAD = [
+    (("format",), "other", "must be of the format `tp-embed`"),
+    (("version",), 2, "must be of version 1 .* but is of 2 instead. Update"),
+    (("version",), True, "with a version"),
+    (("version",), DELETE, "with a version"),
+    (("more",), 1, "an object with the keys"),
+    (("ties",), DELETE, "an object with the keys"),
+    (("tp_size",), 3, "must be those of 3 ranks|of 3 ranks"),
+    (("tp_size",), 10**30, "ranks"),
+    (("tp_size",), "2", "`tp_size` .* must be a number"),
+    (("tp_size",), 0, "`tp_size` .* must be a number"),
+    (("step",), 1.5, "`step` .* must be a number"),
+    (("step",), DEEP, "nested|must be a number"),
+    (("files",), [], "`files` .* must be an object"),
+    (("files",), {}, "must be those of 2 ranks"),
+    (("files", "rank-00001-of-00002.safetensors"), DELETE, "must be those of 2 ranks"),
+    (("files", "rank-00001-of-00002.safetensors"), 5, "must be a size and a SHA-256"),
+    (("files", "rank-00001-of-00002.safetensors", "size"), "5", "must be a size and a SHA-256"),
+    (("files", "rank-00001-of-00002.safetensors", "size"), 10**30, "must have 10{30} bytes"),
+    (("files", "rank-00001-of-00002.safetensors", "sha256"), "0" * 64, "SHA-256 000"),
+    (("files", "rank-00002-of-00003.safetensors"), {}, "there is no such file"),
+    (("tensors",), [], "`tensors` .* must be an object"),
+    (("tensors", "norm.bias"), DELETE, "names .* must be those of Parameters"),
+    (("tensors", "positions"), DELETE, "`positions` in .* but has .*int64"),
+    (("tensors", ""), "norm.bias", "must be an object with a shape"),
+    (("tensors", "norm.bias"), None, "must be an object with a shape"),
+    (("tensors", "norm.bias", "buffer"), 0, "must be an object with a shape"),
+    (("tensors", "norm.bias", "more"), 0, "an object with the keys"),
+    (("tensors", "norm.bias", "shape"), [E + 1], "must have the shape and dtype"),
+    (("tensors", "norm.bias", "shape"), [-1], "shape .* must be a list of sizes"),
+    (("tensors", "norm.bias", "shape"), [0, 2**62], "shape .* must be a list of sizes"),
+    (("tensors", "norm.bias", "shape"), [True], "shape .* must be a list of sizes"),
+    (("tensors", "norm.bias", "shape"), 6, "shape .* must be a list of sizes"),
+    (("tensors", "norm.bias", "dtypes", "weight"), "float16", "must have the shape and dtype"),
+    (("tensors", "norm.bias", "dtypes", "weight"), "nn", "dtype must be one of torch"),
+    (("tensors", "norm.bias", "dtypes", "weight"), [1], "dtype must be one of torch"),
+    (("tensors", "norm.bias", "dtypes", "weight"), DELETE, "`weight` or `fp32`"),
+    (("tensors", "norm.bias", "dtypes", "a/b"), "float32", "`weight` or `fp32`"),
+    (("tensors", "norm.bias", "partition"), None, "must be a dimension and ranges"),
+    (("tensors", "norm.bias", "partition"), "cut", "must be a dimension and ranges"),
+    ((*PART, "dim"), 2, "must be a dimension and ranges"),
+    ((*PART, "dim"), -1, "must be a dimension and ranges"),
+    ((*PART, "dim"), True, "must be ranges"),
+    ((*PART, "more"), 0, "an object with the keys"),
+    (RANGES, [[[0, 6]], [[6, 11]], []], "must be ranges .start, stop. of 2 ranks"),
+    (RANGES, [[[0, 6]], 5], "must be ranges .start, stop. of 2 ranks"),
+    (RANGES, [[[0, 6]], [[6, 11, 12]]], "must be ranges .start, stop. of 2 ranks"),
+    (RANGES, [[[0, 6]], [[6, 11.0]]], "must be ranges .start, stop. of 2 ranks"),
+    (RANGES, [[[0, 6]], [[11, 6]]], "must be ranges .start, stop. of 2 ranks"),
+    (RANGES, [[[0, 6]], [[6, 2**70]]], "must be ranges .start, stop. of 2 ranks"),
+    (RANGES, [[[0, 6]], [[5, 11]]], "must be one of each index below 11, once"),
+    (RANGES, [[[0, 5]], [[6, 11]]], "must be one of each index below 11, once"),
+    (RANGES, [[[0, 6]], [[6, 10]]], "must be one of each index below 11, once"),
+    (RANGES, [[[0, 5]], [[5, 11]]], "must have the shape and dtype"),
+    (PART, "replicated", "must have the shape and dtype"),
+    (("ties",), ["head.weight"], "must be other names"),
+    (("ties", "head.weight"), "nothing", "must be other names"),
+    (("ties", "norm.bias"), "norm.weight", "must be other names"),
+    (("ties",), {}, "must be the ties"),
+    (("optimizer",), [], "must be null, or an object"),
+    (("optimizer", "more"), 1, "must be null, or an object"),
+    (("optimizer", "steps", "norm.bias"), "3", "the step of `norm.bias`|step of"),
+    (("optimizer", "steps", "nothing"), 3, "must be those of Parameters"),
+    (GROUP, [], "must be an object with `params`"),
+    ((*GROUP, "params"), 5, "must be an object with `params`"),
+    ((*GROUP, "params"), [["norm.bias"]], "must be names, each in one group"),
+    ((*GROUP, "params"), ["norm.bias"], "must be names, each in one group"),
+    ((*GROUP, "lr"), math.nan, "must be of finite numbers"),
+    ((*GROUP, "lr"), {"$float": "1"}, "must be a float, a tuple or a dict"),
+    ((*GROUP, "lr"), {"$tuple": [], "x": 1}, "must be a float, a tuple or a dict"),
+    ((*GROUP, "lr"), {"$dict": [[[], 1]]}, "must be a float, a tuple or a dict"),
+    ((*GROUP, "lr"), {"$dict": [["a", 1], ["a", 2]]}, "must be a float, a tuple or a dict"),
+    (("extra",), [], "`extra` .* must be an object"),
+    (("extra", "deep"), DEEP, "nested"),
+]
+
+
+@pytest.mark.parametrize(("where", "value", "message"), BAD)
+def test_bad_manifests_are_refused(damaged, where, value, message):
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    parent = manifest
+    for key in where[:-1]:
+        parent = parent[key]
+    if value is DELETE:
+        del parent[where[-1]]
+    else:
+        parent[where[-1]] = value
+    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    assert_refused(damaged, message)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret"])
+def test_files_elsewhere_are_not_read(damaged, name):
+    shutil.copy(file_of(damaged, 1, 2), damaged.with_name("secret"))
+    text = (damaged / "manifest.json").read_text()
+    (damaged / "manifest.json").write_text(text.replace("rank-00001-of-00002.safetensors", name))
+    assert_refused(damaged, "must name files within", UnsafeCheckpointError)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must be JSON"),
+        ("[]", "must hold a JSON object"),
+        ("\xff", "must be JSON"),
+        ("[" * 100_000, "must be JSON"),
+        ('{"format": "tp-embed", "version": 1, "version": 1}', "must not have a key twice"),
+    ],
+)
+def test_what_is_no_manifest_is_refused(damaged, text, message):
+    (damaged / "manifest.json").write_text(text, encoding="latin-1")
+    assert_refused(damaged, message)
+
+
+def test_every_truncated_manifest_is_refused(damaged):
+    text = (damaged / "manifest.json").read_text().rstrip()
+    for size in range(0, len(text), 211):
+        (damaged / "manifest.json").write_text(text[:size])
+        with pytest.raises(CheckpointError):
+            plan(damaged, request())
