@@ -1,0 +1,207 @@
+"""Checkpoints of fairseq2: a file of each pipeline, tensor and (sharded) data parallel rank, as
+``StandardCheckpointManager`` of ``fairseq2/checkpoint/manager.py`` writes them::
+
+    step_100/model/pp_00/tp_00/sdp_00.pt  # {"decoder_frontend.embed.weight": tensor, ...}
+
+They are put together as ``fairseq2/model_checkpoint/native.py`` and ``common.py`` do it: data
+parallel shards are those of FSDP, along dimension 0, and may be empty or missing at the end;
+pipeline stages have different names. In which dimension the tensor parallel shards are cut is only
+known by the modules (``Sharded.get_shard_dims()``): dimension 0 for ``VocabShardedEmbedding`` and
+``ColumnShardedLinear``, 1 for ``ShardedEmbedding`` and the weights of ``RowShardedLinear``. All of
+them need shards of one size.
+
+We write one data parallel shard. It is loaded as a model with the ``checkpoint`` of its asset card
+set to the directory with ``pp_00``. The state of the optimizer is by index, in other files
+(``optimizer/``), and left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ..arrays import Array, Joined, Tile
+from ..cuts import join
+from ..errors import CheckpointError
+from ..logical import WEIGHT, Checkpoint, Key, ReadOptions, Target
+from ..torch_file import TorchFile
+from ..torch_file import lay_out as lay_out_file
+from .pt import state_dict_arrays
+from .rank_files import check_even, join_ranks, shard_placeholders, transpose, written_shards
+
+NAME = "fairseq2"
+IS_FILE = False
+HAS_RANKS = True
+HAS_OPTIMIZER = False
+HAS_EXTRA = False
+MAIN = WEIGHT
+
+_STEP = re.compile(r"step_(\d{1,18})", re.ASCII)
+_PLACE = re.compile(r"pp_(\d{1,9})/tp_(\d{1,9})/sdp_(\d{1,9})\.pt", re.ASCII)
+
+
+def recognises(path: Path) -> bool:
+    if not path.is_dir():
+        return False
+    return any(any(path.glob(f"{inner}pp_00/tp_00")) for inner in ("", "model/", "step_*/model/"))
+
+
+def read(path: Path, options: ReadOptions) -> Checkpoint:
+    directory, step = _model_directory(path, options.tag)
+    grid = _find_files(directory)
+    shards: dict[str, list[Array]] = {}
+    ties: dict[str, str] = {}
+    for stage in grid:
+        ranks = []
+        for files in stage:
+            arrays, aliases = _join_data_parallel(files, options.allow_unsafe_pickle)
+            ranks.append(arrays)
+            ties |= aliases
+        merged = transpose(ranks, [files[0] for files in stage])
+        twice = sorted(shards.keys() & merged.keys())
+        if twice:
+            raise CheckpointError(
+                f"`{twice[0]}` must be in one pipeline stage, but is in several of `{directory}`."
+            )
+        shards |= merged
+    tensors, cuts = join_ranks(shards, options, {})
+    left_out = [
+        each.name
+        for each in (directory.parent.iterdir() if directory.name == "model" else ())
+        if each.name in ("optimizer", "trainer", "data_reader")
+    ]
+    return Checkpoint(
+        format=NAME,
+        path=path,
+        tensors=tensors,
+        tp_size=len(grid[0]),
+        cuts=cuts,
+        ties=ties,
+        step=step,
+        notes=(f"{sorted(left_out)} were left out.",) if left_out else (),
+        files=tuple(file for stage in grid for files in stage for file in files),
+    )
+
+
+def _model_directory(path: Path, tag: str | None) -> tuple[Path, int | None]:
+    """The directory with ``pp_00``, and the step that it is of."""
+    if not path.is_dir():
+        raise CheckpointError(f"`{path}` must be a directory of fairseq2, but is a file.")
+    steps = {}
+    for each in path.iterdir():
+        if (match := _STEP.fullmatch(each.name)) and each.is_dir():
+            steps[int(match[1])] = each
+    if steps and not (path / "pp_00").is_dir():
+        wanted = _STEP.fullmatch(f"step_{tag.removeprefix('step_')}") if tag else None
+        step = int(wanted[1]) if wanted else max(steps)
+        if step not in steps or (tag and not wanted):
+            raise CheckpointError(
+                f"`{path}` must hold the step `{tag}`, but holds {sorted(steps)[:16]}. Say which "
+                "with `--tag step_N`."
+            )
+        path = steps[step]
+    if not (path / "pp_00").is_dir():
+        path = path / "model"
+    parent = path.parent.name if path.name == "model" else path.name
+    match = _STEP.fullmatch(parent)
+    return path, int(match[1]) if match else None
+
+
+def _find_files(directory: Path) -> list[list[list[Path]]]:
+    """The files by pipeline, tensor and data parallel rank.
+
+    :raises CheckpointError: some are missing.
+    """
+    places = {}
+    for file in directory.glob("pp_*/tp_*/sdp_*.pt"):
+        if match := _PLACE.fullmatch(file.relative_to(directory).as_posix()):
+            places[int(match[1]), int(match[2]), int(match[3])] = file
+    sizes = [1 + max((place[axis] for place in places), default=-1) for axis in range(3)]
+    if not places or len(places) != sizes[0] * sizes[1] * sizes[2]:
+        raise CheckpointError(
+            f"`{directory}` must hold `pp_*/tp_*/sdp_*.pt` for each of the ranks {sizes}, but "
+            f"holds {len(places)} of them. Copy the whole directory."
+        )
+    return [
+        [[places[pp, tp, sdp] for sdp in range(sizes[2])] for tp in range(sizes[1])]
+        for pp in range(sizes[0])
+    ]
+
+
+def _join_data_parallel(
+    paths: list[Path], allow_unsafe: bool
+) -> tuple[dict[str, Array], dict[str, str]]:
+    """What a tensor parallel rank holds, and the other names of some."""
+    held = []
+    ties: dict[str, str] = {}
+    for path in paths:
+        file = TorchFile(path, allow_unsafe=allow_unsafe)
+        root = file.root
+        if not isinstance(root, Mapping) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in root.items()
+        ):
+            raise CheckpointError(
+                f"`{path}` must hold a dict of tensors, as fairseq2 0.5 or newer writes it, but "
+                "holds something else."
+            )
+        tensors, aliases = state_dict_arrays(file, root)
+        if path == paths[0]:
+            ties = aliases
+        # Empty shards are no ties, even of what is tied in the first file.
+        held.append({key.name: array for key, array in tensors.items() if key.name not in ties})
+    for path, arrays in zip(paths, held, strict=True):
+        if odd := sorted(arrays.keys() - held[0].keys()):
+            raise CheckpointError(
+                f"`{path}` must hold no other names than `{paths[0]}`, but holds `{odd[0]}`. All "
+                "files must be of one checkpoint."
+            )
+    return {name: _stacked(name, held, paths) for name in held[0]}, ties
+
+
+def _stacked(name: str, held: list[dict[str, Array]], paths: list[Path]) -> Array:
+    """The shards of FSDP, one after the other."""
+    shards = [arrays[name] for arrays in held if name in arrays]
+    if any(name in arrays for arrays in held[len(shards) :]):
+        raise CheckpointError(
+            f"`{name}` must be in the first of the data parallel shards if it is not in all, but "
+            f"is missing in one before the last of {len(paths)} beside `{paths[0]}`."
+        )
+    first = shards[0]
+    if len(shards) == 1:
+        return first
+    if len({(shard.dtype, shard.shape[1:], len(shard.shape)) for shard in shards}) != 1 or (
+        not first.shape
+    ):
+        raise CheckpointError(
+            f"`{name}` must be cut along dimension 0 over the data parallel shards, but those "
+            f"beside `{paths[0]}` are {shards[:16]}."
+        )
+    tiles, rows = [], 0
+    for shard in shards:
+        tiles.append(Tile.whole((rows, *(0,) * (len(shard.shape) - 1)), shard))
+        rows += shard.shape[0]
+    return Joined((rows, *first.shape[1:]), first.dtype, tiles)
+
+
+def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Array]:
+    for name in checkpoint.names:
+        if (cut := target.cuts[name]) is not None:
+            check_even(name, cut, "fairseq2")
+    step = checkpoint.step
+    directory = path if step is None else path / f"step_{step}" / "model"
+    files = []
+    for rank, model in enumerate(shard_placeholders(checkpoint, target, {})):
+        file = directory / "pp_00" / f"tp_{rank:02d}" / "sdp_00.pt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        files.append(lay_out_file(file, model))
+    shards = written_shards(files, [file.root for file in files], checkpoint)
+    return {
+        key: join(key.name, target.cuts[key.name], shards[key.name]) for key in checkpoint.tensors
+    }
+
+
+def finish(path: Path) -> None:
+    """There is nothing to do."""

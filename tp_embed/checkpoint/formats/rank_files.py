@@ -1,0 +1,117 @@
+"""What formats share that have a file of each tensor-parallel rank: putting together what the ranks
+hold, and the other way round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from ..arrays import Array, Index
+from ..cuts import Cut, find_rule, join, whole_shape
+from ..errors import CheckpointError
+from ..logical import WEIGHT, Checkpoint, Key, ReadOptions, Target
+from ..torch_file import TorchFile, placeholder
+
+# What each rank holds under a name, in the order of the ranks.
+Shards = Mapping[str, Sequence[Array]]
+
+
+def transpose(
+    ranks: Sequence[Mapping[str, Array]], files: Sequence[Path]
+) -> dict[str, list[Array]]:
+    """What each of ``ranks`` holds, by name.
+
+    :raises CheckpointError: they hold different names, or one of another dtype or number of
+        dimensions.
+    """
+    for rank, file in zip(ranks, files, strict=True):
+        if rank.keys() != ranks[0].keys():
+            odd = sorted(rank.keys() ^ ranks[0].keys())
+            raise CheckpointError(
+                f"`{file}` must hold the same names as `{files[0]}`, but {len(odd)} are in one of "
+                f"them only, as `{odd[0]}`. All files must be of one checkpoint."
+            )
+    shards = {name: [rank[name] for rank in ranks] for name in ranks[0]}
+    for name, arrays in shards.items():
+        if len({(array.dtype, len(array.shape)) for array in arrays}) > 1:
+            raise CheckpointError(
+                f"`{name}` must be of one dtype and number of dimensions on every rank, but is "
+                f"{arrays}. All files must be of one checkpoint."
+            )
+    return shards
+
+
+def join_ranks(
+    shards: Shards, options: ReadOptions, known: Mapping[str, Cut | None]
+) -> tuple[dict[Key, Array], dict[str, Cut | None]]:
+    """The whole tensors of what ranks hold, and how they are cut.
+
+    :param known: how, by what the checkpoint says.
+    :raises CheckpointError: it is not known, or their shapes are other than they must be.
+    """
+    cuts: dict[str, Cut | None] = {}
+    unknown = []
+    for name, arrays in shards.items():
+        rule = find_rule(options.rules, name)
+        if options.cuts is not None and name in options.cuts:
+            cuts[name] = options.cuts[name]
+        elif name in known:
+            cuts[name] = known[name]
+        elif rule is not None:
+            shape = arrays[0].shape if rule.dim is None else whole_shape(name, rule.dim, arrays)
+            cuts[name] = rule.cut(name, shape, len(arrays))
+        elif len(arrays) > 1 and not arrays[0].shape:
+            cuts[name] = None
+        elif len(arrays) > 1:
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(
+            "It must be known how each Parameter is cut over the tensor-parallel ranks, but the "
+            f"checkpoint does not say it of {len(unknown)}, as `{unknown[0]}`. Say it with "
+            "`--rules 'PATTERN=DIM'`, or `--rules '*=replicated'` for what every rank has whole."
+        )
+    tensors = {Key(name): join(name, cuts.get(name), arrays) for name, arrays in shards.items()}
+    return tensors, cuts
+
+
+def check_even(name: str, cut: Cut, library: str) -> None:
+    """:raises CheckpointError: the shards of ``name`` would differ in size."""
+    if any(block % cut.num_shards for block in cut.blocks):
+        raise CheckpointError(
+            f"`{name}` must be cut into shards of one size for {library}, but dimension {cut.dim} "
+            f"has blocks of {list(cut.blocks)} for {cut.num_shards} ranks. Choose another `--tp`, "
+            "or another rule for it."
+        )
+
+
+def shard_placeholders(
+    checkpoint: Checkpoint, target: Target, shapes: Mapping[str, Index]
+) -> list[dict[str, Tensor]]:
+    """What to lay out in the file of each rank: the shards of weights and buffers, and the same
+    under their other names.
+
+    :param shapes: those of the shards that are not as their cut says.
+    """
+    ranks = []
+    for rank in range(target.tp_size):
+        held = {}
+        for key, array in checkpoint.tensors.items():
+            cut = target.cuts[key.name]
+            shape = array.shape if cut is None else cut.shard_shape(array.shape, rank)
+            held[key.name] = placeholder(shapes.get(key.name, shape), array.dtype)
+        ranks.append(held | {alias: held[name] for alias, name in checkpoint.ties.items()})
+    return ranks
+
+
+def written_shards(
+    files: Iterable[TorchFile], models: Iterable[Mapping[str, Tensor]], checkpoint: Checkpoint
+) -> dict[str, list[Array]]:
+    """Where to write the shards of each rank, by name."""
+    pairs = list(zip(files, models, strict=True))
+    return {
+        key.name: [file.array(model[key.name]) for file, model in pairs]
+        for key in checkpoint.tensors
+        if key.state == WEIGHT
+    }
