@@ -1,0 +1,138 @@
+"""How fast a large table is converted, next to `cp` of the same bytes, and in how much memory.
+
+Each conversion and each copy ends with the bytes on the disk (`sync`), and they take turns. The
+memory is the peak of the process above what it has after its imports and a conversion of a small
+checkpoint.
+
+    python benchmarks/convert.py                # 262144 x 4096 in bf16, 2 GiB
+    python benchmarks/convert.py --rows 524288 --rounds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from tp_embed.checkpoint import Request, convert
+
+NAME = "model.embed_tokens.weight"
+
+# What is converted, by a label: from which source, and how.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "hf -> hf": ("hf", {"to": "hf"}),
+    "hf -> tp-embed, vocab, TP 4": ("hf", {"to": "tp-embed", "tp_size": 4, "dim": "vocab"}),
+    "hf -> tp-embed, embed, TP 4": ("hf", {"to": "tp-embed", "tp_size": 4, "dim": "embed"}),
+    "tp-embed, TP 2 -> 4, vocab": ("vocab", {"to": "tp-embed", "tp_size": 4}),
+    "tp-embed, TP 2 -> 4, vocab -> embed": (
+        "vocab",
+        {"to": "tp-embed", "tp_size": 4, "dim": "embed"},
+    ),
+    "tp-embed, TP 2 -> hf, embed": ("embed", {"to": "hf"}),
+    "hf -> pt": ("hf", {"to": "pt"}),
+    "hf -> dcp": ("hf", {"to": "dcp"}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=262_144)
+    parser.add_argument("--columns", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--directory", type=Path, default=Path.cwd())
+    args = parser.parse_args()
+    with TemporaryDirectory(dir=args.directory, prefix="convert-") as scratch:
+        root = Path(scratch)
+        sources = make_sources(root, args.rows, args.columns)
+        small = make_sources(root / "small", 64, 64)
+        nbytes = args.rows * args.columns * 2
+        print(f"{args.rows} x {args.columns} bf16, {nbytes / 2**30:.2f} GiB, {args.rounds} rounds")
+        print("| conversion | s, median | min | max | cp, s | ratio | MiB above the start |")
+        print("|---|---|---|---|---|---|---|")
+        for label, (source, request) in CASES.items():
+            ours, copies, memory = [], [], 0.0
+            for _ in range(args.rounds):
+                copies.append(copy_seconds(sources[source], root / "copy"))
+                seconds, grown = convert_seconds(
+                    small[source], sources[source], root / "out.pt", Request(**request)
+                )
+                ours.append(seconds)
+                memory = max(memory, grown)
+            median, copy = statistics.median(ours), statistics.median(copies)
+            print(
+                f"| {label} | {median:.2f} | {min(ours):.2f} | {max(ours):.2f} | {copy:.2f} "
+                f"| {median / copy:.2f} | {memory:.0f} |",
+                flush=True,
+            )
+
+
+def make_sources(root: Path, rows: int, columns: int) -> dict[str, Path]:
+    """The same table as one file, and cut over two ranks along either dimension."""
+    root.mkdir(exist_ok=True)
+    table = torch.empty(rows, columns, dtype=torch.bfloat16)
+    for part in table.split(16_384):
+        part.normal_()
+    torch.save({NAME: table}, root / "table.pt")
+    del table
+    sources = {"hf": root / "hf", "vocab": root / "vocab", "embed": root / "embed"}
+    convert(root / "table.pt", sources["hf"], Request(to="hf", max_shard_size=2**40))
+    (root / "table.pt").unlink()
+    for dim in ("vocab", "embed"):
+        convert(sources["hf"], sources[dim], Request(to="tp-embed", tp_size=2, dim=dim))
+    return sources
+
+
+def copy_seconds(source: Path, output: Path) -> float:
+    os.sync()
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", source, output], check=True)
+    subprocess.run(["sync"], check=True)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(output)
+    return seconds
+
+
+def convert_seconds(
+    small: Path, source: Path, output: Path, request: Request
+) -> tuple[float, float]:
+    """The seconds of a conversion, and by how many MiB its process has grown meanwhile."""
+    os.sync()
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=measure, args=(sender, small, source, output, request))
+    process.start()
+    sender.close()
+    seconds, grown = receiver.recv()
+    process.join()
+    shutil.rmtree(output) if output.is_dir() else output.unlink()
+    return seconds, grown
+
+
+def measure(sender: Connection, small: Path, source: Path, output: Path, request: Request) -> None:
+    torch.set_num_threads(1)
+    convert(small, output.with_name("small-out.pt"), request, overwrite=True)
+    Path("/proc/self/clear_refs").write_text("5")  # The peak begins anew.
+    before = peak()
+    start = time.perf_counter()
+    convert(source, output, request)
+    sender.send((time.perf_counter() - start, (peak() - before) / 1024))
+
+
+def peak() -> int:
+    """The largest resident set of this process so far, in KiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
+
+
+if __name__ == "__main__":
+    main()

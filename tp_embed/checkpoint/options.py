@@ -1,0 +1,144 @@
+"""The options of the commands, from the command line or through Hydra: plain values are checked and
+put into what the library takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from .convert import NanPolicy, Request
+from .cuts import DIMS, Dim, Rule
+from .errors import CheckpointError
+from .formats import FORMATS
+from .logical import ReadOptions, parse_dtype
+
+_UNITS = {unit: 1000**i for i, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
+_UNITS |= {unit: 1024**i for i, unit in enumerate(("", "KiB", "MiB", "GiB", "TiB"))}
+
+
+class UsageError(CheckpointError):
+    """An option has a value that it cannot have."""
+
+
+def read_options(
+    *,
+    tag: str | None = None,
+    rules: Sequence[str] = (),
+    vocab_size: int | None = None,
+    optimizer_names: str | None = None,
+    allow_unsafe_pickle: bool = False,
+) -> ReadOptions:
+    """How to read a checkpoint.
+
+    :param rules: as :meth:`Rule.parse` reads them, or ``@FILE`` for a file with one in each line.
+    :param optimizer_names: names with commas between them, or ``@FILE`` with one in each line.
+    :raises UsageError: an option has a value that it cannot have.
+    """
+    _check_least("--vocab-size", vocab_size)
+    with _usage("--rules"):
+        parsed = tuple(Rule.parse(line) for rule in rules for line in _items(rule))
+    with _usage("--optimizer-names"):
+        names = None if optimizer_names is None else tuple(_items(optimizer_names, separator=","))
+    return ReadOptions(
+        tag=tag,
+        rules=parsed,
+        vocab_size=vocab_size,
+        allow_unsafe_pickle=allow_unsafe_pickle,
+        optimizer_names=names,
+    )
+
+
+def build_request(
+    *,
+    to: str,
+    source_format: str | None = None,
+    tp: int | None = None,
+    dim: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    vocab_size: int | None = None,
+    hf_config: str | None = None,
+    zero_stage: int = 1,
+    dp: int = 1,
+    nan: str = "keep",
+    **reading: Any,
+) -> Request:
+    """What to convert to.
+
+    :param reading: as :func:`read_options` takes it.
+    :raises UsageError: an option has a value that it cannot have.
+    """
+    _check_choice("--to", to, FORMATS)
+    _check_choice("--from", source_format, [None, *FORMATS])
+    _check_choice("--dim", dim, [None, *DIMS])
+    _check_choice("--nan", nan, get_args(NanPolicy))
+    _check_choice("--zero-stage", zero_stage, range(4))
+    _check_least("--tp", tp)
+    _check_least("--dp", dp)
+    if hf_config is not None and not Path(hf_config).is_dir():
+        raise UsageError(f"`--hf-config` must be a directory, but is `{hf_config}`.")
+    with _usage("--dtype"):
+        parsed_dtype = None if dtype is None else parse_dtype(dtype)
+    return Request(
+        to=to,
+        tp_size=tp,
+        dim=cast("Dim | None", dim),
+        dtype=parsed_dtype,
+        vocab_size=vocab_size,
+        max_shard_size=parse_size(max_shard_size),
+        hf_config=None if hf_config is None else Path(hf_config),
+        zero_stage=zero_stage,
+        dp_size=dp,
+        nan=cast(NanPolicy, nan),
+        source_format=source_format,
+        read=read_options(vocab_size=vocab_size, **reading),
+    )
+
+
+def parse_size(text: str) -> int:
+    """The number of bytes that ``text`` says, as ``5GB``, ``1.5 GiB`` or ``1000000``.
+
+    :raises UsageError: it says none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+    factor = units.get(match[2].lower()) if match else None
+    nbytes = int(float(match[1]) * factor) if match and factor else 0
+    if nbytes < 1:
+        raise UsageError(
+            "A size must be a number of bytes greater than 0, as `5GB`, `500MiB` or `1000000`, but "
+            f"is `{text}`."
+        )
+    return nbytes
+
+
+def _items(text: str, separator: str | None = None) -> list[str]:
+    """The items of ``@FILE``, one in each line, or those of ``text`` itself."""
+    if text.startswith("@"):
+        lines = Path(text[1:]).read_text().splitlines()
+        items = [line.partition("#")[0] for line in lines]
+    else:
+        items = text.split(separator) if separator else [text]
+    return [item.strip() for item in items if item.strip()]
+
+
+def _check_choice(option: str, value: object, choices: Iterable[object]) -> None:
+    if value not in (choices := list(choices)):
+        allowed = [choice for choice in choices if choice is not None]
+        raise UsageError(f"`{option}` must be one of {allowed}, but is `{value}`.")
+
+
+def _check_least(option: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UsageError(f"`{option}` must be greater than or equal to 1, but is {value}.")
+
+
+@contextmanager
+def _usage(option: str) -> Iterator[None]:
+    try:
+        yield
+    except (CheckpointError, OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"`{option}` cannot be used: {e}") from e
