@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .arrays import CHUNK_BYTES, Array, boxes, same_bits
 from .errors import MismatchError
+from .hashes import checked
 from .logical import MASTER, WEIGHT, Checkpoint, Key
 
 
@@ -51,19 +52,20 @@ def differences(
         _comparable(checkpoint, other, weights_only)
         for checkpoint, other in ((first, second), (second, first))
     ]
-    for key in dict.fromkeys([*arrays[0], *arrays[1]]):
-        one, other = (each.get(key) for each in arrays)
-        if one is None or other is None:
-            missing = (first if one is None else second).path
-            yield Difference(key, f"is missing in `{missing}`")
-        elif one.shape != other.shape:
-            yield Difference(key, f"has the shapes {one.shape} and {other.shape}")
-        elif exact and one.dtype != other.dtype:
-            yield Difference(key, f"has the dtypes {one.dtype} and {other.dtype}")
-        else:
-            same, largest = _compare(one, other, exact, rtol or 0.0, atol or 0.0, progress)
-            if not same:
-                yield Difference(key, f"differs by up to {largest:.4g}", largest)
+    with checked({**first.hashes, **second.hashes}):
+        for key in dict.fromkeys([*arrays[0], *arrays[1]]):
+            one, other = (each.get(key) for each in arrays)
+            if one is None or other is None:
+                missing = (first if one is None else second).path
+                yield Difference(key, f"is missing in `{missing}`")
+            elif one.shape != other.shape:
+                yield Difference(key, f"has the shapes {one.shape} and {other.shape}")
+            elif exact and one.dtype != other.dtype:
+                yield Difference(key, f"has the dtypes {one.dtype} and {other.dtype}")
+            else:
+                same, largest = _compare(one, other, exact, rtol or 0.0, atol or 0.0, progress)
+                if not same:
+                    yield Difference(key, f"differs by up to {largest:.4g}", largest)
 
 
 def check_same(

@@ -61,6 +61,8 @@ class Checkpoint:
         learning-rate schedule: plain Python values, by the names of DeepSpeed where it has one.
     :param notes: what a user should know of what was read.
     :param files: what it was read from.
+    :param hashes: the SHA-256 that files of it must have, if it says so. They have not been
+        compared: see :func:`~tp_embed.checkpoint.hashes.checked`.
     """
 
     format: str
@@ -75,6 +77,7 @@ class Checkpoint:
     extra: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+    hashes: Mapping[Path, str] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:

@@ -33,6 +33,7 @@ class Stage:
     def __init__(self, directory: Path, name: str) -> None:
         self.path = directory / name
         self._journal = directory / "journal"
+        self._files: list[Path] = []
         self._pending: list[str] = []
         self._pending_bytes = 0
         self._done: set[str] = set()
@@ -52,23 +53,30 @@ class Stage:
             self.flush()
 
     def flush(self) -> None:
-        sync(self.path)
-        with self._journal.open("a") as file:
-            file.writelines(f"{json.dumps(item)}\n" for item in self._pending)
-            file.flush()
-            os.fsync(file.fileno())
+        """Writes all that was noted through to the disk, and the notes after it."""
+        for file in self._files:
+            _sync_one(file)
+        with self._journal.open("a") as journal:
+            journal.writelines(f"{json.dumps(item)}\n" for item in self._pending)
+            journal.flush()
+            os.fsync(journal.fileno())
         self._pending, self._pending_bytes = [], 0
 
-    def check_space(self) -> None:
-        """:raises CheckpointError: the files that were laid out will not fit on the disk."""
-        files = [file.stat() for file in files_of(self.path)]
-        needed = sum(max(0, file.st_size - 512 * file.st_blocks) for file in files)
+    def laid_out(self) -> None:
+        """All files are there from now on, with space for what they will hold.
+
+        :raises CheckpointError: they will not fit on the disk.
+        """
+        self._files = files_of(self.path)
+        sizes = [file.stat() for file in self._files]
+        needed = sum(max(0, size.st_size - 512 * size.st_blocks) for size in sizes)
         free = shutil.disk_usage(self.path.parent).free
         if needed > free:
             raise CheckpointError(
                 f"The file system of `{self.path.parent.parent}` must have {needed} bytes free for "
                 f"the output, but has {free}. Free some, or choose another place."
             )
+        sync(self.path)
 
 
 @contextmanager

@@ -4,12 +4,14 @@ laid out without having tensors."""
 from __future__ import annotations
 
 import io
+import pickle
 import struct
 import zipfile
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO, cast
 
 import torch
@@ -112,13 +114,14 @@ def lay_out(path: Path, root: Any, stand_ins: Mapping[str, type] | None = None) 
     fill, and other tensors with their values. If the file is there already it is kept, since then
     it has been laid out before.
 
-    :param stand_ins: as for :class:`TorchFile`, if there are instances of other classes.
+    :param stand_ins: classes of which there are instances, by the full names to write for them.
     :returns: the file. The arrays of its tensors can be written to.
     """
     if not path.exists():
         temporary = path.with_name(f".{path.name}.layout")
+        pickler = _pickler(stand_ins or {})
         with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save(root, temporary)
+            torch.save(root, temporary, pickle_module=pickler)
         file = TorchFile(temporary, stand_ins=stand_ins)
         for tensor, saved in _pairs(root, file.root):
             if type(tensor) is Tensor:
@@ -126,6 +129,29 @@ def lay_out(path: Path, root: Any, stand_ins: Mapping[str, type] | None = None) 
                 array.write((0,) * tensor.dim(), tensor.detach())
         temporary.replace(path)
     return TorchFile(path, stand_ins=stand_ins)
+
+
+def _pickler(stand_ins: Mapping[str, type]) -> Any:
+    """A module as ``pickle`` that writes classes by the names that they stand in for. The pickler
+    in C would import these."""
+    if not stand_ins:
+        return pickle
+    names = {cls: name for name, cls in stand_ins.items()}
+
+    class Pickler(pickle._Pickler):
+        # These are not in the stubs of `pickle`.
+        write: Callable[[bytes], None]
+        memoize: Callable[[Any], None]
+
+        def save_global(self, obj: Any, name: str | None = None) -> None:
+            if isinstance(obj, type) and obj in names:
+                module, _, own = names[obj].rpartition(".")
+                self.write(pickle.GLOBAL + f"{module}\n{own}\n".encode())
+                self.memoize(obj)
+            else:
+                super().save_global(obj, name)  # type: ignore[misc]
+
+    return SimpleNamespace(__name__="pickle", Pickler=Pickler)
 
 
 @contextmanager

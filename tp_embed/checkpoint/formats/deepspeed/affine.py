@@ -1,0 +1,182 @@
+"""How a Parameter is cut, by an entry of DeepSpeed's affine maps.
+
+An entry has the shapes of the whole and of each rank's shard, and pieces: boxes of both, by an
+offset and strides as of :func:`torch.as_strided`. See ``deepspeed/checkpoint/affine.py`` and
+``affine_ir_spec.md`` beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ...arrays import Array, Copies, Index, Joined, Tile, contiguous_strides
+from ...cuts import Cut
+from ...errors import CheckpointError
+from .files import optional
+
+VERSION = 1  # of the maps, the newest that is known
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The box of ``shape`` at ``source`` in the whole is at ``dest`` in the shard of ``rank``."""
+
+    rank: int
+    shape: Index
+    source: Index
+    dest: Index
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """An entry, of boxes of the whole."""
+
+    name: str
+    shape: Index
+    shards: tuple[Index, ...]
+    pieces: tuple[Piece, ...]
+
+    @staticmethod
+    def parse(name: str, entry: Any, tp_size: int, path: Path) -> AffineMap:
+        """:raises CheckpointError: it is no entry, or one for another number of ranks, or of what
+        is no box, or of values that are scaled, which DeepSpeed 0.19 does not write.
+        """
+        try:
+            shape = _index(entry["logical_shape"])
+            ranks = {int(rank): value for rank, value in entry["ranks"].items()}
+            shards = tuple(_index(ranks[rank]["shard_shape"]) for rank in range(len(ranks)))
+            pieces = tuple(
+                _piece(rank, piece, shape, shards[rank])
+                for rank in range(len(ranks))
+                for piece in ranks[rank]["pieces"]
+            )
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+            raise CheckpointError(
+                f"The map of `{name}` in `{path}` must say by pieces how it is cut, each a box "
+                f"without a scale, but does not: {type(e).__name__}: {e}. Say how it is cut with "
+                "`--rules`, or copy the file again."
+            ) from e
+        if len(shards) != tp_size:
+            raise CheckpointError(
+                f"The map of `{name}` in `{path}` must be for {tp_size} tensor-parallel ranks, of "
+                f"which there are files, but is for {len(shards)}."
+            )
+        return AffineMap(name, shape, shards, pieces)
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every rank has all of it."""
+        whole = [piece for piece in self.pieces if piece.shape == self.shape]
+        return len(whole) == len(self.pieces) == len(self.shards)
+
+    def cut(self) -> Cut | None:
+        """The same as a cut along one dimension; ``None`` if it is none: some of it, or all, is on
+        several ranks, or it is cut along several dimensions."""
+        held = [piece for piece in self.pieces if prod(piece.shape)]
+        cut_dims = {
+            dim
+            for shape in (*self.shards, *(piece.shape for piece in self.pieces))
+            for dim, (size, whole) in enumerate(zip(shape, self.shape, strict=True))
+            if size != whole
+        }
+        if len(cut_dims) != 1 or sum(prod(piece.shape) for piece in held) != prod(self.shape):
+            return None
+        dim = cut_dims.pop()
+        by_rank = [
+            tuple(
+                range(piece.source[dim], piece.source[dim] + piece.shape[dim])
+                for piece in sorted(self.pieces, key=lambda piece: piece.dest[dim])
+                if piece.rank == rank
+            )
+            for rank in range(len(self.shards))
+        ]
+        count = max(map(len, by_rank))
+        return Cut(dim, tuple((*own, *(range(0),) * (count - len(own))) for own in by_rank))
+
+    def join(self, what: str, shards: Sequence[Array]) -> Array:
+        """The whole, from the shards of all ranks.
+
+        :raises CheckpointError: a shard has another shape; a box is missing, or there several times
+            and, when it is read, not the same.
+        """
+        for rank, (shard, expected) in enumerate(zip(shards, self.shards, strict=True)):
+            if shard.shape != expected:
+                raise CheckpointError(
+                    f"The shard of `{what}` of rank {rank} must have the shape {expected}, by the "
+                    f"map of the checkpoint, but has {shard.shape}."
+                )
+        found: dict[tuple[Index, Index], list[Tile]] = {}
+        for piece in self.pieces:
+            tile = Tile(piece.source, shards[piece.rank], piece.dest, piece.shape)
+            found.setdefault((piece.source, piece.shape), []).append(tile)
+        return Joined(
+            self.shape,
+            shards[0].dtype,
+            [tiles[0] if len(tiles) == 1 else _copies(what, tiles) for tiles in found.values()],
+        )
+
+
+def find_maps(info: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The entries of a checkpoint, by patterns of names.
+
+    :raises CheckpointError: they are of a newer version.
+    """
+    maps = optional(info.get("affine_map"), dict, "`affine_map`", path)
+    version = maps.get("version", VERSION)
+    params = optional(maps.get("params"), dict, "The maps", path)
+    if not isinstance(version, int) or version > VERSION:
+        raise CheckpointError(
+            f"The `affine_map` in `{path}` must have version {VERSION}, but is "
+            f"{str(maps)[:100]}. It was written by a newer DeepSpeed: say how Parameters are cut "
+            "with `--rules`."
+        )
+    return params
+
+
+def _copies(what: str, tiles: Sequence[Tile]) -> Tile:
+    """A box that several ranks have."""
+    origin = (0,) * len(tiles[0].shape)
+    parts = [
+        Joined(tile.shape, tile.array.dtype, [Tile(origin, tile.array, tile.source, tile.shape)])
+        for tile in tiles
+    ]
+    return Tile.whole(tiles[0].start, Copies(what, parts))
+
+
+def _piece(rank: int, entry: Any, whole: Index, shard: Index) -> Piece:
+    if entry.get("scale", 1.0) != 1.0:
+        raise ValueError(f"a piece has the scale {entry['scale']}")
+    shape = _index(entry["shape"])
+    source, dest = (
+        _place(entry[key], shape, of) for key, of in (("source", whole), ("dest", shard))
+    )
+    return Piece(rank, shape, source, dest)
+
+
+def _place(view: Any, box: Index, of: Index) -> Index:
+    """The first index of a box in a tensor of shape ``of``."""
+    offset, strides = view
+    (offset,) = _index([offset])
+    expected = contiguous_strides(of)
+    if len(box) != len(of) or any(
+        size > 1 and stride != own
+        for size, stride, own in zip(box, _index(strides), expected, strict=True)
+    ):
+        raise ValueError(f"a piece of shape {box} and strides {strides} is no box of {of}")
+    index = []
+    for stride in expected:
+        index.append(offset // stride if prod(of) else 0)
+        offset -= index[-1] * stride
+    if prod(box) and any(i + n > size for i, n, size in zip(index, box, of, strict=True)):
+        raise ValueError(f"a piece of shape {box} at {tuple(index)} is not within {of}")
+    return tuple(index)
+
+
+def _index(values: Any) -> Index:
+    if not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f"sizes must be integers from 0 on, but are {str(values)[:100]}")
+    return tuple(values)

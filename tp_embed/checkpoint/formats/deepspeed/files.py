@@ -1,0 +1,303 @@
+"""The files of one tag: which there are, and what they hold, checked but for the tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ...arrays import Array, Index
+from ...errors import CheckpointError, UnsafeCheckpointError
+from ...logical import ReadOptions
+from ...torch_file import TorchFile
+
+T = TypeVar("T")
+
+_MODEL = re.compile(r"(?:zero_pp_rank_(\d{1,9})_)?mp_rank_(\d{1,9})_model_states\.pt")
+_OPTIMIZER = re.compile(
+    r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,9})_mp_rank_(\d{1,9})_optim_states\.pt"
+)
+
+
+class _Record:
+    """Has the attributes of an instance, and no code."""
+
+
+# The classes that DeepSpeed's own files need. They are not imported: what is read is a `_Record`.
+# Nothing else is allowed but tensors and plain values, which `torch.load(weights_only=True)` knows.
+STAND_INS: Mapping[str, type] = {
+    "deepspeed.utils.tensor_fragment.fragment_address": _Record,  # `numel` and `start`
+    "deepspeed.runtime.zero.config.ZeroStageEnum": int,
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler": _Record,
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": _Record,
+    "deepspeed.checkpoint.universal_checkpoint.SubparamShape": _Record,
+}
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A file ``*_model_states.pt``.
+
+    :param module: tensors by name; at ZeRO 3 those of Parameters are empty.
+    :param shapes: the shapes of the rank's shards, by name, for each group of Parameters that the
+        optimizer has flattened; ``None`` at ZeRO 0.
+    :param frozen_shapes: the same of Parameters that it does not hold, from ZeRO 2 on.
+    """
+
+    file: TorchFile
+    state: Mapping[str, Any]
+    module: Mapping[str, Tensor]
+    buffers: frozenset[str]
+    shapes: list[dict[str, Index]] | None
+    frozen_shapes: dict[str, Index]
+
+    @property
+    def is_zero3(self) -> bool:
+        """Whether the weights are elsewhere."""
+        return self.file.path.name.startswith("zero_pp_rank")
+
+    @cached_property
+    def trained(self) -> dict[str, Index]:
+        return {name: shape for group in self.shapes or () for name, shape in group.items()}
+
+    def shape(self, name: str) -> Index:
+        """The shape of the rank's shard of a Parameter.
+
+        :raises CheckpointError: the file does not have it.
+        """
+        for shapes in (self.trained, self.frozen_shapes):
+            if name in shapes:
+                return shapes[name]
+        if name not in self.module:
+            raise CheckpointError(
+                f"`{self.file.path}` must have `{name}`, as other ranks do, but does not. Its "
+                "files are of different models: copy the whole directory again."
+            )
+        return tuple(self.module[name].shape)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The files of a tag.
+
+    :param models: those of each tensor-parallel rank: one, or at ZeRO 3 one for each data-parallel
+        rank.
+    :param optimizers: for each tensor-parallel rank those of its data-parallel ranks; empty if
+        there are none.
+    """
+
+    directory: Path
+    models: list[list[ModelFile]]
+    optimizers: list[list[TorchFile]]
+
+    @property
+    def tp_size(self) -> int:
+        return len(self.models)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        models = [model.file.path for row in self.models for model in row]
+        return (*models, *(file.path for row in self.optimizers for file in row))
+
+
+def is_tag(directory: Path) -> bool:
+    """Whether there are files as in the directory of a tag."""
+    endings = ("_model_states.pt", "_optim_states.pt")
+    return any(path.name.endswith(endings) for path in directory.iterdir())
+
+
+def find_tag(path: Path, tag: str | None) -> Path:
+    """The directory of a tag of the checkpoint at ``path``, or ``path`` if it is one.
+
+    :raises CheckpointError: there is no such tag, or it is not said which.
+    :raises UnsafeCheckpointError: the file ``latest`` leads out of ``path``.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"`{path}` must be a directory of DeepSpeed, but is a file.")
+    latest = path / "latest"
+    if tag is None and is_tag(path):
+        return path
+    if tag is None and latest.is_file():
+        with latest.open("rb") as file:
+            tag = file.read(4096).decode(errors="replace").strip()
+        if Path(tag).is_absolute() or ".." in Path(tag).parts or "\0" in tag:
+            raise UnsafeCheckpointError(
+                f"`{latest}` must name a directory within `{path}`, but names `{tag}`."
+            )
+    found = sorted(d.name for d in path.iterdir() if d.is_dir() and is_tag(d))
+    if not tag or not (path / tag).is_dir():
+        named = f"there is no `{tag}`" if tag else "neither `--tag` nor a file `latest` says which"
+        raise CheckpointError(
+            f"`{path}` must have the checkpoint to read, but {named}. Its tags are {found}: choose "
+            "one with `--tag`."
+        )
+    return path / tag
+
+
+def open_tag(directory: Path, options: ReadOptions, names: Sequence[str] | None = None) -> Saved:
+    """Opens all files of a tag.
+
+    :param names: those files; if ``None``, all that are in ``directory``.
+    :raises CheckpointError: some are missing, damaged, of a pipeline or of experts, or of different
+        steps.
+    """
+    if names is None:
+        names = sorted(path.name for path in directory.iterdir() if path.is_file())
+    special = [name for name in names if name.startswith("layer_") or "exp" in name]
+    if special:
+        raise CheckpointError(
+            f"`{directory}` must be of a model without pipeline stages and experts, but has "
+            f"`{special[0]}`. Convert it with DeepSpeed's `ds_to_universal`."
+        )
+    model_paths = _grid(directory, names, _MODEL, "_model_states.pt")
+    if not model_paths:
+        raise CheckpointError(
+            f"`{directory}` must have a file `mp_rank_*_model_states.pt` for each tensor-parallel "
+            "rank, but has none. Give the directory of a tag, or the one around it."
+        )
+    optimizer_paths = _grid(directory, names, _OPTIMIZER, "_optim_states.pt")
+    if optimizer_paths and len(optimizer_paths) != len(model_paths):
+        raise CheckpointError(
+            f"`{directory}` must have files of the optimizer for {len(model_paths)} "
+            f"tensor-parallel ranks, but has them for {len(optimizer_paths)}. Copy all of them."
+        )
+    models = [[_model_file(_open(path, options)) for path in row] for row in model_paths]
+    optimizers = [[_open(path, options) for path in row] for row in optimizer_paths]
+    saved = Saved(directory, models, optimizers)
+    _check_alike(saved)
+    return saved
+
+
+def expect(value: Any, kind: type[T], what: str, path: Path) -> T:
+    """``value``, if it is of ``kind``.
+
+    :raises CheckpointError: it is of another.
+    """
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise CheckpointError(
+            f"{what} in `{path}` must be of type {kind.__name__}, but is of type "
+            f"{type(value).__name__}. The file is damaged, or not of DeepSpeed."
+        )
+    return value
+
+
+def optional(value: Any, kind: type[T], what: str, path: Path) -> T:
+    """As :func:`expect`, and an empty one for ``None``."""
+    return kind() if value is None else expect(value, kind, what, path)
+
+
+def array_of(file: TorchFile, tensor: Any, what: str) -> Array:
+    """Where a tensor of a file is.
+
+    :raises CheckpointError: it is none, or not one with strides.
+    """
+    if expect(tensor, Tensor, what, file.path).layout != torch.strided:
+        raise CheckpointError(f"{what} in `{file.path}` must be dense, but is {tensor.layout}.")
+    return file.array(tensor)
+
+
+def _open(path: Path, options: ReadOptions) -> TorchFile:
+    file = TorchFile(path, stand_ins=STAND_INS, allow_unsafe=options.allow_unsafe_pickle)
+    expect(file.root, dict, "The content", path)
+    return file
+
+
+def _grid(
+    directory: Path, names: Sequence[str], pattern: re.Pattern[str], suffix: str
+) -> list[list[Path]]:
+    """The files of each tensor-parallel rank, and of each data-parallel rank of it."""
+    grid: dict[tuple[int, int], Path] = {}
+    for name in names:
+        if not name.endswith(suffix):
+            continue
+        match = pattern.fullmatch(name)
+        if match is None:
+            raise CheckpointError(
+                f"`{directory}` must have files of tensor- and data-parallel ranks, but "
+                f"`{name}` is of something else."
+            )
+        rank = int(match[2]), int(match[1] or 0)
+        if rank in grid:
+            raise CheckpointError(
+                f"`{directory}` must have one file `*{suffix}` for a rank, but has "
+                f"`{grid[rank].name}` and `{name}`. Remove what an older run has left."
+            )
+        grid[rank] = directory / name
+    if not grid:
+        return []
+    tp_size, dp_size = (max(ranks) + 1 for ranks in zip(*grid, strict=True))
+    if len(grid) != tp_size * dp_size:
+        ranks = ((tp, dp) for tp in range(tp_size) for dp in range(dp_size))
+        missing = next(rank for rank in ranks if rank not in grid)
+        raise CheckpointError(
+            f"`{directory}` must have a file `*{suffix}` for each of {tp_size} tensor-parallel x "
+            f"{dp_size} data-parallel ranks, but that of tensor-parallel rank {missing[0]} and "
+            f"data-parallel rank {missing[1]} is missing. Copy all of them."
+        )
+    return [[grid[tp, dp] for dp in range(dp_size)] for tp in range(tp_size)]
+
+
+def _model_file(file: TorchFile) -> ModelFile:
+    state, path = file.root, file.path
+    module = expect(state.get("module"), dict, "The model, `module`,", path)
+    names = optional(state.get("buffer_names"), list, "`buffer_names`", path)
+    groups = state.get("param_shapes")
+    shapes = None
+    if groups is not None:
+        shapes = [_shapes(group, path) for group in expect(groups, list, "`param_shapes`", path)]
+        count = sum(len(group) for group in shapes)
+        if len({name for group in shapes for name in group}) != count:
+            raise CheckpointError(f"`param_shapes` in `{path}` must not have a name twice.")
+    frozen = state.get("frozen_param_shapes")
+    return ModelFile(
+        file=file,
+        state=state,
+        module={
+            expect(name, str, "The name of a Parameter", path): value
+            for name, value in module.items()
+            if isinstance(value, Tensor)
+        },
+        buffers=frozenset(expect(name, str, "A name of a buffer", path) for name in names),
+        shapes=shapes,
+        frozen_shapes={} if frozen is None else _shapes(frozen, path),
+    )
+
+
+def _shapes(value: Any, path: Path) -> dict[str, Index]:
+    shapes = {}
+    for name, shape in expect(value, dict, "The shapes of Parameters", path).items():
+        sizes = tuple(expect(shape, tuple, f"The shape of `{name}`", path))
+        if not all(type(size) is int and size >= 0 for size in sizes):
+            raise CheckpointError(f"The shape of `{name}` in `{path}` must be sizes: {sizes}.")
+        shapes[expect(name, str, "The name of a Parameter", path)] = sizes
+    return shapes
+
+
+def _check_alike(saved: Saved) -> None:
+    """That all files are of one moment, and of all ranks."""
+    first = saved.models[0][0]
+    for model in (model for row in saved.models for model in row):
+        steps = [each.state.get("global_steps") for each in (first, model)]
+        if not all(isinstance(step, (int, type(None))) for step in steps) or steps[0] != steps[1]:
+            raise CheckpointError(
+                f"The files of `{saved.directory}` must be of one step, but `global_steps` is "
+                f"{steps[0]} in `{first.file.path.name}` and {steps[1]} in "
+                f"`{model.file.path.name}`. Copy all files of one checkpoint."
+            )
+        if (model.shapes is None) != (first.shapes is None):
+            raise CheckpointError(
+                f"The files of `{saved.directory}` must be of one ZeRO stage, but "
+                f"`{first.file.path.name}` and `{model.file.path.name}` are of different ones."
+            )
+    size = first.state.get("mp_world_size")
+    if isinstance(size, int) and size > saved.tp_size:
+        raise CheckpointError(
+            f"`{saved.directory}` must have model files of {size} tensor-parallel ranks, by its "
+            f"`mp_world_size`, but has those of {saved.tp_size}. Copy all of them."
+        )

@@ -1,0 +1,258 @@
+"""The shards of a tensor-parallel rank, from the flat tensors of its data-parallel ranks.
+
+ZeRO 1 and 2 (``stage_1_and_2.py`` and ``bf16_optimizer.py`` of DeepSpeed) save for each param group
+a partition of one flat tensor, and where the Parameters are in it. ZeRO 3 (``stage3.py``) saves for
+each sub-group the parts of its Parameters, one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...arrays import Array, Index, Joined, Tile, View
+from ...errors import CheckpointError
+from ...logical import MASTER, Key
+from ...torch_file import TorchFile
+from .files import ModelFile, array_of, expect
+from .partitions import Fragment, cut_shards
+
+
+@dataclass
+class Optimizers:
+    """What the optimizers of a tensor-parallel rank have.
+
+    :param shards: of this rank, by Parameter and state.
+    :param groups: the param groups of torch's optimizer, with the names of their Parameters.
+    :param scalars: what is kept of the loss scaler and the like.
+    """
+
+    shards: dict[Key, Array] = field(default_factory=dict)
+    steps: dict[str, float] = field(default_factory=dict)
+    groups: list[tuple[Mapping[str, Any], list[str]]] = field(default_factory=list)
+    scalars: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """The flat tensors that a rank has of a group, by state, and its number of steps."""
+
+    arrays: Mapping[str, Array]
+    step: float | None
+
+
+def read_optimizers(model: ModelFile, files: Sequence[TorchFile]) -> Optimizers:
+    """What the files of the data-parallel ranks of a tensor-parallel rank hold.
+
+    :raises CheckpointError: they are not those of all ranks, or of one step, or do not go together.
+    """
+    states = [
+        expect(file.root.get("optimizer_state_dict"), dict, "`optimizer_state_dict`", file.path)
+        for file in files
+    ]
+    first, path = states[0], files[0].path
+    is_zero3 = "fp32_flat_groups" in first
+    for state, file in zip(states, files, strict=True):
+        _check_count(state, len(files), file.path)
+        if ("fp32_flat_groups" in state) != is_zero3:
+            raise CheckpointError(
+                f"`{file.path}` and `{path}` must be of one ZeRO stage, but are not."
+            )
+    shapes = model.shapes or []
+    flats = [
+        _flats(file, state, is_zero3, len(shapes))
+        for file, state in zip(files, states, strict=True)
+    ]
+    if is_zero3:
+        fragments = [_parts(group, len(files)) for group in shapes]
+    else:
+        mappings = [
+            _mappings(state, len(shapes), file.path)
+            for state, file in zip(states, files, strict=True)
+        ]
+        fragments = [
+            _mapped(group, [mapping[index] for mapping in mappings], path)
+            for index, group in enumerate(shapes)
+        ]
+    found = Optimizers()
+    for index, group in enumerate(shapes):
+        own = [flat[index] for flat in flats]
+        step = _check_same_states(own, files)
+        for name, shape in group.items():
+            for kind in own[0].arrays:
+                arrays = [flat.arrays[kind] for flat in own]
+                key = Key(name, kind)
+                found.shards[key] = _shard(str(key), arrays, fragments[index][name], shape)
+            if step is not None:
+                found.steps[name] = step
+    found.groups = list(_groups(_base(first, is_zero3, path), shapes, is_zero3, path))
+    found.scalars = {
+        key: first[key]
+        for key in ("dynamic_loss_scale", "overflow", "clip_grad")
+        if isinstance(first.get(key), (bool, int, float))
+    }
+    return found
+
+
+def _check_count(state: Mapping[str, Any], dp_size: int, path: Path) -> None:
+    count = state.get("partition_count")
+    counts = count if isinstance(count, list) else [count]
+    if any(isinstance(each, int) and each != dp_size for each in counts):
+        raise CheckpointError(
+            f"`{path}` must be that of one of {counts[0]} data-parallel ranks, by its "
+            f"`partition_count`, but there are files of {dp_size}. Copy all files of one "
+            "checkpoint, and no others."
+        )
+
+
+def _base(state: Mapping[str, Any], is_zero3: bool, path: Path) -> Mapping[str, Any]:
+    """The state dict of torch's optimizer."""
+    base = state.get("optimizer_state_dict" if is_zero3 else "base_optimizer_state")
+    if isinstance(base, list):
+        raise CheckpointError(
+            f"`{path}` must hold the state dict of an optimizer, but is an elastic checkpoint, "
+            "which lacks param groups. Save it with `elastic_checkpoint` off."
+        )
+    return expect(base, dict, "The state of the optimizer", path)
+
+
+def _flats(file: TorchFile, state: Mapping[str, Any], is_zero3: bool, count: int) -> list[_Flat]:
+    path = file.path
+    key = "fp32_flat_groups" if is_zero3 else "single_partition_of_fp32_groups"
+    masters = expect(state.get(key), list, f"`{key}`", path)
+    if len(masters) != count:
+        raise CheckpointError(
+            f"`{path}` must have {count} flat tensors, by the model's file, but has {len(masters)}."
+            " They are of different checkpoints: copy all files of one."
+        )
+    saved = expect(_base(state, is_zero3, path).get("state"), dict, "The optimizer's state", path)
+    flats = []
+    for index, master in enumerate(masters):
+        arrays, step = {MASTER: _flat(file, master, MASTER)}, None
+        for name, value in expect(saved.get(index, {}), dict, "A state", path).items():
+            if name == "step":
+                step = number(file, value)
+            elif isinstance(value, Tensor) and value.dim():
+                arrays[expect(name, str, "The name of a state", path)] = _flat(file, value, name)
+        flats.append(_Flat(arrays, step))
+    return flats
+
+
+def _flat(file: TorchFile, tensor: Any, what: str) -> Array:
+    array = array_of(file, tensor, f"A flat tensor `{what}`")
+    if len(array.shape) != 1:
+        raise CheckpointError(
+            f"A flat tensor `{what}` in `{file.path}` must have one dimension, but is of "
+            f"{array.shape}. States that are not of single elements cannot be converted."
+        )
+    return array
+
+
+def number(file: TorchFile, value: Any) -> float:
+    """A number of steps, as optimizers save it."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = file.value(value).item()
+    if isinstance(value, (int, float)):
+        return float(value)
+    raise CheckpointError(f"A `step` in `{file.path}` must be a number: {str(value)[:80]}.")
+
+
+def _check_same_states(flats: Sequence[_Flat], files: Sequence[TorchFile]) -> float | None:
+    """The number of steps of a group, the same on all ranks."""
+    for flat, file in zip(flats, files, strict=True):
+        if flat.step != flats[0].step or flat.arrays.keys() != flats[0].arrays.keys():
+            raise CheckpointError(
+                f"`{file.path}` and `{files[0].path}` must be of one step, but are of "
+                f"{flat.step} with {sorted(flat.arrays)} and of {flats[0].step} with "
+                f"{sorted(flats[0].arrays)}. Copy all files of one checkpoint."
+            )
+    return flats[0].step
+
+
+def _mappings(state: Mapping[str, Any], count: int, path: Path) -> list[dict[str, Any]]:
+    mappings = expect(state.get("param_slice_mappings"), list, "`param_slice_mappings`", path)
+    if len(mappings) != count:
+        raise CheckpointError(
+            f"`param_slice_mappings` in `{path}` must be for {count} groups, by the model's file, "
+            f"but is for {len(mappings)}. Copy all files of one checkpoint."
+        )
+    return [expect(mapping, dict, "A slice mapping", path) for mapping in mappings]
+
+
+def _mapped(
+    shapes: Mapping[str, Index], mappings: Sequence[Mapping[str, Any]], path: Path
+) -> dict[str, Sequence[Fragment]]:
+    """Where Parameters are by ZeRO 1 and 2."""
+    found: dict[str, list[Fragment]] = {name: [] for name in shapes}
+    for rank, mapping in enumerate(mappings):
+        for name, address in mapping.items():
+            start, size = (getattr(address, key, None) for key in ("start", "numel"))
+            if name not in found or type(start) is not int or type(size) is not int or size < 0:
+                raise CheckpointError(
+                    f"The slice mapping of data-parallel rank {rank} beside `{path}` must say "
+                    f"where Parameters of the model are, but has `{str(name)[:80]}` at {start}, of "
+                    f"{size} elements. Copy all files of one checkpoint."
+                )
+            found[name].append(Fragment(rank, start, size))
+    return dict(found)
+
+
+def _parts(shapes: Mapping[str, Index], dp_size: int) -> dict[str, Sequence[Fragment]]:
+    """Where Parameters are by ZeRO 3."""
+    sizes = {name: prod(shape) for name, shape in shapes.items()}
+    flats = cut_shards([sizes], dp_size, sub_group_size=1 + sum(sizes.values()) + len(sizes))
+    return {name: own for flat in flats for name, own in flat.fragments.items()}
+
+
+def join_parts(what: str, parts: Sequence[Array], shape: Index) -> Array:
+    """A shard that ZeRO 3 has cut into equal parts, one for each data-parallel rank.
+
+    :raises CheckpointError: the parts are not those of this shape.
+    """
+    flat = [View(part, (part.numel,)) for part in parts if part.shape == (part.numel,)]
+    if len(flat) != len(parts):
+        raise CheckpointError(f"The parts of `{what}` must have one dimension: {list(parts)}.")
+    return _shard(what, flat, _parts({what: shape}, len(parts))[what], shape)
+
+
+def _shard(
+    what: str, arrays: Sequence[Array], fragments: Sequence[Fragment], shape: Index
+) -> Array:
+    size = sum(fragment.size for fragment in fragments)
+    if size != prod(shape):
+        raise CheckpointError(
+            f"The fragments of `{what}` must have {prod(shape)} elements, for its shape {shape}, "
+            f"but have {size}. Copy all files of one checkpoint."
+        )
+    if len(fragments) == 1:
+        return View(arrays[fragments[0].dp_rank], shape, offset=fragments[0].start)
+    tiles, end = [], 0
+    for rank, start, count in fragments:
+        tiles.append(Tile((end,), arrays[rank], (start,), (count,)))
+        end += count
+    return View(Joined((size,), arrays[0].dtype, tiles), shape)
+
+
+def _groups(
+    base: Mapping[str, Any], shapes: Sequence[Mapping[str, Index]], is_zero3: bool, path: Path
+) -> Iterator[tuple[Mapping[str, Any], list[str]]]:
+    """The param groups of torch's optimizer, with the names of what is in them: at ZeRO 3 that of
+    its sub-groups, else that of one flat tensor."""
+    groups = expect(base.get("param_groups"), list, "`param_groups`", path)
+    for index, group in enumerate(groups):
+        indices = expect(group, dict, "A param group", path).get("params") if is_zero3 else [index]
+        if not isinstance(indices, list) or not all(
+            type(i) is int and i in range(len(shapes)) for i in indices
+        ):
+            raise CheckpointError(
+                f"The param groups in `{path}` must be of {len(shapes)} flat tensors, by the "
+                f"model's file, but one is of {str(indices)[:80]}. Copy all files of one "
+                "checkpoint."
+            )
+        yield group, [name for i in indices for name in shapes[i]]

@@ -1,0 +1,241 @@
+"""How Parameters are cut, by the ``universal_checkpoint_info`` of a checkpoint.
+
+It has affine maps (AutoTP and this package write them), or lists of patterns of names, which
+Megatron-DeepSpeed writes, and DeepSpeed before it had the maps. What the lists mean is in
+``merge_tp_slices()`` of ``deepspeed/checkpoint/ds_to_universal.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...arrays import Array, Index, Joined, Tile
+from ...cuts import Cut, find_rule, join, whole_shape
+from ...errors import CheckpointError
+from ...logical import ReadOptions
+from .affine import AffineMap, find_maps
+from .files import expect, optional
+from .patterns import Patterns, of_name
+
+
+class Layout:
+    """How to join the shards of a checkpoint.
+
+    :param info: the ``universal_checkpoint_info``, or ``None``.
+    :param path: the file that it is from.
+    """
+
+    def __init__(self, info: Any, tp_size: int, options: ReadOptions, path: Path) -> None:
+        self._info = optional(info, dict, "`universal_checkpoint_info`", path)
+        self._tp_size = tp_size
+        self._options = options
+        self._path = path
+        self._maps = find_maps(self._info, path)
+        self._patterns: dict[str, Patterns] = {}
+        self._stacked = _stacked(self._info.get("parameter_with_sub_params"), path)
+        self.cuts: dict[str, Cut | None] = {}
+
+    def join(self, name: str, what: str, shards: Sequence[Array], is_buffer: bool) -> Array:
+        """The whole of what ranks hold of a Parameter, or of its state. Notes in :attr:`cuts` how
+        it is cut.
+
+        :raises CheckpointError: it is not known, or the shards are others.
+        """
+        given = self._options.cuts
+        if given is not None and name in given:
+            cut = given[name]
+            self.cuts[name] = cut
+            return join(what, cut if self._tp_size > 1 else None, shards)
+        if self._tp_size == 1:
+            return self._alone(name, shards[0], is_buffer)
+        found = None if is_buffer else self._by_map(name, what, shards)
+        if found is None and self._matches("tp_replicated_parameter_patterns", name):
+            found = self._cut(name, what, shards, None)
+        if found is None and self._info and not self._maps and not is_buffer:
+            found = self._by_patterns(name, what, shards)
+        return self._by_rule(name, what, shards, is_buffer) if found is None else found
+
+    def _by_map(self, name: str, what: str, shards: Sequence[Array]) -> Array | None:
+        key = "autotp_unsupported_parameter_patterns"
+        reason = optional(self._info.get(key), dict, f"`{key}`", self._path).get(of_name(name))
+        if reason is not None:
+            if find_rule(self._options.rules, name):
+                return None
+            raise CheckpointError(
+                f"`{name}` must be cut in a way that can be undone, but is not, says the "
+                f"checkpoint: {reason}. If it is known, say how it is cut with `--rules`."
+            )
+        entry = self._maps.get(of_name(name))
+        if entry is None:
+            return None
+        layout = AffineMap.parse(name, entry, self._tp_size, self._path)
+        if layout.is_replicated:
+            self.cuts[name] = None
+            return join(what, None, shards)
+        cut = layout.cut()
+        if cut is not None:
+            self.cuts[name] = cut
+        return layout.join(what, shards)
+
+    def _alone(self, name: str, whole: Array, is_buffer: bool) -> Array:
+        """That of a single rank. What it calls replicated may as well be cut, so it says nothing
+        of cuts, but its tables can be padded."""
+        if self._maps or is_buffer or not self._matches("vocabulary_parameter_patterns", name):
+            return whole
+        return self._without_padding(name, whole)
+
+    def _by_patterns(self, name: str, what: str, shards: Sequence[Array]) -> Array:
+        if self._matches("parameter_to_average_patterns", name):
+            self.cuts[name] = None
+            return Mean(what, shards)
+        cut = self._sub_params(name, what, shards)
+        if cut is None:
+            is_row = self._matches("parameter_with_row_parallelism_patterns", name)
+            sizes = [self._size(what, shard, int(is_row)) for shard in shards]
+            cut = _of_widths(int(is_row), [sizes])
+        whole = self._cut(name, what, shards, cut)
+        if self._matches("vocabulary_parameter_patterns", name):
+            whole = self._without_padding(name, whole)
+            self.cuts[name] = Cut.even(cut.dim, (whole.shape[cut.dim],), self._tp_size)
+        return whole
+
+    def _sub_params(self, name: str, what: str, shards: Sequence[Array]) -> Cut | None:
+        """The cut of what is stacked from several Parameters, each cut by itself."""
+        if self._matches("parameter_with_2_sub_params_cat_dim_0", name):
+            return _of_widths(0, [[self._size(what, s, 0, 2) // 2 for s in shards]] * 2)
+        for patterns, sizes, dim in self._stacked:
+            pattern = patterns.find(name)
+            if pattern is not None:
+                return _of_widths(dim, self._widths(name, what, shards, pattern, sizes, dim))
+        return None
+
+    def _widths(
+        self, name: str, what: str, shards: Sequence[Array], pattern: str, sizes: Any, dim: int
+    ) -> list[Sequence[int]]:
+        """Of each part of what is stacked, how many rows each rank has."""
+        key = "sub_param_shard_widths"
+        widths = optional(self._info.get(key), dict, f"`{key}`", self._path).get(pattern)
+        if widths is None:  # Before version 0.4; then all are cut evenly.
+            blocks = sizes[dim]
+            if type(blocks) is int:
+                total = sum(self._size(what, shard, dim, max(1, blocks)) for shard in shards)
+                blocks = (total // max(1, blocks),) * blocks
+            widths = [[block // len(shards)] * len(shards) for block in blocks]
+        if isinstance(widths, list) and all(
+            isinstance(own, (list, tuple))
+            and len(own) == len(shards)
+            and all(type(width) is int and width >= 0 for width in own)
+            for own in widths
+        ):
+            return list(widths)
+        raise CheckpointError(
+            f"`{name}` must have the widths of its parts on {len(shards)} ranks in "
+            f"`{self._path}`, but has {str(widths)[:100]}."
+        )
+
+    def _by_rule(self, name: str, what: str, shards: Sequence[Array], is_buffer: bool) -> Array:
+        rule = find_rule(self._options.rules, name)
+        if rule is not None:
+            if rule.dim is None:
+                return self._cut(name, what, shards, None)
+            shape = whole_shape(what, rule.dim, shards)
+            return self._cut(name, what, shards, rule.cut(name, shape, len(shards)))
+        if is_buffer:  # DeepSpeed cuts none. That they are the same is checked.
+            return self._cut(name, what, shards, None)
+        raise CheckpointError(
+            f"The checkpoint must say how `{name}` is cut over its {self._tp_size} tensor-parallel "
+            f"ranks, but the `universal_checkpoint_info` in `{self._path}` does not. AutoTP writes "
+            "it, and so does `shard_embeddings()`. Say it with `--rules`."
+        )
+
+    def _cut(self, name: str, what: str, shards: Sequence[Array], cut: Cut | None) -> Array:
+        self.cuts[name] = cut
+        return join(what, cut, shards)
+
+    def _without_padding(self, name: str, whole: Array) -> Array:
+        rows = self._info.get("original_vocab_size")
+        if type(rows) is not int or not 0 < rows <= whole.shape[0]:
+            raise CheckpointError(
+                f"`original_vocab_size` in `{self._path}` must be from 1 to {whole.shape[0]}, the "
+                f"rows of `{name}`, but is {rows}."
+            )
+        if rows == whole.shape[0]:
+            return whole
+        shape = (rows, *whole.shape[1:])
+        start = (0,) * len(shape)
+        return Joined(shape, whole.dtype, [Tile(start, whole, start, shape)])
+
+    def _size(self, what: str, shard: Array, dim: int, multiple_of: int = 1) -> int:
+        size = shard.shape[dim] if 0 <= dim < len(shard.shape) else -1
+        if size < 0 or multiple_of < 1 or size % multiple_of:
+            raise CheckpointError(
+                f"`{what}` must have a dimension {dim} of a multiple of {multiple_of}, by the "
+                f"patterns in `{self._path}`, but has the shape {shard.shape}. Say how it is cut "
+                "with `--rules`, and without the patterns."
+            )
+        return size
+
+    def _matches(self, key: str, name: str) -> bool:
+        if key not in self._patterns:
+            self._patterns[key] = Patterns(self._info.get(key), self._path)
+        return self._patterns[key].find(name) is not None
+
+
+class Mean(Array):
+    """The mean of the same array on several ranks, of what drifts apart in training.
+    It is read only."""
+
+    def __init__(self, what: str, arrays: Sequence[Array]) -> None:
+        if len({(array.shape, array.dtype) for array in arrays}) != 1:
+            raise CheckpointError(
+                f"`{what}` must have one shape and dtype on all ranks, but is {list(arrays)}."
+            )
+        super().__init__(arrays[0].shape, arrays[0].dtype)
+        self._arrays = arrays
+
+    def read(self, start: Index, out: Tensor) -> None:
+        self._arrays[0].read(start, out)
+        part = torch.empty(out.shape, dtype=out.dtype)
+        for array in self._arrays[1:]:
+            array.read(start, part)
+            out.add_(part)
+        out.div_(len(self._arrays))
+
+    def write(self, start: Index, values: Tensor) -> None:
+        raise NotImplementedError("A mean is read only.")
+
+
+def _of_widths(dim: int, widths: Sequence[Sequence[int]]) -> Cut:
+    """The cut of blocks, of each of which every rank has so many."""
+    flat = [width for block in widths for width in block]
+    starts = iter([0, *accumulate(flat)])
+    blocks = [
+        [range(start, start + width) for width in block for start in [next(starts)]]
+        for block in widths
+    ]
+    return Cut(dim, tuple(zip(*blocks, strict=True)))
+
+
+def _stacked(value: Any, path: Path) -> list[tuple[Patterns, Sequence[Any], int]]:
+    """Which Parameters are stacked from several: patterns, sizes, and along which dimension."""
+    found: list[tuple[Patterns, Sequence[Any], int]] = []
+    for entry in optional(value, list, "`parameter_with_sub_params`", path):
+        values = expect(getattr(entry, "__dict__", entry), dict, "A part of it", path)
+        sizes, dim = values.get("shape"), values.get("partition_dim")
+        if (
+            not isinstance(sizes, (list, tuple))
+            or type(dim) is not int
+            or dim not in range(len(sizes))
+        ):
+            raise CheckpointError(
+                f"`parameter_with_sub_params` in `{path}` must have a shape and a dimension of it, "
+                f"but has {str(values)[:100]}."
+            )
+        found.append((Patterns(values.get("patterns"), path), sizes, dim))
+    return found

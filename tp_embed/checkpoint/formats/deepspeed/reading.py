@@ -1,0 +1,271 @@
+"""Reads the checkpoint of a tag: from the shards of all ranks, whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...arrays import Array, Cast, Span, View
+from ...errors import CheckpointError
+from ...logical import MASTER, Checkpoint, Key, Optimizer, ReadOptions
+from ...plain_values import is_plain
+from . import zero0
+from .files import ModelFile, Saved, array_of, expect, find_tag, open_tag, optional
+from .fragments import Optimizers, join_parts, read_optimizers
+from .layout import Layout
+
+# What is elsewhere in a `Checkpoint`, or is about the ranks that have saved it.
+_NOT_EXTRA = (
+    "module",
+    "buffer_names",
+    "optimizer",
+    "param_shapes",
+    "frozen_param_shapes",
+    "frozen_param_fragments",
+    "shared_params",
+    "universal_checkpoint_info",
+    "dp_world_size",
+    "mp_world_size",
+    "checkpoint_parallel_dimensions",
+)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The names of a model.
+
+    :param own: those of Parameters and buffers, each by one name, in the order of the model.
+    :param ties: the others, with the one that is in ``own``.
+    :param unknown: of which the checkpoint says nothing.
+    """
+
+    own: list[str]
+    ties: dict[str, str]
+    unknown: list[str]
+
+
+def read(path: Path, options: ReadOptions) -> Checkpoint:
+    saved = open_tag(find_tag(path, options.tag), options)
+    model = saved.models[0][0]
+    names = _names(model)
+    buffers = frozenset(name for name in names.own if name in model.buffers)
+    optimizers, notes = _optimizers(saved, names, options)
+    layout = Layout(
+        model.state.get("universal_checkpoint_info"), saved.tp_size, options, model.file.path
+    )
+    shards = _shards(saved, names, optimizers)
+    tensors = {
+        key: layout.join(key.name, str(key), own, key.name in buffers)
+        for key, own in shards.items()
+    }
+    for key in [key for key in tensors if key.state == MASTER]:
+        weight, empty = tensors.get(Key(key.name)), model.module.get(key.name)
+        if weight is not None and weight.dtype == tensors[key].dtype:
+            del tensors[key]  # They are the same.
+        elif weight is None and empty is not None and empty.dtype != tensors[key].dtype:
+            # At ZeRO 3 the files have no values in 16 bits: an engine makes them when it loads.
+            tensors[Key(key.name)] = Cast(key.name, tensors[key], empty.dtype)
+    extra, dropped = _extra(model, optimizers)
+    optimizer, odd = _optimizer(optimizers, model.file.path)
+    if names.unknown:
+        notes.append(f"{names.unknown} were left out: the checkpoint has no values of them")
+    if dropped or odd:
+        notes.append(f"{dropped + odd} were left out: they are no plain values")
+    step = model.state.get("global_steps")
+    return Checkpoint(
+        format="deepspeed",
+        path=path,
+        tensors=tensors,
+        tp_size=saved.tp_size,
+        cuts=layout.cuts,
+        ties=names.ties,
+        buffers=buffers,
+        step=step if isinstance(step, int) else None,
+        optimizer=optimizer,
+        extra=extra,
+        notes=tuple(notes),
+        files=saved.paths,
+    )
+
+
+def _names(model: ModelFile) -> _Names:
+    known = {**model.trained, **model.frozen_shapes}
+    shared = optional(model.state.get("shared_params"), dict, "`shared_params`", model.file.path)
+    places: dict[Hashable, list[str]] = {}
+    for name, tensor in model.module.items():
+        array_of(model.file, tensor, f"`{name}`")
+        places.setdefault(model.file.place(tensor), []).append(name)
+    ties = {
+        alias: first
+        for names in places.values()
+        for first in [_first(names, known)]
+        for alias in names
+        if alias != first
+    }
+    for alias, first in shared.items():
+        first = expect(first, str, "The name of a shared Parameter", model.file.path)
+        if (
+            alias in model.module
+            and alias not in known
+            and (first in known or first in model.module)
+        ):
+            ties[alias] = ties.get(first, first)
+    said = {*ties, *known, *model.buffers}
+    unknown = [
+        name
+        for name, tensor in model.module.items()
+        if model.is_zero3 and not tensor.numel() and name not in said
+    ]
+    others = {*ties, *unknown}
+    own = [name for name in (*model.module, *known) if name not in others]
+    if any(alias == first or first in others for alias, first in ties.items()):
+        raise CheckpointError(
+            f"`shared_params` in `{model.file.path}` must name what is there under one name, but "
+            f"is {str(shared)[:200]}. The file is damaged: copy it again."
+        )
+    return _Names(list(dict.fromkeys(own)), ties, unknown)
+
+
+def _first(names: Sequence[str], known: Mapping[str, Any]) -> str:
+    """Which of the names of one Parameter it goes by: that of the optimizer."""
+    return next((name for name in names if name in known), names[0])
+
+
+def _optimizers(
+    saved: Saved, names: _Names, options: ReadOptions
+) -> tuple[list[Optimizers], list[str]]:
+    """What the optimizers of each tensor-parallel rank have; nothing, if there are none."""
+    first = saved.models[0][0]
+    found: list[Optimizers] = []
+    if saved.optimizers:
+        if first.shapes is None:
+            raise CheckpointError(
+                f"`{first.file.path}` must have `param_shapes`, since there are files of a ZeRO "
+                "optimizer, but has none. Copy all files of one checkpoint."
+            )
+        found = [
+            read_optimizers(row[0], files)
+            for row, files in zip(saved.models, saved.optimizers, strict=True)
+        ]
+    elif first.is_zero3:
+        raise CheckpointError(
+            f"`{saved.directory}` must have files `*_optim_states.pt`, where the weights are at "
+            "ZeRO 3, but has none. Copy all files of the checkpoint."
+        )
+    elif first.shapes is None:
+        parameters = [name for name in names.own if name not in first.buffers]
+        own = [zero0.read_optimizer(row[0], parameters, options) for row in saved.models]
+        found = [each for each in own if each is not None]
+        if len(found) not in (0, saved.tp_size):
+            raise CheckpointError(
+                f"All model files of `{saved.directory}` must hold an optimizer, or none, but "
+                f"{len(found)} of {saved.tp_size} do. Copy all files of one checkpoint."
+            )
+    notes = list(found[0].notes) if found else ["There is no state of an optimizer: weights only"]
+    if found and not notes and not any(key.state != MASTER for key in found[0].shards):
+        notes.append("The optimizer has made no step: there are no moments")
+    return found, notes
+
+
+def _shards(
+    saved: Saved, names: _Names, optimizers: Sequence[Optimizers]
+) -> dict[Key, list[Array]]:
+    """The shards of each tensor-parallel rank."""
+    states = list(dict.fromkeys(key.state for own in optimizers for key in own.shards))
+    found = {}
+    for name in names.own:
+        weights = [_weight(row, name) for row in saved.models]
+        if any(weight is not None for weight in weights):
+            found[Key(name)] = _complete(saved, Key(name), weights)
+        for key in (Key(name, state) for state in states):
+            shards = [own.shards.get(key) for own in optimizers]
+            if any(shard is not None for shard in shards):
+                found[key] = _complete(saved, key, shards)
+    return found
+
+
+def _weight(row: Sequence[ModelFile], name: str) -> Array | None:
+    """The shard of a tensor-parallel rank, if its model files have it."""
+    model = row[0]
+    if model.is_zero3 and name in model.frozen_shapes:
+        parts = [
+            array_of(each.file, _fragments(each).get(name), f"The fragment of `{name}`")
+            for each in row
+        ]
+        return join_parts(name, parts, model.frozen_shapes[name])
+    if name not in model.module or (model.is_zero3 and name in model.trained):
+        return None
+    return array_of(model.file, model.module[name], f"`{name}`")
+
+
+def _fragments(model: ModelFile) -> Mapping[str, Tensor]:
+    fragments = model.state.get("frozen_param_fragments")
+    return expect(fragments, dict, "`frozen_param_fragments`", model.file.path)
+
+
+def _complete(saved: Saved, key: Key, shards: Sequence[Array | None]) -> list[Array]:
+    """``shards``, and empty ones for ranks that have nothing of a Parameter."""
+    dtype = next(shard.dtype for shard in shards if shard is not None)
+    return [
+        _empty(row[0], key, dtype) if shard is None else shard
+        for row, shard in zip(saved.models, shards, strict=True)
+    ]
+
+
+def _empty(model: ModelFile, key: Key, dtype: torch.dtype) -> Array:
+    shape = model.shape(key.name)
+    if prod(shape):
+        raise CheckpointError(
+            f"`{model.file.path}` or the files of its optimizer must have {key}, of shape {shape}, "
+            "as other ranks do, but do not. Copy all files of one checkpoint."
+        )
+    return View(Span(model.file.path, 0, 0, dtype), shape)
+
+
+def _optimizer(optimizers: Sequence[Optimizers], path: Path) -> tuple[Optimizer | None, list[str]]:
+    """What is the same on all ranks, and what of the param groups was left out."""
+    if not optimizers or not optimizers[0].groups:
+        return None, []
+    steps: dict[str, float] = {}
+    for own in optimizers:
+        for name, step in own.steps.items():
+            if steps.setdefault(name, step) != step:
+                raise CheckpointError(
+                    f"All tensor-parallel ranks beside `{path}` must have made the same number of "
+                    f"steps, but of `{name}` they have made {steps[name]:g} and {step:g}. Copy all "
+                    "files of one checkpoint."
+                )
+    if len({len(own.groups) for own in optimizers}) != 1:
+        raise CheckpointError(
+            f"All tensor-parallel ranks beside `{path}` must have as many param groups, but have "
+            f"{[len(own.groups) for own in optimizers]}."
+        )
+    groups, odd = [], []
+    for index, (group, _) in enumerate(optimizers[0].groups):
+        kept = {
+            key: value
+            for key, value in group.items()
+            if key not in ("params", "param_names") and is_plain(value)
+        }
+        odd += [
+            f"{key} of a param group"
+            for key in group
+            if key not in ("params", "param_names", *kept)
+        ]
+        names = dict.fromkeys(name for own in optimizers for name in own.groups[index][1])
+        groups.append({**kept, "params": list(names)})
+    return Optimizer(tuple(groups), steps), odd
+
+
+def _extra(model: ModelFile, optimizers: Sequence[Optimizers]) -> tuple[dict[str, Any], list[str]]:
+    """What else is plain in the first model file, and what is not."""
+    others = {key: value for key, value in model.state.items() if key not in _NOT_EXTRA}
+    extra = {key: value for key, value in others.items() if is_plain(value)}
+    dropped = [str(key) for key in others if key not in extra]
+    return {**extra, **(optimizers[0].scalars if optimizers else {})}, dropped
