@@ -31,7 +31,6 @@ from tp_embed.checkpoint import (
     differences,
     hook_state_dict,
     plain_values,
-    plan,
     read,
 )
 from tp_embed.checkpoint.arrays import Cast
@@ -442,7 +441,7 @@ def test_each_flipped_byte_is_found(damaged):
     for place in {*range(0, len(data), 97), len(data) - 1}:
         file.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
         with pytest.raises(CheckpointError):
-            plan(damaged, request())
+            convert(damaged, damaged.with_name("output.pt"), request())
     assert_refused(damaged, "must have the SHA-256 .*rank-00001|rank-00001.* must have the SHA-256")
 
 
@@ -595,4 +594,4 @@ def test_every_truncated_manifest_is_refused(damaged):
     for size in range(0, len(text), 211):
         (damaged / "manifest.json").write_text(text[:size])
         with pytest.raises(CheckpointError):
-            plan(damaged, request())
+            convert(damaged, damaged.with_name("output.pt"), request())

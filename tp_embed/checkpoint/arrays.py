@@ -371,23 +371,24 @@ def boxes(shape: Index, itemsize: int) -> Iterator[tuple[Index, Index]]:
                 yield (row, *start), (1, *part)
 
 
-def copy(source: Array, target: Array) -> Iterator[int]:
-    """Copies ``source`` to ``target``, of the same shape and dtype, box by box; yields the number
-    of bytes of each when it is done."""
+def copy(
+    source: Array, target: Array, skip: Callable[[Index, Index], bool] = lambda start, shape: False
+) -> Iterator[tuple[Index, Index, int]]:
+    """Copies ``source`` to ``target``, of the same shape and dtype, box by box; yields the start,
+    the shape and the number of bytes of each when it is done.
+
+    :param skip: whether the box of a start and a shape is there already.
+    """
     if (source.shape, source.dtype) != (target.shape, target.dtype):
         raise CheckpointError(f"{source} cannot be copied to {target}.")
-    for start, box in read(source):
-        target.write(start, box)
-        yield box.numel() * box.element_size()
-
-
-def read(array: Array) -> Iterator[tuple[Index, Tensor]]:
-    """The boxes of ``array``, each of which is valid until the next one is asked for."""
-    buffer = torch.empty(min(array.numel, CHUNK_BYTES // array.dtype.itemsize), dtype=array.dtype)
-    for start, shape in boxes(array.shape, array.dtype.itemsize):
+    itemsize = source.dtype.itemsize
+    buffer = torch.empty(min(source.numel, CHUNK_BYTES // itemsize), dtype=source.dtype)
+    for start, shape in boxes(source.shape, itemsize):
         box = buffer[: prod(shape)].view(shape)
-        array.read(start, box)
-        yield start, box
+        if not skip(start, shape):
+            source.read(start, box)
+            target.write(start, box)
+        yield start, shape, box.numel() * itemsize
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,17 +151,13 @@ def write(
         stage.laid_out()
         with checked(work.source.hashes):
             for key, array in arrays.items():
-                if stage.is_done(str(key)):
-                    progress(array.nbytes)
-                    continue
-                values = work.checkpoint.tensors[key]
-                for nbytes in copy(_checked(key, values, work.request.nan), array):
+                values = _checked(key, work.checkpoint.tensors[key], work.request.nan)
+                for start, shape, nbytes in copy(values, array, partial(stage.is_done, key)):
+                    stage.done(key, start, shape, nbytes)
                     progress(nbytes)
-                stage.done(str(key), array.nbytes)
-        with ThreadPoolExecutor(1) as pool:  # The disk and the processor work at the same time.
-            flushed = pool.submit(stage.flush)
-            work.format.finish(stage.path)
-            flushed.result()
+        stage.flush()
+        work.format.finish(stage.path)  # While the disk is busy.
+        stage.wait()
         if verify:
             _verify(work, stage.path, progress)
 

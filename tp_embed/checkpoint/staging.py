@@ -2,7 +2,7 @@
 
 It is made under the name ``.NAME.partial``, beside where it will be, written through to the disk,
 and then renamed. What was there under the name stays until that moment. A journal in the partial
-directory says which tensors have been written, so that a run that was killed can be resumed.
+directory says which parts of tensors have been written, so that a killed run can be resumed.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .arrays import Index
 from .errors import CheckpointError
+from .logical import Key
 
 # How much may have to be written again after a crash of the machine.
 _FLUSH_BYTES = 256 * 2**20
@@ -30,37 +33,47 @@ _RENAME_EXCHANGE = 2
 class Stage:
     """What is being written. ``path`` is where, and will be renamed."""
 
-    def __init__(self, directory: Path, name: str) -> None:
+    def __init__(self, directory: Path, name: str, pool: ThreadPoolExecutor) -> None:
         self.path = directory / name
         self._journal = directory / "journal"
+        self._pool = pool
         self._files: list[Path] = []
         self._pending: list[str] = []
         self._pending_bytes = 0
-        self._done: set[str] = set()
-        if self._journal.exists():
-            lines = self._journal.read_text().split("\n")
-            self._done = {json.loads(line) for line in lines[1:-1]}  # The last may be cut off.
+        self._flushed: Future[None] | None = None
+        # The last line may be cut off.
+        self._before = set(self._journal.read_text().split("\n")[1:-1])
 
-    def is_done(self, item: str) -> bool:
-        """Whether a run before this one has written ``item``."""
-        return item in self._done
+    def is_done(self, key: Key, start: Index, shape: Index) -> bool:
+        """Whether a run before this one has written the box of ``shape`` at ``start``."""
+        return _line(key, start, shape) in self._before
 
-    def done(self, item: str, nbytes: int) -> None:
-        """Notes that ``item`` has been written; it is on the disk before the journal says so."""
-        self._pending.append(item)
-        self._pending_bytes += nbytes
+    def done(self, key: Key, start: Index, shape: Index, nbytes: int) -> None:
+        """Notes that the box has been written."""
+        if not self.is_done(key, start, shape):
+            self._pending.append(_line(key, start, shape))
+            self._pending_bytes += nbytes
         if self._pending_bytes >= _FLUSH_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Writes all that was noted through to the disk, and the notes after it."""
+        """Begins to write all that was noted through to the disk, and then the notes."""
+        self.wait()
+        self._flushed = self._pool.submit(self._flush, self._pending)
+        self._pending, self._pending_bytes = [], 0
+
+    def wait(self) -> None:
+        """Waits until what :meth:`flush` has begun is done."""
+        if self._flushed is not None:
+            self._flushed.result()
+
+    def _flush(self, lines: Sequence[str]) -> None:
         for file in self._files:
             _sync_one(file)
         with self._journal.open("a") as journal:
-            journal.writelines(f"{json.dumps(item)}\n" for item in self._pending)
+            journal.writelines(f"{line}\n" for line in lines)
             journal.flush()
             os.fsync(journal.fileno())
-        self._pending, self._pending_bytes = [], 0
 
     def laid_out(self) -> None:
         """All files are there from now on, with space for what they will hold.
@@ -100,9 +113,11 @@ def staged(
     with _explained(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with _locked(partial, output):
-            stage = _begin(partial, output, json.dumps(request, sort_keys=True), resume)
+            _begin(partial, json.dumps(request, sort_keys=True), resume)
             try:
-                yield stage
+                with ThreadPoolExecutor(1) as pool:
+                    stage = Stage(partial, output.name, pool)
+                    yield stage
                 sync(stage.path)
                 _publish(stage.path, output)
             except KeyboardInterrupt:
@@ -148,7 +163,12 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _begin(partial: Path, output: Path, request: str, resume: bool) -> Stage:
+def _line(key: Key, start: Index, shape: Index) -> str:
+    """A box in the journal. Names can have any characters."""
+    return json.dumps([*key, start, shape])
+
+
+def _begin(partial: Path, request: str, resume: bool) -> None:
     journal = partial / "journal"
     began = journal.read_text().partition("\n") if journal.exists() else None
     if resume and began and began[1] and began[0] != request:
@@ -162,7 +182,6 @@ def _begin(partial: Path, output: Path, request: str, resume: bool) -> Stage:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         journal.write_text(request + "\n")
         _sync_one(journal)
-    return Stage(partial, output.name)
 
 
 @contextmanager
