@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +96,6 @@ def open_ranks(directory: Path, options: ReadOptions) -> list[Saved]:
             f"{special[:1] or names[:3]}. Copy the whole checkpoint."
         )
     found = [open_tag(directory, options, kind) for kind in kinds.values()]
-    for path, step in (
-        (model.file.path, model.state.get("global_steps"))
-        for saved in found
-        for model in chain(*saved.models)
-    ):
-        if step is not None and expect(step, int, "`global_steps`", path) < 0:
-            raise CheckpointError(f"`global_steps` in `{path}` must be at least 0, but is {step}.")
     steps = [saved.models[0][0].state.get("global_steps") for saved in found]
     sizes = [saved.tp_size for saved in found]
     if len(set(steps)) > 1 or len(set(sizes)) > 1:

@@ -279,12 +279,19 @@ def _shapes(value: Any, path: Path) -> dict[str, Index]:
     return shapes
 
 
+def _step(model: ModelFile) -> int | None:
+    path, step = model.file.path, model.state.get("global_steps")
+    if step is not None and expect(step, int, "`global_steps`", path) < 0:
+        raise CheckpointError(f"`global_steps` in `{path}` must be at least 0, but is {step}.")
+    return step
+
+
 def _check_alike(saved: Saved) -> None:
     """That all files are of one moment, and of all ranks."""
     first = saved.models[0][0]
     for model in (model for row in saved.models for model in row):
-        steps = [each.state.get("global_steps") for each in (first, model)]
-        if not all(isinstance(step, (int, type(None))) for step in steps) or steps[0] != steps[1]:
+        steps = [_step(each) for each in (first, model)]
+        if steps[0] != steps[1]:
             raise CheckpointError(
                 f"The files of `{saved.directory}` must be of one step, but `global_steps` is "
                 f"{steps[0]} in `{first.file.path.name}` and {steps[1]} in "
