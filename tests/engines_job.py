@@ -176,12 +176,12 @@ def mpu_checkpoint(out: Path) -> dict[str, list[float]]:
     engine.save_checkpoint(str(out / "mpu"), tag="end")
     seen = {"before": [step(engine, ids[1]), step(engine, ids[2])]}
     if dist.get_rank() == 0:
-        to_universal(out / "mpu" / "end", out / "mpu" / "universal")
+        to_universal(out / "mpu", out / "mpu universal")
     dist.barrier()
     for stage, ranks in ((3, [[0, 2], [1, 3]]), (1, [[0, 1], [2, 3]])):
         mpu = mpu_over(ranks)
         engine = megatron(mpu, stage, seed=1)
-        load_universal(engine, out / "mpu", "universal")
+        load_universal(engine, out / "mpu universal")
         ids = batches(mpu.get_data_parallel_rank())
         seen[f"after, ZeRO {stage}"] = [step(engine, ids[1]), step(engine, ids[2])]
     return seen

@@ -15,6 +15,7 @@ import universal_job as job
 from launch import deepspeed_command, run
 from llama import DIM, VOCAB
 from tp_embed import init
+from tp_embed.checkpoint import CheckpointError
 from tp_embed.integrations.deepspeed.resize import resize_vocab
 from tp_embed.integrations.deepspeed.universal import to_universal
 from tp_embed.integrations.deepspeed.universal_format import (
@@ -22,7 +23,6 @@ from tp_embed.integrations.deepspeed.universal_format import (
     parameters_of,
     read_step,
     read_tensor,
-    write_step,
 )
 
 KEYS = ("fp32", "exp_avg", "exp_avg_sq")
@@ -72,7 +72,7 @@ LOADED_TP = {
     **{f"z{s} mpu to z{3 - s}": loading(f"z{s} mpu", 3 - s) for s in (1, 3)},
     **{f"z{s} to z{3 - s} mpu": loading(f"z{s}", 3 - s, "mpu") for s in (0, 2)},
     **{f"dp z{s} to z{3 - s}": loading(f"dp z{s}", 3 - s) for s in STAGES},
-    **{f"grown to z{t}": loading("grown", t, vocab=GROWN, latest=True) for t in (0, 1, 3)},
+    **{f"grown to z{t}": loading("grown", t, vocab=GROWN) for t in (0, 1, 3)},
     "errors": case(
         1,
         errors=[
@@ -110,13 +110,17 @@ def launch(out, name, cases, *, tp_size=1, ranks=2):
     return [torch.load(plan.with_suffix(f".{rank}.pt"), weights_only=True) for rank in range(ranks)]
 
 
+def inner(path):
+    """The universal checkpoint in ``path``."""
+    return path / (path / "latest_universal").read_text()
+
+
 def convert(out, names):
     for name in names:
         names_at_zero0 = job.optimizer_names(job.build(False, typed=True))
         to_universal(
             out / name / "end",
             out / f"{name} universal",
-            workers=2 if name == "z1" else 1,
             optimizer_names=names_at_zero0 if name == "z0 typed" else None,
         )
 
@@ -158,11 +162,11 @@ def broken(out, trained):
     """Checkpoints that do not go with the engine."""
     for name in ("no schedule", "other steps"):
         shutil.copytree(out / "z1 universal", out / name)
-    file = model_file(out / "no schedule", 0, stage=1)
-    torch.save({**torch.load(file, weights_only=False), "lr_scheduler": None}, file)
-    write_step(out / "other steps" / "zero" / job.NORM, 1)
+    file = model_file(inner(out / "no schedule"), 0, stage=1)
+    torch.save({**torch.load(file), "lr_scheduler": None}, file)
+    torch.save(torch.tensor(1.0), inner(out / "other steps") / "zero" / job.NORM / "step.pt")
     shutil.copytree(out / "z1 typed universal", out / "no frozen")
-    shutil.rmtree(out / "no frozen" / "zero" / job.NORM)
+    shutil.rmtree(inner(out / "no frozen") / "zero" / job.NORM)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +207,7 @@ def assert_state_is(seen, case, universal):
 
 @pytest.mark.parametrize("name", [*TRAINED, *TRAINED_DP])
 def test_universal_checkpoint_is_exact(out, trained, name):
-    universal = out / f"{name} universal"
+    universal = inner(out / f"{name} universal")
     case = {**TRAINED, **TRAINED_DP}[name]
     assert_state_is(trained[name], case, universal)
     model = job.build(case["tied"], case["typed"])
@@ -228,7 +232,7 @@ def test_engine_loads_its_own_checkpoint(trained, loaded, name):
 @pytest.mark.parametrize("name", LOADED)
 def test_loading_is_exact(out, trained, loaded, name):
     seen, case = loaded[name], LOADED[name]
-    assert_state_is(seen, case, out / case["load"])
+    assert_state_is(seen, case, inner(out / case["load"]))
     for rank in seen:
         assert rank["steps"] == 2
         assert rank["client"] == "kept"
@@ -257,23 +261,21 @@ def test_missing_frozen_parameters_can_stay(out, loaded):
     assert "or pass `strict=False`" in seen["error"]
     before = job.build(False, typed=True, seed=1).get_parameter(job.NORM)
     assert torch.equal(seen["state"][job.NORM]["fp32"], before)
-    table = read_tensor(out / "no frozen" / "zero" / job.TABLE, "fp32")
+    table = read_tensor(inner(out / "no frozen") / "zero" / job.TABLE, "fp32")
     assert torch.equal(seen["state"][job.TABLE]["fp32"], table)
 
 
-def test_16_bit_at_zero0_is_refused(out, loaded, tmp_path):
+def test_16_bit_at_zero0_is_refused(loaded):
     errors = loaded["z0 bf16"][0]["errors"]
     load, full = errors["z1 bf16 universal"], errors["full precision"]
     assert load.startswith("ValueError: `engine` must have an optimizer in fp32 at ZeRO 0")
     assert full.startswith("ValueError: `dtype` must be None or torch.bfloat16 at ZeRO 0")
-    with pytest.raises(ValueError, match=r"holds one for 16-bit Parameters\. Train at ZeRO 1"):
-        to_universal(out / "z0 bf16" / "end", tmp_path / "new")
 
 
 def test_grown_vocabulary(out, grown):
     torch.manual_seed(3)
-    for name, path in parameters_of(out / "z2 universal").items():
-        new = grown / "zero" / name
+    for name, path in parameters_of(inner(out / "z2 universal")).items():
+        new = inner(grown) / "zero" / name
         for key in KEYS:
             old, tensor = read_tensor(path, key), read_tensor(new, key)
             if name not in (job.TABLE, HEAD):
@@ -299,8 +301,8 @@ def test_shrunk_vocabulary(out, trained, tmp_path):
     resize_vocab(source, tmp_path / "new", names=names, num_embeddings=90, shrink=True)
     for name in names:
         for key in KEYS:
-            new = read_tensor(tmp_path / "new" / "zero" / name, key)
-            assert torch.equal(new, read_tensor(source / "zero" / name, key)[:90])
+            new = read_tensor(inner(tmp_path / "new") / "zero" / name, key)
+            assert torch.equal(new, read_tensor(inner(source) / "zero" / name, key)[:90])
 
 
 def test_resize_errors(out, trained, tmp_path):
@@ -312,9 +314,9 @@ def test_resize_errors(out, trained, tmp_path):
         resize(source, new, names=["*"])
     with pytest.raises(ValueError, match="`num_embeddings` must be greater than or equal to 1"):
         resize_vocab(source, new, names=[HEAD], num_embeddings=0, shrink=True)
-    with pytest.raises(ValueError, match=r"has no directory `zero`\. Convert it with"):
+    with pytest.raises(FileNotFoundError, match="must have a file `latest_universal`"):
         resize(out / "z1" / "end", new, names=[HEAD])
-    with pytest.raises(FileNotFoundError, match="there is no"):
+    with pytest.raises(FileNotFoundError, match="must have a file `latest_universal`"):
         resize(out / "nothing", new, names=[HEAD])
     with pytest.raises(FileExistsError, match="holds something already"):
         resize(source, out, names=[HEAD])
@@ -332,7 +334,7 @@ def test_output_may_be_a_link_to_an_empty_directory(out, trained, tmp_path):
     (tmp_path / "link").symlink_to("real")
     names = [job.TABLE, HEAD]
     resize_vocab(out / "z1 universal", tmp_path / "link", names=names, num_embeddings=200)
-    assert read_tensor(tmp_path / "real" / "zero" / HEAD, "fp32").shape[0] == 200
+    assert read_tensor(inner(tmp_path / "real") / "zero" / HEAD, "fp32").shape[0] == 200
 
 
 def test_order_of_an_optimizer_of_the_user_has_to_be_said(out, trained, tmp_path):
@@ -347,23 +349,22 @@ def test_order_of_an_optimizer_of_the_user_has_to_be_said(out, trained, tmp_path
     names = [name for name, _ in job.build(False).named_parameters()]
     to_universal(source, new, optimizer_names=names)
     for name in names:
-        expected = read_tensor(out / "z0 universal" / "zero" / name, "exp_avg")
-        assert torch.equal(read_tensor(new / "zero" / name, "exp_avg"), expected)
+        expected = read_tensor(inner(out / "z0 universal") / "zero" / name, "exp_avg")
+        assert torch.equal(read_tensor(inner(new) / "zero" / name, "exp_avg"), expected)
 
 
 def test_conversion_errors(out, trained, tmp_path):
     new = tmp_path / "new"
-    for source, kind, message in [
-        (out / "nothing", FileNotFoundError, "there is no"),
-        (out / "z1", FileNotFoundError, r"Take one of its tags: \['end'\]"),
-        (out / "z1 universal", ValueError, "universal already. Load it with `load_universal"),
-        (out / "z0 typed" / "end", ValueError, r"has 2 with 12, .* Pass `optimizer_names`"),
+    for source, message in [
+        (out / "nothing", "but there is nothing"),
+        (out / "z1 universal", "neither `--tag` nor a file `latest` says which"),
+        (out / "z0 typed" / "end", r"has 2 with 12, .* Pass `--optimizer-names`"),
     ]:
-        with pytest.raises(kind, match=message):
+        with pytest.raises(CheckpointError, match=message):
             to_universal(source, new)
     with pytest.raises(FileExistsError, match="holds something already"):
         to_universal(out / "z1" / "end", out)
-    with pytest.raises(ValueError, match=r"must be 12 different names .* \['x'\] are unknown"):
+    with pytest.raises(ValueError, match=r"must be 12 different ones .* \['x'\] are unknown"):
         to_universal(out / "z0" / "end", new, optimizer_names=["x"])
     wrong = list(reversed(job.optimizer_names(job.build(False))))
     with pytest.raises(ValueError, match="The optimizer has another order than the model"):
@@ -377,7 +378,7 @@ def test_conversion_of_bad_files(out, trained, tmp_path):
     (source / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
     (source / "zero_pp_rank_0_mp_rank_01_model_states.pt").touch()
     (source / "zero_pp_rank_1_mp_rank_01_model_states.pt").touch()
-    with pytest.raises(FileNotFoundError, match="rank 0 and data-parallel rank 1 is missing"):
+    with pytest.raises(CheckpointError, match="rank 0 and data-parallel rank 1 is missing"):
         to_universal(source, new)
 
     shutil.rmtree(source)
@@ -393,7 +394,10 @@ def test_conversion_of_bad_files(out, trained, tmp_path):
         state = torch.load(file, weights_only=False)
         del state["universal_checkpoint_info"]
         torch.save(state, file)
-    with pytest.raises(ValueError, match="over the 2 tensor-parallel ranks, but its model files"):
+    with pytest.raises(
+        ValueError,
+        match="over its 2 tensor-parallel ranks, but the `universal_",
+    ):
         to_universal(source, new)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -411,17 +415,18 @@ def test_errors_change_nothing(trained, loaded):
             "no schedule": "ValueError: The checkpoint must have the state of a learning-rate",
             "other steps": "ValueError: All Parameters must have made 2 steps for ZeRO 1 to 3, but "
             f"`{job.NORM}` has made 1",
-            "z1": "ValueError: `",
+            "z1": "FileNotFoundError: `",
+            "tag": "ValueError: `",
             "dtype": "ValueError: `dtype` must be one of",
             "export": "GangError: Rank 0 could not" if rank else "FileExistsError: `",
         }.items():
             assert errors[tag].startswith(message), errors[tag]
-        assert "Convert the engine's checkpoint" in errors["z1"]
 
 
 @pytest.mark.parametrize("name", [*TRAINED, *TRAINED_DP])
 def test_export_is_the_whole_model(out, trained, name):
     case = {**TRAINED, **TRAINED_DP}[name]
+    universal = inner(out / f"{name} universal")
     kind = job.TypedLlama if case["typed"] else LlamaForCausalLM
     for directory, dtype in (
         (out / f"{name} model", torch.bfloat16 if case["bf16"] else torch.float32),
@@ -431,7 +436,7 @@ def test_export_is_the_whole_model(out, trained, name):
         assert not any(info.values()), info
         assert model.dtype == dtype
         for param_name, param in model.named_parameters():
-            master = read_tensor(out / f"{name} universal" / "zero" / param_name, "fp32")
+            master = read_tensor(universal / "zero" / param_name, "fp32")
             assert torch.equal(param, master.to(dtype)), param_name
         if case["typed"]:
             assert model.seen == 2 * 32

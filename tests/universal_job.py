@@ -147,11 +147,10 @@ def run(name: str, case: dict[str, Any], tp_size: int, out: Path) -> dict[str, A
     engine = make_engine(case, tp_size)
     seen: dict[str, Any] = {}
     if "load" in case:
-        tag = None if case.get("latest") else case["load"]
-        strict = case.get("strict", True)
+        source, strict = out / case["load"], case.get("strict", True)
         if not strict:
-            seen["error"] = error(partial(load_universal, engine, out, tag))
-        path, client_state = load_universal(engine, out, tag, strict=strict)
+            seen["error"] = error(partial(load_universal, engine, source))
+        path, client_state = load_universal(engine, source, strict=strict)
         seen["path"], seen["client"] = path, client_state.get("client")
     elif "own" in case:
         engine.load_checkpoint(str(out / case["own"]), tag="end")
@@ -168,7 +167,8 @@ def run(name: str, case: dict[str, Any], tp_size: int, out: Path) -> dict[str, A
         export(engine, out / f"{name} model", max_shard_size=30_000)
         export(engine, out / f"{name} model fp32", dtype=torch.float32)
     if "errors" in case:
-        calls = {tag: partial(load_universal, engine, out, tag) for tag in case["errors"]}
+        calls = {name: partial(load_universal, engine, out / name) for name in case["errors"]}
+        calls["tag"] = partial(load_universal, engine, out / "z1", "end")
         calls["export"] = partial(export, engine, out)
         calls["dtype"] = partial(export, engine, out / "new", dtype=torch.float64)
         if case["stage"] == 0:

@@ -26,10 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from tp_embed.checkpoint.staging import staged
 from tp_embed.gang import GangError
 
 from .layout import local_shape, logical_shape, map_of
-from .staging import staged
 
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
@@ -71,7 +71,7 @@ def export(
     files = _plan(sizes, max_shard_size)
 
     with _partitioned(engine), ExitStack() as stack:
-        folder = _on_rank_0(lambda: stack.enter_context(staged(directory)))
+        folder = _on_rank_0(lambda: stack.enter_context(_staged_directory(directory)))
         for file, names in files.items():
             tensors = {}
             for name in names:
@@ -83,6 +83,13 @@ def export(
         _on_rank_0(partial(_write_index, folder, files, sizes))
         _on_rank_0(partial(_write_config, folder, module, dtype))
         _on_rank_0(stack.close)
+
+
+@contextmanager
+def _staged_directory(directory: str | Path) -> Iterator[Path]:
+    with staged(Path(directory)) as stage:
+        stage.path.mkdir()
+        yield stage.path
 
 
 def _parameters(module: Module) -> dict[str, Parameter]:

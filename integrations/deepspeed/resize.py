@@ -10,10 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tp_embed.checkpoint.staging import staged
 from tp_embed.embedding import InitFn, StandardEmbedding
 
-from .staging import staged, write_text
-from .universal_format import MOMENTS, parameters_of, read_tensor, write_tensor
+from .universal_format import (
+    LATEST,
+    MOMENTS,
+    find_universal,
+    parameters_of,
+    read_tensor,
+    write_tensor,
+)
 
 
 def resize_vocab(
@@ -31,8 +38,9 @@ def resize_vocab(
 
     It runs in one process, on the CPU. Give the model that loads the result the new size, too.
 
-    :param source: the directory of a universal checkpoint, see :func:`to_universal`.
-    :param output: the directory to write; the file ``latest_universal`` beside it will name it.
+    :param source: the directory of a universal checkpoint, see :func:`to_universal`: the one with
+        the file ``latest_universal``.
+    :param output: the directory to write.
     :param names: the Parameters to resize, as patterns of :mod:`fnmatch`. A table that is tied to
         a head has one name; a head that is not has its own. *Shape:* :math:`(V,E)`, or :math:`(V)`
         for a bias, the same :math:`V` for all.
@@ -45,33 +53,26 @@ def resize_vocab(
     :raises ValueError: ``source`` is not universal, a pattern matches nothing or Parameters of
         several sizes, or there would be fewer rows.
     """
-    source, output = Path(source), Path(output).absolute()
+    source, output = Path(source), Path(output)
     if output.resolve().is_relative_to(source.resolve()):
         raise ValueError(
             f"`output` must not be in `source`, of which it is to be a copy, but is `{output}`."
         )
-    matched = _matching(source, names)
+    old = find_universal(source)
+    matched = _matching(old, names)
     _check_sizes(matched, num_embeddings, shrink)
-    with staged(output) as universal:
-        shutil.copytree(source, universal, dirs_exist_ok=True)
+    with staged(output) as stage:
+        universal = stage.path / old.name
+        shutil.copytree(old, universal)
         for name, directory in matched.items():
             new = universal / "zero" / name
             for key in _keys(directory):
-                old = read_tensor(directory, key)
-                write_tensor(new, key, _resize(old, num_embeddings, init_fn, key == "fp32"))
-    write_text(output.parent / "latest_universal", output.name)
+                tensor = read_tensor(directory, key)
+                write_tensor(new, key, _resize(tensor, num_embeddings, init_fn, key == "fp32"))
+        (stage.path / LATEST).write_text(old.name)
 
 
 def _matching(source: Path, names: Sequence[str]) -> dict[str, Path]:
-    if not source.is_dir():
-        raise FileNotFoundError(
-            f"`source` must be the directory of a universal checkpoint, but there is no `{source}`."
-        )
-    if not (source / "zero").is_dir():
-        raise ValueError(
-            f"`source` must be a universal checkpoint, but `{source}` has no directory `zero`. "
-            "Convert it with `to_universal()`."
-        )
     found = parameters_of(source)
     for pattern in names:
         if not any(fnmatchcase(name, pattern) for name in found):

@@ -10,43 +10,43 @@ tensor-parallel rank, under the name that ZeRO 0 to 2 look for and under that of
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed import __version__ as deepspeed_version
 from deepspeed.checkpoint.constants import (
-    BUFFER_NAMES,
-    DS_VERSION,
-    FROZEN_PARAM_FRAGMENTS,
-    FROZEN_PARAM_SHAPES,
-    OPTIMIZER_STATE_DICT,
     PARAM,
-    PARAM_GROUPS,
-    PARAM_SHAPES,
-    UNIVERSAL_CHECKPOINT_INFO,
 )
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
-
-# Of the model's files, what is elsewhere in a universal checkpoint, or was of the source only.
-_DROPPED = (
-    "optimizer",
-    "shared_params",
-    FROZEN_PARAM_FRAGMENTS,
-    FROZEN_PARAM_SHAPES,
-    PARAM_SHAPES,
-    UNIVERSAL_CHECKPOINT_INFO,
-)
+LATEST = "latest_universal"
 
 
 def load(path: Path) -> Any:
-    """What DeepSpeed has saved as ``path``; of tensors, no more is read than is used."""
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    """What is saved as ``path``; of tensors, no more is read than is used, and no code is run."""
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+def find_universal(directory: Path, tag: str | None = None) -> Path:
+    """The directory of the universal checkpoint ``tag`` in ``directory``, or of the one that the
+    file ``latest_universal`` names."""
+    if tag is None:
+        file = directory / LATEST
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"`{directory}` must have a file `{LATEST}`, which `to_universal()` writes, but "
+                "has none. Convert the engine's checkpoint, or say the `tag` in it."
+            )
+        tag = file.read_text().strip()
+    if not (directory / tag / "zero").is_dir():
+        raise ValueError(
+            f"`{directory / tag}` must be a universal checkpoint that `to_universal()` has "
+            "written, but has no directory `zero`. Convert the engine's checkpoint."
+        )
+    return directory / tag
 
 
 def parameters_of(universal: Path) -> dict[str, Path]:
@@ -81,28 +81,11 @@ def write_step(directory: Path, step: Any) -> None:
 
 
 def read_step(directory: Path) -> Any:
-    return torch.load(directory / f"{STEP}.pt", map_location="cpu", weights_only=False)
+    return load(directory / f"{STEP}.pt")
 
 
 def optimizer_state_file(universal: Path) -> Path:
     return universal / "zero" / "optimizer_state.pt"
-
-
-def write_optimizer_state(
-    universal: Path,
-    param_groups: Iterable[Mapping[str, Any]],
-    step: Any,
-    scalars: Mapping[str, Any],
-) -> None:
-    """:param scalars: the loss scale and the like."""
-    groups = [{**hyperparameters(group), "params": []} for group in param_groups]
-    state = {
-        **scalars,
-        DS_VERSION: deepspeed_version,
-        PARAM_GROUPS: groups,
-        OPTIMIZER_STATE_DICT: {"state": {0: {STEP: step}}, PARAM_GROUPS: groups},
-    }
-    torch.save(state, optimizer_state_file(universal))
 
 
 def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,24 +97,3 @@ def model_file(directory: Path, tp_rank: int, stage: int) -> Path:
     """The file that an engine at ZeRO ``stage`` reads for a tensor-parallel rank."""
     prefix = "zero_pp_rank_0_" if stage == 3 else ""
     return directory / f"{prefix}mp_rank_{tp_rank:02d}_model_states.pt"
-
-
-def check_adam(state: Mapping[str, Any]) -> None:
-    """:raises ValueError: ``state`` is not that of Adam, the only one that universal checkpoints
-    can hold."""
-    expected = {STEP, *MOMENTS}
-    if set(state) != expected:
-        raise ValueError(
-            f"The optimizer's state must be that of Adam, {sorted(expected)}, but is "
-            f"{sorted(state)}. Universal checkpoints hold no other."
-        )
-
-
-def write_model_files(universal: Path, states: Iterable[Mapping[str, Any]]) -> None:
-    """:param states: what the model's file of each tensor-parallel rank of the source holds."""
-    for tp_rank, state in enumerate(states):
-        kept = {key: value for key, value in state.items() if key not in _DROPPED}
-        kept["module"] = {name: state["module"][name].clone() for name in state[BUFFER_NAMES]}
-        for_zero3 = model_file(universal, tp_rank, 3)
-        torch.save(kept, for_zero3)
-        shutil.copy2(for_zero3, model_file(universal, tp_rank, 0))

@@ -29,6 +29,7 @@ from .layout import logical_shape, own_shard
 from .universal_format import (
     MOMENTS,
     STEP,
+    find_universal,
     hyperparameters,
     load,
     model_file,
@@ -52,11 +53,10 @@ def load_universal(
     groups' hyperparameters, the learning-rate schedule and the step counts.
 
     All ranks call it, and each reads all of the checkpoint but keeps no more than its part. The
-    engine need not be configured for universal checkpoints. It unpickles the files, so load
-    checkpoints that you trust.
+    engine need not be configured for universal checkpoints. It runs no code out of the files.
 
-    :param directory: the directory that the universal checkpoint is in.
-    :param tag: its name; if ``None``, what the file ``latest_universal`` says.
+    :param directory: what :func:`to_universal` has written.
+    :param tag: the checkpoint in it; if ``None``, the one that its file ``latest_universal`` names.
     :param strict: if ``False``, frozen Parameters and buffers that the checkpoint lacks stay as
         they are, as for one that was saved with ``exclude_frozen_parameters``.
     :param load_lr_scheduler_states: whether to load the learning-rate schedule, if the engine has
@@ -68,8 +68,7 @@ def load_universal(
         changed then.
     """
     directory = Path(directory)
-    tag = tag or _latest(directory)
-    universal = directory / tag
+    universal = find_universal(directory, tag)
     if isinstance(engine.module, PipelineModule):
         raise ValueError(
             "`engine` must have a model without pipeline stages, but has a `PipelineModule`."
@@ -100,7 +99,7 @@ def load_universal(
         load_rest = engine.load_checkpoint if stage else engine._load_checkpoint
         path, client_state = load_rest(
             str(directory),
-            tag,
+            universal.name,
             load_optimizer_states=stage > 0,
             load_lr_scheduler_states=load_lr_scheduler_states,
         )
@@ -109,19 +108,7 @@ def load_universal(
     return path, client_state
 
 
-def _latest(directory: Path) -> str:
-    file = directory / "latest_universal"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"`{directory}` must have a file `latest_universal` if no `tag` is given, but has "
-            "none. Pass the name of the universal checkpoint as `tag`."
-        )
-    return file.read_text().strip()
-
-
 def _check_files(universal: Path, stage: int) -> None:
-    if not universal.is_dir():
-        raise FileNotFoundError(f"There must be a universal checkpoint in `{universal}`.")
     for file in (optimizer_state_file(universal), model_file(universal, 0, stage)):
         if not file.is_file():
             raise ValueError(

@@ -107,7 +107,7 @@ def staged(
     :raises CheckpointError: another process is writing there, or there is nothing to resume, or
         the disk is full, or it may not be written to.
     """
-    output = Path(os.path.abspath(output))
+    output = output.resolve()
     check_free(output, overwrite)
     partial = output.with_name(f".{output.name}.partial")
     with _explained(output):
