@@ -90,7 +90,7 @@ def test_bad_override_is_named(override, message):
         ("dim=rows", "['vocab', 'embed']"),
         ("nan=drop", "['keep', 'refuse']"),
         ("zero_stage=4", "[0, 1, 2, 3]"),
-        ("tp=0", "greater than or equal to 1"),
+        ("tp=0", "must be in [1, 65536]"),
         ("max_shard_size=5XB", "5GB"),
     ],
 )

@@ -13,7 +13,16 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from tp_embed.checkpoint import CheckpointError, Request, arrays, convert, staging
+from tp_embed.checkpoint import (
+    CheckpointError,
+    ReadOptions,
+    Request,
+    arrays,
+    convert,
+    differences,
+    read,
+    staging,
+)
 from tp_embed.checkpoint.staging import staged
 from tp_embed.checkpoint.torch_file import placeholder
 
@@ -32,10 +41,10 @@ def source(tmp_path_factory):
     return path
 
 
-def run(progress, source, output, flags):
+def run(progress, source, output, flags, to):
     staging._FLUSH_BYTES = 2 * 2**20
     arrays.CHUNK_BYTES = 2**18  # So that most are killed in the middle of a tensor.
-    request = Request(to="pt", source_format="pt")
+    request = Request(to=to, source_format="pt")
 
     def report(nbytes):
         progress.send(nbytes)
@@ -47,10 +56,10 @@ def run(progress, source, output, flags):
 class Run:
     """A conversion in a process of its own."""
 
-    def __init__(self, source, output, *flags):
+    def __init__(self, source, output, *flags, to="pt"):
         context = multiprocessing.get_context("fork")
         self.progress, progress = context.Pipe(duplex=False)
-        self.process = context.Process(target=run, args=(progress, source, output, flags))
+        self.process = context.Process(target=run, args=(progress, source, output, flags, to))
         self.process.start()
         progress.close()
 
@@ -91,7 +100,7 @@ def test_a_killed_run_leaves_nothing_and_is_resumed(source, tmp_path):
     kill_after(47, source, output)
     assert not output.exists()
     written = (tmp_path / ".out.pt.partial" / "journal").read_text().splitlines()[1:]
-    assert 32 <= len(written) <= 48
+    assert 32 < len(written) <= 49
     assert Run(source, output, "resume", "verify").end() == 0
     assert names(tmp_path) == ["out.pt"]
     assert_same(source, output)
@@ -102,7 +111,7 @@ def test_only_what_a_killed_run_has_not_written_is_written_by_the_next(source, t
     kill_after(47, source, output)
     partial = tmp_path / ".out.pt.partial" / "out.pt"
     names_written = (partial.parent / "journal").read_text().splitlines()[1:]
-    marked, *_ = json.loads(names_written[0])
+    marked, *_ = json.loads(names_written[1])  # After a line with the names of the files.
     # A mark in what was written shows that it is left as it is; --verify would find it.
     row = torch.load(source)[marked][0]
     offset = partial.read_bytes().index(row.numpy().tobytes())
@@ -112,6 +121,52 @@ def test_only_what_a_killed_run_has_not_written_is_written_by_the_next(source, t
     assert Run(source, output, "resume").end() == 0
     found = torch.load(output)["model"][marked]
     assert bytes(found[0, :1].view(torch.uint8).tolist()) == b"\1\2\3\4"
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        pass
+
+
+@pytest.mark.parametrize("is_directory", [False, True])
+def test_a_run_killed_while_names_change_is_not_resumed_with_the_old_output(
+    source, tmp_path, is_directory
+):
+    """What has the name in the partial directory is then what was there before."""
+    output = tmp_path / "out"
+    if is_directory:
+        output.mkdir()
+        (output / "model.safetensors").write_bytes(b"old")
+        (output / "other").write_bytes(b"old")
+    else:
+        torch.save({"old": torch.ones(3)}, output)
+    before = output.stat().st_ino
+    run = Run(source, output, "overwrite", to="hf" if is_directory else "pt")
+    wait_until(lambda: output.stat().st_ino != before)
+    run.end(signal.SIGKILL)
+    to = "hf" if is_directory else "pt"
+    assert Run(source, output, "overwrite", "resume", to=to).end() == 0
+    found = read(output, ReadOptions(), to)
+    assert list(differences(read(source, ReadOptions(), "pt"), found)) == []
+
+
+def test_a_run_is_not_resumed_in_other_files(source, tmp_path):
+    output = tmp_path / "out.pt"
+    kill_after(47, source, output)
+    (tmp_path / ".out.pt.partial" / "out.pt").unlink()
+    with pytest.raises(CheckpointError, match="must have the files that the run before has begun"):
+        convert(source, output, Request(to="pt", source_format="pt"), resume=True)
+    assert not output.exists()
+
+
+def test_a_source_that_changes_meanwhile_is_refused(source, tmp_path):
+    changing, output = tmp_path / "source.pt", tmp_path / "out.pt"
+    changing.write_bytes(source.read_bytes())
+    request = Request(to="pt", source_format="pt")
+    with pytest.raises(CheckpointError, match="must not change while it is converted"):
+        convert(changing, output, request, progress=lambda nbytes: os.utime(changing))
+    assert names(tmp_path) == ["source.pt"]
 
 
 @pytest.mark.parametrize("count", [1, 47, 4 * COUNT])

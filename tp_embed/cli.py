@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-FORMATS = ("hf", "deepspeed", "universal", "dcp", "pt", "megatron", "fairseq2", "tp-embed")
+FORMATS = ("tp-embed", "universal", "deepspeed", "dcp", "megatron", "fairseq2", "hf", "pt")
 DIMS = ("vocab", "embed")
 NAN_POLICIES = ("keep", "refuse")
 
@@ -190,9 +190,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("second", metavar="B", help="a file or directory")
     command.add_argument("--rtol", type=float, metavar="X", help="relative, as of torch.isclose")
     command.add_argument("--atol", type=float, metavar="X", help="absolute, as of torch.isclose")
-    command.add_argument(
-        "--weights-only", action="store_true", help="leave out what optimizers hold"
-    )
     _add_reading(command)
     command.add_argument(
         "--other-from", choices=FORMATS, dest="other_format", help="as --from, for B"
@@ -223,6 +220,9 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="the Parameters of an optimizer that does not say their names, in its order, with "
         "commas between them; or @FILE, with one in each line",
+    )
+    group.add_argument(
+        "--weights-only", action="store_true", help="leave out what the optimizer holds"
     )
     group.add_argument(
         "--allow-unsafe-pickle",

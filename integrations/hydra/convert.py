@@ -31,6 +31,7 @@ class ConvertConfig:
     vocab_size: int | None = None
     optimizer_names: str | None = None
     allow_unsafe_pickle: bool = False
+    weights_only: bool = False
     tp: int | None = None
     dim: str | None = None
     dtype: str | None = None
@@ -82,7 +83,7 @@ def main() -> int:
         if e.code == 1:  # Of Hydra, which has said what is wrong with the overrides.
             return cli.USAGE
         raise
-    return codes[0] if codes else 0
+    return max(codes, default=0)
 
 
 if __name__ == "__main__":

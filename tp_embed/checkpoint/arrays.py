@@ -34,6 +34,9 @@ CHUNK_BYTES = 16 * 2**20
 # How many are written with one call: ext4 takes several times as long for 16 MiB at once.
 _WRITE_BYTES = 2**20
 
+# It takes about as long to read this many as to begin to read elsewhere.
+_GAP_BYTES = 4096
+
 
 class Array(ABC):
     """A tensor in files, of ``shape`` and ``dtype``."""
@@ -183,7 +186,12 @@ class View(Array):
         if box.is_contiguous() and _is_dense(box.shape, strides):
             self._flat.read((begin,), box.reshape(-1))
             return True
-        if extent * self.dtype.itemsize > CHUNK_BYTES and box.numel() > 1:
+        nbytes = extent * self.dtype.itemsize
+        # Between runs that are far apart, as of a transposed matrix, there is too much to read.
+        is_sparse = strides[-1:] == (1,) and nbytes > _GAP_BYTES * (box.numel() // box.shape[-1])
+        if (is_sparse or nbytes > CHUNK_BYTES) and box.numel() > 1 and len(box.shape) > 1:
+            return False
+        if nbytes > CHUNK_BYTES and box.numel() > 1:
             return False
         scratch = torch.empty(extent, dtype=self.dtype)
         self._flat.read((begin,), scratch)
@@ -272,15 +280,19 @@ class Copies(Array):
 
     :param what: what a message calls it.
     :param of: where the places are, for a message.
+    :param fix: what to do if they differ, for a message.
     :raises CheckpointError: there are none, or they have different shapes or dtypes; when they are
         read, if they differ in their values.
     """
 
-    def __init__(self, what: str, copies: Sequence[Array], of: str = "on every rank") -> None:
-        self._expected = f"`{what}` must be the same {of}, "
-        self._fix = "If it is cut over the ranks, say how with `--rules`."
-        if of != "on every rank":
-            self._fix = "They are not one Parameter: write the checkpoint anew."
+    def __init__(
+        self,
+        what: str,
+        copies: Sequence[Array],
+        of: str = "on every rank",
+        fix: str = "If it is cut over the ranks, say how with `--rules`.",
+    ) -> None:
+        self._expected, self._fix = f"`{what}` must be the same {of}, ", fix
         if len({(copy.shape, copy.dtype) for copy in copies}) != 1:
             raise CheckpointError(f"{self._expected}but is {list(copies)}. {self._fix}")
         super().__init__(copies[0].shape, copies[0].dtype)
@@ -318,7 +330,7 @@ class Cast(Array):
         values = torch.empty(out.shape, dtype=self._array.dtype)
         self._array.read(start, values)
         out.copy_(values)
-        if (~torch.isfinite(out) & torch.isfinite(values)).any():
+        if (~_is_finite(out) & _is_finite(values)).any():
             raise CheckpointError(
                 f"The values of `{self._what}` must be in the range of {self.dtype}, but the "
                 f"largest is {float(values.nan_to_num(0, 0, 0).abs().max()):.4g}. Choose a dtype "
@@ -394,6 +406,11 @@ def copy(
 def same_bits(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors of one dtype and shape hold the same bytes, NaNs included."""
     return torch.equal(*(each.contiguous().view(-1).view(torch.uint8) for each in (first, second)))
+
+
+def _is_finite(tensor: Tensor) -> Tensor:
+    """As :func:`torch.isfinite`, which does not know all dtypes."""
+    return torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
 
 
 def contiguous_strides(shape: Sequence[int]) -> Index:

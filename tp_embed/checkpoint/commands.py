@@ -12,10 +12,9 @@ from typing import Any
 
 from . import formats, report
 from .compare import Difference, differences
-from .convert import check_output, plan, without_padding, write
-from .cuts import tables_of
+from .convert import Plan, Request, check_output, plan, without_padding, write
 from .inspect import describe, describe_plan
-from .logical import MASTER, WEIGHT, Checkpoint, Key, ReadOptions
+from .logical import MASTER, WEIGHT, Checkpoint, Key, ReadOptions, tables_of
 from .options import UsageError, build_request, read_options
 from .staging import check_free
 
@@ -90,9 +89,16 @@ def convert(
                 progress=done,
             )
     name = work.format.NAME
-    warnings = [f"`{name}` cannot hold {what}: dropped." for what in work.dropped]
-    if request.tp_size not in (None, work.target.tp_size):
-        warnings.append(f"`{name}` has no shards for ranks: `--tp` has no effect.")
+    warnings = [f"{note}." for note in work.source.notes]
+    warnings += [f"`{name}` cannot hold {what}: dropped." for what in work.dropped]
+    warnings += [
+        f"`{name}` has no use for `{option}`: it has no effect." for option in _unused(work)
+    ]
+    warnings += [
+        f"`{table}` will be whole on each of the {work.target.tp_size} ranks: cut it with `--dim`."
+        for table in sorted(work.target.tables)
+        if work.target.tp_size > 1 and work.target.cuts[table] is None
+    ]
     data = describe_plan(work) | {
         "output": output,
         "dry_run": dry_run,
@@ -101,7 +107,7 @@ def convert(
         "warnings": warnings,
     }
     lines = report.conversion(data, show_all)
-    return Report(data, [*lines, *_notes(work.source)], tuple(warnings))
+    return Report(data, lines, tuple(warnings))
 
 
 def verify(
@@ -114,7 +120,6 @@ def verify(
     other_tag: str | None = None,
     rtol: float | None = None,
     atol: float | None = None,
-    weights_only: bool = False,
     show_all: bool = False,
     progress: Progress = no_progress,
     **reading: Any,
@@ -131,7 +136,7 @@ def verify(
         _read(path, read_options(tag=which, **reading), name)
         for path, which, name in ((first, tag, source_format), (second, other_tag, other_format))
     ]
-    compared = 0
+    compared, weights_only = 0, bool(reading.get("weights_only"))
     with progress(_bytes_to_compare(both[0], weights_only)) as done:
 
         def count(nbytes: int) -> None:
@@ -139,12 +144,9 @@ def verify(
             compared += nbytes
             done(nbytes)
 
-        found = [
-            *([] if weights_only else _other_steps(*both)),
-            *differences(
-                *both, rtol=rtol, atol=atol, weights_only=weights_only, progress=count
-            ),
-        ]  # fmt: skip
+        found = list(
+            differences(*both, rtol=rtol, atol=atol, weights_only=weights_only, progress=count)
+        )
     data = {
         "same": not found,
         "first": {"path": first, "format": both[0].format, "tp_size": both[0].tp_size},
@@ -160,29 +162,33 @@ def verify(
         lines = [str(each) for each in shown]
         if len(shown) < len(found):
             lines.append(f"... and {len(found) - len(shown)} more; `--all` lists them")
-        lines.append(f"`{first}` and `{second}` differ in {len(found)} tensors or steps")
+        lines.append(f"`{first}` and `{second}` differ in {len(found)} places")
     else:
         lines = [f"`{first}` and `{second}` are the same {how}: {report.size(compared)}"]
     return Report(data, [*lines, *_notes(*both)], same=not found)
 
 
+def _unused(work: Plan) -> Iterator[str]:
+    """The options that were given and that the format has no use for."""
+    request, default, name = work.request, Request(to=work.request.to), work.format.NAME
+    uses = {
+        "--tp": (request.tp_size, None, work.format.HAS_RANKS),
+        "--dim": (request.dim, None, work.format.HAS_RANKS),
+        "--dtype": (request.dtype, None, work.format.MAIN == WEIGHT),
+        "--zero-stage": (request.zero_stage, default.zero_stage, name == "deepspeed"),
+        "--dp": (request.dp_size, default.dp_size, name == "deepspeed"),
+        "--max-shard-size": (request.max_shard_size, default.max_shard_size, name == "hf"),
+        "--hf-config": (request.hf_config, None, name == "hf"),
+    }
+    for option, (value, default_value, is_used) in uses.items():
+        if value != default_value and not is_used and (option, value) != ("--tp", 1):
+            yield option
+
+
 def _read(path: str, options: ReadOptions, name: str | None) -> Checkpoint:
     """A checkpoint, with its tables without padding whatever its format."""
     checkpoint = formats.read(Path(path), options, name)
-    return without_padding(
-        checkpoint, tables_of(checkpoint.names, options.rules), options.vocab_size
-    )
-
-
-def _other_steps(first: Checkpoint, second: Checkpoint) -> Iterator[Difference]:
-    """Where the numbers of steps differ that both checkpoints say."""
-    if None not in (first.step, second.step) and first.step != second.step:
-        yield Difference(Key("checkpoint", "step"), f"is {first.step} and {second.step}")
-    steps = [each.optimizer.steps if each.optimizer else {} for each in (first, second)]
-    for name in steps[0]:
-        if name in steps[1] and steps[0][name] != steps[1][name]:
-            what = f"is {steps[0][name]:g} and {steps[1][name]:g}"
-            yield Difference(Key(name, "step"), what)
+    return without_padding(checkpoint, tables_of(checkpoint, options.rules), options.vocab_size)
 
 
 def _difference(found: Difference) -> dict[str, Any]:

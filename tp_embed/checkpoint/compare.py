@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ def differences(
     weights_only: bool = False,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> Iterator[Difference]:
-    """What differs between two checkpoints: tensors that one lacks, shapes, dtypes and values.
+    """What differs between two checkpoints: tensors that one lacks, under any of their names,
+    shapes, dtypes and values, numbers of steps, and the hyperparameters that both have.
 
     Without tolerances, values are the same if all their bits are, NaNs included. With them they
     are compared as by :func:`torch.isclose`, in any two dtypes, and two NaNs are the same.
@@ -48,6 +50,10 @@ def differences(
     :param progress: called with the number of bytes of ``first`` that have been compared.
     """
     exact = rtol is None and atol is None
+    yield from _other_names(first, second)
+    if not weights_only:
+        yield from _other_steps(first, second)
+        yield from _other_hyperparameters(first, second)
     arrays = [
         _comparable(checkpoint, other, weights_only)
         for checkpoint, other in ((first, second), (second, first))
@@ -80,6 +86,53 @@ def check_same(
             f"`{second.path}` must be the same as `{first.path}`, but differs in {len(found)} "
             f"tensors. {found[0]}."
         )
+
+
+def _other_names(first: Checkpoint, second: Checkpoint) -> Iterator[Difference]:
+    """Where only one checkpoint has a Parameter under a second name."""
+    for one, other in ((first, second), (second, first)):
+        names = {*other.names, *other.ties}
+        for alias, name in one.ties.items():
+            if alias not in names:
+                yield Difference(
+                    Key(alias), f"is another name of `{name}`, and missing in `{other.path}`"
+                )
+
+
+def _other_steps(first: Checkpoint, second: Checkpoint) -> Iterator[Difference]:
+    """Where the numbers of steps differ that both checkpoints say."""
+    if None not in (first.step, second.step) and first.step != second.step:
+        yield Difference(Key("checkpoint", "step"), f"is {first.step} and {second.step}")
+    if first.optimizer and second.optimizer:
+        others = second.optimizer.steps
+        for name, step in first.optimizer.steps.items():
+            if others.get(name, step) != step:
+                yield Difference(Key(name, "step"), f"is {step:g} and {others[name]:g}")
+
+
+def _other_hyperparameters(first: Checkpoint, second: Checkpoint) -> Iterator[Difference]:
+    """Where hyperparameters differ that both checkpoints say."""
+    one, other = (_hyperparameters(checkpoint) for checkpoint in (first, second))
+    for name in one.keys() & other.keys():
+        for key in one[name].keys() & other[name].keys():
+            values = [_plain(each[name][key]) for each in (one, other)]
+            if values[0] != values[1]:
+                yield Difference(Key(name, key), f"is {values[0]} and {values[1]}")
+
+
+def _hyperparameters(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
+    """The param group of each Parameter, without its members."""
+    groups = checkpoint.optimizer.groups if checkpoint.optimizer else ()
+    return {
+        name: {key: value for key, value in group.items() if key != "params"}
+        for group in groups
+        for name in group["params"]
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Formats have tuples as lists."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _comparable(checkpoint: Checkpoint, other: Checkpoint, weights_only: bool) -> dict[Key, Array]:
@@ -120,6 +173,8 @@ def _compare(
             parts.append(part)
         if not (exact and same_bits(*parts)):
             values = [_as_numbers(part) for part in parts]
+            if values[0].dtype != values[1].dtype:  # Only one of them is complex.
+                values = [value.to(torch.complex128) for value in values]
             close = torch.isclose(values[0], values[1], rtol=rtol, atol=atol, equal_nan=True)
             same &= not exact and bool(close.all())
             gap = (values[0] - values[1]).abs().nan_to_num(float("inf"))

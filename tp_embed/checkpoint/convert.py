@@ -14,14 +14,14 @@ import torch
 from . import formats
 from .arrays import Array, Cast, Joined, NoNan, Tile, copy
 from .compare import check_same
-from .cuts import DIMS, Cut, Dim, Rule, find_rule, tables_of
+from .cuts import DIMS, Cut, Dim, Rule, find_rule
 from .errors import CheckpointError
 from .formats import Format
 from .hashes import checked
-from .logical import MASTER, WEIGHT, Checkpoint, Key, Optimizer, ReadOptions, Target
+from .logical import MASTER, WEIGHT, Checkpoint, Key, Optimizer, ReadOptions, Target, tables_of
 from .staging import check_free, staged
 
-_MAX_RANKS = 65_536
+MAX_RANKS = 65_536
 
 NanPolicy = Literal["keep", "refuse"]
 
@@ -36,7 +36,8 @@ class Request:
     :param dim: the dimension that vocabulary tables are cut along; if ``None``, as the source says,
         or else ``vocab``.
     :param dtype: the dtype of weights of floating point; if ``None``, that of the source. In
-        ``float32`` they are the optimizer's master weights, where there are some.
+        another than the source's they are cast from the optimizer's master weights, where there
+        are some.
     :param vocab_size: the number of rows of vocabulary tables, at most those of the source: rows
         beyond it are padding, and left out.
     :param nan: whether weights and states may be not a number.
@@ -61,10 +62,12 @@ class Request:
 class Plan:
     """What a conversion will do: ``checkpoint`` is what is written, as ``target`` says.
 
+    :param identity: what makes it the same conversion of the same source, as JSON.
     :param dropped: what the source holds and the format cannot.
     """
 
     request: Request
+    identity: Mapping[str, Any]
     source: Checkpoint
     checkpoint: Checkpoint
     target: Target
@@ -78,14 +81,18 @@ def plan(source: str | Path, request: Request) -> Plan:
     :raises CheckpointError: the source cannot be read, or not be written as asked for.
     """
     target_format = formats.get(request.to)
-    options = replace(request.read, vocab_size=request.vocab_size)
+    options = replace(
+        request.read,
+        vocab_size=request.vocab_size,
+        with_optimizer=request.read.with_optimizer and target_format.HAS_OPTIMIZER,
+    )
     checkpoint = formats.read(Path(source), options, request.source_format)
-    tables = tables_of(checkpoint.names, options.rules)
+    tables = tables_of(checkpoint, options.rules)
     carried, dropped = _carried(checkpoint, target_format, request)
     carried = without_padding(carried, tables, request.vocab_size)
     tp_size = request.tp_size or checkpoint.tp_size
-    if not 1 <= tp_size <= _MAX_RANKS:
-        raise CheckpointError(f"`--tp` must be in [1, {_MAX_RANKS}], but is {tp_size}.")
+    if not 1 <= tp_size <= MAX_RANKS:
+        raise CheckpointError(f"`--tp` must be in [1, {MAX_RANKS}], but is {tp_size}.")
     if not target_format.HAS_RANKS:
         tp_size = 1
     target = Target(
@@ -97,7 +104,8 @@ def plan(source: str | Path, request: Request) -> Plan:
         zero_stage=request.zero_stage,
         dp_size=request.dp_size,
     )
-    return Plan(request, checkpoint, carried, target, target_format, tuple(dropped))
+    identity = _identity(checkpoint, request)
+    return Plan(request, identity, checkpoint, carried, target, target_format, tuple(dropped))
 
 
 def convert(
@@ -143,8 +151,7 @@ def write(
     """Does what ``work`` says, as :func:`convert` does."""
     output = Path(output)
     check_output(work.source, output, overwrite)
-    identity = _identity(work.source, work.request)
-    with staged(output, request=identity, resume=resume, overwrite=overwrite) as stage:
+    with staged(output, request=work.identity, resume=resume, overwrite=overwrite) as stage:
         if not work.format.IS_FILE:
             stage.path.mkdir(exist_ok=True)
         arrays = work.format.lay_out(work.checkpoint, work.target, stage.path)
@@ -160,6 +167,11 @@ def write(
         stage.wait()
         if verify:
             _verify(work, stage.path, progress)
+        if _identity(work.source, work.request) != work.identity:
+            raise CheckpointError(
+                f"`{work.source.path}` must not change while it is converted, but has. Convert it "
+                "again when nothing writes to it."
+            )
 
 
 def _verify(work: Plan, path: Path, progress: Callable[[int], object]) -> None:
@@ -184,23 +196,40 @@ def _carried(
 ) -> tuple[Checkpoint, list[str]]:
     """What of ``checkpoint`` the format can hold, in the form that it holds it, and what not."""
     tensors: dict[Key, Array] = {}
+    buffers = set(checkpoint.buffers)
     for name in checkpoint.names:
         weight, master = (checkpoint.tensors.get(Key(name, state)) for state in (WEIGHT, MASTER))
-        if target.MAIN == MASTER and name not in checkpoint.buffers:
-            tensors[Key(name, MASTER)] = _cast(name, _some(master, weight), torch.float32)
-        else:
+        best = _some(master, weight)
+        if target.MAIN == WEIGHT or name in buffers or not best.dtype.is_floating_point:
+            if target.MAIN == MASTER:
+                buffers.add(name)  # There is no other place for it.
             main = _weight(name, weight, master, request.dtype)
             tensors[Key(name)] = main
-            if master is not None and target.HAS_OPTIMIZER and main.dtype != master.dtype:
+            if master is not None and target.HAS_OPTIMIZER and main is not master:
                 tensors[Key(name, MASTER)] = master
+        elif best.dtype.itemsize > 4 and request.dtype != torch.float32:
+            raise CheckpointError(
+                f"`{name}` must be in fp32 to be written as `{target.NAME}`, but is of "
+                f"{best.dtype}. Pass `--dtype float32` to round it."
+            )
+        else:
+            tensors[Key(name, MASTER)] = _cast(name, best, torch.float32)
     states = {
         key: array for key, array in checkpoint.tensors.items() if key.state not in (WEIGHT, MASTER)
     }
     dropped = []
-    optimizer = checkpoint.optimizer
+    optimizer = checkpoint.optimizer if request.read.with_optimizer else None
+    if not request.read.with_optimizer:
+        tensors = {
+            key: array
+            for key, array in tensors.items()
+            if key.state != MASTER or Key(key.name) not in tensors
+        }
+        states = {}
     if not target.HAS_OPTIMIZER:
-        if states or any(key.state == MASTER and Key(key.name) in tensors for key in tensors):
-            dropped.append(f"the optimizer's {sorted({key.state for key in states})}")
+        if states or any(Key(key.name, MASTER) in checkpoint.tensors for key in tensors):
+            held = {key.state for key in checkpoint.tensors} - {WEIGHT}
+            dropped.append(f"the optimizer's {sorted(held)}")
         optimizer = None
     else:
         tensors |= states
@@ -212,7 +241,14 @@ def _carried(
         dropped.append(f"{sorted(extra)} of the training run")
         extra = {}
     return (
-        replace(checkpoint, tensors=tensors, optimizer=optimizer, extra=extra, hashes={}),
+        replace(
+            checkpoint,
+            tensors=tensors,
+            buffers=frozenset(buffers),
+            optimizer=optimizer,
+            extra=extra,
+            hashes={},
+        ),
         dropped,
     )
 
@@ -220,9 +256,9 @@ def _carried(
 def _weight(
     name: str, weight: Array | None, master: Array | None, dtype: torch.dtype | None
 ) -> Array:
-    if dtype is None:
+    if dtype is None or (weight is not None and weight.dtype == dtype):
         return _some(weight, master)
-    best = _some(master, weight) if dtype == torch.float32 else _some(weight, master)
+    best = _some(master, weight)
     return _cast(name, best, dtype) if best.dtype.is_floating_point else best
 
 
@@ -248,8 +284,9 @@ def without_padding(
             "which with `--rules PATTERN=vocab`."
         )
     tensors = dict(checkpoint.tensors)
+    heads = {f"{name.removesuffix('.weight')}.bias" for name in tables} & set(checkpoint.names)
     for key, array in checkpoint.tensors.items():
-        if key.name in tables and array.shape[0] != vocab_size:
+        if key.name in tables | heads and array.shape[0] != vocab_size:
             if array.shape[0] < vocab_size:
                 raise CheckpointError(
                     f"`--vocab-size` must be at most {array.shape[0]}, the number of rows of "
@@ -276,13 +313,14 @@ def _cuts(
         shape = checkpoint.shape(name)
         rule = find_rule(rules, name)
         known = checkpoint.cuts.get(name)
-        if name in tables and len(shape) == 2 and (dim or rule or name not in checkpoint.cuts):
-            wanted = DIMS[dim] if dim else rule.dim if rule else DIMS["vocab"]
-            cuts[name] = None if wanted is None else Cut.even(wanted, (shape[wanted],), tp_size)
+        if name in tables and dim:
+            cuts[name] = Cut.even(DIMS[dim], (shape[DIMS[dim]],), tp_size)
         elif rule is not None:
             cuts[name] = rule.cut(name, shape, tp_size)
         elif name in checkpoint.cuts:
             cuts[name] = known and known.over(tp_size)
+        elif name in tables:
+            cuts[name] = Cut.even(DIMS["vocab"], (shape[0],), tp_size)
         elif tp_size == 1 or not shape:
             cuts[name] = None
         else:
@@ -298,7 +336,8 @@ def _cuts(
 
 
 def _checked(key: Key, array: Array, nan: NanPolicy) -> Array:
-    return NoNan(str(key), array) if nan == "refuse" and array.dtype.is_floating_point else array
+    can_be_nan = array.dtype.is_floating_point or array.dtype.is_complex
+    return NoNan(str(key), array) if nan == "refuse" and can_be_nan else array
 
 
 def check_output(source: Checkpoint, output: Path, overwrite: bool) -> None:
@@ -315,6 +354,11 @@ def check_output(source: Checkpoint, output: Path, overwrite: bool) -> None:
 
 def _identity(source: Checkpoint, request: Request) -> dict[str, Any]:
     """What makes two conversions the same, as JSON."""
-    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
+    settings = sorted(request.hf_config.iterdir()) if request.hf_config else []
+    files = [
+        (str(file.resolve()), stat.st_size, stat.st_mtime_ns)
+        for file in (*source.files, *settings)
+        for stat in [file.stat()]
+    ]
     digest = hashlib.sha256(repr((files, request)).encode()).hexdigest()
     return {"source": str(source.path.resolve()), "to": request.to, "digest": digest}

@@ -228,8 +228,3 @@ def is_table(rules: Iterable[Rule], name: str) -> bool:
     if rule is not None and rule.is_table:
         return True
     return any(fnmatchcase(name, pattern) for pattern in TABLES)
-
-
-def tables_of(names: Iterable[str], rules: Sequence[Rule]) -> frozenset[str]:
-    """Those of ``names`` that are of vocabulary tables, or of their heads."""
-    return frozenset(name for name in names if is_table(rules, name))

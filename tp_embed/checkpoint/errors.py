@@ -1,5 +1,8 @@
 """What goes wrong with a checkpoint."""
 
+import reprlib
+from typing import Any
+
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be read as what it should be, or cannot be written as what is asked for.
@@ -12,3 +15,8 @@ class UnsafeCheckpointError(CheckpointError):
 
 class MismatchError(CheckpointError):
     """Two checkpoints that should be equal differ."""
+
+
+def shown(value: Any) -> str:
+    """``value`` for a message: a short text, however large it is."""
+    return (value[:200] if isinstance(value, str) else reprlib.repr(value))[:200]

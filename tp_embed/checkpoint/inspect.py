@@ -7,13 +7,13 @@ from typing import Any
 
 from .arrays import Array
 from .convert import Plan
-from .cuts import Cut, Rule, tables_of
-from .logical import MASTER, WEIGHT, Checkpoint
+from .cuts import Cut, Rule
+from .logical import MASTER, WEIGHT, Checkpoint, tables_of
 
 
 def describe(checkpoint: Checkpoint, rules: tuple[Rule, ...] = ()) -> dict[str, Any]:
     """All that ``tp-embed inspect`` reports."""
-    tables = tables_of(checkpoint.names, rules)
+    tables = tables_of(checkpoint, rules)
     optimizer = checkpoint.optimizer
     return {
         "format": checkpoint.format,

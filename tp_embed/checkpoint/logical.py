@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .arrays import Array
-from .cuts import Cut, Rule
+from .cuts import Cut, Rule, is_table
 from .errors import CheckpointError
 
 # What there is of a Parameter. Optimizers other than Adam have others.
@@ -97,6 +97,15 @@ class Checkpoint:
         return {key.name: array.shape for key, array in self.tensors.items()}
 
 
+def tables_of(checkpoint: Checkpoint, rules: Sequence[Rule]) -> frozenset[str]:
+    """The names of vocabulary tables and of their heads, which are matrices."""
+    return frozenset(
+        name
+        for name in checkpoint.names
+        if len(checkpoint.shape(name)) == 2 and is_table(rules, name)
+    )
+
+
 @dataclass(frozen=True)
 class ReadOptions:
     """How to read a checkpoint.
@@ -108,6 +117,7 @@ class ReadOptions:
     :param allow_unsafe_pickle: run the code that pickled files ask for.
     :param optimizer_names: the names of the Parameters of an optimizer, in its order, where the
         checkpoint does not say it.
+    :param with_optimizer: whether what the optimizer has is wanted.
     """
 
     tag: str | None = None
@@ -116,6 +126,7 @@ class ReadOptions:
     vocab_size: int | None = None
     allow_unsafe_pickle: bool = False
     optimizer_names: tuple[str, ...] | None = None
+    with_optimizer: bool = True
 
 
 @dataclass(frozen=True)

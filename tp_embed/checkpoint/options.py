@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from .convert import NanPolicy, Request
+from .convert import MAX_RANKS, NanPolicy, Request
 from .cuts import DIMS, Dim, Rule
 from .errors import CheckpointError
 from .formats import FORMATS
@@ -30,6 +30,7 @@ def read_options(
     vocab_size: int | None = None,
     optimizer_names: str | None = None,
     allow_unsafe_pickle: bool = False,
+    weights_only: bool = False,
 ) -> ReadOptions:
     """How to read a checkpoint.
 
@@ -37,7 +38,7 @@ def read_options(
     :param optimizer_names: names with commas between them, or ``@FILE`` with one in each line.
     :raises UsageError: an option has a value that it cannot have.
     """
-    _check_least("--vocab-size", vocab_size)
+    _check_range("--vocab-size", vocab_size, 2**40)
     with _usage("--rules"):
         parsed = tuple(Rule.parse(line) for rule in rules for line in _items(rule))
     with _usage("--optimizer-names"):
@@ -48,6 +49,7 @@ def read_options(
         vocab_size=vocab_size,
         allow_unsafe_pickle=allow_unsafe_pickle,
         optimizer_names=names,
+        with_optimizer=not weights_only,
     )
 
 
@@ -76,12 +78,18 @@ def build_request(
     _check_choice("--dim", dim, [None, *DIMS])
     _check_choice("--nan", nan, get_args(NanPolicy))
     _check_choice("--zero-stage", zero_stage, range(4))
-    _check_least("--tp", tp)
-    _check_least("--dp", dp)
+    _check_range("--tp", tp, MAX_RANKS)
+    _check_range("--dp", dp, MAX_RANKS)
     if hf_config is not None and not Path(hf_config).is_dir():
         raise UsageError(f"`--hf-config` must be a directory, but is `{hf_config}`.")
     with _usage("--dtype"):
         parsed_dtype = None if dtype is None else parse_dtype(dtype)
+    if parsed_dtype is not None and not parsed_dtype.is_floating_point:
+        raise UsageError(f"`--dtype` must be one of floating point, but is `{dtype}`.")
+    if parsed_dtype is not None and parsed_dtype.itemsize < 2:
+        raise UsageError(
+            f"`--dtype` must have at least 16 bits, since others need scales, but is `{dtype}`."
+        )
     return Request(
         to=to,
         tp_size=tp,
@@ -103,7 +111,7 @@ def parse_size(text: str) -> int:
 
     :raises UsageError: it says none.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)", text.strip())
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
     factor = units.get(match[2].lower()) if match else None
     nbytes = int(float(match[1]) * factor) if match and factor else 0
@@ -131,14 +139,14 @@ def _check_choice(option: str, value: object, choices: Iterable[object]) -> None
         raise UsageError(f"`{option}` must be one of {allowed}, but is `{value}`.")
 
 
-def _check_least(option: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise UsageError(f"`{option}` must be greater than or equal to 1, but is {value}.")
+def _check_range(option: str, value: int | None, largest: int) -> None:
+    if value is not None and not 1 <= value <= largest:
+        raise UsageError(f"`{option}` must be in [1, {largest}], but is {value}.")
 
 
 @contextmanager
 def _usage(option: str) -> Iterator[None]:
     try:
         yield
-    except (CheckpointError, OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise UsageError(f"`{option}` cannot be used: {e}") from e

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .arrays import Array, Index, Span, View
-from .errors import CheckpointError
+from .errors import CheckpointError, shown
 from .text_files import parse_json
 
 # The same limit as that of the package.
@@ -137,5 +137,5 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, Index, int, 
                 return _DTYPES[dtype], tuple(shape), begin, stop
     raise CheckpointError(
         f"`{name}` in `{path}` must have a known dtype, a shape and two offsets, but has "
-        f"{str(entry)[:200]}."
+        f"{shown(entry)}."
     )

@@ -90,6 +90,14 @@ class Stage:
                 f"the output, but has {free}. Free some, or choose another place."
             )
         sync(self.path)
+        if not self._before:
+            # What will be noted as written is in these, and in no others of their names.
+            files = {
+                str(file.relative_to(self.path.parent)): _inode(file)
+                for file in self._files
+                if not file.name.startswith(".")  # Some of these are written anew.
+            }
+            self._flush([json.dumps(files)])
 
 
 @contextmanager
@@ -100,12 +108,12 @@ def staged(
     gone if the block raises.
 
     :param request: what identifies the work, as JSON: only the same work is resumed.
-    :param resume: go on where a run was killed that wrote to ``output``. A ``KeyboardInterrupt``
-        keeps what was written for this.
+    :param resume: go on where a run was killed that wrote to ``output``, if one was. A
+        ``KeyboardInterrupt`` keeps what was written for this.
     :param overwrite: replace what is at ``output``, at one moment.
     :raises FileExistsError: ``output`` is there, and not an empty directory.
-    :raises CheckpointError: another process is writing there, or there is nothing to resume, or
-        the disk is full, or it may not be written to.
+    :raises CheckpointError: another process is writing there, or what there is to resume is of
+        other work, or the disk is full, or it may not be written to.
     """
     output = output.resolve()
     check_free(output, overwrite)
@@ -119,6 +127,9 @@ def staged(
                     stage = Stage(partial, output.name, pool)
                     yield stage
                 sync(stage.path)
+                # What has the name in `partial` from here on may be what was at `output` before.
+                (partial / "journal").unlink()
+                _sync_one(partial)
                 _publish(stage.path, output)
             except KeyboardInterrupt:
                 raise
@@ -170,18 +181,28 @@ def _line(key: Key, start: Index, shape: Index) -> str:
 
 def _begin(partial: Path, request: str, resume: bool) -> None:
     journal = partial / "journal"
-    began = journal.read_text().partition("\n") if journal.exists() else None
-    if resume and began and began[1] and began[0] != request:
-        raise CheckpointError(
-            f"`{partial}` must be of the same conversion of the same source to be resumed, but is "
-            f"of {began[0]}, and not of {request}. Convert without `--resume`."
-        )
-    if not (resume and began and began[1]):
+    # The request, the files, and what was written; the last line may be cut off.
+    lines = journal.read_text().split("\n")[:-1] if journal.exists() else []
+    if not resume or len(lines) < 2:
         for entry in partial.iterdir():
             if entry.name != "lock":
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         journal.write_text(request + "\n")
         _sync_one(journal)
+    elif lines[0] != request:
+        raise CheckpointError(
+            f"`{partial}` must be of the same conversion of the same source to be resumed, but is "
+            f"of {lines[0]}, and not of {request}. Convert without `--resume`."
+        )
+    elif any(_inode(partial / name) != inode for name, inode in json.loads(lines[1]).items()):
+        raise CheckpointError(
+            f"`{partial}` must have the files that the run before has begun, to be resumed, but "
+            "has not. Convert without `--resume`."
+        )
+
+
+def _inode(path: Path) -> int | None:
+    return path.stat().st_ino if path.is_file() else None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, UnsafeCheckpointError
+from .errors import CheckpointError, UnsafeCheckpointError, shown
 
 # Of an index of a large model there are some MB.
 _MAX_BYTES = 256 * 2**20
@@ -38,7 +38,7 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"`{path}` must be JSON, but is not: {e}. Copy it again.") from e
     if not isinstance(value, dict):
-        raise CheckpointError(f"`{path}` must hold a JSON object, but holds {str(value)[:100]}.")
+        raise CheckpointError(f"`{path}` must hold a JSON object, but holds {shown(value)}.")
     return value
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import struct
+import sys
 import zipfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,10 +20,17 @@ import torch
 from torch import Tensor
 
 from .arrays import Array, Span, View
-from .errors import CheckpointError, UnsafeCheckpointError
+from .errors import CheckpointError, UnsafeCheckpointError, shown
 
 # The fixed part of the header before the data of a file in a zip archive.
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
+
+# What is plain, and how much of it can be in one place.
+_SCALARS = (type(None), bool, int, float, str)
+_MAX_VALUES = 1_000_000
+_MAX_DEPTH = 100
+
+_MAX_NUMBER = 2**63
 
 
 class TorchFile:
@@ -72,6 +81,44 @@ class TorchFile:
         """The values of ``tensor``, one of ``root``."""
         return self.array(tensor).load()
 
+    def plain(self, value: Any) -> Any:
+        """``value``, of ``root``, if it consists of plain Python values; a tensor of one number in
+        it as this.
+
+        :raises ValueError: it does not; the message is what is in it.
+        """
+        return self._plain(value, iter(range(_MAX_VALUES)), _MAX_DEPTH)
+
+    def number(self, what: str, value: Any) -> float:
+        """``value``, of ``root``: a number, or a tensor of one.
+
+        :param what: what a message calls it.
+        :raises CheckpointError: it is none, or not finite, or negative.
+        """
+        if _is_number(value):
+            value = self.value(value).item()
+        if type(value) in (int, float) and 0 <= value < _MAX_NUMBER:
+            return float(value)
+        raise CheckpointError(
+            f"{what} in `{self.path}` must be a number of at least 0, but is {shown(value)}. The "
+            "file is damaged: copy it again."
+        )
+
+    def _plain(self, value: Any, budget: Iterator[int], depth: int) -> Any:
+        # A file can say in few bytes what is endless, or nearly so.
+        if next(budget, None) is None or not depth:
+            raise ValueError(f"more than {_MAX_VALUES} values, or {_MAX_DEPTH} levels")
+        if type(value) in _SCALARS:
+            return value
+        if _is_number(value):
+            return self.value(value).item()
+        if isinstance(value, (list, tuple)):
+            kind = list if isinstance(value, list) else tuple
+            return kind(self._plain(each, budget, depth - 1) for each in value)
+        if isinstance(value, Mapping) and all(type(key) in _SCALARS for key in value):
+            return {key: self._plain(each, budget, depth - 1) for key, each in value.items()}
+        raise ValueError(f"a {type(value).__name__}")
+
     def place(self, tensor: Tensor) -> Hashable:
         """The same for two tensors of ``root`` if they are one. Empty ones never are."""
         offset = self._offset(tensor)
@@ -85,6 +132,11 @@ class TorchFile:
                 f"The tensors of `{self.path}` must be dense, but one is of {tensor.layout}. Save "
                 "it with `to_dense()`."
             )
+        if tensor.is_conj() or tensor.is_neg():
+            raise CheckpointError(
+                f"The tensors of `{self.path}` must hold their own values, but one is a lazy "
+                "conjugate. Save it with `resolve_conj()` and `resolve_neg()`."
+            )
         storage = tensor.untyped_storage()
         offset = getattr(storage, "_checkpoint_offset", None)
         if storage.nbytes() and self._records.get(cast(int, offset)) != storage.nbytes():
@@ -93,6 +145,10 @@ class TorchFile:
                 "but they are not there. The file is damaged: copy it again."
             )
         return offset or 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1 and value.layout is torch.strided
 
 
 def placeholder(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
@@ -128,6 +184,8 @@ def lay_out(path: Path, root: Any, stand_ins: Mapping[str, type] | None = None) 
                 array = file.array(saved)
                 array.write((0,) * tensor.dim(), tensor.detach())
         temporary.replace(path)
+        file.path = path
+        return file
     return TorchFile(path, stand_ins=stand_ins)
 
 
@@ -219,6 +277,10 @@ def _records(path: Path, file: BinaryIO) -> dict[int, int]:
                     )
                 if info.file_size:
                     records[first] = info.file_size
+                if info.filename.endswith("/byteorder"):
+                    _check_byteorder(path, archive.read(info))
+                if info.filename.endswith("/data.pkl"):
+                    _check_memory(path, archive.read(info))
     except (zipfile.BadZipFile, struct.error, OSError, NotImplementedError, ValueError) as e:
         if isinstance(e, CheckpointError):
             raise
@@ -227,6 +289,20 @@ def _records(path: Path, file: BinaryIO) -> dict[int, int]:
             f"is not, or is damaged: {e}."
         ) from e
     return records
+
+
+def _check_byteorder(path: Path, order: bytes) -> None:
+    if order != sys.byteorder.encode():
+        raise CheckpointError(
+            f"`{path}` must have numbers in the byte order of this machine, {sys.byteorder}, but "
+            f"says {order[:20]!r}. Save it on a machine like this one."
+        )
+
+
+def _check_memory(path: Path, pickled: bytes) -> None:
+    """:raises UnsafeCheckpointError: it could ask for any number of bytes, which torch allows."""
+    if re.search(rb"c(builtins|__builtin__)\nbytearray\n", pickled):
+        raise refuse(path, ["builtins.bytearray"])
 
 
 def _unpickle(path: Path, file: BinaryIO, stand_ins: Mapping[str, type], allow_unsafe: bool) -> Any:

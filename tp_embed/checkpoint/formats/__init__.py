@@ -9,7 +9,7 @@ from typing import Protocol, cast
 
 from ..arrays import Array
 from ..errors import CheckpointError
-from ..logical import MASTER, Checkpoint, Key, ReadOptions, Target
+from ..logical import MASTER, MOMENTS, WEIGHT, Checkpoint, Key, ReadOptions, Target
 
 # In the order in which they are tried: what has a mark of its own comes before what has not.
 FORMATS = {
@@ -94,8 +94,33 @@ def read(path: Path, options: ReadOptions, name: str | None = None) -> Checkpoin
             f"`{path}` must be a checkpoint in the format {found.NAME}, but cannot be read as one: "
             f"{type(e).__name__}: {e}. It is damaged, or of a version that is not known here."
         ) from e
+    checkpoint = _without_odd_states(checkpoint)
     _check(checkpoint)
     return checkpoint
+
+
+def _without_odd_states(checkpoint: Checkpoint) -> Checkpoint:
+    """Leaves out what an optimizer has that is not of the shape of its Parameter, as factors of
+    moments: nobody could say how to cut it."""
+    known = (WEIGHT, MASTER, *MOMENTS)
+    shapes = {
+        key.name: array.shape
+        for key, array in checkpoint.tensors.items()
+        if key.state in (WEIGHT, MASTER)
+    }
+    odd = [
+        key
+        for key, array in checkpoint.tensors.items()
+        if key.state not in known and shapes.get(key.name, array.shape) != array.shape
+    ]
+    if not odd:
+        return checkpoint
+    tensors = {key: array for key, array in checkpoint.tensors.items() if key not in set(odd)}
+    note = (
+        f"{len(odd)} states of the optimizer, as {odd[0]}, were left out: their shapes are not "
+        "those of their Parameters"
+    )
+    return replace(checkpoint, tensors=tensors, notes=(*checkpoint.notes, note))
 
 
 def _check(checkpoint: Checkpoint) -> None:
@@ -103,6 +128,9 @@ def _check(checkpoint: Checkpoint) -> None:
     path, tensors = checkpoint.path, checkpoint.tensors
     if not tensors:
         raise CheckpointError(f"`{path}` must hold tensors, but holds none.")
+    step = checkpoint.step
+    if step is not None and (type(step) is not int or not 0 <= step < 10**18):
+        raise CheckpointError(f"The step in `{path}` must be a number from 0 on, but is {step!r}.")
     for key, array in tensors.items():
         if not isinstance(key.name, str) or not isinstance(key.state, str):
             raise CheckpointError(f"A name in `{path}` must be a string, but is {key!r}.")

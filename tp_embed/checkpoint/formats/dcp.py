@@ -32,11 +32,12 @@ import torch
 from torch import Tensor
 
 from ..arrays import Array
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from ..logical import WEIGHT, Checkpoint, Key, Optimizer, ReadOptions, Target
 from . import dcp_metadata
 from .dcp_files import Files, Layout
 from .dcp_metadata import BytesItem, Item, Keys, TensorItem
+from .pt import BUFFERS, MODEL_KEYS, OPTIMIZER_KEYS, STEP_KEYS
 
 NAME = "dcp"
 IS_FILE = False
@@ -44,11 +45,6 @@ HAS_RANKS = False
 HAS_OPTIMIZER = True
 HAS_EXTRA = False
 MAIN = WEIGHT
-
-_MODEL_KEYS = ("model", "module", "state_dict", "model_state_dict")
-_OPTIMIZER_KEYS = ("optimizer", "optim", "optimizer_state_dict")
-_STEP_KEYS = ("step", "global_step", "iteration")
-_BUFFERS = "buffer_names"
 # More is no hyperparameter.
 _MAX_VALUE = 1024
 
@@ -83,14 +79,14 @@ class _Reader:
         tensors, ties = self._weights(model)
         shapes = {key.name: array.shape for key, array in tensors.items()}
         optimizer = None
-        for key in _OPTIMIZER_KEYS:
-            if isinstance(root.get(key), dict):
+        for key in OPTIMIZER_KEYS:
+            if isinstance(root.get(key), dict) and self._options.with_optimizer:
                 states, optimizer = self._optimizer(root[key], shapes, ties)
                 tensors |= states
                 break
-        buffers = self._value(root[_BUFFERS]) if _BUFFERS in root else []
+        buffers = self._value(root[BUFFERS]) if BUFFERS in root else []
         if not _are_names(buffers):
-            raise self._damaged(_BUFFERS, "a list of names", buffers)
+            raise self._damaged(BUFFERS, "a list of names", buffers)
         return Checkpoint(
             format=NAME,
             path=self._path,
@@ -107,12 +103,12 @@ class _Reader:
         """The dict that holds the model and the optimizer, and the model."""
         # The whole may be in one object, as `{"app": {"model": ...}}` of torch's tutorial.
         for outer in (root, *(each for each in root.values() if isinstance(each, dict))):
-            for key in _MODEL_KEYS:
+            for key in MODEL_KEYS:
                 if isinstance(outer.get(key), dict):
                     left = sorted(
                         str(name)
                         for name in outer
-                        if name not in (key, _BUFFERS, *_OPTIMIZER_KEYS, *_STEP_KEYS)
+                        if name not in (key, BUFFERS, *OPTIMIZER_KEYS, *STEP_KEYS)
                     )
                     if left:
                         self._notes.append(f"{left} was left out")
@@ -130,11 +126,11 @@ class _Reader:
         model = {name: item for name, item in root.items() if not isinstance(item, dict)}
         if not any(isinstance(item, TensorItem) for item in model.values()):
             raise CheckpointError(
-                f"`{self._path}` must hold a state dict, or one as {list(_MODEL_KEYS)}, but holds "
+                f"`{self._path}` must hold a state dict, or one as {list(MODEL_KEYS)}, but holds "
                 f"{[str(name) for name in root][:10]}."
             )
         left = sorted(
-            str(name) for name in root if name not in model and name not in _OPTIMIZER_KEYS
+            str(name) for name in root if name not in model and name not in OPTIMIZER_KEYS
         )
         if left:
             self._notes.append(f"{left} was left out")
@@ -254,7 +250,7 @@ class _Reader:
     def _step(self, root: Tree) -> int | None:
         inner = root.get("train_state")  # of torchtitan
         for own in (root, inner if isinstance(inner, dict) else {}):
-            for key in _STEP_KEYS:
+            for key in STEP_KEYS:
                 if key in own and not isinstance(own[key], dict):
                     return int(self._number(key, own[key]))
         return None
@@ -283,7 +279,7 @@ class _Reader:
 
     def _damaged(self, what: str, expected: str, found: Any) -> CheckpointError:
         return CheckpointError(
-            f"`{what}` in `{self._path}` must be {expected}, but is {str(found)[:100]}."
+            f"`{what}` in `{self._path}` must be {expected}, but is {shown(found)}."
         )
 
 

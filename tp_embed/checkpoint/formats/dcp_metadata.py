@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..arrays import Index
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from ..plain_pickle import StandIn
 from ..plain_pickle import load as load_pickle
 
@@ -177,7 +177,7 @@ def _stored(path: Path, index: Any, info: Any) -> tuple[tuple[str, Index | None]
                 case {"transform_descriptors": transforms} if transforms:
                     raise CheckpointError(
                         f"What `{path}` describes must be stored as it is, but is transformed by "
-                        f"{str(transforms)[:100]}. Load it with torch and save it without."
+                        f"{shown(transforms)}. Load it with torch and save it without."
                     )
                 case {"relative_path": str(file), "offset": int(offset), "length": int(length)}:
                     start = key.get("offset")
@@ -249,7 +249,7 @@ def _nesting(path: Path, keys: Any, items: Mapping[str, Item]) -> dict[str, Keys
         is_path = isinstance(each, tuple) and 0 < len(each) <= _MAX_DEPTH
         if not is_path or not all(type(key) in (str, int) for key in each):
             raise CheckpointError(
-                f"`{path}` must say which keys lead to `{name}`, but says {str(each)[:100]}. It is "
+                f"`{path}` must say which keys lead to `{name}`, but says {shown(each)}. It is "
                 "damaged: copy it again."
             )
     return found
@@ -257,7 +257,7 @@ def _nesting(path: Path, keys: Any, items: Mapping[str, Item]) -> dict[str, Keys
 
 def _name(path: Path, name: Any) -> str:
     if not isinstance(name, str):
-        raise CheckpointError(f"`{path}` must name items by strings, but by {str(name)[:100]}.")
+        raise CheckpointError(f"`{path}` must name items by strings, but by {shown(name)}.")
     return name
 
 

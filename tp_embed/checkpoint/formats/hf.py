@@ -33,7 +33,7 @@ import torch
 from .. import safetensors_file
 from ..arrays import Array, Copies, Index
 from ..cuts import is_table
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from ..logical import WEIGHT, Checkpoint, Key, ReadOptions, Target
 from ..text_files import inside, read_json, write_json
 from ..torch_file import TorchFile
@@ -49,6 +49,9 @@ MAIN = WEIGHT
 
 _SAFETENSORS = "model.safetensors"
 _TORCH = "pytorch_model.bin"  # Read only.
+
+
+_NOT_ONE = "They are not one Parameter: write the checkpoint anew."
 
 
 class _File(NamedTuple):
@@ -89,7 +92,9 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     ties = {a: name for a, name in claims.items() if name in tensors and name not in claims}
     for alias, name in ties.items():
         if alias in tensors:  # Reading compares them.
-            tensors[name] = Copies(name, [tensors[name], tensors.pop(alias)], of="under each name")
+            tensors[name] = Copies(
+                name, [tensors[name], tensors.pop(alias)], "under each name", _NOT_ONE
+            )
     notes = [note for file in files.values() for note in file.notes]
     settings = [file for file in settings_of(path) if file.is_file()] if path.is_dir() else []
     is_alone = sum(is_table(options.rules, name) for name in {*tensors, *ties}) == 1
@@ -132,7 +137,7 @@ def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, Path]:
     ):
         raise CheckpointError(
             f"`{path}` must have a `weight_map` from names of tensors to names of files, but has "
-            f"{str(names)[:100]}."
+            f"{shown(names)}."
         )
     single = path.with_name(path.name.removesuffix(".index.json"))
     if single.name not in names.values() and single.is_file():
@@ -184,7 +189,7 @@ def _check_total_size(path: Path, index: Mapping[str, Any], files: Mapping[Path,
     if stated not in (once, each):
         raise CheckpointError(
             f"`{path}` must have the size of all tensors as `total_size`, which is {once}, but has "
-            f"{str(stated)[:100]}. If all files are of one checkpoint, remove `total_size` there."
+            f"{shown(stated)}. If all files are of one checkpoint, remove `total_size` there."
         )
 
 
@@ -203,7 +208,7 @@ def _read_file(path: Path, options: ReadOptions) -> _File:
     by_name = {key.name: array for key, array in tensors.items()}
     names = {*by_name, *ties}
     notes = [
-        f"`{name}` is no tensor and was left out: {str(value)[:80]}"
+        f"`{name}` is no tensor and was left out: {shown(value)}"
         for name, value in file.root.items()
         if name not in names
     ]

@@ -29,7 +29,7 @@ from typing import Any
 
 from ..arrays import Array, Copies, Joined, Tile
 from ..cuts import Cut, find_rule, is_table, join
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from ..logical import WEIGHT, Checkpoint, Key, ReadOptions, Target
 from ..torch_file import lay_out as lay_out_file
 from .megatron_files import (
@@ -151,7 +151,7 @@ def _recorded(
             case other:
                 raise CheckpointError(
                     f"`{OURS}` of `{file.path}` must say how `{name}` is cut, but says "
-                    f"{str(other)[:80]}. The file is damaged: copy it again."
+                    f"{shown(other)}. The file is damaged: copy it again."
                 )
     return sizes, cuts
 

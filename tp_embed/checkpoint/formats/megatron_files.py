@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..arrays import Array
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from ..torch_file import TorchFile
 from .pt import state_dict_arrays
 from .rank_files import transpose
@@ -205,13 +205,13 @@ def _open(path: Path, allow_unsafe: bool) -> RankFile:
     if not chunks or not all(isinstance(chunk, Mapping) for chunk in chunks):
         raise CheckpointError(
             f"`{path}` must hold a state dict as `model`, or several as `model0` and so on, but "
-            f"holds {[str(key)[:40] for key in root][:16]}."
+            f"holds {[shown(key) for key in root][:16]}."
         )
     iteration, version = root.get("iteration"), root.get("checkpoint_version", 0)
     if not isinstance(iteration, int | None) or not isinstance(version, int | float):
         raise CheckpointError(
             f"The `iteration` and `checkpoint_version` of `{path}` must be numbers, but are "
-            f"{str(iteration)[:40]} and {str(version)[:40]}."
+            f"{shown(iteration)} and {shown(version)}."
         )
     return RankFile(
         file=file,
@@ -251,7 +251,7 @@ def _flat(held: Mapping[Any, Any], prefix: str, path: Path, depth: int = 0) -> I
     for key, value in held.items():
         if not isinstance(key, str) or depth == _MAX_DEPTH:
             raise CheckpointError(
-                f"`{path}` must hold a state dict, but has {str(key)[:80]!r} in {prefix!r}."
+                f"`{path}` must hold a state dict, but has {shown(key)!r} in {prefix!r}."
             )
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.", path, depth + 1)
@@ -276,7 +276,7 @@ def _notes(held: Mapping[str, Any]) -> Iterator[str]:
         )
     for name, value in held.items():
         if not isinstance(value, Tensor) and not name.endswith("_extra_state"):
-            yield f"`{name}` is no tensor and was left out: {str(value)[:80]}"
+            yield f"`{name}` is no tensor and was left out: {shown(value)}"
 
 
 def _check_together(files: Sequence[RankFile], tp_size: int, stages: int) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..arrays import Array
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from ..logical import WEIGHT, Checkpoint, Key, Optimizer, ReadOptions, Target
 from ..torch_file import TorchFile, placeholder
 from ..torch_file import lay_out as lay_out_file
@@ -32,10 +32,11 @@ HAS_OPTIMIZER = True
 HAS_EXTRA = False
 MAIN = WEIGHT
 
-_MODEL_KEYS = ("model", "module", "state_dict", "model_state_dict")
-_OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim")
-_STEP_KEYS = ("step", "global_step", "iteration")
-_BUFFERS = "buffer_names"
+# The keys of training scripts, here and in other formats that are nested dicts.
+MODEL_KEYS = ("model", "module", "state_dict", "model_state_dict")
+OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim")
+STEP_KEYS = ("step", "global_step", "iteration")
+BUFFERS = "buffer_names"
 
 
 def recognises(path: Path) -> bool:
@@ -47,32 +48,45 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     root = file.root
     if not isinstance(root, Mapping):
         raise CheckpointError(f"`{path}` must hold a dict, but holds a {type(root).__name__}.")
-    model_key = next((key for key in _MODEL_KEYS if isinstance(root.get(key), Mapping)), None)
+    model_key = next((key for key in MODEL_KEYS if _has_tensors(root.get(key))), None)
+    # What is beside the model, if it is not all that there is.
+    beside = {} if model_key is None else {key: root[key] for key in root if key != model_key}
     model = root if model_key is None else root[model_key]
     tensors, ties = state_dict_arrays(file, model)
     notes = [
-        f"`{name}` is no tensor and was left out: {str(value)[:80]}"
+        f"`{name}` is no tensor and was left out: {shown(value)}"
         for name, value in model.items()
         if not isinstance(value, Tensor)
     ]
     optimizer = None
-    if model_key is not None:
-        saved = next((root[key] for key in _OPTIMIZER_KEYS if root.get(key)), None)
-        if saved is not None:
-            states, optimizer = read_optimizer(file, saved, options, path)
-            tensors |= states
-    step = next((root[key] for key in _STEP_KEYS if isinstance(root.get(key), int)), None)
+    optimizer_key = next((key for key in OPTIMIZER_KEYS if beside.get(key)), None)
+    if optimizer_key is not None and options.with_optimizer:
+        states, optimizer, odd = read_optimizer(file, beside[optimizer_key], options, path)
+        tensors |= states
+        notes += odd
+    elif optimizer_key is not None:
+        notes.append("The state of the optimizer was left out")
+    step_key = next((key for key in STEP_KEYS if beside.get(key) is not None), None)
+    buffers = beside.get(BUFFERS, ())
+    if not isinstance(buffers, (list, tuple)) or not all(isinstance(n, str) for n in buffers):
+        raise CheckpointError(f"`{BUFFERS}` in `{path}` must be names, but is {shown(buffers)}.")
+    left_out = [key for key in beside if key not in (optimizer_key, step_key, BUFFERS)]
+    notes += [f"`{shown(key)}` was left out: {shown(beside[key])}" for key in left_out]
     return Checkpoint(
         format=NAME,
         path=path,
         tensors=tensors,
         ties=ties,
-        buffers=frozenset(root.get(_BUFFERS, ())) if model_key else frozenset(),
-        step=step if model_key else None,
+        buffers=frozenset(buffers) & {key.name for key in tensors},
+        step=None if step_key is None else _number(file, beside[step_key]),
         optimizer=optimizer,
         notes=tuple(notes),
         files=(path,),
     )
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(each, Tensor) for each in value.values())
 
 
 def state_dict_arrays(
@@ -85,7 +99,7 @@ def state_dict_arrays(
     places: dict[Hashable, str] = {}
     for name, value in model.items():
         if isinstance(value, Tensor):
-            first = places.setdefault(file.place(value), name)
+            first = places.setdefault((file.place(value), value.dtype), name)
             if first == name:
                 tensors[Key(name)] = file.array(value)
             else:
@@ -95,8 +109,9 @@ def state_dict_arrays(
 
 def read_optimizer(
     file: TorchFile, saved: Mapping[str, Any], options: ReadOptions, path: Path
-) -> tuple[dict[Key, Array], Optimizer]:
-    """The tensors and the rest of the state dict of an optimizer of torch in ``file``."""
+) -> tuple[dict[Key, Array], Optimizer, list[str]]:
+    """The tensors and the rest of the state dict of an optimizer of torch in ``file``, and notes of
+    what was left out."""
     groups = saved["param_groups"]
     indices = list(chain.from_iterable(group["params"] for group in groups))
     names = options.optimizer_names or tuple(
@@ -110,13 +125,21 @@ def read_optimizer(
         )
     by_index = dict(zip(indices, names, strict=True))
     tensors: dict[Key, Array] = {}
-    steps = {}
+    steps, notes = {}, []
     for index, state in saved["state"].items():
         for key, value in state.items():
+            if key == WEIGHT:
+                raise CheckpointError(
+                    f"The optimizer in `{path}` must not have a state with the name `{key}`, which "
+                    "is that of the Parameter itself. Save it under another name."
+                )
             if key == "step":
                 steps[by_index[index]] = float(_number(file, value))
             elif isinstance(value, Tensor):
                 tensors[Key(by_index[index], key)] = file.array(value)
+            else:
+                name = f"`{shown(key)}` of `{by_index[index]}` in the optimizer"
+                notes.append(f"{name} is no tensor and was left out: {shown(value)}")
     named = tuple(
         {
             **{key: _number(file, value) for key, value in group.items() if key != "param_names"},
@@ -124,7 +147,7 @@ def read_optimizer(
         }
         for group in groups
     )
-    return tensors, Optimizer(named, steps)
+    return tensors, Optimizer(named, steps), notes
 
 
 def _number(file: TorchFile, value: Any) -> Any:
@@ -136,7 +159,7 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Arr
     held = {key: placeholder(array.shape, array.dtype) for key, array in checkpoint.tensors.items()}
     model = {key.name: tensor for key, tensor in held.items() if key.state == WEIGHT}
     model |= {alias: model[name] for alias, name in checkpoint.ties.items()}
-    root: dict[str, Any] = {"model": model, _BUFFERS: sorted(checkpoint.buffers)}
+    root: dict[str, Any] = {"model": model, BUFFERS: sorted(checkpoint.buffers)}
     if checkpoint.step is not None:
         root["step"] = checkpoint.step
     if checkpoint.optimizer is not None:
