@@ -1,7 +1,9 @@
 """What conversions make of what sources hold: nothing is changed or lost without a word."""
 
 import json
+import multiprocessing
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from tp_embed.checkpoint import (
     plan,
     read,
 )
+from tp_embed.checkpoint.safetensors_file import lay_out
 
 
 def saved(tmp_path, value, name="source.pt"):
@@ -230,6 +233,40 @@ def test_a_transposed_table_is_not_read_many_times(tmp_path, monkeypatch):
     before = read_bytes()
     assert torch.equal(converted(source)["w"], table)
     assert read_bytes() - before < 16 * table.nbytes
+
+
+def grow(connection, source, output, request):
+    """Converts, and sends by how many bytes the process has grown at most."""
+    Path("/proc/self/clear_refs").write_text("5")  # The peak begins anew.
+    before = peak()
+    convert(source, output, request)
+    connection.send(peak() - before)
+
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+@pytest.mark.parametrize(
+    ("to", "dim"), [("tp-embed", "vocab"), ("tp-embed", "embed"), ("dcp", "vocab"), ("pt", "vocab")]
+)
+def test_memory_does_not_grow_with_the_table(tmp_path, to, dim):
+    source = tmp_path / "table.safetensors"
+    shape = (131_072, 1024)  # 512 MiB, of which none is on the disk.
+    lay_out(source, {"embed_tokens.weight": (shape, torch.float32)})
+    request = Request(to=to, tp_size=4 if to == "tp-embed" else None, dim=dim)
+    saved(tmp_path, {"w": torch.ones(1)})
+    converted(tmp_path / "source.pt", "dcp")  # So that all is imported in the process, too.
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=grow, args=(sender, source, tmp_path / "output", request))
+    process.start()
+    assert receiver.poll(120)
+    assert receiver.recv() < 128 * 2**20
+    process.join(60)
+    assert process.exitcode == 0
+    shutil.rmtree(tmp_path)
 
 
 def read_bytes():

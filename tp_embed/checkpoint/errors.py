@@ -1,6 +1,8 @@
 """What goes wrong with a checkpoint."""
 
 import reprlib
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -15,6 +17,14 @@ class UnsafeCheckpointError(CheckpointError):
 
 class MismatchError(CheckpointError):
     """Two checkpoints that should be equal differ."""
+
+
+def asks_to_import(path: Path, names: Iterable[str]) -> UnsafeCheckpointError:
+    """The error for a pickle at ``path`` that asks for the classes or functions ``names``."""
+    return UnsafeCheckpointError(
+        f"`{path}` must hold tensors and plain values only, but asks to import {list(names)}, "
+        "which could run any code. If you trust whoever wrote it, pass `--allow-unsafe-pickle`."
+    )
 
 
 def shown(value: Any) -> str:

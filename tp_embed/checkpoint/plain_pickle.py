@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError
-from .torch_file import refuse
+from .errors import CheckpointError, asks_to_import
 
 # How many bytes follow an opcode, or how it is said (less than 0).
 _ARGUMENTS = {ord(op.code): op.arg.n if op.arg else 0 for op in pickletools.opcodes}
@@ -59,7 +58,7 @@ def load(
                 f"{type(e).__name__}: {e}. Copy it again."
             ) from e
     if unpickler.refused:
-        raise refuse(path, sorted(unpickler.refused))
+        raise asks_to_import(path, sorted(unpickler.refused))
     return value
 
 

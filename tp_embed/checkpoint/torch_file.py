@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .arrays import Array, Span, View
-from .errors import CheckpointError, UnsafeCheckpointError, shown
+from .errors import CheckpointError, asks_to_import, shown
 
 # The fixed part of the header before the data of a file in a zip archive.
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
@@ -219,13 +219,6 @@ def open_window(path: Path, window: tuple[int, int] | None = None) -> Iterator[B
         yield file if window is None else cast(BinaryIO, io.BufferedReader(_Window(file, *window)))
 
 
-def refuse(path: Path, found: Iterable[str]) -> UnsafeCheckpointError:
-    return UnsafeCheckpointError(
-        f"`{path}` must hold tensors and plain values only, but asks to import {list(found)}, "
-        "which could run any code. If you trust whoever wrote it, pass `--allow-unsafe-pickle`."
-    )
-
-
 class _Window(io.RawIOBase):
     """A part of a file."""
 
@@ -302,7 +295,7 @@ def _check_byteorder(path: Path, order: bytes) -> None:
 def _check_memory(path: Path, pickled: bytes) -> None:
     """:raises UnsafeCheckpointError: it could ask for any number of bytes, which torch allows."""
     if re.search(rb"c(builtins|__builtin__)\nbytearray\n", pickled):
-        raise refuse(path, ["builtins.bytearray"])
+        raise asks_to_import(path, ["builtins.bytearray"])
 
 
 def _unpickle(path: Path, file: BinaryIO, stand_ins: Mapping[str, type], allow_unsafe: bool) -> Any:
@@ -312,7 +305,7 @@ def _unpickle(path: Path, file: BinaryIO, stand_ins: Mapping[str, type], allow_u
                 return torch.load(file, map_location="meta", weights_only=False)
             found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
             if found:
-                raise refuse(path, found)
+                raise asks_to_import(path, found)
             file.seek(0)
             return torch.load(file, map_location="meta", weights_only=True)
     except CheckpointError:
