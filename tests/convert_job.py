@@ -7,6 +7,7 @@ CASES is a JSON file that has for each name of a case: `stage` (of ZeRO), and if
 (`float32`, `bfloat16` or `float16`), `tp` (how many tensor-parallel ranks), `mpu` (they are not
 those of AutoTP, but of an `mpu`), `tied`, `typed` (with a table of one row, a buffer, a frozen
 Parameter and two param groups), `layers`, `steps` (2), `config` (more of the DeepSpeed config),
+`zero` (more of its `zero_optimization`),
 `save` (arguments of `save_checkpoint()`), `load` (the directory of a checkpoint of DeepSpeed, from
 which training goes on for `steps`) or `universal` (the same of a universal checkpoint, loaded by
 DeepSpeed).
@@ -32,6 +33,9 @@ import llama
 from tp_embed.integrations.deepspeed import initialize
 from universal_job import LR, NORM, TypedLlama, batches, param_groups, state, train
 
+# From the first step on it moves the weights.
+WARMUP = {"warmup_min_lr": LR / 2, "warmup_max_lr": LR, "warmup_num_steps": 4}
+
 
 def build(case: dict[str, Any], seed: int = 0) -> Any:
     kind = TypedLlama if case.get("typed") else llama.LlamaForCausalLM
@@ -54,10 +58,11 @@ def make_engine(case: dict[str, Any]) -> Any:
             "stage": case["stage"],
             "stage3_param_persistence_threshold": 100,
             "sub_group_size": 2_000,
+            **case.get("zero", {}),
         },
         "bf16": {"enabled": dtype == "bfloat16"},
         "fp16": {"enabled": dtype == "float16", "initial_scale_power": 8},
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": LR, "warmup_num_steps": 4}},
+        "scheduler": {"type": "WarmupLR", "params": WARMUP},
     }
     # An engine at ZeRO 3 cannot run a layer with an empty shard.
     types = "embed" if case["stage"] == 3 else "vocab"
@@ -103,6 +108,8 @@ def states(engine: Any, case: dict[str, Any]) -> dict[str, dict[str, torch.Tenso
     """What this rank has of each Parameter: its shard, which is not cut by ZeRO, and moments."""
     parameters = dict(engine.module.named_parameters())
     is_wrapped = case["stage"] == 0 and case.get("dtype", "float32") != "float32"
+    # DeepSpeed itself looks for the moments of such an engine in wrong places.
+    is_wrapped |= case.get("zero", {}).get("round_robin_gradients", False)
     if is_wrapped or not engine.global_steps:
         return {name: weight(p) for name, p in parameters.items() if has_values(p)}
     return {name: state(engine, name) for name, p in parameters.items() if has_values(p)}

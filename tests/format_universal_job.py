@@ -1,5 +1,6 @@
 """Run by the `deepspeed` launcher for test_format_universal.py: trains engines and saves them, or
-loads universal checkpoints into others and goes on training; what was seen is saved by case."""
+loads universal checkpoints into others and goes on training; what was seen is saved by case. Cases
+without tensor parallelism have to come first."""
 
 from __future__ import annotations
 
@@ -19,13 +20,15 @@ from tp_embed.integrations.deepspeed import DeepSpeedGang
 from tp_embed.integrations.deepspeed.universal_load import load_universal
 
 
-def make_engine(case: dict[str, Any], tp_size: int) -> Any:
+def make_engine(case: dict[str, Any]) -> Any:
+    tp_size = case["tp"]
     tied, typed, stage = case.get("tied", False), case.get("typed", False), case["stage"]
     # What is loaded has other weights than it had, and another learning rate.
     model = job.build(tied, typed, seed=int("load" in case))
     types = "embed" if stage == 3 else "vocab"
-    gang = DeepSpeedGang.from_groups(tp_size=tp_size)
-    shard_embeddings(model, gang, rules={"types": types} if typed else None)
+    if tp_size > 1:  # Without it, no groups are made, of which there can be others later.
+        gang = DeepSpeedGang.from_groups(tp_size=tp_size)
+        shard_embeddings(model, gang, rules={"types": types} if typed else None)
     lr = 1e-4 if "load" in case else job.LR
     by_deepspeed = case.get("by_deepspeed", False)
     config = {
@@ -39,7 +42,7 @@ def make_engine(case: dict[str, Any], tp_size: int) -> Any:
             # times; `load_universal()` mends that.
             "sub_group_size": 1_000_000 if by_deepspeed else 2_000,
         },
-        "tensor_parallel": {"autotp_size": tp_size},
+        **({"tensor_parallel": {"autotp_size": tp_size}} if tp_size > 1 else {}),
         "checkpoint": {"load_universal": by_deepspeed},
     }
     if case.get("schedule"):
@@ -56,8 +59,8 @@ def make_engine(case: dict[str, Any], tp_size: int) -> Any:
     return engine
 
 
-def run(name: str, case: dict[str, Any], tp_size: int, out: Path) -> dict[str, Any]:
-    engine = make_engine(case, tp_size)
+def run(name: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
+    engine = make_engine(case)
     seen: dict[str, Any] = {}
     batches = job.batches()
     if "load" in case:
@@ -89,13 +92,13 @@ def error(call: Any) -> str:
     return "no error"
 
 
-def main(tp_size: int, out: Path, plan: Path) -> None:
+def main(out: Path, plan: Path) -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed()
     cases = json.loads(plan.read_text())
-    seen = {name: run(name, case, tp_size, out) for name, case in cases.items()}
+    seen = {name: run(name, case, out) for name, case in cases.items()}
     torch.save(seen, plan.with_suffix(f".{dist.get_rank()}.pt"))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

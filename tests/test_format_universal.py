@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.checkpoint import ds_to_universal
+from deepspeed.checkpoint.universal_checkpoint import SubparamShape, load_hp_checkpoint_state
 
 import format_universal_job as job
 import universal_job
@@ -75,11 +76,15 @@ LOADED_DP = {
 }
 
 
-def launch(out: Path, name: str, cases: dict, *, tp_size: int) -> list[dict]:
+def launch(out: Path, name: str, without_tp: dict, with_tp: dict) -> dict[str, list[dict]]:
+    """What both ranks have seen of each case."""
+    cases = {name: {**case, "tp": 1} for name, case in without_tp.items()}
+    cases |= {name: {**case, "tp": 2} for name, case in with_tp.items()}
     plan = out / f"{name}.json"
     plan.write_text(json.dumps(cases))
-    run(deepspeed_command(job.__file__, tp_size, out, plan, ranks=2))
-    return [torch.load(plan.with_suffix(f".{rank}.pt"), weights_only=True) for rank in range(2)]
+    run(deepspeed_command(job.__file__, out, plan, ranks=2))
+    ranks = [torch.load(plan.with_suffix(f".{rank}.pt"), weights_only=True) for rank in range(2)]
+    return {name: [seen[name] for seen in ranks] for name in cases}
 
 
 def to_pt(source: Path, output: Path, **options) -> dict:
@@ -132,8 +137,7 @@ def out(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(out) -> dict:
     """What the ranks have seen in training, and checkpoints of both converters."""
-    by_rank = launch(out, "train", TRAINED_TP, tp_size=2)
-    dp_by_rank = launch(out, "dp", TRAINED_DP, tp_size=1)
+    seen = launch(out, "train", TRAINED_DP, TRAINED_TP)
     for name in {**TRAINED_TP, **TRAINED_DP}:
         to_universal(out / name / "end", out / f"{name} ours")
         ds_to_universal.main(
@@ -147,10 +151,7 @@ def trained(out) -> dict:
                 inject_missing_state=False,
             )
         )
-    return {
-        **{name: [seen[name] for seen in by_rank] for name in TRAINED_TP},
-        **{name: [seen[name] for seen in dp_by_rank] for name in TRAINED_DP},
-    }
+    return seen
 
 
 @pytest.fixture(scope="module")
@@ -171,19 +172,14 @@ def losses_of_torch(out) -> dict[str, list[float]]:
 def loaded(out, trained, losses_of_torch) -> dict:
     for name in trained:
         copy(out / f"{name} deepspeed's", out / f"{name} copied")
-    by_rank = launch(out, "load", LOADED_TP, tp_size=2)
-    dp_by_rank = launch(out, "load dp", LOADED_DP, tp_size=1)
-    return {
-        **{name: [seen[name] for seen in by_rank] for name in LOADED_TP},
-        **{name: [seen[name] for seen in dp_by_rank] for name in LOADED_DP},
-    }
+    return launch(out, "load", LOADED_DP, LOADED_TP)
 
 
 @pytest.mark.parametrize("name", [*TRAINED_TP, *TRAINED_DP])
 def test_both_converters_say_the_same(out, trained, tmp_path, name):
     ours = to_pt(out / f"{name} ours", tmp_path / "ours.pt", rules=RULES)
     theirs = to_pt(out / f"{name} deepspeed's", tmp_path / "theirs.pt")
-    files = {path.name: path for path in (out / f"{name} ours" / "zero").iterdir()}
+    files = {path.name: path for path in (out / f"{name} ours").glob("*/zero/*") if path.is_dir()}
     trained_names = {parameter for parameter in files if (files[parameter] / "step.pt").exists()}
     for content in (ours, theirs):
         assert content["step"] == 2
@@ -454,11 +450,6 @@ def test_parameters_with_other_steps_are_read_with_a_note(small, tmp_path):
             {"param_groups": [{"params": ["0.weight", "0.bias", "other"]}]},
             "once, but it is not so with `other`",
         ),
-        (
-            "zero/optimizer_state.pt",
-            {"param_groups": [{"params": [], "lr": torch.ones(2)}]},
-            "The hyperparameters in .* must be plain values, but one is a Tensor",
-        ),
         ("mp_rank_00_model_states.pt", [1], "must be of type dict, but is of type list"),
         ("mp_rank_00_model_states.pt", {}, "The model, `module`, in .* must be of type dict"),
         ("mp_rank_00_model_states.pt", {"module": {3: torch.ones(1)}}, "must be of type str"),
@@ -502,6 +493,77 @@ def test_parameters_with_other_steps_are_read_with_a_note(small, tmp_path):
 def test_damaged_content_is_refused(small, file, content, match):
     torch.save(content, small / file)
     refused(small.parent, match)
+
+
+STACKED = {"o.weight": (4, 4), "qkv.weight": (12, 2), "kv.weight": (6, 2), "norm.weight": (4,)}
+STACKED_RULES = ("o.weight=1", "qkv.weight=0/3", "kv.weight=0:4,2", "*=replicated")
+
+
+@pytest.fixture
+def stacked(tmp_path) -> Path:
+    """For two ranks, of Parameters that are stacked from others."""
+    model = {name: torch.rand(shape) for name, shape in STACKED.items()}
+    state = {
+        index: {"step": torch.tensor(1.0), "exp_avg": value, "exp_avg_sq": value}
+        for index, value in enumerate(model.values())
+    }
+    groups = [{"lr": 0.1, "params": [*range(len(model))], "param_names": [*model]}]
+    optimizer = {"state": state, "param_groups": groups}
+    torch.save({"model": model, "step": 1, "optimizer": optimizer}, tmp_path / "stacked.pt")
+    rules = tuple(map(Rule.parse, STACKED_RULES))
+    request = Request(to="universal", tp_size=2, read=ReadOptions(rules=rules))
+    convert(tmp_path / "stacked.pt", tmp_path / "stacked", request, verify=True)
+    return tmp_path / "stacked" / "global_step1_universal"
+
+
+@pytest.mark.parametrize("name", ["o.weight", "qkv.weight", "norm.weight"])
+def test_deepspeed_cuts_without_a_map_as_it_is_said(stacked, name):
+    whole = torch.load(stacked / "zero" / name / "fp32.pt", weights_only=True)["param"]
+    parts = whole.chunk(3 if name == "qkv.weight" else 1)
+    for rank in range(2):
+        dim = 1 if name == "o.weight" else 0
+        shard = torch.cat([part.chunk(2, dim)[rank] for part in parts], dim)
+        param = torch.nn.Parameter(torch.zeros_like(whole if name == "norm.weight" else shard))
+        fragment = torch.zeros(param.numel())
+        param._hp_mapping = Namespace(
+            lp_fragment_address=Namespace(start=0, numel=param.numel()),
+            get_hp_fragment=lambda fragment=fragment: fragment,
+            optim_fragment=None,
+        )
+        load_hp_checkpoint_state(param, str(stacked / "zero" / name), rank, 2)
+        expected = whole if name == "norm.weight" else shard
+        assert torch.equal(fragment.view(param.shape), expected)
+        assert torch.equal(param._hp_mapping.optim_fragment["exp_avg"], fragment)
+
+
+def test_cuts_are_known_without_maps(stacked):
+    known = universal.read(stacked, ReadOptions()).cuts
+    for file in (*stacked.glob("*.pt"), stacked / "zero" / "optimizer_state.pt"):
+        change(file, lambda content: content.update(universal_checkpoint_info=None))
+    cuts = universal.read(stacked, ReadOptions()).cuts
+    assert cuts == {name: known[name] for name in ("o.weight", "qkv.weight")}
+    kv = stacked / "zero" / "kv.weight" / "fp32.pt"
+    shape = SubparamShape(["kv.weight"], ((4, 2), 2), 0)
+    torch.save({**torch.load(kv), "sub_param_shape": shape}, kv)
+    assert universal.read(stacked, ReadOptions()).cuts["kv.weight"] == known["kv.weight"]
+    for wrong in (
+        {"cat_dim": 2},
+        {"cat_dim": "0"},
+        {"cat_dim": 0, "param_n_sub_params": 4},
+        {"cat_dim": 0, "param_n_sub_params": 10**12},
+        {"sub_param_shape": SubparamShape(["kv.weight"], ((4, 3), 2), 0)},
+    ):
+        torch.save({"param": torch.rand(6, 2), **wrong}, kv)
+        refused(stacked.parent, r"must say along which dimension of \(6, 2\)")
+
+
+def test_what_is_not_plain_is_left_out_with_a_note(small):
+    group = {"params": ["0.weight", "0.bias"], "lr": torch.tensor(0.5), "odd": torch.ones(2)}
+    change(small / "zero" / "optimizer_state.pt", lambda c: c.update(param_groups=[group]))
+    checkpoint = universal.read(small, ReadOptions())
+    (kept,) = checkpoint.optimizer.groups
+    assert kept == {"params": group["params"], "lr": 0.5}
+    assert checkpoint.notes == ("In a param group `odd` has a Tensor in it and was left out.",)
 
 
 class Harmful:

@@ -316,7 +316,7 @@ class Copies(Array):
 
 @final
 class Cast(Array):
-    """``array`` in another dtype, to be read only.
+    """``array`` in another dtype.
 
     :raises CheckpointError: when a finite value is read that the dtype does not reach.
     """
@@ -338,7 +338,7 @@ class Cast(Array):
             )
 
     def write(self, start: Index, values: Tensor) -> None:
-        raise NotImplementedError("A cast array is read only.")
+        self._array.write(start, values.to(self._array.dtype))
 
 
 @final
@@ -363,6 +363,12 @@ class NoNan(Array):
 
     def write(self, start: Index, values: Tensor) -> None:
         raise NotImplementedError("A checked array is read only.")
+
+
+def part(array: Array, start: Index, shape: Index) -> Array:
+    """The box of ``shape`` at ``start`` in ``array``."""
+    origin = (0,) * len(shape)
+    return Joined(shape, array.dtype, [Tile(origin, array, start, shape)])
 
 
 def boxes(shape: Index, itemsize: int) -> Iterator[tuple[Index, Index]]:

@@ -1,36 +1,11 @@
-"""Plain Python values: which they are, and as strict JSON from which equal ones are made again."""
+"""Plain Python values, as strict JSON from which equal ones are made again."""
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from typing import Any
 
 from .errors import CheckpointError
-
-# Structures can contain others many times over, or themselves.
-_MAX_VALUES = 1_000_000
-
-_SCALARS = (type(None), bool, int, float, str)
-
-
-def is_plain(value: Any) -> bool:
-    """Whether ``value`` consists of numbers, strings, ``None``, and lists, tuples and dicts of
-    them, and not of too many."""
-    pending = [value]
-    for _ in range(_MAX_VALUES):
-        if not pending:
-            return True
-        last = pending.pop()
-        if type(last) in (dict, OrderedDict):
-            if not all(type(key) in _SCALARS for key in last):
-                return False
-            pending += last.values()
-        elif type(last) in (list, tuple):
-            pending += last
-        elif type(last) not in _SCALARS:
-            return False
-    return False
 
 
 def to_json(what: str, value: Any) -> Any:

@@ -89,6 +89,24 @@ class TorchFile:
         """
         return self._plain(value, iter(range(_MAX_VALUES)), _MAX_DEPTH)
 
+    def plain_entries(self, entries: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Those of ``entries`` that are plain, and notes of the others."""
+        kept, notes = {}, []
+        for key, value in entries.items():
+            try:
+                if not isinstance(key, str):
+                    raise ValueError("a name that is no string")
+                kept[key] = self.plain(value)
+            except ValueError as e:
+                notes.append(f"`{shown(key)}` has {e} in it and was left out.")
+        return kept, notes
+
+    def hyperparameters(self, group: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """What is plain in a param group beside its Parameters, and notes of what is not."""
+        others = {key: group[key] for key in group if key not in ("params", "param_names")}
+        kept, notes = self.plain_entries(others)
+        return kept, [f"In a param group {note}" for note in notes]
+
     def number(self, what: str, value: Any) -> float:
         """``value``, of ``root``: a number, or a tensor of one.
 

@@ -78,7 +78,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
         tensors=tensors,
         ties=ties,
         buffers=frozenset(buffers) & {key.name for key in tensors},
-        step=None if step_key is None else _number(file, beside[step_key]),
+        step=None if step_key is None else file.plain(beside[step_key]),
         optimizer=optimizer,
         notes=tuple(notes),
         files=(path,),
@@ -134,25 +134,18 @@ def read_optimizer(
                     "is that of the Parameter itself. Save it under another name."
                 )
             if key == "step":
-                steps[by_index[index]] = float(_number(file, value))
+                steps[by_index[index]] = file.number("A `step`", value)
             elif isinstance(value, Tensor):
                 tensors[Key(by_index[index], key)] = file.array(value)
             else:
                 name = f"`{shown(key)}` of `{by_index[index]}` in the optimizer"
                 notes.append(f"{name} is no tensor and was left out: {shown(value)}")
-    named = tuple(
-        {
-            **{key: _number(file, value) for key, value in group.items() if key != "param_names"},
-            "params": [by_index[index] for index in group["params"]],
-        }
-        for group in groups
-    )
-    return tensors, Optimizer(named, steps), notes
-
-
-def _number(file: TorchFile, value: Any) -> Any:
-    """``value``, as a number if it is a tensor of one."""
-    return file.value(value).item() if isinstance(value, Tensor) else value
+    named = []
+    for group in groups:
+        kept, odd = file.hyperparameters(group)
+        named.append({**kept, "params": [by_index[index] for index in group["params"]]})
+        notes += odd
+    return tensors, Optimizer(tuple(named), steps), notes
 
 
 def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Array]:

@@ -15,7 +15,7 @@ DeepSpeed refuses to load it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ..errors import CheckpointError
 from ..logical import MASTER, MOMENTS, Checkpoint, Key, Optimizer, ReadOptions
 from ..torch_file import TorchFile
 from .deepspeed.files import ModelFile, Saved, array_of, expect
+from .deepspeed.fragments import frozen_shard
 from .deepspeed.layout import Layout
 from .universal_cuts import cuts_of_whole
 from .universal_files import (
@@ -35,7 +36,6 @@ from .universal_files import (
     open_file,
     open_ranks,
     read_entry,
-    read_frozen,
 )
 from .universal_layout import lay_out
 from .universal_run import read_extra, read_groups, read_step
@@ -83,6 +83,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     state_file = open_file(optimizer_path, options) if trained else None
 
     tensors: dict[Key, Array] = {}
+    files: dict[str, TorchFile] = {}
     steps = {}
     flat_shapes = model.trained if saved.tp_size == 1 else {}
     for name, entry in entries.items():
@@ -92,18 +93,14 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
         for state in (MASTER, *MOMENTS) if name in trained else (MASTER,):
             file = open_file(entry / f"{state}.pt", options)
             tensors[Key(name, state)] = read_entry(file, flat_shapes.get(name))
+            files.setdefault(name, file)
         if state_file is not None and name in trained:
             steps[name] = read_step(entry / f"{STEP}.pt", state_file, options)
 
     info = _info(model, state_file)
-    cuts = cuts_of_whole(
-        {key.name: array.shape for key, array in tensors.items()},
-        info,
-        saved.tp_size,
-        options,
-        model.file.path,
-    )
     layout = Layout(info, saved.tp_size, options, model.file.path)
+    shapes = {key.name: array.shape for key, array in tensors.items()}
+    cuts = cuts_of_whole(shapes, layout, files)
     rest = {
         Key(name): layout.join(name, name, shards, name in model.buffers)
         for name, shards in _shards(kinds, tensors, ties).items()
@@ -143,27 +140,17 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
 def _ties(model: ModelFile, trained: Collection[str]) -> dict[str, str]:
     """Other names of Parameters: those that DeepSpeed tells, and of several names for one tensor
     all but the one that was trained."""
-    shared = model.state.get("shared_params") or {}
-    path = model.file.path
-    ties = {
-        expect(alias, str, "A name in `shared_params`", path): expect(
-            name, str, "A name in `shared_params`", path
-        )
-        for alias, name in expect(shared, dict, "`shared_params`", path).items()
-    }
+    ties = dict(model.shared)
     if circular := [alias for alias, name in ties.items() if name in ties]:
         raise CheckpointError(
-            f"`shared_params` in `{path}` must name Parameters that are stored, but `{circular[0]}`"
-            f" is `{ties[circular[0]]}`, which is not. The file is damaged: copy it again."
+            f"`shared_params` in `{model.file.path}` must name Parameters that are stored, but "
+            f"`{circular[0]}` is `{ties[circular[0]]}`, which is not. The file is "
+            "damaged: copy it again."
         )
-    places: dict[Hashable, list[str]] = {}
-    for name, tensor in model.module.items():
-        if name not in model.buffers and name not in ties:
-            array_of(model.file, tensor, f"`{name}`")
-            places.setdefault(model.file.place(tensor), []).append(name)
-    for names in places.values():
-        first = next((name for name in names if name in trained), names[0])
-        ties |= {name: first for name in names if name != first and name not in trained}
+    for names in model.same:
+        own = [name for name in names if name not in model.buffers and name not in ties]
+        own.sort(key=lambda name: name not in trained)  # What was trained first, else as it is.
+        ties |= {name: own[0] for name in own[1:] if name not in trained}
     return ties
 
 
@@ -183,7 +170,7 @@ def _shards(
         if frozen is not None and (
             name not in model.module or tuple(model.module[name].shape) != frozen
         ):
-            shards[name] = read_frozen(saved, name)
+            shards[name] = [frozen_shard(row, name) for row in saved.models]
         elif name not in ties:
             shards[name] = [
                 Copies(name, [_in_module(each.models[rank][0], name) for each in kinds])

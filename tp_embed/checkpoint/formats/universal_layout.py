@@ -15,10 +15,10 @@ from ..logical import MASTER, MOMENTS, WEIGHT, Checkpoint, Key, Target
 from ..torch_file import lay_out as lay_out_file
 from ..torch_file import placeholder
 from .deepspeed.cut_info import write_info
-from .universal_files import LATEST, OPTIMIZER_SCALARS, OPTIMIZER_STATE, STEP, STRUCTURE
-
-# The one whose files these are. Engines of ZeRO 1 and 2 compare it with the first that had them.
-_VERSION = "0.19.8"
+from .deepspeed.files import SCALARS, STRUCTURE
+from .deepspeed.shards import DS_VERSION, step_of
+from .universal_cuts import cut_entries
+from .universal_files import LATEST, OPTIMIZER_STATE, STEP
 
 # Of a file name on Linux.
 _MAX_NAME_BYTES = 255
@@ -27,7 +27,7 @@ _MAX_NAME_BYTES = 255
 def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Array]:
     _check(checkpoint)
     steps = _steps(checkpoint)
-    step = checkpoint.step if checkpoint.step is not None else int(max(steps.values(), default=0))
+    step = step_of(checkpoint)
     tag = f"global_step{step}_universal"
     directory = path / tag
     (directory / "zero").mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,8 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Arr
         if key.name not in checkpoint.buffers:
             folder = directory / "zero" / key.name
             folder.mkdir(exist_ok=True)
-            entry = {"param": placeholder(array.shape, array.dtype)}
+            param = placeholder(array.shape, array.dtype)
+            entry = {"param": param, **cut_entries(target.cuts[key.name])}
             file = lay_out_file(folder / f"{key.state}.pt", entry)
             arrays[key] = file.array(file.root["param"])
     info = _info(checkpoint, target)
@@ -115,10 +116,10 @@ def _optimizer_state(
             f"it, but is in none of the {len(groups)}."
         )
     last = max(by_name.values(), key=float)
-    scalars = {key: checkpoint.extra[key] for key in OPTIMIZER_SCALARS if key in checkpoint.extra}
+    scalars = {key: checkpoint.extra[key] for key in SCALARS if key in checkpoint.extra}
     return {
         **scalars,
-        "ds_version": _VERSION,
+        "ds_version": DS_VERSION,
         # For ZeRO 1 and 2, and for ZeRO 3.
         "param_groups": groups,
         "optimizer_state_dict": {"state": {0: {STEP: last}}, "param_groups": groups},
@@ -157,12 +158,12 @@ def _common(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
     kept = {
         key: value
         for key, value in checkpoint.extra.items()
-        if key not in STRUCTURE and key not in OPTIMIZER_SCALARS
+        if key not in STRUCTURE and key not in SCALARS
     }
     return {
         "lr_scheduler": None,
         "skipped_steps": 0,
-        "ds_version": _VERSION,
+        "ds_version": DS_VERSION,
         **kept,
         "buffer_names": [name for name in checkpoint.names if name in checkpoint.buffers],
         "shared_params": dict(checkpoint.ties),

@@ -13,8 +13,8 @@ from ..arrays import Index
 from ..errors import CheckpointError
 from ..logical import ReadOptions
 from ..torch_file import TorchFile
-from .deepspeed.files import ModelFile, expect
-from .universal_files import OPTIMIZER_SCALARS, STRUCTURE, open_file, plain, read_number
+from .deepspeed.files import STRUCTURE, ModelFile, expect, scalars
+from .universal_files import open_file
 
 
 def read_groups(
@@ -42,15 +42,12 @@ def read_groups(
             f"The param groups in `{file.path}` must have each Parameter that was trained once, "
             f"but it is not so with `{odd[0]}`. Copy all files of one checkpoint."
         )
-    try:
-        return tuple(
-            {**plain(file, _hyperparameters(group)), "params": own}
-            for group, own in zip(groups, members, strict=True)
-        ), notes
-    except ValueError as e:
-        raise CheckpointError(
-            f"The hyperparameters in `{file.path}` must be plain values, but one is {e}."
-        ) from e
+    found = []
+    for group, own in zip(groups, members, strict=True):
+        kept, odd = file.hyperparameters(group)
+        found.append({**kept, "params": own})
+        notes += odd
+    return tuple(found), notes
 
 
 def _members(group: Any, shapes: Sequence[Mapping[str, Index]], path: Path) -> list[str]:
@@ -66,19 +63,15 @@ def _members(group: Any, shapes: Sequence[Mapping[str, Index]], path: Path) -> l
     return found
 
 
-def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
-
-
 def read_step(path: Path, state_file: TorchFile, options: ReadOptions) -> float:
     """The number of steps of a Parameter. At ZeRO 3, DeepSpeed's converter writes one for all, in
     the file of the optimizer."""
     if path.exists():
         file = open_file(path, options)
-        return read_number("The step", file, file.root)
+        return file.number("The step", file.root)
     match state_file.root:
         case {"optimizer_state_dict": {"state": {0: {"step": step}}}}:
-            return read_number("The step", state_file, step)
+            return state_file.number("The step", step)
     raise CheckpointError(
         f"There must be a file `{path}`, since there are moments, but there is none. Copy the "
         "whole checkpoint."
@@ -87,19 +80,10 @@ def read_step(path: Path, state_file: TorchFile, options: ReadOptions) -> float:
 
 def read_extra(model: ModelFile, state_file: TorchFile | None) -> tuple[dict[str, Any], list[str]]:
     """What there is of the training run beside Parameters, and notes of what was left out."""
-    entries = [
-        (model.file, key, value) for key, value in model.state.items() if key not in STRUCTURE
-    ]
-    notes = []
+    others = {key: value for key, value in model.state.items() if key not in STRUCTURE}
+    extra, notes = model.file.plain_entries(others)
     if state_file is not None:
         state = expect(state_file.root, dict, "The content", state_file.path)
-        entries += [(state_file, key, state[key]) for key in OPTIMIZER_SCALARS if key in state]
-        if getattr(state.get("loss_scaler"), "dynamic", False):
-            notes.append("The dynamic loss scale was left out: it starts anew.")
-    extra = {}
-    for file, key, value in entries:
-        try:
-            extra[expect(key, str, "A key", file.path)] = plain(file, value)
-        except ValueError as e:
-            notes.append(f"`{key}` has {e} in it and was left out.")
+        kept, more = scalars(state_file, state)
+        extra, notes = {**extra, **kept}, [*notes, *more]
     return extra, notes

@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ...arrays import Array, Copies, Index, Joined, Tile, contiguous_strides
+from ...arrays import Array, Copies, Index, Joined, Tile, contiguous_strides, part
 from ...cuts import Cut
 from ...errors import CheckpointError
 from .files import optional
@@ -35,7 +35,6 @@ class Piece:
 class AffineMap:
     """An entry, of boxes of the whole."""
 
-    name: str
     shape: Index
     shards: tuple[Index, ...]
     pieces: tuple[Piece, ...]
@@ -65,7 +64,46 @@ class AffineMap:
                 f"The map of `{name}` in `{path}` must be for {tp_size} tensor-parallel ranks, of "
                 f"which there are files, but is for {len(shards)}."
             )
-        return AffineMap(name, shape, shards, pieces)
+        return AffineMap(shape, shards, pieces)
+
+    @staticmethod
+    def of(shape: Sequence[int], cut: Cut | None, tp_size: int) -> AffineMap:
+        """How a tensor of ``shape`` is cut."""
+        whole = tuple(shape)
+        if cut is None:
+            origin = (0,) * len(whole)
+            pieces = [Piece(rank, whole, origin, origin) for rank in range(tp_size)]
+            return AffineMap(whole, (whole,) * tp_size, tuple(pieces))
+        before, after = (0,) * cut.dim, (0,) * (len(whole) - cut.dim - 1)
+        pieces = []
+        for rank, parts in enumerate(cut.ranges):
+            place = 0
+            for own in parts:
+                box = (*whole[: cut.dim], len(own), *whole[cut.dim + 1 :])
+                source, dest = ((*before, first, *after) for first in (own.start, place))
+                pieces.append(Piece(rank, box, source, dest))
+                place += len(own)
+        shards = tuple(cut.shard_shape(whole, rank) for rank in range(tp_size))
+        return AffineMap(whole, shards, tuple(pieces))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry, as ``ParamAffineMap.to_dict()`` of DeepSpeed makes it."""
+        ranks: dict[int, dict[str, Any]] = {
+            rank: {"shard_shape": list(shard), "pieces": []}
+            for rank, shard in enumerate(self.shards)
+        }
+        places: dict[tuple[Index, Index], list[int]] = {}
+        for piece in self.pieces:
+            places.setdefault((piece.source, piece.shape), []).append(piece.rank)
+        for piece in self.pieces:
+            entry = {
+                "shape": list(piece.shape),
+                "source": _view(piece.source, self.shape),
+                "dest": _view(piece.dest, self.shards[piece.rank]),
+                "locations": places[piece.source, piece.shape],
+            }
+            ranks[piece.rank]["pieces"].append(entry)
+        return {"logical_shape": list(self.shape), "ranks": ranks}
 
     @property
     def is_replicated(self) -> bool:
@@ -139,11 +177,7 @@ def find_maps(info: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
 
 def _copies(what: str, tiles: Sequence[Tile]) -> Tile:
     """A box that several ranks have."""
-    origin = (0,) * len(tiles[0].shape)
-    parts = [
-        Joined(tile.shape, tile.array.dtype, [Tile(origin, tile.array, tile.source, tile.shape)])
-        for tile in tiles
-    ]
+    parts = [part(tile.array, tile.source, tile.shape) for tile in tiles]
     return Tile.whole(tiles[0].start, Copies(what, parts))
 
 
@@ -155,6 +189,12 @@ def _piece(rank: int, entry: Any, whole: Index, shard: Index) -> Piece:
         _place(entry[key], shape, of) for key, of in (("source", whole), ("dest", shard))
     )
     return Piece(rank, shape, source, dest)
+
+
+def _view(index: Index, of: Index) -> list[Any]:
+    """As :func:`_place` reads it."""
+    strides = contiguous_strides(of)
+    return [sum(i * stride for i, stride in zip(index, strides, strict=True)), list(strides)]
 
 
 def _place(view: Any, box: Index, of: Index) -> Index:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...arrays import Array, Index
-from ...errors import CheckpointError, UnsafeCheckpointError
+from ...errors import CheckpointError, UnsafeCheckpointError, shown
 from ...logical import ReadOptions
 from ...torch_file import TorchFile
 
@@ -23,6 +23,33 @@ _MODEL = re.compile(r"(?:zero_pp_rank_(\d{1,9})_)?mp_rank_(\d{1,9})_model_states
 _OPTIMIZER = re.compile(
     r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,9})_mp_rank_(\d{1,9})_optim_states\.pt"
 )
+
+# Those of other kinds of models: of pipeline stages, and of experts.
+_OTHER = re.compile(r"layer_\d+.*\.pt|.*_expert_\d+_.*\.pt|expp_rank_.*\.pt")
+
+# Of a model file, what is elsewhere in a `Checkpoint`, or is about the files and ranks themselves.
+STRUCTURE = frozenset(
+    (
+        "module",
+        "buffer_names",
+        "optimizer",
+        "param_shapes",
+        "frozen_param_shapes",
+        "frozen_param_fragments",
+        "shared_params",
+        "sparse_tensor_module_names",
+        "csr_tensor_module_names",
+        "universal_checkpoint_info",
+        "global_steps",
+        "dp_world_size",
+        "mp_world_size",
+        "checkpoint_parallel_dimensions",
+        "ds_version",
+    )
+)
+# What is kept of the state of ZeRO's optimizers and other wrappers, beside that of torch's
+# optimizer. The scale of the loss is not: it is an object, and an engine has its own.
+SCALARS = ("clip_grad",)
 
 
 class _Record:
@@ -65,6 +92,25 @@ class ModelFile:
     @cached_property
     def trained(self) -> dict[str, Index]:
         return {name: shape for group in self.shapes or () for name, shape in group.items()}
+
+    @cached_property
+    def same(self) -> list[list[str]]:
+        """The names in ``module``, those of one tensor together."""
+        places: dict[Hashable, list[str]] = {}
+        for name, tensor in self.module.items():
+            array_of(self.file, tensor, f"`{name}`")
+            places.setdefault(self.file.place(tensor), []).append(name)
+        return list(places.values())
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """Other names of Parameters, with those by which they are there, as DeepSpeed says it."""
+        what, path = "A name in `shared_params`", self.file.path
+        shared = optional(self.state.get("shared_params"), dict, "`shared_params`", path)
+        return {
+            expect(alias, str, what, path): expect(name, str, what, path)
+            for alias, name in shared.items()
+        }
 
     def shape(self, name: str) -> Index:
         """The shape of the rank's shard of a Parameter.
@@ -124,12 +170,7 @@ def find_tag(path: Path, tag: str | None) -> Path:
     if tag is None and is_tag(path):
         return path
     if tag is None and latest.is_file():
-        with latest.open("rb") as file:
-            tag = file.read(4096).decode(errors="replace").strip()
-        if Path(tag).is_absolute() or ".." in Path(tag).parts or "\0" in tag:
-            raise UnsafeCheckpointError(
-                f"`{latest}` must name a directory within `{path}`, but names `{tag}`."
-            )
+        tag = read_latest(latest)
     found = sorted(d.name for d in path.iterdir() if d.is_dir() and is_tag(d))
     if not tag or not (path / tag).is_dir():
         named = f"there is no `{tag}`" if tag else "neither `--tag` nor a file `latest` says which"
@@ -138,6 +179,20 @@ def find_tag(path: Path, tag: str | None) -> Path:
             "one with `--tag`."
         )
     return path / tag
+
+
+def read_latest(file: Path) -> str:
+    """The tag that a file ``latest`` names.
+
+    :raises UnsafeCheckpointError: it is no name of a directory beside it.
+    """
+    with file.open("rb") as opened:
+        tag = opened.read(4096).decode(errors="replace").strip()
+    if not tag or tag != Path(tag).name or tag == ".." or "\0" in tag:
+        raise UnsafeCheckpointError(
+            f"`{file}` must be the name of a directory in `{file.parent}`, but is {shown(tag)!r}."
+        )
+    return tag
 
 
 def open_tag(directory: Path, options: ReadOptions, names: Sequence[str] | None = None) -> Saved:
@@ -149,12 +204,7 @@ def open_tag(directory: Path, options: ReadOptions, names: Sequence[str] | None 
     """
     if names is None:
         names = sorted(path.name for path in directory.iterdir() if path.is_file())
-    special = [name for name in names if name.startswith("layer_") or "exp" in name]
-    if special:
-        raise CheckpointError(
-            f"`{directory}` must be of a model without pipeline stages and experts, but has "
-            f"`{special[0]}`. Convert it with DeepSpeed's `ds_to_universal`."
-        )
+    refuse_others(directory, names)
     model_paths = _grid(directory, names, _MODEL, "_model_states.pt")
     if not model_paths:
         raise CheckpointError(
@@ -172,6 +222,26 @@ def open_tag(directory: Path, options: ReadOptions, names: Sequence[str] | None 
     saved = Saved(directory, models, optimizers)
     _check_alike(saved)
     return saved
+
+
+def refuse_others(directory: Path, names: Sequence[str]) -> None:
+    """:raises CheckpointError: files with these names are of a pipeline or of experts."""
+    others = [name for name in names if _OTHER.fullmatch(name)]
+    if others:
+        raise CheckpointError(
+            f"`{directory}` must be of a model without pipeline stages and experts, but has "
+            f"`{others[0]}`. Convert it with DeepSpeed's `ds_to_universal`."
+        )
+
+
+def scalars(file: TorchFile, state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The :data:`SCALARS` of the state of a wrapper, and notes."""
+    kept, notes = file.plain_entries({key: state[key] for key in SCALARS if key in state})
+    if state.get("dynamic_loss_scale") is True or getattr(
+        state.get("loss_scaler"), "dynamic", False
+    ):
+        notes.append("The dynamic loss scale was left out: it starts anew.")
+    return kept, notes
 
 
 def expect(value: Any, kind: type[T], what: str, path: Path) -> T:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from itertools import chain
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ...arrays import Array, Index, Joined, Tile, View
+from ...arrays import Array, Index
 from ...errors import CheckpointError
 from ...logical import MASTER, Key
 from ...torch_file import TorchFile
-from .files import ModelFile, array_of, expect
-from .partitions import Fragment, cut_shards
+from .files import ModelFile, array_of, expect, scalars
+from .partitions import Fragment, cut_groups, cut_shards, join_fragments
 
 
 @dataclass
@@ -28,8 +29,9 @@ class Optimizers:
     """What the optimizers of a tensor-parallel rank have.
 
     :param shards: of this rank, by Parameter and state.
-    :param groups: the param groups of torch's optimizer, with the names of their Parameters.
-    :param scalars: what is kept of the loss scaler and the like.
+    :param groups: the hyperparameters of the param groups of torch's optimizer, with the names of
+        their Parameters.
+    :param scalars: :data:`~.files.SCALARS`, as far as they are there.
     """
 
     shards: dict[Key, Array] = field(default_factory=dict)
@@ -37,6 +39,11 @@ class Optimizers:
     groups: list[tuple[Mapping[str, Any], list[str]]] = field(default_factory=list)
     scalars: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def add_group(self, file: TorchFile, group: Mapping[str, Any], names: list[str]) -> None:
+        kept, notes = file.hyperparameters(group)
+        self.groups.append((kept, names))
+        self.notes += notes
 
 
 @dataclass(frozen=True)
@@ -81,9 +88,12 @@ def read_optimizers(model: ModelFile, files: Sequence[TorchFile]) -> Optimizers:
             for index, group in enumerate(shapes)
         ]
     found = Optimizers()
+    found.scalars, found.notes = scalars(files[0], first)
     for index, group in enumerate(shapes):
         own = [flat[index] for flat in flats]
         step = _check_same_states(own, files)
+        if is_zero3:
+            _check_sizes(own, group, files)
         for name, shape in group.items():
             for kind in own[0].arrays:
                 arrays = [flat.arrays[kind] for flat in own]
@@ -91,12 +101,15 @@ def read_optimizers(model: ModelFile, files: Sequence[TorchFile]) -> Optimizers:
                 found.shards[key] = _shard(str(key), arrays, fragments[index][name], shape)
             if step is not None:
                 found.steps[name] = step
-    found.groups = list(_groups(_base(first, is_zero3, path), shapes, is_zero3, path))
-    found.scalars = {
-        key: first[key]
-        for key in ("dynamic_loss_scale", "overflow", "clip_grad")
-        if isinstance(first.get(key), (bool, int, float))
-    }
+    orders = [list(group) for group in shapes]
+    if not is_zero3:
+        # The mappings have the order of the param group, whatever that of the flat tensors is.
+        orders = [
+            list(dict.fromkeys([*chain(*(mapping[index] for mapping in mappings)), *group]))
+            for index, group in enumerate(shapes)
+        ]
+    for values, names in _groups(_base(first, is_zero3, path), orders, is_zero3, path):
+        found.add_group(files[0], values, names)
     return found
 
 
@@ -137,7 +150,7 @@ def _flats(file: TorchFile, state: Mapping[str, Any], is_zero3: bool, count: int
         arrays, step = {MASTER: _flat(file, master, MASTER)}, None
         for name, value in expect(saved.get(index, {}), dict, "A state", path).items():
             if name == "step":
-                step = number(file, value)
+                step = file.number("A `step`", value)
             elif isinstance(value, Tensor) and value.dim():
                 arrays[expect(name, str, "The name of a state", path)] = _flat(file, value, name)
         flats.append(_Flat(arrays, step))
@@ -154,15 +167,6 @@ def _flat(file: TorchFile, tensor: Any, what: str) -> Array:
     return array
 
 
-def number(file: TorchFile, value: Any) -> float:
-    """A number of steps, as optimizers save it."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = file.value(value).item()
-    if isinstance(value, (int, float)):
-        return float(value)
-    raise CheckpointError(f"A `step` in `{file.path}` must be a number: {str(value)[:80]}.")
-
-
 def _check_same_states(flats: Sequence[_Flat], files: Sequence[TorchFile]) -> float | None:
     """The number of steps of a group, the same on all ranks."""
     for flat, file in zip(flats, files, strict=True):
@@ -173,6 +177,22 @@ def _check_same_states(flats: Sequence[_Flat], files: Sequence[TorchFile]) -> fl
                 f"{sorted(flats[0].arrays)}. Copy all files of one checkpoint."
             )
     return flats[0].step
+
+
+def _check_sizes(
+    flats: Sequence[_Flat], shapes: Mapping[str, Index], files: Sequence[TorchFile]
+) -> None:
+    """That flat tensors of ZeRO 3 have what it cuts these shapes into, and no more."""
+    size = sum(ceil(prod(shape) / len(files)) for shape in shapes.values())
+    for flat, file in zip(flats, files, strict=True):
+        for state, array in flat.arrays.items():
+            if array.shape != (size,):
+                raise CheckpointError(
+                    f"A flat tensor `{state}` in `{file.path}` must have {size} elements, for "
+                    f"{len(shapes)} Parameters on {len(files)} data-parallel ranks, but has "
+                    f"{array.numel}. MiCS and hierarchical partitions are not known here: save the "
+                    "checkpoint without them, or copy all files of one."
+                )
 
 
 def _mappings(state: Mapping[str, Any], count: int, path: Path) -> list[dict[str, Any]]:
@@ -200,7 +220,25 @@ def _mapped(
                     f"{size} elements. Copy all files of one checkpoint."
                 )
             found[name].append(Fragment(rank, start, size))
-    return dict(found)
+    sizes = {name: prod(shape) for name, shape in shapes.items() if prod(shape)}
+    if any(sum(part.size for part in found[name]) != size for name, size in sizes.items()):
+        return dict(found)  # They are refused where they are joined.
+    order = sorted(sizes, key=lambda name: found[name][0])
+    if order == list(sizes):
+        return dict(found)
+    # With `round_robin_gradients`, the model's file has the order of the flat tensors, and the
+    # mappings are made by that of the param group, so that they say other places than the true.
+    said, flat = (
+        cut_groups([{name: sizes[name] for name in names}], len(mappings))[0].fragments
+        for names in (order, sizes)
+    )
+    if any(said[name] != tuple(found[name]) for name in sizes):
+        raise CheckpointError(
+            f"The slice mappings beside `{path}` must have the Parameters of a group in the order "
+            f"of the model's file, {list(sizes)[:3]}, or one without gaps, but have {order[:3]}. "
+            "Copy all files of one checkpoint."
+        )
+    return {name: flat.get(name, ()) for name in shapes}
 
 
 def _parts(shapes: Mapping[str, Index], dp_size: int) -> dict[str, Sequence[Fragment]]:
@@ -210,15 +248,19 @@ def _parts(shapes: Mapping[str, Index], dp_size: int) -> dict[str, Sequence[Frag
     return {name: own for flat in flats for name, own in flat.fragments.items()}
 
 
-def join_parts(what: str, parts: Sequence[Array], shape: Index) -> Array:
-    """A shard that ZeRO 3 has cut into equal parts, one for each data-parallel rank.
+def frozen_shard(models: Sequence[ModelFile], name: str) -> Array:
+    """The shard of a Parameter that ZeRO 3 does not train, from the equal parts that the model
+    files of a tensor-parallel rank's data-parallel ranks have.
 
-    :raises CheckpointError: the parts are not those of this shape.
+    :raises CheckpointError: the parts are not there, or not those of its shape.
     """
-    flat = [View(part, (part.numel,)) for part in parts if part.shape == (part.numel,)]
-    if len(flat) != len(parts):
-        raise CheckpointError(f"The parts of `{what}` must have one dimension: {list(parts)}.")
-    return _shard(what, flat, _parts({what: shape}, len(parts))[what], shape)
+    parts = []
+    for model in models:
+        held = model.state.get("frozen_param_fragments")
+        fragments = expect(held, dict, "`frozen_param_fragments`", model.file.path)
+        parts.append(_flat(model.file, fragments.get(name), name))
+    shape = models[0].shape(name)
+    return _shard(name, parts, _parts({name: shape}, len(parts))[name], shape)
 
 
 def _shard(
@@ -230,17 +272,11 @@ def _shard(
             f"The fragments of `{what}` must have {prod(shape)} elements, for its shape {shape}, "
             f"but have {size}. Copy all files of one checkpoint."
         )
-    if len(fragments) == 1:
-        return View(arrays[fragments[0].dp_rank], shape, offset=fragments[0].start)
-    tiles, end = [], 0
-    for rank, start, count in fragments:
-        tiles.append(Tile((end,), arrays[rank], (start,), (count,)))
-        end += count
-    return View(Joined((size,), arrays[0].dtype, tiles), shape)
+    return join_fragments(arrays, fragments, shape)
 
 
 def _groups(
-    base: Mapping[str, Any], shapes: Sequence[Mapping[str, Index]], is_zero3: bool, path: Path
+    base: Mapping[str, Any], orders: Sequence[Sequence[str]], is_zero3: bool, path: Path
 ) -> Iterator[tuple[Mapping[str, Any], list[str]]]:
     """The param groups of torch's optimizer, with the names of what is in them: at ZeRO 3 that of
     its sub-groups, else that of one flat tensor."""
@@ -248,11 +284,11 @@ def _groups(
     for index, group in enumerate(groups):
         indices = expect(group, dict, "A param group", path).get("params") if is_zero3 else [index]
         if not isinstance(indices, list) or not all(
-            type(i) is int and i in range(len(shapes)) for i in indices
+            type(i) is int and i in range(len(orders)) for i in indices
         ):
             raise CheckpointError(
-                f"The param groups in `{path}` must be of {len(shapes)} flat tensors, by the "
+                f"The param groups in `{path}` must be of {len(orders)} flat tensors, by the "
                 f"model's file, but one is of {str(indices)[:80]}. Copy all files of one "
                 "checkpoint."
             )
-        yield group, [name for i in indices for name in shapes[i]]
+        yield group, [name for i in indices for name in orders[i]]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...arrays import Array, Index, Joined, Tile
+from ...arrays import Array, Index, part
 from ...cuts import Cut, find_rule, join, whole_shape
 from ...errors import CheckpointError
 from ...logical import ReadOptions
@@ -33,9 +33,9 @@ class Layout:
 
     def __init__(self, info: Any, tp_size: int, options: ReadOptions, path: Path) -> None:
         self._info = optional(info, dict, "`universal_checkpoint_info`", path)
-        self._tp_size = tp_size
-        self._options = options
-        self._path = path
+        self.tp_size = tp_size
+        self.options = options
+        self.path = path
         self._maps = find_maps(self._info, path)
         self._patterns: dict[str, Patterns] = {}
         self._stacked = _stacked(self._info.get("parameter_with_sub_params"), path)
@@ -47,12 +47,12 @@ class Layout:
 
         :raises CheckpointError: it is not known, or the shards are others.
         """
-        given = self._options.cuts
+        given = self.options.cuts
         if given is not None and name in given:
             cut = given[name]
             self.cuts[name] = cut
-            return join(what, cut if self._tp_size > 1 else None, shards)
-        if self._tp_size == 1:
+            return join(what, cut if self.tp_size > 1 else None, shards)
+        if self.tp_size == 1:
             return self._alone(name, shards[0], is_buffer)
         found = None if is_buffer else self._by_map(name, what, shards)
         if found is None and self._matches("tp_replicated_parameter_patterns", name):
@@ -61,20 +61,24 @@ class Layout:
             found = self._by_patterns(name, what, shards)
         return self._by_rule(name, what, shards, is_buffer) if found is None else found
 
+    def map_of(self, name: str) -> AffineMap | None:
+        """The map of a Parameter, if there is one."""
+        entry = self._maps.get(of_name(name))
+        return None if entry is None else AffineMap.parse(name, entry, self.tp_size, self.path)
+
     def _by_map(self, name: str, what: str, shards: Sequence[Array]) -> Array | None:
         key = "autotp_unsupported_parameter_patterns"
-        reason = optional(self._info.get(key), dict, f"`{key}`", self._path).get(of_name(name))
+        reason = optional(self._info.get(key), dict, f"`{key}`", self.path).get(of_name(name))
         if reason is not None:
-            if find_rule(self._options.rules, name):
+            if find_rule(self.options.rules, name):
                 return None
             raise CheckpointError(
                 f"`{name}` must be cut in a way that can be undone, but is not, says the "
                 f"checkpoint: {reason}. If it is known, say how it is cut with `--rules`."
             )
-        entry = self._maps.get(of_name(name))
-        if entry is None:
+        layout = self.map_of(name)
+        if layout is None:
             return None
-        layout = AffineMap.parse(name, entry, self._tp_size, self._path)
         if layout.is_replicated:
             self.cuts[name] = None
             return join(what, None, shards)
@@ -102,7 +106,7 @@ class Layout:
         whole = self._cut(name, what, shards, cut)
         if self._matches("vocabulary_parameter_patterns", name):
             whole = self._without_padding(name, whole)
-            self.cuts[name] = Cut.even(cut.dim, (whole.shape[cut.dim],), self._tp_size)
+            self.cuts[name] = Cut.even(cut.dim, (whole.shape[cut.dim],), self.tp_size)
         return whole
 
     def _sub_params(self, name: str, what: str, shards: Sequence[Array]) -> Cut | None:
@@ -120,7 +124,7 @@ class Layout:
     ) -> list[Sequence[int]]:
         """Of each part of what is stacked, how many rows each rank has."""
         key = "sub_param_shard_widths"
-        widths = optional(self._info.get(key), dict, f"`{key}`", self._path).get(pattern)
+        widths = optional(self._info.get(key), dict, f"`{key}`", self.path).get(pattern)
         if widths is None:  # Before version 0.4; then all are cut evenly.
             blocks = sizes[dim]
             if type(blocks) is int:
@@ -136,11 +140,11 @@ class Layout:
             return list(widths)
         raise CheckpointError(
             f"`{name}` must have the widths of its parts on {len(shards)} ranks in "
-            f"`{self._path}`, but has {str(widths)[:100]}."
+            f"`{self.path}`, but has {str(widths)[:100]}."
         )
 
     def _by_rule(self, name: str, what: str, shards: Sequence[Array], is_buffer: bool) -> Array:
-        rule = find_rule(self._options.rules, name)
+        rule = find_rule(self.options.rules, name)
         if rule is not None:
             if rule.dim is None:
                 return self._cut(name, what, shards, None)
@@ -149,8 +153,8 @@ class Layout:
         if is_buffer:  # DeepSpeed cuts none. That they are the same is checked.
             return self._cut(name, what, shards, None)
         raise CheckpointError(
-            f"The checkpoint must say how `{name}` is cut over its {self._tp_size} tensor-parallel "
-            f"ranks, but the `universal_checkpoint_info` in `{self._path}` does not. AutoTP writes "
+            f"The checkpoint must say how `{name}` is cut over its {self.tp_size} tensor-parallel "
+            f"ranks, but the `universal_checkpoint_info` in `{self.path}` does not. AutoTP writes "
             "it, and so does `shard_embeddings()`. Say it with `--rules`."
         )
 
@@ -162,28 +166,26 @@ class Layout:
         rows = self._info.get("original_vocab_size")
         if type(rows) is not int or not 0 < rows <= whole.shape[0]:
             raise CheckpointError(
-                f"`original_vocab_size` in `{self._path}` must be from 1 to {whole.shape[0]}, the "
+                f"`original_vocab_size` in `{self.path}` must be from 1 to {whole.shape[0]}, the "
                 f"rows of `{name}`, but is {rows}."
             )
         if rows == whole.shape[0]:
             return whole
-        shape = (rows, *whole.shape[1:])
-        start = (0,) * len(shape)
-        return Joined(shape, whole.dtype, [Tile(start, whole, start, shape)])
+        return part(whole, (0,) * len(whole.shape), (rows, *whole.shape[1:]))
 
     def _size(self, what: str, shard: Array, dim: int, multiple_of: int = 1) -> int:
         size = shard.shape[dim] if 0 <= dim < len(shard.shape) else -1
         if size < 0 or multiple_of < 1 or size % multiple_of:
             raise CheckpointError(
                 f"`{what}` must have a dimension {dim} of a multiple of {multiple_of}, by the "
-                f"patterns in `{self._path}`, but has the shape {shard.shape}. Say how it is cut "
+                f"patterns in `{self.path}`, but has the shape {shard.shape}. Say how it is cut "
                 "with `--rules`, and without the patterns."
             )
         return size
 
     def _matches(self, key: str, name: str) -> bool:
         if key not in self._patterns:
-            self._patterns[key] = Patterns(self._info.get(key), self._path)
+            self._patterns[key] = Patterns(self._info.get(key), self.path)
         return self._patterns[key].find(name) is not None
 
 
@@ -201,10 +203,10 @@ class Mean(Array):
 
     def read(self, start: Index, out: Tensor) -> None:
         self._arrays[0].read(start, out)
-        part = torch.empty(out.shape, dtype=out.dtype)
+        other = torch.empty(out.shape, dtype=out.dtype)
         for array in self._arrays[1:]:
-            array.read(start, part)
-            out.add_(part)
+            array.read(start, other)
+            out.add_(other)
         out.div_(len(self._arrays))
 
     def write(self, start: Index, values: Tensor) -> None:

@@ -14,31 +14,10 @@ from ...arrays import Index
 from ...errors import CheckpointError
 from ...logical import MASTER, WEIGHT, Checkpoint, Key, Target
 from ...torch_file import TorchFile, lay_out, placeholder
+from .files import SCALARS, STRUCTURE
 from .partitions import cut_shards
 from .shards import DS_VERSION, Places, Shards, ds_config, step_of
 from .trained import whole_step
-
-# What is written as the files need it, whatever the source has.
-_OWN = (
-    "module",
-    "buffer_names",
-    "optimizer",
-    "param_shapes",
-    "frozen_param_shapes",
-    "shared_params",
-    "frozen_param_fragments",
-    "dp_world_size",
-    "mp_world_size",
-    "checkpoint_parallel_dimensions",
-    "ds_version",
-    "universal_checkpoint_info",
-    # Of ZeRO's optimizer.
-    "dynamic_loss_scale",
-    "overflow",
-    "clip_grad",
-    "cur_scale",
-    "cur_iter",
-)
 
 
 def lay_out_model(shards: Shards, places: Places) -> None:
@@ -90,7 +69,8 @@ def _lay_out_one(shards: Shards, dp_rank: int) -> TorchFile:
         "frozen_param_fragments": frozen if stage >= 2 else None,
         **_run_state(checkpoint, shards.target),
     }
-    if dp_rank == 0:  # It is long, and is read of the first rank only.
+    # It is long, and is read of the first rank only. Engines without tensor parallelism have none.
+    if dp_rank == 0 and shards.target.tp_size > 1:
         root["universal_checkpoint_info"] = shards.info
     prefix = f"zero_pp_rank_{dp_rank}_" if stage == 3 else ""
     path = shards.directory / f"{prefix}mp_rank_{shards.tp_rank:02d}_model_states.pt"
@@ -109,7 +89,11 @@ def _shapes(names: Iterable[str], shapes: Mapping[str, Index]) -> dict[str, torc
 
 def _run_state(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
     """What there is of the training run, the client's state included."""
-    extra = {key: value for key, value in checkpoint.extra.items() if key not in _OWN}
+    extra = {
+        key: value
+        for key, value in checkpoint.extra.items()
+        if key not in STRUCTURE and key not in SCALARS
+    }
     check_plain(extra, f"What `{checkpoint.path}` has of the training run")
     return {
         "lr_scheduler": None,

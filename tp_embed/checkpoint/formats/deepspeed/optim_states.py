@@ -4,6 +4,7 @@ states of the optimizer, as flat partitions."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +12,32 @@ import torch
 from ...arrays import Array
 from ...logical import MASTER, WEIGHT, Key
 from ...torch_file import TorchFile, lay_out, placeholder
-from .objects import WRITTEN, FragmentAddress, LossScaler
 from .shards import DS_VERSION, Places, Shards, ds_config
 
 _ROOT = "optimizer_state_dict"
+
+
+@dataclass
+class FragmentAddress:
+    """Where a Parameter is in a flat tensor of ZeRO 1 or 2."""
+
+    numel: int
+    start: int
+
+
+class LossScaler:
+    """The scale of the loss where it needs none. ZeRO 3 takes it from the checkpoint."""
+
+    def __init__(self) -> None:
+        self.cur_scale = 1.0
+        self.dynamic = False
+
+
+# Objects of DeepSpeed, by the names of their classes, which are not imported.
+_WRITTEN: dict[str, type] = {
+    "deepspeed.utils.tensor_fragment.fragment_address": FragmentAddress,
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler": LossScaler,
+}
 
 
 def lay_out_optimizers(shards: Shards, places: Places) -> None:
@@ -43,7 +66,7 @@ def _lay_out_one(shards: Shards, dp_rank: int) -> TorchFile:
     }
     prefix = "bf16_" if shards.trained.dtype == torch.bfloat16 else ""
     name = f"{prefix}zero_pp_rank_{dp_rank}_mp_rank_{shards.tp_rank:02d}_optim_states.pt"
-    return lay_out(shards.directory / name, root, WRITTEN)
+    return lay_out(shards.directory / name, root, _WRITTEN)
 
 
 def _zero12(shards: Shards, dp_rank: int) -> dict[str, Any]:
@@ -71,7 +94,7 @@ def _zero12(shards: Shards, dp_rank: int) -> dict[str, Any]:
                 for fragment in fragments
                 if fragment.dp_rank == dp_rank
             }
-            for flat in flats
+            for flat in shards.mapped
         ],
         "base_optimizer_state": _basic(shards),
     }

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
-from typing import NamedTuple
+from math import ceil, prod
+from typing import NamedTuple, TypeVar
+
+from ...arrays import Array, Joined, Tile, View
 
 # DeepSpeed starts the partitions of ZeRO 1 and 2 at multiples of so many elements.
 _ALIGNMENT = 2
 
 # That of DeepSpeed's config.
 SUB_GROUP_SIZE = 1_000_000_000
+
+T = TypeVar("T")
 
 
 class Fragment(NamedTuple):
@@ -45,6 +49,22 @@ class Flat:
     fragments: Mapping[str, tuple[Fragment, ...]]
 
 
+def join_fragments(
+    arrays: Sequence[Array], fragments: Sequence[Fragment], shape: Sequence[int]
+) -> Array:
+    """A shard of ``shape``, from the flat tensors of all data-parallel ranks.
+
+    :raises CheckpointError: the fragments are not those of this shape, or not in the tensors.
+    """
+    if len(fragments) == 1 and fragments[0].size == prod(shape):
+        return View(arrays[fragments[0].dp_rank], shape, offset=fragments[0].start)
+    tiles, end = [], 0
+    for dp_rank, start, size in fragments:
+        tiles.append(Tile((end,), arrays[dp_rank], (start,), (size,)))
+        end += size
+    return View(Joined((end,), arrays[0].dtype, tiles), shape)
+
+
 def cut_groups(groups: Sequence[Mapping[str, int]], dp_size: int) -> list[Flat]:
     """The flat tensors of ZeRO 1 and 2: one for each of ``groups``, which have the sizes of their
     shards by name."""
@@ -67,6 +87,12 @@ def cut_groups(groups: Sequence[Mapping[str, int]], dp_size: int) -> list[Flat]:
         )
         flats.append(Flat(index, part, paddings, fragments))
     return flats
+
+
+def round_robin(items: Sequence[T], dp_size: int) -> list[T]:
+    """The order of Parameters in the flat tensors of ZeRO 1 and 2 with ``round_robin_gradients``:
+    those of a rank follow each other."""
+    return [item for first in range(dp_size) for item in items[first::dp_size]]
 
 
 def cut_shards(

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ...arrays import Array, Cast, Span, View
-from ...errors import CheckpointError
+from ...arrays import Array, Cast, Span, View, same_bits
+from ...errors import CheckpointError, shown
 from ...logical import MASTER, Checkpoint, Key, Optimizer, ReadOptions
-from ...plain_values import is_plain
 from . import zero0
-from .files import ModelFile, Saved, array_of, expect, find_tag, open_tag, optional
-from .fragments import Optimizers, join_parts, read_optimizers
+from .files import (
+    STRUCTURE,
+    ModelFile,
+    Saved,
+    array_of,
+    find_tag,
+    open_tag,
+)
+from .fragments import Optimizers, frozen_shard, read_optimizers
 from .layout import Layout
 
-# What is elsewhere in a `Checkpoint`, or is about the ranks that have saved it.
-_NOT_EXTRA = (
-    "module",
-    "buffer_names",
-    "optimizer",
-    "param_shapes",
-    "frozen_param_shapes",
-    "frozen_param_fragments",
-    "shared_params",
-    "universal_checkpoint_info",
-    "dp_world_size",
-    "mp_world_size",
-    "checkpoint_parallel_dimensions",
-)
+# How many elements of a buffer are compared between ranks: statistics, and not tables.
+_SMALL = 100_000
 
 
 @dataclass(frozen=True)
@@ -71,12 +64,12 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
         elif weight is None and empty is not None and empty.dtype != tensors[key].dtype:
             # At ZeRO 3 the files have no values in 16 bits: an engine makes them when it loads.
             tensors[Key(key.name)] = Cast(key.name, tensors[key], empty.dtype)
-    extra, dropped = _extra(model, optimizers)
-    optimizer, odd = _optimizer(optimizers, model.file.path)
+    others = {key: value for key, value in model.state.items() if key not in STRUCTURE}
+    extra, odd = model.file.plain_entries(others)
+    notes += odd
+    notes += _odd_buffers(saved)
     if names.unknown:
         notes.append(f"{names.unknown} were left out: the checkpoint has no values of them")
-    if dropped or odd:
-        notes.append(f"{dropped + odd} were left out: they are no plain values")
     step = model.state.get("global_steps")
     return Checkpoint(
         format="deepspeed",
@@ -87,8 +80,8 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
         ties=names.ties,
         buffers=buffers,
         step=step if isinstance(step, int) else None,
-        optimizer=optimizer,
-        extra=extra,
+        optimizer=_optimizer(optimizers, model.file.path),
+        extra={**extra, **(optimizers[0].scalars if optimizers else {})},
         notes=tuple(notes),
         files=saved.paths,
     )
@@ -96,20 +89,14 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
 
 def _names(model: ModelFile) -> _Names:
     known = {**model.trained, **model.frozen_shapes}
-    shared = optional(model.state.get("shared_params"), dict, "`shared_params`", model.file.path)
-    places: dict[Hashable, list[str]] = {}
-    for name, tensor in model.module.items():
-        array_of(model.file, tensor, f"`{name}`")
-        places.setdefault(model.file.place(tensor), []).append(name)
     ties = {
         alias: first
-        for names in places.values()
+        for names in model.same
         for first in [_first(names, known)]
         for alias in names
         if alias != first
     }
-    for alias, first in shared.items():
-        first = expect(first, str, "The name of a shared Parameter", model.file.path)
+    for alias, first in model.shared.items():
         if (
             alias in model.module
             and alias not in known
@@ -127,7 +114,7 @@ def _names(model: ModelFile) -> _Names:
     if any(alias == first or first in others for alias, first in ties.items()):
         raise CheckpointError(
             f"`shared_params` in `{model.file.path}` must name what is there under one name, but "
-            f"is {str(shared)[:200]}. The file is damaged: copy it again."
+            f"is {shown(model.shared)}. The file is damaged: copy it again."
         )
     return _Names(list(dict.fromkeys(own)), ties, unknown)
 
@@ -168,7 +155,7 @@ def _optimizers(
                 f"{len(found)} of {saved.tp_size} do. Copy all files of one checkpoint."
             )
     notes = list(found[0].notes) if found else ["There is no state of an optimizer: weights only"]
-    if found and not notes and not any(key.state != MASTER for key in found[0].shards):
+    if found and found[0].groups and not any(key.state != MASTER for key in found[0].shards):
         notes.append("The optimizer has made no step: there are no moments")
     return found, notes
 
@@ -190,23 +177,30 @@ def _shards(
     return found
 
 
+def _odd_buffers(saved: Saved) -> list[str]:
+    """Notes of buffers of which data-parallel ranks have different values."""
+    return [
+        f"`{name}` differs between data-parallel ranks: that of rank 0 was taken"
+        for row in saved.models
+        for name in sorted(row[0].buffers & row[0].module.keys())
+        if row[0].module[name].numel() <= _SMALL
+        and any(not _has_same(row[0], other, name) for other in row[1:])
+    ]
+
+
+def _has_same(first: ModelFile, other: ModelFile, name: str) -> bool:
+    one, two = (array_of(m.file, m.module.get(name), f"`{name}`").load() for m in (first, other))
+    return (one.dtype, one.shape) == (two.dtype, two.shape) and same_bits(one, two)
+
+
 def _weight(row: Sequence[ModelFile], name: str) -> Array | None:
     """The shard of a tensor-parallel rank, if its model files have it."""
     model = row[0]
     if model.is_zero3 and name in model.frozen_shapes:
-        parts = [
-            array_of(each.file, _fragments(each).get(name), f"The fragment of `{name}`")
-            for each in row
-        ]
-        return join_parts(name, parts, model.frozen_shapes[name])
+        return frozen_shard(row, name)
     if name not in model.module or (model.is_zero3 and name in model.trained):
         return None
     return array_of(model.file, model.module[name], f"`{name}`")
-
-
-def _fragments(model: ModelFile) -> Mapping[str, Tensor]:
-    fragments = model.state.get("frozen_param_fragments")
-    return expect(fragments, dict, "`frozen_param_fragments`", model.file.path)
 
 
 def _complete(saved: Saved, key: Key, shards: Sequence[Array | None]) -> list[Array]:
@@ -228,10 +222,10 @@ def _empty(model: ModelFile, key: Key, dtype: torch.dtype) -> Array:
     return View(Span(model.file.path, 0, 0, dtype), shape)
 
 
-def _optimizer(optimizers: Sequence[Optimizers], path: Path) -> tuple[Optimizer | None, list[str]]:
-    """What is the same on all ranks, and what of the param groups was left out."""
+def _optimizer(optimizers: Sequence[Optimizers], path: Path) -> Optimizer | None:
+    """What is the same on all ranks."""
     if not optimizers or not optimizers[0].groups:
-        return None, []
+        return None
     steps: dict[str, float] = {}
     for own in optimizers:
         for name, step in own.steps.items():
@@ -246,26 +240,8 @@ def _optimizer(optimizers: Sequence[Optimizers], path: Path) -> tuple[Optimizer 
             f"All tensor-parallel ranks beside `{path}` must have as many param groups, but have "
             f"{[len(own.groups) for own in optimizers]}."
         )
-    groups, odd = [], []
+    groups = []
     for index, (group, _) in enumerate(optimizers[0].groups):
-        kept = {
-            key: value
-            for key, value in group.items()
-            if key not in ("params", "param_names") and is_plain(value)
-        }
-        odd += [
-            f"{key} of a param group"
-            for key in group
-            if key not in ("params", "param_names", *kept)
-        ]
         names = dict.fromkeys(name for own in optimizers for name in own.groups[index][1])
-        groups.append({**kept, "params": list(names)})
-    return Optimizer(tuple(groups), steps), odd
-
-
-def _extra(model: ModelFile, optimizers: Sequence[Optimizers]) -> tuple[dict[str, Any], list[str]]:
-    """What else is plain in the first model file, and what is not."""
-    others = {key: value for key, value in model.state.items() if key not in _NOT_EXTRA}
-    extra = {key: value for key, value in others.items() if is_plain(value)}
-    dropped = [str(key) for key in others if key not in extra]
-    return {**extra, **(optimizers[0].scalars if optimizers else {})}, dropped
+        groups.append({**group, "params": list(names)})
+    return Optimizer(tuple(groups), steps)

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ...arrays import Array, Copies, Index, Joined, Tile, View
+from ...arrays import Array, Cast, Copies, Index, Joined, View
 from ...errors import CheckpointError
 from ...logical import MASTER, Checkpoint, Key, Target
-from .partitions import SUB_GROUP_SIZE, Flat, cut_groups, cut_shards
+from .partitions import SUB_GROUP_SIZE, Flat, cut_groups, cut_shards, join_fragments, round_robin
 from .trained import Trained, whole_step
 
 # The layout is that of this version, and engines want to know it.
 DS_VERSION = "0.19.8"
+
+# The names of `torch.float32` in DeepSpeed's config.
+_FP32 = ("torch.float32", "fp32", "float32", "float")
 
 
 def step_of(checkpoint: Checkpoint) -> int:
@@ -69,12 +71,39 @@ class Shards:
 
     @cached_property
     def flats(self) -> list[Flat]:
-        """How the shards that are trained are cut over data-parallel ranks."""
+        """How the shards that are trained are cut over data-parallel ranks. It is by the config of
+        the engine that wrote the source, and that which loads it must have the same
+        ``round_robin_gradients`` and ``sub_group_size``."""
+        zero = ds_config(self.checkpoint, self.target)["zero_optimization"]
         if self.stage < 3:
-            return cut_groups(self._sizes, self.dp_size)
-        size = ds_config(self.checkpoint, self.target)["zero_optimization"].get("sub_group_size")
+            sizes = self._sizes
+            if zero.get("round_robin_gradients") and not self._is_bf16_optimizer:
+                sizes = [dict(round_robin([*each.items()], self.dp_size)) for each in sizes]
+            return cut_groups(sizes, self.dp_size)
+        size = zero.get("sub_group_size")
         is_size = isinstance(size, (int, float)) and size > 0
         return cut_shards(self._sizes, self.dp_size, int(size) if is_size else SUB_GROUP_SIZE)
+
+    @cached_property
+    def mapped(self) -> list[Flat]:
+        """What the mappings of ZeRO 1 and 2 say of it: an engine makes them by the order of the
+        param group, even if the flat tensors have another."""
+        return cut_groups(self._sizes, self.dp_size)
+
+    @property
+    def _is_bf16_optimizer(self) -> bool:
+        """Whether an engine has not ZeRO's own optimizer, but ``BF16_Optimizer``: see
+        ``_do_optimizer_sanity_check()`` of DeepSpeed. It knows no ``round_robin_gradients``."""
+        config = ds_config(self.checkpoint, self.target)
+        types = config.get("data_types")
+        offload = config["zero_optimization"].get("offload_optimizer")
+        return (
+            self.stage == 1
+            and self.trained.dtype == torch.bfloat16
+            and isinstance(types, Mapping)
+            and types.get("grad_accum_dtype") in _FP32
+            and not (isinstance(offload, Mapping) and offload.get("device") == "cpu")
+        )
 
     @cached_property
     def frozen(self) -> list[str]:
@@ -135,44 +164,23 @@ class Places:
 
     def add_fragments(self, key: Key, flat: Flat, arrays: Sequence[Array]) -> None:
         """:param arrays: the flat tensors that ``flat`` is about, of all data-parallel ranks."""
-        tiles, begin = [], 0
-        for fragment in flat.fragments[key.name]:
-            array = arrays[fragment.dp_rank]
-            tiles.append(Tile((begin,), array, (fragment.start,), (fragment.size,)))
-            begin += fragment.size
-        self._add_joined(key, arrays[0].dtype, tiles)
+        shape = self._shards.shapes[key.name]
+        self.add(key, join_fragments(arrays, flat.fragments[key.name], shape))
 
     def add_empty(self, key: Key) -> None:
         """Notes that there is nothing of ``key`` here, if there is of others."""
         if key in self._shards.checkpoint.tensors and key not in self._found:
-            self._add_joined(key, self._shards.checkpoint.tensors[key].dtype, [])
+            dtype = self._shards.checkpoint.tensors[key].dtype
+            self.add(key, View(Joined((0,), dtype, []), self._shards.shapes[key.name]))
 
     def arrays(self) -> dict[Key, Array]:
         """The shards, in the dtypes of the checkpoint."""
         return dict(self._arrays())
 
-    def _add_joined(self, key: Key, dtype: torch.dtype, tiles: Sequence[Tile]) -> None:
-        shape = self._shards.shapes[key.name]
-        self.add(key, View(Joined((prod(shape),), dtype, tiles), shape))
-
     def _arrays(self) -> Iterator[tuple[Key, Array]]:
         for key, found in self._found.items():
             dtype = self._shards.checkpoint.tensors[key].dtype
-            same = [array if array.dtype == dtype else _Widened(array, dtype) for array in found]
+            same = [
+                array if array.dtype == dtype else Cast(str(key), array, dtype) for array in found
+            ]
             yield key, same[0] if len(same) == 1 else Copies(str(key), same)
-
-
-class _Widened(Array):
-    """``array`` for values of a narrower dtype, as of 16-bit weights that are kept in fp32."""
-
-    def __init__(self, array: Array, dtype: torch.dtype) -> None:
-        super().__init__(array.shape, dtype)
-        self._array = array
-
-    def read(self, start: Index, out: Tensor) -> None:
-        values = torch.empty(out.shape, dtype=self._array.dtype)
-        self._array.read(start, values)
-        out.copy_(values)
-
-    def write(self, start: Index, values: Tensor) -> None:
-        self._array.write(start, values.to(self._array.dtype))

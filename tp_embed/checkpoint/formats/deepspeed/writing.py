@@ -2,7 +2,8 @@
 
 A checkpoint without an optimizer becomes one for ``load_checkpoint(load_optimizer_states=False)``,
 for which ZeRO 1 and 2 need no files of the optimizer. Flat partitions have the order of its param
-groups, or of the checkpoint.
+groups, or of the checkpoint; and they are laid out for the ``ds_config`` of the source, so an
+engine that loads them must have the same ``round_robin_gradients`` and ``sub_group_size``.
 """
 
 from __future__ import annotations

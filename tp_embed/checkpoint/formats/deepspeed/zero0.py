@@ -17,10 +17,8 @@ from torch import Tensor
 from ...arrays import Array
 from ...errors import CheckpointError
 from ...logical import MASTER, Key, ReadOptions
-from .files import ModelFile, array_of, expect
-from .fragments import Optimizers, number
-
-_SCALARS = ("dynamic_loss_scale", "cur_scale", "cur_iter", "clip_grad")
+from .files import ModelFile, array_of, expect, scalars
+from .fragments import Optimizers
 
 
 def read_optimizer(
@@ -51,9 +49,8 @@ def read_optimizer(
         for group in expect(base.get("param_groups"), list, "`param_groups`", path)
     ]
     names = _names(model, groups, parameters, options)
-    found = Optimizers(
-        scalars={k: saved[k] for k in _SCALARS if isinstance(saved.get(k), (bool, int, float))}
-    )
+    found = Optimizers()
+    found.scalars, found.notes = scalars(model.file, saved)
     if masters is not None:
         tensors = list(chain.from_iterable(expect(masters, list, "`fp32_groups`", path)))
         if len(tensors) != len(names):
@@ -67,12 +64,13 @@ def read_optimizer(
     for index, name in zip(_indices(groups, path), names, strict=True):
         for state, value in expect(states.get(index, {}), dict, "A state", path).items():
             if state == "step":
-                found.steps[name] = number(model.file, value)
+                found.steps[name] = model.file.number("A `step`", value)
             elif isinstance(value, Tensor) and (value.dim() or not model.shape(name)):
                 key = Key(name, expect(state, str, "The name of a state", path))
                 found.shards[key] = _of_shape(model, name, state, value)
     ordered = iter(names)
-    found.groups = [(group, [next(ordered) for _ in group["params"]]) for group in groups]
+    for group in groups:
+        found.add_group(model.file, group, [next(ordered) for _ in group["params"]])
     return found
 
 
