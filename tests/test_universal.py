@@ -92,6 +92,7 @@ LOADED_ALONE = {
     "z3 typed to alone z2": loading("z3 typed", 2, "typed"),
     "no frozen": case(1, "typed", load="no frozen", strict=False),
     "z0 bf16": case(0, "bf16", errors=["z1 bf16 universal"]),
+    "round robin": case(2, "bf16", round_robin=True, errors=["z1 bf16 universal"]),
 }
 # AutoTP would leave half of four ranks without a head of attention.
 LOADED_FOUR = {
@@ -99,7 +100,7 @@ LOADED_FOUR = {
     "z3 mpu to four z0": loading("z3 mpu", 0, "mpu"),
 }
 LOADED = {**LOADED_DP, **LOADED_TP, **LOADED_ALONE, **LOADED_FOUR}
-for other in ("errors", "no frozen", "z0 bf16"):
+for other in ("errors", "no frozen", "z0 bf16", "round robin"):
     LOADED.pop(other)
 
 
@@ -270,6 +271,14 @@ def test_16_bit_at_zero0_is_refused(loaded):
     load, full = errors["z1 bf16 universal"], errors["full precision"]
     assert load.startswith("ValueError: `engine` must have an optimizer in fp32 at ZeRO 0")
     assert full.startswith("ValueError: `dtype` must be None or torch.bfloat16 at ZeRO 0")
+
+
+def test_round_robin_gradients_are_refused(loaded):
+    errors = loaded["round robin"][0]["errors"]
+    expected = "ValueError: `engine` must have `zero_optimization.round_robin_gradients` off"
+    assert errors["z1 bf16 universal"].startswith(expected)
+    expected = "ValueError: `dtype` must be None or torch.bfloat16 with `round_robin_gradients`"
+    assert errors["full precision"].startswith(expected)
 
 
 def test_grown_vocabulary(out, grown):

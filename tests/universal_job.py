@@ -99,6 +99,7 @@ def make_engine(case: dict[str, Any], tp_size: int) -> Any:
             "stage": case["stage"],
             "stage3_param_persistence_threshold": 100,
             "sub_group_size": 2_000,
+            "round_robin_gradients": case.get("round_robin", False),
         },
         "bf16": {"enabled": case.get("bf16", False)},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": LR, "warmup_num_steps": 4}},
@@ -171,7 +172,7 @@ def run(name: str, case: dict[str, Any], tp_size: int, out: Path) -> dict[str, A
         calls["tag"] = partial(load_universal, engine, out / "z1", "end")
         calls["export"] = partial(export, engine, out)
         calls["dtype"] = partial(export, engine, out / "new", dtype=torch.float64)
-        if case["stage"] == 0:
+        if case["stage"] == 0 or case.get("round_robin"):
             calls["full precision"] = partial(export, engine, out / "new", dtype=torch.float32)
         seen["errors"] = {key: error(call) for key, call in calls.items()}
     seen["losses"] = [train(engine, ids) for ids in batches()[2:]]

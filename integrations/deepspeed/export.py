@@ -29,7 +29,7 @@ from torch.nn import Module, Parameter
 from tp_embed.checkpoint.staging import staged
 from tp_embed.gang import GangError
 
-from .layout import local_shape, logical_shape, map_of
+from .layout import has_mixed_up_masters, local_shape, logical_shape, map_of
 
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
@@ -119,6 +119,12 @@ def _check(engine: Any, parameters: Mapping[str, Parameter], dtype: torch.dtype 
             raise ValueError(
                 f"`{name}` must say how it is cut over the tensor-parallel ranks, as AutoTP's "
                 "layers and ours do, but does not. Export the model with the library that cut it."
+            )
+        if _wants_master(param, dtype) and has_mixed_up_masters(engine):
+            raise ValueError(
+                f"`dtype` must be None or {param.dtype} with `round_robin_gradients`, where "
+                "DeepSpeed takes the master weights of one Parameter for another's, but is "
+                f"{dtype}."
             )
         if _wants_master(param, dtype) and engine.zero_optimization_stage() == 0:
             raise ValueError(

@@ -44,3 +44,9 @@ def own_shard(param: Parameter, key: str, whole: Tensor, tp_rank: int, tp_size: 
     """
     shard = _resolve_autotp_partition(param, {}, whole, tp_rank, tp_size, state_key=key)
     return (whole if shard is None else shard).reshape(local_shape(param))
+
+
+def has_mixed_up_masters(engine: Any) -> bool:
+    """Whether DeepSpeed mistakes where an optimizer's state of a Parameter is: with round-robin
+    gradients it looks it up in another order than that of the flat tensors."""
+    return bool(getattr(engine.optimizer, "round_robin_gradients", False))

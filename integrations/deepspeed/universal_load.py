@@ -25,7 +25,7 @@ from deepspeed.utils.bwc import (
 from torch import Tensor
 from torch.nn import Parameter
 
-from .layout import logical_shape, own_shard
+from .layout import has_mixed_up_masters, logical_shape, own_shard
 from .universal_format import (
     MOMENTS,
     STEP,
@@ -74,6 +74,11 @@ def load_universal(
             "`engine` must have a model without pipeline stages, but has a `PipelineModule`."
         )
     stage = engine.zero_optimization_stage()
+    if has_mixed_up_masters(engine):
+        raise ValueError(
+            "`engine` must have `zero_optimization.round_robin_gradients` off, since DeepSpeed "
+            "puts each Parameter's optimizer state in the place of another's, but has it on."
+        )
     _check_files(universal, stage)
     param_groups = load(optimizer_state_file(universal))[PARAM_GROUPS]
     optimizer = _basic_optimizer(engine, stage)

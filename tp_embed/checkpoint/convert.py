@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from . import formats
-from .arrays import Array, Cast, Joined, NoNan, Tile, copy
+from .arrays import Array, Cast, NoNan, copy, part
 from .compare import check_same
 from .cuts import DIMS, Cut, Dim, Rule, find_rule
 from .errors import CheckpointError
@@ -293,9 +293,8 @@ def without_padding(
                     f"`{key.name}`, but is {vocab_size}. New rows need initial values: use "
                     "`resize_vocab()` of the DeepSpeed integration."
                 )
-            shape = (vocab_size, *array.shape[1:])
-            start = (0,) * len(shape)
-            tensors[key] = Joined(shape, array.dtype, [Tile(start, array, start, shape)])
+            start = (0,) * len(array.shape)
+            tensors[key] = part(array, start, (vocab_size, *array.shape[1:]))
     return replace(checkpoint, tensors=tensors)
 
 
