@@ -175,6 +175,15 @@ def test_padding_is_cut_off_the_bias_of_a_head_too(tmp_path):
     }
 
 
+def test_a_cut_of_a_padded_table_is_that_of_the_rest(tmp_path):
+    source = saved(tmp_path, {"embed_tokens.weight": torch.randn(10, 4)})
+    convert(source, tmp_path / "padded", Request(to="tp-embed", tp_size=2, dim="vocab"))
+    request = Request(to="tp-embed", tp_size=2, vocab_size=7)
+    convert(tmp_path / "padded", tmp_path / "cut", request, verify=True)
+    found = converted(tmp_path / "cut")["embed_tokens.weight"]
+    assert torch.equal(found, torch.load(source)["embed_tokens.weight"][:7])
+
+
 def test_differences_beside_tensors_are_found(tmp_path):
     def state(lr, **model):
         groups = [{"lr": lr, "betas": (0.9, 0.99), "params": [0], "param_names": ["a"]}]

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from tp_embed.checkpoint.convert import Request, convert, plan
+from tp_embed.checkpoint import Request, convert, plan
 from tp_embed.checkpoint.errors import CheckpointError, UnsafeCheckpointError
 from tp_embed.checkpoint.formats import dcp_files, dcp_metadata
 from tp_embed.checkpoint.logical import Key, ReadOptions

@@ -19,8 +19,8 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 
 import convert_job as job
 from launch import ROOT, deepspeed_command, run
+from tp_embed.checkpoint import Request, convert
 from tp_embed.checkpoint.arrays import Span, View
-from tp_embed.checkpoint.convert import Request, convert
 from tp_embed.checkpoint.cuts import Cut, Rule
 from tp_embed.checkpoint.errors import CheckpointError, UnsafeCheckpointError
 from tp_embed.checkpoint.formats import deepspeed

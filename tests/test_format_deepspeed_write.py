@@ -19,9 +19,8 @@ from torch.nn.utils import clip_grad_norm_
 import convert_load_job as job
 from convert_job import build
 from launch import deepspeed_command, run
-from tp_embed.checkpoint import formats
+from tp_embed.checkpoint import Request, convert, formats, plan
 from tp_embed.checkpoint.arrays import Span, View
-from tp_embed.checkpoint.convert import Request, convert, plan
 from tp_embed.checkpoint.cuts import Cut, Rule
 from tp_embed.checkpoint.errors import CheckpointError
 from tp_embed.checkpoint.formats import deepspeed

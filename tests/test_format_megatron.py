@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tp_embed.checkpoint import formats
-from tp_embed.checkpoint.convert import Plan, Request, convert
+from tp_embed.checkpoint import Plan, Request, convert, formats
 from tp_embed.checkpoint.cuts import Rule
 from tp_embed.checkpoint.errors import CheckpointError, UnsafeCheckpointError
 from tp_embed.checkpoint.formats import megatron

@@ -12,10 +12,11 @@ from typing import Any
 
 from . import formats, report
 from .compare import Difference, differences
-from .convert import Plan, Request, check_output, plan, without_padding, write
+from .convert import check_output, write
 from .inspect import describe, describe_plan
 from .logical import MASTER, WEIGHT, Checkpoint, Key, ReadOptions, tables_of
 from .options import UsageError, build_request, read_options
+from .planning import Plan, Request, plan, without_padding
 from .staging import check_free
 
 # Takes how many bytes there are to do; in its block, what it gives is called with those done.

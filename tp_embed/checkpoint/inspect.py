@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from .arrays import Array
-from .convert import Plan
 from .cuts import Cut, Rule
 from .logical import MASTER, WEIGHT, Checkpoint, tables_of
+from .planning import Plan
 
 
 def describe(checkpoint: Checkpoint, rules: tuple[Rule, ...] = ()) -> dict[str, Any]:

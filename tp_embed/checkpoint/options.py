@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from .convert import MAX_RANKS, NanPolicy, Request
 from .cuts import DIMS, Dim, Rule
 from .errors import CheckpointError
 from .formats import FORMATS
 from .logical import ReadOptions, parse_dtype
+from .planning import MAX_RANKS, NanPolicy, Request
 
 _UNITS = {unit: 1000**i for i, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
 _UNITS |= {unit: 1024**i for i, unit in enumerate(("", "KiB", "MiB", "GiB", "TiB"))}
