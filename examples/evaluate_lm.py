@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from corpus import load
 
@@ -19,7 +19,7 @@ def main(run_dir: Path) -> None:
     config = OmegaConf.load(run_dir / "config.yaml")
     data = config.data
     corpus = load(Path(data.cache_dir), data.vocab_size, data.max_bytes)
-    model = LlamaForCausalLM.from_pretrained(run_dir / "model")
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
     loss = corpus.validation_loss(model, config.eval_batches, data.batch_size, data.seq_len)
     trained = json.loads((run_dir / "result.json").read_text())["validation_loss"]
     print(

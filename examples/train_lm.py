@@ -1,6 +1,6 @@
-"""Trains a Llama with sharded embedding tables on a DeepSpeed engine.
+"""Trains a language model with sharded embedding tables on a DeepSpeed engine.
 
-    deepspeed --num_gpus 2 --no_local_rank examples/train_lm.py embedding=sharded init.std=0.02
+    deepspeed --num_gpus 2 --no_local_rank examples/train_lm.py embedding=vocab_sharded init=normal
 
 A Hydra app: the configs are in `configs/`, the primary one is `configs/train.yaml`. It writes to
 `runs/NAME`: `config.yaml`, `metrics.csv`, `loss.png`, DeepSpeed's `checkpoints/`, and at the end
@@ -24,15 +24,15 @@ import matplotlib
 import torch
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from corpus import load
 from tp_embed import shard_embeddings
 from tp_embed.integrations.deepspeed import DeepSpeedGang, export
-from tp_embed.integrations.hydra import register_schemas
+from tp_embed.integrations.hydra import register_schemas, shard_options
+from tp_embed.integrations.transformers import shard_logits
 
 matplotlib.use("Agg")
 register_schemas()
@@ -56,14 +56,10 @@ def main(config: DictConfig) -> None:
     dist.barrier()
     corpus = load(Path(data.cache_dir), data.vocab_size, data.max_bytes)  # From the cache.
 
-    model_config = LlamaConfig(vocab_size=corpus.vocab_size, use_cache=False, **config.model)
-    model = LlamaForCausalLM(model_config)
-    report = shard_embeddings(
-        model,
-        gang,
-        strategy=config.embedding.strategy.value,
-        init_fn=instantiate(config.embedding.init_fn),
-    )
+    model = AutoModelForCausalLM.from_config(make_model_config(config.model, corpus.vocab_size))
+    report = shard_embeddings(model, gang, **shard_options(config))
+    if config.head.shard_logits:
+        shard_logits(model)
     say(str(report))
 
     engine, *_ = deepspeed.initialize(
@@ -125,6 +121,20 @@ def main(config: DictConfig) -> None:
         )
 
 
+def make_model_config(model: DictConfig, tokens: int) -> Any:
+    """The config of transformers for the choice of the group `model`, for so many tokens."""
+    fields: Any = OmegaConf.to_container(model, resolve=True)
+    given = {key: value for key, value in fields.items() if value is not None}
+    extra, model_type = given.pop("extra"), given.pop("type")
+    classes = given.setdefault("vocab_size", tokens)
+    if classes < tokens:
+        raise ValueError(
+            f"`model.vocab_size` must be {tokens} or more, the tokens of the data, but is "
+            f"{classes} instead. Take a smaller `data.vocab_size`, or null for the tokens' number."
+        )
+    return AutoConfig.for_model(model_type, use_cache=False, **given, **extra)
+
+
 def write_model(engine: Any, target: Path) -> None:
     """Writes the whole model, as transformers saves it, in place of what ``target`` held."""
     temporary = target.with_name(f".{target.name}")
@@ -172,9 +182,12 @@ class Checkpoints:
 
     def load(self, engine: Any) -> int:
         """Loads the latest one and returns the number of steps that it had done."""
-        if not self._latest.exists():
+        # What DeepSpeed, and `tp-embed convert --to universal`, call it.
+        name = "latest_universal" if engine.load_universal_checkpoint() else "latest"
+        if not (self._directory / name).exists():
             raise FileNotFoundError(
-                f"`resume=true` needs a checkpoint in '{self._directory}', but there is none. "
+                f"`resume=true` needs a checkpoint in '{self._directory}', but there is none: "
+                f"no file `{name}`. "
                 "Train without it first, or give the run that has one by `name`."
             )
         _, client_state = engine.load_checkpoint(str(self._directory))

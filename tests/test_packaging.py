@@ -50,6 +50,8 @@ def test_wheel_holds_the_tree_and_nothing_else(wheel):
         for path in (ROOT / room).rglob("*"):
             if path.suffix in {".py", ".yaml"} or path.name == "py.typed":
                 expected.add(f"{installed}/{path.relative_to(ROOT / room)}")
+    expected.remove("tp_embed/integrations/hydra_plugin/__init__.py")
+    expected.add("hydra_plugins/tp_embed/__init__.py")  # Where Hydra looks for plugins.
     assert any(name.endswith(".yaml") for name in expected)
 
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -57,7 +59,7 @@ def test_wheel_holds_the_tree_and_nothing_else(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_installed_package_has_one_top_level_name_and_is_lazy(python):
+def test_installed_package_has_one_top_level_name_of_its_own_and_is_lazy(python):
     script = """
 import importlib.util, sys
 from importlib.resources import files
@@ -67,12 +69,14 @@ assert importlib.util.find_spec("integrations") is None
 assert importlib.util.find_spec("configs") is None
 assert importlib.util.find_spec("tp_embed.integrations.deepspeed") is not None
 assert "shard_embeddings" in dir(tp_embed)
-print(*sorted(p.name for p in (files("tp_embed.configs") / "init").iterdir()))
+print(*sorted(p.name for p in (files("tp_embed.configs") / "groups/tp_embed/init").iterdir()))
 """
     output = subprocess.run(
         [str(python), "-c", script], cwd="/", capture_output=True, text=True, check=True
     ).stdout
-    assert output.split() == sorted(p.name for p in (ROOT / "configs/init").glob("*.yaml"))
+    assert output.split() == sorted(
+        p.name for p in (ROOT / "configs/groups/tp_embed/init").glob("*.yaml")
+    )
 
 
 def test_editable_install_is_lazy_and_has_the_same_names():

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from launch import (
+    BIN,
     ROOT,
     deepspeed_command,
     remove_shared_memory,
@@ -114,6 +115,36 @@ def test_torchrun_and_other_choices_work(directory, choices):
     run([sys.executable, str(EVALUATE), "runs/other"], directory)
 
 
+def test_experiment_goes_on_from_a_universal_checkpoint_of_another_stage(directory):
+    """And a model of another architecture, trained by another optimizer, off the device."""
+    options = ["experiment=tied_vocab", "debug=tiny", "model=qwen3_tiny", "optimizer=adam"]
+    first = ["name=moved", "deepspeed=zero2", "offload=optimizer"]
+    run(deepspeed_command(SCRIPT, *options, *first), cwd=directory)
+    run_dir = directory / "runs" / "moved"
+    run([sys.executable, str(EVALUATE), str(run_dir)], directory)
+
+    universal = directory / "runs" / "universal" / "checkpoints"
+    convert = [str(BIN / "tp-embed"), "convert", str(run_dir / "checkpoints"), str(universal)]
+    run([*convert, "--to", "universal"], directory)
+    then = ["name=universal", "checkpoint=universal", "resume=true", "steps=6"]
+    output = run(deepspeed_command(SCRIPT, *options, *then), cwd=directory)
+    assert "resumed after step 4" in output
+    assert [step for step, _ in losses(universal.parent)] == [5, 6]
+
+
+def test_sweep_trains_each_choice_from_the_same_model(directory):
+    options = ["experiment=sharded_vs_replicated", "debug=tiny", "precision=bf16", "optimizer=sgd"]
+    run(deepspeed_command(SCRIPT, *options), cwd=directory)
+    results = {
+        path.parent.name: json.loads(path.read_text())
+        for path in (directory / "runs" / "sharded_vs_replicated").rglob("result.json")
+    }
+    assert len(results) == 3
+    assert len({result["first_loss"] for result in results.values()}) == 1
+    sharded, whole = sorted({result["table_bytes_per_rank"] for result in results.values()})
+    assert 2 * sharded == whole
+
+
 def test_four_ranks_are_two_gangs(directory):
     command = deepspeed_command(SCRIPT, *TINY, "name=four", "steps=6", "deepspeed=zero2", ranks=4)
     run(command, cwd=directory)
@@ -124,7 +155,7 @@ def test_four_ranks_are_two_gangs(directory):
 
 
 def test_misspelt_key_is_an_error(directory):
-    with pytest.raises(AssertionError, match="Key 'stdd' is not in struct"):
+    with pytest.raises(AssertionError, match="Key 'stdd' not in 'Init'"):
         run([sys.executable, str(SCRIPT), "init.stdd=0.01"], cwd=directory)
 
 

@@ -1,0 +1,90 @@
+"""The parameters of the functions of :mod:`tp_embed.init`, for the group ``init``.
+
+Written down, and not read off the functions, since any Hydra app of an environment that has this
+package may import them, and ``tp_embed.init`` would import torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class Fan(str, Enum):  # noqa: UP042 (OmegaConf compares `str(choice)`)
+    fan_in = "fan_in"
+    fan_out = "fan_out"
+
+
+class Nonlinearity(str, Enum):  # noqa: UP042
+    linear = "linear"
+    sigmoid = "sigmoid"
+    tanh = "tanh"
+    relu = "relu"
+    leaky_relu = "leaky_relu"
+    selu = "selu"
+
+
+@dataclass
+class Init:
+    """A function without parameters."""
+
+    _target_: str = MISSING
+    _partial_: bool = MISSING
+
+
+@dataclass
+class Constant(Init):
+    value: float = MISSING
+
+
+@dataclass
+class Normal(Init):
+    mean: float = MISSING
+    std: float = MISSING
+
+
+@dataclass
+class Uniform(Init):
+    a: float = MISSING
+    b: float = MISSING
+
+
+@dataclass
+class TruncNormal(Normal):
+    a: float = MISSING
+    b: float = MISSING
+
+
+@dataclass
+class Xavier(Init):
+    gain: float = MISSING
+
+
+@dataclass
+class Kaiming(Init):
+    a: float = MISSING
+    mode: Fan = MISSING
+    nonlinearity: Nonlinearity = MISSING
+
+
+@dataclass
+class FromTensor(Init):
+    source: str = MISSING
+    key: str | None = None
+
+
+INITS: dict[str, type[Init]] = {
+    "constant": Constant,
+    "from_tensor": FromTensor,
+    "kaiming_normal": Kaiming,
+    "kaiming_uniform": Kaiming,
+    "normal": Normal,
+    "scaled": Init,
+    "trunc_normal": TruncNormal,
+    "uniform": Uniform,
+    "xavier_normal": Xavier,
+    "xavier_uniform": Xavier,
+    "zeros": Init,
+}

@@ -1,0 +1,27 @@
+"""From what a config chooses to the arguments of :func:`tp_embed.shard_embeddings`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+
+def shard_options(config: DictConfig) -> dict[str, Any]:
+    """The keyword arguments of :func:`tp_embed.shard_embeddings`.
+
+    :param config: holds the choices of the groups: ``embedding``, and if they were chosen ``head``
+        and ``init``. In a project with groups of its own, that is ``config.tp_embed``.
+    """
+    embedding, head = config.embedding, config.get("head")
+    options = {
+        "strategy": embedding.strategy.value,
+        "rules": {pattern: strategy.value for pattern, strategy in embedding.rules.items()},
+        "output": embedding.output.value,
+        "sparse": embedding.sparse,
+        "init_fn": instantiate(embedding.init_fn),
+    }
+    if head is not None:
+        options |= {"tie_head": head.tie_head, "shard_head": head.shard_head}
+    return options

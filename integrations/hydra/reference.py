@@ -1,0 +1,242 @@
+"""Writes the reference of all groups and keys, ``docs/config.md``.
+
+    python -m tp_embed.integrations.hydra.reference docs/config.md
+
+Choices and values come from the files in ``configs/``, types and meanings from the schemas.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from enum import Enum
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+
+from .inits import INITS, Init
+from .schema import DataConfig, EmbeddingConfig, HeadConfig, ModelConfig, TrainConfig
+
+_HEADER = """\
+# Configuration
+
+Written by `python -m tp_embed.integrations.hydra.reference docs/config.md`; a test checks that it
+is current.
+
+`examples/train_lm.py` is a [Hydra](https://hydra.cc) app. A group is chosen by `GROUP=CHOICE`, a
+key is set by `KEY=VALUE`, and both are swept by `--multirun` with `GROUP=A,B` or `'init=glob(*)'`.
+A choice that does not exist is an error that lists those that do, and so is a value that is none of
+several; a misspelt key and a value of a wrong type are errors too. Below, `as=B` stands for the
+values of the choice `B`, but for those that follow.
+
+"""
+
+_IN_OTHER_PROJECTS = """\
+## In other projects
+
+`pip install 'tp-embed[hydra]'` gives any Hydra app the groups `tp_embed/init`, `tp_embed/embedding`
+and `tp_embed/head`, with the choices below, and no others of ours:
+
+```yaml
+defaults:
+  - tp_embed/init: scaled
+  - tp_embed/embedding: sharded
+  - tp_embed/head: sharded
+  - _self_
+
+# Hydra does not find plugins of editable installs (`pip install -e`): they need this line as well.
+hydra:
+  searchpath: [pkg://tp_embed.configs.groups]
+```
+
+Hydra itself does not look in `hydra.searchpath` for `glob(*)` and completion. If an editable
+install is to have them too, call `tp_embed.integrations.hydra.register_schemas()` before
+`hydra.main` runs, in place of the line.
+
+```python
+from tp_embed.integrations.hydra import shard_options
+
+shard_embeddings(model, gang, **shard_options(config.tp_embed))
+```
+
+Then `python app.py tp_embed/init=normal tp_embed.init.std=0.02` works. An init function of your own
+is a file `tp_embed/init/NAME.yaml` among your configs, without a schema or with one of yours:
+
+```yaml
+_target_: my_package.my_function # called with the embedding, see `tp_embed.init.blockwise`
+_partial_: true
+power: 2
+```
+
+In our own apps it is a file `init/NAME.yaml` in a directory that is named by `--config-dir`.
+
+"""
+
+# What each group is for, its schema, and where its keys are if not under its name.
+_GROUPS: dict[str, tuple[str, type | None, str | None]] = {
+    "init": ("How tables are initialised: the functions of `tp_embed.init`.", None, None),
+    "embedding": ("How tables are sharded.", EmbeddingConfig, None),
+    "head": ("How the output head is sharded.", HeadConfig, None),
+    "model": (
+        "The size of the model. A key that is null is left to transformers.",
+        ModelConfig,
+        None,
+    ),
+    "data": ("The text.", DataConfig, None),
+    "deepspeed": ("The ZeRO stage. The keys are those of the DeepSpeed config.", None, None),
+    "optimizer": ("The optimizer, in the DeepSpeed config.", None, "deepspeed.optimizer"),
+    "precision": ("The type of weights and activations.", None, "deepspeed"),
+    "offload": ("What leaves the device between its uses.", None, "deepspeed"),
+    "checkpoint": ("Which checkpoints `resume=true` reads.", None, "deepspeed.checkpoint"),
+    "launcher": ("One run or a sweep, and their directories.", None, "hydra"),
+    "experiment": ("Complete sets of choices.", None, ""),
+    "debug": ("Runs of seconds.", None, ""),
+}
+_SHARED = ("init", "embedding", "head")
+
+
+def reference() -> str:
+    """The page, in Markdown."""
+    defaults = _defaults()
+    parts = [_HEADER, _IN_OTHER_PROJECTS]
+    parts += [_group(name, *about, defaults[name]) for name, about in _GROUPS.items()]
+    return "".join([*parts, _train_keys()]).rstrip("\n") + "\n"
+
+
+def choices(group: str) -> dict[str, Traversable]:
+    """The files of a group of ours, by the name of the choice."""
+    configs = files("tp_embed.configs")
+    directory = configs / "groups" / "tp_embed" / group if group in _SHARED else configs / group
+    found = [file for file in directory.iterdir() if file.name.endswith(".yaml")]
+    return {file.name.removesuffix(".yaml"): file for file in sorted(found, key=lambda f: f.name)}
+
+
+def _defaults() -> dict[str, str]:
+    """What ``train.yaml`` chooses of each group."""
+    config = OmegaConf.load(str(files("tp_embed.configs") / "train.yaml"))
+    return {
+        group: choice
+        for entry in config.defaults
+        if isinstance(entry, DictConfig)
+        for group, choice in entry.items()
+        if isinstance(group, str) and not group.startswith("override ")
+    }
+
+
+def _group(name: str, about: str, schema: type | None, package: str | None, default: str) -> str:
+    text = f"## `{name}`\n\n{about}"
+    if package == "":
+        text += " Their keys are those of the whole config."
+    elif package is not None:
+        text += f" The keys are in `{package}`."
+    lines = []
+    for choice, file in choices(name).items():
+        keys = dict(_flat(OmegaConf.load(str(file))))
+        shown = ", ".join(f"`{key}={_text(value)}`" for key, value in keys.items())
+        mark = " (default)" if choice == default else ""
+        lines.append((f"`{choice}`{mark}", _comment(file), shown))
+    text += "\n\n" + _table(("choice", "", "values"), lines)
+    if name == "init":
+        lines = [
+            (f"`init.{key}`", kind, ", ".join(f"`{function}`" for function in functions))
+            for (key, kind), functions in _init_parameters().items()
+        ]
+        text += "\n" + _table(("key", "type", "of"), lines)
+    elif schema is not None:
+        text += "\n" + _keys(schema, f"{name}.")
+    return text + "\n"
+
+
+def _train_keys() -> str:
+    config = OmegaConf.load(str(files("tp_embed.configs") / "train.yaml"))
+    return "## Keys of a run\n\n" + _keys(TrainConfig, "", config)
+
+
+def _keys(schema: type, prefix: str, values: Any = None) -> str:
+    lines, types = [], _types(schema)
+    for field in fields(schema):
+        if meaning := field.metadata.get("meaning"):
+            line = [f"`{prefix}{field.name}`", types[field.name], meaning]
+            if values is not None:
+                line.insert(2, f"`{_text(values[field.name])}`")
+            lines.append(line)
+    header = ["key", "type", "meaning"]
+    if values is not None:
+        header.insert(2, "default")
+    return _table(header, lines)
+
+
+def _init_parameters() -> dict[tuple[str, str], list[str]]:
+    """The functions that have a parameter of such a name and type."""
+    found: dict[tuple[str, str], list[str]] = {}
+    common = {field.name for field in fields(Init)}
+    for function, schema in INITS.items():
+        for key, kind in _types(schema).items():
+            if key not in common:
+                found.setdefault((key, kind), []).append(function)
+    return found
+
+
+def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys of a file with their values, but those that are for Hydra."""
+    for key in config:
+        value = config._get_node(key)
+        if not prefix and key in ("defaults", "_target_", "_partial_"):
+            if key == "defaults":
+                yield from _chosen(value)
+        elif isinstance(value, DictConfig) and len(value):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _chosen(defaults: Any) -> Iterator[tuple[str, Any]]:
+    for entry in defaults:
+        if isinstance(entry, DictConfig):
+            for key, value in entry.items():
+                yield str(key).removeprefix("override /"), value
+        elif not entry.startswith(("/", "_")):
+            yield "as", entry
+
+
+def _comment(file: Traversable) -> str:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    comments = [line for line in lines if line.startswith("#") and "@package" not in line]
+    return comments[0].removeprefix("#").strip()
+
+
+def _text(value: Any) -> str:
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value)
+    elif hasattr(value, "_value"):
+        value = value._value()
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def _types(schema: type) -> dict[str, str]:
+    """The type of each key, by its choices if it is one of several."""
+
+    def text(hint: Any) -> str:
+        if isinstance(hint, type) and issubclass(hint, Enum):
+            return ", ".join(f"`{choice.name}`" for choice in hint)
+        name = hint.__name__ if type(hint) is type else str(hint)
+        return f"`{re.sub(r'[a-z_.]+[.]', '', name)}`".replace("|", "\\|")
+
+    return {key: text(hint) for key, hint in get_type_hints(schema).items()}
+
+
+def _table(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    rows = [header, ["---"] * len(header), *lines]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(reference(), encoding="utf-8")
