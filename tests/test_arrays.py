@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tp_embed.checkpoint import CheckpointError, Cut, Rule, arrays
-from tp_embed.checkpoint.arrays import Cast, Copies, Joined, Span, Tile, View
+from tp_embed.checkpoint.arrays import Joined, Span, Tile, View
 from tp_embed.checkpoint.cuts import find_rule, is_table, join
+from tp_embed.checkpoint.derived import Cast, Copies
 
 any_tmp_path = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 

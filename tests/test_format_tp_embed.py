@@ -33,7 +33,7 @@ from tp_embed.checkpoint import (
     plain_values,
     read,
 )
-from tp_embed.checkpoint.arrays import Cast
+from tp_embed.checkpoint.derived import Cast
 from tp_embed.checkpoint.formats import tp_embed_directory
 from tp_embed.checkpoint.logical import Optimizer, Target
 

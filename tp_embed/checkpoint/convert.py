@@ -7,8 +7,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from .arrays import Array, NoNan, copy
+from .arrays import Array, copy
 from .compare import check_same
+from .derived import NoNan
 from .errors import CheckpointError
 from .hashes import checked
 from .logical import MASTER, Checkpoint, Key, ReadOptions

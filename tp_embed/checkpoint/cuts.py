@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from tp_embed.partition import Partition
 
-from .arrays import Array, Copies, Index, Joined, Tile
+from .arrays import Array, Index, Joined, Tile
+from .derived import Copies
 from .errors import CheckpointError
 
 # The usual names of token tables and of the output heads that are cut like them.

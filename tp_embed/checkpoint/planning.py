@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 
 from . import formats
-from .arrays import Array, Cast, part
+from .arrays import Array, part
 from .cuts import DIMS, Cut, Dim, Rule, find_rule
+from .derived import Cast
 from .errors import CheckpointError
 from .formats import Format
 from .logical import (

@@ -31,8 +31,9 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import safetensors_file
-from ..arrays import Array, Copies, Index
+from ..arrays import Array, Index
 from ..cuts import is_table
+from ..derived import Copies
 from ..errors import CheckpointError, shown
 from ..logical import WEIGHT, Checkpoint, Key, ReadOptions, Target
 from ..text_files import inside, read_json, write_json

@@ -27,8 +27,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..arrays import Array, Copies, Joined, Tile
+from ..arrays import Array, Joined, Tile
 from ..cuts import Cut, find_rule, is_table, join
+from ..derived import Copies
 from ..errors import CheckpointError, shown
 from ..logical import WEIGHT, Checkpoint, Key, ReadOptions, Target
 from ..torch_file import lay_out as lay_out_file

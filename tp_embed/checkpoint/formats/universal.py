@@ -20,7 +20,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..arrays import Array, Copies
+from ..arrays import Array
+from ..derived import Copies
 from ..errors import CheckpointError
 from ..logical import MASTER, MOMENTS, Checkpoint, Key, Optimizer, ReadOptions
 from ..torch_file import TorchFile

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ..arrays import Array, Copies
+from ..arrays import Array
 from ..cuts import join
+from ..derived import Copies
 from ..errors import CheckpointError
 from ..logical import MASTER, MOMENTS, WEIGHT, Checkpoint, Key, Target
 from ..torch_file import lay_out as lay_out_file

@@ -13,8 +13,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ...arrays import Array, Copies, Index, Joined, Tile, contiguous_strides, part
+from ...arrays import Array, Index, Joined, Tile, contiguous_strides, part
 from ...cuts import Cut
+from ...derived import Copies
 from ...errors import CheckpointError
 from .files import optional
 

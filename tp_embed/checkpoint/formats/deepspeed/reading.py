@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ...arrays import Array, Cast, Span, View, same_bits
+from ...arrays import Array, Span, View, same_bits
+from ...derived import Cast
 from ...errors import CheckpointError, shown
 from ...logical import MASTER, Checkpoint, Key, Optimizer, ReadOptions
 from . import zero0

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ...arrays import Array, Cast, Copies, Index, Joined, View
+from ...arrays import Array, Index, Joined, View
+from ...derived import Cast, Copies
 from ...errors import CheckpointError
 from ...logical import MASTER, Checkpoint, Key, Target
 from .partitions import SUB_GROUP_SIZE, Flat, cut_groups, cut_shards, join_fragments, round_robin
