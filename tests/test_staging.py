@@ -42,6 +42,8 @@ def source(tmp_path_factory):
 
 
 def run(progress, source, output, flags, to):
+    # It is ignored where the tests were started in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     staging._FLUSH_BYTES = 2 * 2**20
     arrays.CHUNK_BYTES = 2**18  # So that most are killed in the middle of a tensor.
     request = Request(to=to, source_format="pt")
