@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.checkpoint.constants import (
-    PARAM,
-)
+from deepspeed.checkpoint.constants import PARAM
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -73,11 +71,6 @@ def read_tensor(directory: Path, key: str) -> Tensor:
 def write_tensor(directory: Path, key: str, tensor: Tensor) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     torch.save({PARAM: tensor.detach().contiguous().clone()}, directory / f"{key}.pt")
-
-
-def write_step(directory: Path, step: Any) -> None:
-    """``step`` is a number or a tensor, as the optimizer has it."""
-    torch.save(step.clone() if isinstance(step, Tensor) else step, directory / f"{STEP}.pt")
 
 
 def read_step(directory: Path) -> Any:
