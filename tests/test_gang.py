@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import pickle
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
@@ -148,6 +149,35 @@ def test_fake_gang_repeats_what_it_has():
     child = gang.create_gang([1, 2])
     assert (child.rank, child.size) == (0, 2)
     assert gang.create_gang([0, 2]) is None
+
+
+def hooked(gang):
+    seen = []
+
+    @contextmanager
+    def hook(operation, tensors):
+        seen.append([operation, [(tuple(t.shape), t.dtype) for t in tensors]])
+        yield
+        seen[-1].append("done")
+
+    handle = gang.register_collective_hook(hook)
+    output = torch.empty(gang.size, 3)
+    with torch.profiler.profile() as profile:
+        gang.all_gather(output, torch.ones(3))
+    gang.broadcast_objects([1])
+    with pytest.raises(ValueError, match="source_rank"):
+        gang.broadcast(output, 9)
+    handle.remove()
+    gang.barrier()
+    assert seen == [
+        ["all_gather", [((3,), torch.float32)], "done"],
+        ["broadcast_objects", [], "done"],
+    ]
+    assert [e.count for e in profile.key_averages() if e.key == "tp_embed.all_gather"] == [1]
+
+
+def test_hooks_see_each_collective_until_they_are_removed(pool):
+    pool(2, hooked)
 
 
 @pytest.mark.parametrize(

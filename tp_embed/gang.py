@@ -8,8 +8,9 @@ algorithms of Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms" (200
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from enum import Enum
 from typing import Any, final
@@ -18,6 +19,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
+from torch.utils.hooks import RemovableHandle
+
+CollectiveHook = Callable[[str, Sequence[Tensor]], AbstractContextManager[object]]
 
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -57,6 +61,7 @@ class Gang(ABC):
         self._size = size
         self._device = torch.device(device)
         self._timeout = timeout
+        self._hooks: OrderedDict[int, CollectiveHook] = OrderedDict()
 
     @property
     def rank(self) -> int:
@@ -177,6 +182,28 @@ class Gang(ABC):
 
         :raises ValueError: ``source_rank`` is not a rank of this gang.
         """
+
+    def register_collective_hook(self, hook: CollectiveHook) -> RemovableHandle:
+        """Has each collective of this gang run in the context of ``hook(operation, tensors)``, with
+        its name, such as ``"all_gather"``, and the tensors that this process puts in; objects are
+        not shown. The collectives of a :class:`FakeGang` send nothing, and run no hook.
+
+        On an accelerator the context ends when the collective is queued, not when it is done.
+
+        :returns: a handle whose ``remove()`` takes the hook away.
+        """
+        handle = RemovableHandle(self._hooks)
+        self._hooks[handle.id] = hook
+        return handle
+
+    @contextmanager
+    def _observed(self, operation: str, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """The context that a collective runs in: a range of the profiler, and all hooks."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.profiler.record_function(f"tp_embed.{operation}"))
+            for hook in tuple(self._hooks.values()):
+                stack.enter_context(hook(operation, tensors))
+            yield
 
     def adopt(self, layer: Module) -> None:  # noqa: B027 (most gangs have nothing to mark)
         """Called by every layer that is sharded over this gang once its Parameters exist, and

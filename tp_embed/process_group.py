@@ -151,7 +151,8 @@ class ProcessGroupGang(Gang):
     def _run(self, operation: str, collective: Callable[[], object], *tensors: Tensor) -> None:
         """Every collective of the gang goes through here, with the tensors that it sends."""
         try:
-            collective()
+            with self._observed(operation, tensors):
+                collective()
         except RuntimeError as e:
             shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors) or "no tensor"
             raise GangError(
