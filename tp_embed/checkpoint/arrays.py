@@ -3,7 +3,7 @@
 A checkpoint is read by describing where each tensor is, as a tree of arrays: a :class:`Span` is a
 run of bytes in a file, a :class:`View` gives a flat array a shape, a :class:`Joined` puts arrays
 together as tiles of a larger one. It is written in the same terms: the files are laid out first,
-and the arrays of what they will hold are then filled. :func:`copy` moves one to the other.
+and the arrays of what they will hold are then filled.
 
 A *box* is given by its first index, `start`, and the tensor that it is read into or written from,
 which has its shape.
@@ -28,7 +28,7 @@ from .errors import CheckpointError
 
 Index = tuple[int, ...]
 
-# How many bytes are in memory at a time, beside smaller temporary copies.
+# How many bytes are read or written at a time.
 CHUNK_BYTES = 16 * 2**20
 
 # How many are written with one call: ext4 takes several times as long for 16 MiB at once.
@@ -296,26 +296,6 @@ def boxes(shape: Index, itemsize: int) -> Iterator[tuple[Index, Index]]:
         for row in range(shape[0]):
             for start, part in boxes(shape[1:], itemsize):
                 yield (row, *start), (1, *part)
-
-
-def copy(
-    source: Array, target: Array, skip: Callable[[Index, Index], bool] = lambda start, shape: False
-) -> Iterator[tuple[Index, Index, int]]:
-    """Copies ``source`` to ``target``, of the same shape and dtype, box by box; yields the start,
-    the shape and the number of bytes of each when it is done.
-
-    :param skip: whether the box of a start and a shape is there already.
-    """
-    if (source.shape, source.dtype) != (target.shape, target.dtype):
-        raise CheckpointError(f"{source} cannot be copied to {target}.")
-    itemsize = source.dtype.itemsize
-    buffer = torch.empty(min(source.numel, CHUNK_BYTES // itemsize), dtype=source.dtype)
-    for start, shape in boxes(source.shape, itemsize):
-        box = buffer[: prod(shape)].view(shape)
-        if not skip(start, shape):
-            source.read(start, box)
-            target.write(start, box)
-        yield start, shape, box.numel() * itemsize
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:

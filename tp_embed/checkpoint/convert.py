@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-from .arrays import Array, copy
+from .arrays import Array
 from .compare import check_same
+from .copying import copy
 from .derived import NoNan
 from .errors import CheckpointError
 from .hashes import checked
@@ -30,8 +30,8 @@ def convert(
     """Writes the checkpoint at ``source`` to ``output`` as ``request`` says: with all tensors, bit
     for bit unless another dtype is asked for.
 
-    It reads and writes at most 16 MiB at a time. ``output`` is there as a whole or not at all, even
-    if the process is killed; see :func:`~tp_embed.checkpoint.staging.staged`.
+    It holds two boxes of at most 16 MiB at a time. ``output`` is there as a whole or not at all,
+    even if the process is killed; see :func:`~tp_embed.checkpoint.staging.staged`.
 
     :param resume: go on with what a killed run with the same request has left.
     :param overwrite: replace what is at ``output``.
@@ -66,11 +66,13 @@ def write(
         arrays = work.format.lay_out(work.checkpoint, work.target, stage.path)
         stage.laid_out()
         with checked(work.source.hashes):
-            for key, array in arrays.items():
-                values = _checked(key, work.checkpoint.tensors[key], work.request.nan)
-                for start, shape, nbytes in copy(values, array, partial(stage.is_done, key)):
-                    stage.done(key, start, shape, nbytes)
-                    progress(nbytes)
+            tensors = (
+                (key, _checked(key, work.checkpoint.tensors[key], work.request.nan), array)
+                for key, array in arrays.items()
+            )
+            for copied in copy(tensors, stage.is_done):
+                stage.done(*copied)
+                progress(copied[-1])
         stage.flush()
         work.format.finish(stage.path)  # While the disk is busy.
         stage.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,8 +53,11 @@ def _pool(files: int) -> ThreadPoolExecutor:
 
 
 def _sha256(file: Path, stop: Event) -> str:
-    found, block = hashlib.sha256(), bytearray(_BLOCK_BYTES)
-    with file.open("rb", buffering=0) as opened:
+    found = hashlib.sha256()
+    # Into memory that is aligned to a page the system copies several times as fast as into that of
+    # a `bytearray`, which begins 16 bytes after one: on AMD's processors.
+    with file.open("rb", buffering=0) as opened, mmap.mmap(-1, _BLOCK_BYTES) as block:
         while (count := opened.readinto(block)) and not stop.is_set():
-            found.update(memoryview(block)[:count])
+            with memoryview(block) as view, view[:count] as part:
+                found.update(part)
     return found.hexdigest()
