@@ -1,0 +1,243 @@
+"""Which launcher started this process, and the place that it gave it.
+
+Each launcher says it in environment variables of its own: ``deepspeed`` and ``torchrun`` in those
+that torch.distributed reads, Open MPI in ``OMPI_COMM_WORLD_*``, Slurm's ``srun`` in ``SLURM_*``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import zlib
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import final
+
+
+@final
+@dataclass(frozen=True)
+class Place:
+    """The place of a process among those of its run.
+
+    ``master_addr`` and ``master_port`` are where rank 0 listens. The port is ``None`` for a process
+    that is alone, and both are for one whose launcher left them to the program.
+    """
+
+    launcher: str
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    master_addr: str | None
+    master_port: int | None
+
+    def __post_init__(self) -> None:
+        for name, value, bound in (
+            ("rank", self.rank, self.size),
+            ("local rank", self.local_rank, self.local_size),
+            ("number of ranks on this node", self.local_size - 1, self.size),
+        ):
+            if not 0 <= value < bound:
+                raise ValueError(
+                    f"The {name} that {_TITLES[self.launcher]} gives must fit the number of ranks, "
+                    f"but there is {self} instead. Start the program by one launcher only, in an "
+                    "environment without variables of another run."
+                )
+
+    def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
+        """Sets what torch.distributed and DeepSpeed read, where it is missing: after that,
+        ``deepspeed.init_distributed()`` does not ask MPI by mpi4py."""
+        port = self.master_port
+        if port is None and self.size == 1:
+            port = _free_port()
+        variables = {
+            "RANK": self.rank,
+            "WORLD_SIZE": self.size,
+            "LOCAL_RANK": self.local_rank,
+            "LOCAL_SIZE": self.local_size,
+            "LOCAL_WORLD_SIZE": self.local_size,
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": port,
+        }
+        for name, value in variables.items():
+            if value is not None:
+                environ.setdefault(name, str(value))
+
+
+def find_place(environ: Mapping[str, str] = os.environ) -> Place:
+    """The place of this process.
+
+    A process that none of the launchers started is alone, or what ``RANK`` and ``WORLD_SIZE`` say.
+    ``MASTER_ADDR`` and ``MASTER_PORT`` win over what is found without them.
+
+    :raises ValueError: a variable is missing or does not fit the others; or Open MPI started
+        processes on several nodes and ``MASTER_ADDR`` is needed to find rank 0.
+    """
+    if "TORCHELASTIC_RUN_ID" in environ and "RANK" in environ:
+        return _from_torch("torchrun", environ)
+    if "CROSS_RANK" in environ and "RANK" in environ:
+        return _from_torch("deepspeed", environ)
+    if "OMPI_COMM_WORLD_RANK" in environ:
+        return _from_openmpi(environ)
+    # A batch script has a SLURM_PROCID too, but is no task of a step.
+    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
+        return _from_slurm(environ)
+    if "RANK" in environ:
+        return _from_torch("none", environ)
+    return Place("none", 0, 1, 0, 1, "127.0.0.1", None)
+
+
+def _from_torch(launcher: str, environ: Mapping[str, str]) -> Place:
+    size = _integer(launcher, environ, "WORLD_SIZE")
+    local_size = _integer(launcher, environ, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=size)
+    return Place(
+        launcher,
+        _integer(launcher, environ, "RANK"),
+        size,
+        _integer(launcher, environ, "LOCAL_RANK"),
+        local_size,
+        environ.get("MASTER_ADDR"),
+        _master_port(launcher, environ, None),
+    )
+
+
+def _from_openmpi(environ: Mapping[str, str]) -> Place:
+    def value(name: str) -> int:
+        return _integer("openmpi", environ, f"OMPI_COMM_WORLD_{name}")
+
+    rank, size, local_size = value("RANK"), value("SIZE"), value("LOCAL_SIZE")
+    _check_rank("openmpi", environ, "OMPI_COMM_WORLD_RANK", rank)
+    address = environ.get("MASTER_ADDR")
+    if address is None:
+        address = "127.0.0.1" if local_size == size else _mpirun_address(environ, rank)
+    job = environ.get("OMPI_MCA_ess_base_jobid") or environ.get("PMIX_NAMESPACE", "")
+    port = _master_port("openmpi", environ, job)
+    return Place("openmpi", rank, size, value("LOCAL_RANK"), local_size, address, port)
+
+
+def _mpirun_address(environ: Mapping[str, str], rank: int) -> str:
+    """The address of the node of ``mpirun``, as Open MPI 4 gives it to all ranks. Rank 0 is there
+    unless the hosts were given in another order, which it finds out itself: then it fails, and
+    ``mpirun`` ends the others."""
+    # JOB.PROCESS;tcp://ADDRESS,ADDRESS:PORT;...
+    found = re.search(r"tcp://([^,:;]+)", environ.get("OMPI_MCA_orte_hnp_uri", ""))
+    if found is None or (rank == 0 and not _is_own_address(found[1])):
+        raise ValueError(
+            "`MASTER_ADDR` must be the address of the node of rank 0 when Open MPI starts ranks on "
+            "several nodes, but is missing, and Open MPI does not tell it. Start them by "
+            "`mpirun -x MASTER_ADDR=...`, or write it to `.deepspeed_env` for "
+            "`deepspeed --launcher openmpi`."
+        )
+    return found[1]
+
+
+def _is_own_address(address: str) -> bool:
+    with socket.socket() as s:
+        try:
+            s.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Place:
+    rank = _integer("slurm", environ, "SLURM_PROCID")
+    _check_rank("slurm", environ, "SLURM_PROCID", rank)
+    size = _integer("slurm", environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+    node = _integer("slurm", environ, "SLURM_NODEID", default=0)
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
+    local_size = size if tasks is None else _tasks_of_nodes(tasks)[node]
+    nodes = next(
+        (environ[name] for name in ("SLURM_STEP_NODELIST", "SLURM_NODELIST") if name in environ),
+        None,
+    )
+    address = environ.get("MASTER_ADDR")
+    if address is None:
+        if nodes is None:
+            raise ValueError(
+                "`SLURM_NODELIST` must be set in a task of Slurm, but is missing. Set "
+                "`MASTER_ADDR` to the node of rank 0."
+            )
+        address = "127.0.0.1" if local_size == size else first_host(nodes)
+    job = f"{environ.get('SLURM_JOB_ID')}.{environ['SLURM_STEP_ID']}"
+    port = _master_port("slurm", environ, job)
+    local_rank = _integer("slurm", environ, "SLURM_LOCALID")
+    return Place("slurm", rank, size, local_rank, local_size, address, port)
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a node list of Slurm.
+
+    >>> first_host("rack[02-03]n[7,9-12],login")
+    'rack02n7'
+
+    :raises ValueError: it is empty, or brackets do not match.
+    """
+    found = re.match(r"(?:[^\[\],]|\[[^\[\]]+\])+", nodes)
+    if found is None:
+        raise ValueError(
+            f"A node list of Slurm must be such as 'node[01-04],login', but is {nodes!r} instead."
+        )
+    return re.sub(r"\[([^\[\],-]+)[^\[\]]*\]", r"\1", found[0])
+
+
+def _tasks_of_nodes(text: str) -> list[int]:
+    """Slurm's number of tasks by node: ``2(x3),1`` is 2, 2, 2, 1."""
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(times or 1)
+    return counts
+
+
+def _check_rank(launcher: str, environ: Mapping[str, str], name: str, rank: int) -> None:
+    if environ.get("RANK", str(rank)) != str(rank):
+        raise ValueError(
+            f"`RANK` must be {rank} or missing (`{name}` of {_TITLES[launcher]}), but is "
+            f"{environ['RANK']!r} instead. Unset the variables of another run: `RANK`, "
+            "`WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT`."
+        )
+
+
+def _master_port(launcher: str, environ: Mapping[str, str], job: str | None) -> int | None:
+    """``MASTER_PORT``, or one that depends on the job, so that those of a node do not meet: below
+    what systems give to clients."""
+    if "MASTER_PORT" in environ:
+        return _integer(launcher, environ, "MASTER_PORT")
+    return None if job is None else 20_000 + zlib.crc32(job.encode()) % 10_000
+
+
+def _integer(
+    launcher: str, environ: Mapping[str, str], *names: str, default: int | None = None
+) -> int:
+    """The first of some variables that is set."""
+    for name in names:
+        if name in environ:
+            try:
+                return int(environ[name])
+            except ValueError:
+                raise ValueError(
+                    f"`{name}` must be an integer, but is {environ[name]!r} instead."
+                ) from None
+    if default is not None:
+        return default
+    raise ValueError(
+        f"`{names[0]}` must be set in a process of {_TITLES[launcher]}, but is missing. Start the "
+        "program by its launcher, or set it in the environment."
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+_TITLES = {
+    "deepspeed": "`deepspeed`",
+    "torchrun": "`torchrun`",
+    "openmpi": "Open MPI",
+    "slurm": "Slurm",
+    "none": "a run with `RANK`",
+}
