@@ -1,0 +1,310 @@
+"""What `tp-embed plan` predicts next to what engines and layers do.
+
+    deepspeed --num_gpus 4 --no_local_rank benchmarks/plan.py
+
+Trains a table and its head, with nothing between them, with an engine for each case (TP 2 x DP 2),
+and prints what it holds at the end of a backward and what its data-parallel ranks put into
+collectives. Then it times the collectives of each strategy (TP 4), with the latency and bandwidth
+that all-reduces of two sizes show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tp_embed import ProcessGroupGang, shard_embeddings
+from tp_embed.integrations.deepspeed import initialize
+from tp_embed.loss import cross_entropy
+from tp_embed.plan import Cost, Network, Setup, Strategy, cost, costs
+
+RANKS: dict[str, Any] = {"tp_size": 2, "dp_size": 2, "tokens": 300}
+EVEN: dict[str, Any] = {"vocab_size": 1200, "embed_dim": 64, **RANKS}
+UNEVEN: dict[str, Any] = {"vocab_size": 1201, "embed_dim": 63, **RANKS}
+FP32: dict[str, Any] = {"dtype": "fp32"}
+SUMS: dict[str, Any] = {"grad_dtype": "fp32"}
+CASES: list[tuple[Setup, Strategy]] = [
+    (Setup(**EVEN, **FP32, zero_stage=0), "none"),
+    (Setup(**EVEN, **FP32, zero_stage=0, tied=True, optimizer="momentum"), "embed"),
+    (Setup(**EVEN, **FP32, zero_stage=0, optimizer="sgd", sparse=True), "vocab"),
+    (Setup(**EVEN, **FP32, zero_stage=1, accumulation_steps=2), "embed"),
+    (Setup(**EVEN, **SUMS, zero_stage=1, tied=True), "vocab"),
+    (Setup(**UNEVEN, zero_stage=1, accumulation_steps=2), "none"),
+    (Setup(**EVEN, zero_stage=2, accumulation_steps=2), "vocab"),
+    (Setup(**EVEN, **FP32, zero_stage=2, tied=True), "embed"),
+    (Setup(**UNEVEN, **SUMS, zero_stage=2), "embed"),
+    (Setup(**EVEN, **FP32, zero_stage=3, optimizer="momentum"), "none"),
+    (Setup(**EVEN, **SUMS, zero_stage=3, accumulation_steps=2), "embed"),
+    (Setup(**UNEVEN, zero_stage=3, tied=True), "vocab"),
+]
+SMALL = 2048  # Less is not of the table: scalars, a bucket, padding.
+
+
+class Model(nn.Module):
+    def __init__(self, setup: Setup) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(setup.vocab_size, setup.embed_dim, sparse=setup.sparse)
+        self.head = nn.Linear(setup.embed_dim, setup.vocab_size, bias=False)
+        if setup.tied:
+            self.head.weight = self.embed.weight
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.head(self.embed(ids)).float(), ids)
+
+
+def config(setup: Setup, strategy: Strategy) -> dict[str, Any]:
+    """What DeepSpeed and tp_embed are told."""
+    optimizer: dict[str, Any] = {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True}}
+    if setup.optimizer in ("sgd", "momentum"):
+        momentum = 0.9 if setup.optimizer == "momentum" else 0.0
+        optimizer = {"type": "SGD", "params": {"lr": 0.1, "momentum": momentum}}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": setup.accumulation_steps,
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": setup.dtype == "bf16"},
+        "data_types": {"grad_accum_dtype": setup.grad_dtype},
+        "optimizer": optimizer,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": setup.zero_stage,
+            "reduce_bucket_size": 100,
+            "stage3_param_persistence_threshold": 0,
+            # Let go of what is not in use, as a model of many layers does.
+            "stage3_prefetch_bucket_size": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+        },
+        "tensor_parallel": {
+            "autotp_size": setup.tp_size,
+            "partition_config": {  # AutoTP itself leaves all as it is.
+                "use_default_specs": False,
+                "layer_specs": [{"patterns": ["^$"], "partition_type": "skip"}],
+            },
+        },
+        "tp_embed": {"strategy": strategy},
+    }
+
+
+def measure_engine(setup: Setup, strategy: Strategy) -> dict[str, Any]:
+    """The bytes that a rank holds, and what it puts into DeepSpeed's collectives in a step."""
+    ids = torch.arange(setup.tokens)  # The first shard has all of them.
+    before = tensors()
+    known = storages(before)
+    torch.manual_seed(0)
+    engine, *_ = initialize(model=Model(setup), config=config(setup, strategy))
+    held: list[int] = []
+    for _ in range(2):  # The first step makes the moments.
+        with collectives_of_deepspeed() as sent:
+            for _ in range(setup.accumulation_steps):
+                engine.backward(engine(ids))
+                now = storages(tensors())
+                held.append(sum(n for address, n in now.items() if address not in known))
+                engine.step()
+    inner = engine.optimizer if setup.zero_stage == 0 else engine.optimizer.optimizer
+    values = [value for state in inner.state.values() for value in state.values()]
+    moments = [value for value in values if isinstance(value, Tensor) and value.ndim]
+    engine.destroy()
+    return {
+        "setup": asdict(setup),
+        "strategy": strategy,
+        "held": max(held),
+        "moments": sum(value.nbytes for value in moments),
+        "sent": dict(sent),
+    }
+
+
+def tensors() -> list[Tensor]:
+    """All that there are, with the gradients of Parameters, which Python may not know yet."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Some objects complain when they are looked at.
+        found = [item for item in gc.get_objects() if type(item) in (Tensor, nn.Parameter)]
+        return found + [t.grad for t in found if t.is_leaf and t.grad is not None]
+
+
+def storages(found: Sequence[Tensor]) -> dict[int, int]:
+    """The sizes of the memory behind tensors, by its address."""
+    sizes: dict[int, int] = {}
+    for tensor in found:
+        if tensor.is_sparse:
+            sizes |= storages([tensor._indices(), tensor._values()])
+        elif tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() >= SMALL:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sizes
+
+
+@contextmanager
+def collectives_of_deepspeed() -> Iterator[dict[str, int]]:
+    """The bytes that this rank puts in, by operation."""
+    payloads: dict[str, int] = defaultdict(int)
+    backend = type(deepspeed.comm.comm.cdb)
+    names = {
+        "all_reduce": "all_reduce",
+        "all_gather": "all_gather",
+        "all_gather_into_tensor": "all_gather",
+        "reduce_scatter_tensor": "reduce_scatter",
+    }
+    originals = {name: getattr(backend, name) for name in names}
+
+    def counting(name: str) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            *_, payload = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+            if payload.numel() > 1:  # Norms and the like are not of the table.
+                payloads[names[name]] += payload.nbytes
+            return originals[name](self, *args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(backend, name, counting(name))
+    try:
+        yield payloads
+    finally:
+        for name, original in originals.items():
+            setattr(backend, name, original)
+
+
+def payloads(planned: Cost) -> dict[str, int]:
+    """What is planned for a rank to put into collectives of its data-parallel group."""
+    found: dict[str, int] = defaultdict(int)
+    for transfer in planned.transfers:
+        if transfer.over == "dp":
+            found[transfer.operation] += transfer.count * transfer.payload
+    return dict(found)
+
+
+class Stopwatch:
+    """Adds up the time in collectives of a gang."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def __call__(self, operation: str, tensors: Sequence[Tensor]) -> Iterator[None]:
+        dist.barrier()  # Not the time in which another rank computes.
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+
+
+def measure_network(gang: ProcessGroupGang, runs: int) -> Network:
+    """From all-reduces of a number and of 16 MiB, 2 (P-1) messages of n / P bytes."""
+    messages, times = 2 * (gang.size - 1), []
+    for items in (1, 4 << 20):
+        tensor, found = torch.zeros(items), []
+        for _ in range(runs):
+            dist.barrier()
+            start = time.perf_counter()
+            gang.all_reduce(tensor)
+            found.append(time.perf_counter() - start)
+        times.append(min(found))
+    latency = times[0] / messages
+    return Network(messages / gang.size * (16 << 20) / (times[1] - times[0]), latency)
+
+
+def measure_time(gang: ProcessGroupGang, setup: Setup, planned: Cost, runs: int) -> float:
+    """The seconds in collectives of a forward and a backward."""
+    torch.manual_seed(0)
+    model = Model(setup)
+    shard_embeddings(model, gang, strategy=planned.strategy)
+    head: Any = model.head
+    if planned.shard_logits:
+        head.output = "shard"
+    ids, found = torch.arange(setup.tokens) % setup.vocab_size, []
+    for _ in range(runs):
+        watch = Stopwatch()
+        handle = gang.register_collective_hook(watch)
+        logits = head(model.embed(ids))
+        if planned.shard_logits:
+            loss = cross_entropy(logits, ids, gang, head.partition)
+        else:
+            loss = nn.functional.cross_entropy(logits, ids)
+        loss.backward()
+        handle.remove()
+        found.append(watch.seconds)
+    return min(found)
+
+
+def name(setup: Setup, strategy: Strategy) -> str:
+    parts = [f"ZeRO {setup.zero_stage}", strategy, setup.dtype]
+    parts += [f"sums in {setup.grad_dtype}"] if setup.grad_dtype else []
+    parts += ["tied"] if setup.tied else []
+    parts += ["uneven"] if setup.vocab_size % 2 else []
+    parts += ["sparse"] if setup.sparse else []
+    steps = setup.accumulation_steps
+    return ", ".join(parts + ([f"{steps} micro-batches"] if steps > 1 else []))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=("engines", "times"), help="only this one")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument(
+        "--json", metavar="DIR", help="write what engines did, a file for each rank"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    deepspeed.init_distributed()
+    if arguments.part != "times":
+        compare_engines(arguments.json)
+    if arguments.part != "engines":
+        compare_times(arguments.runs)
+
+
+def compare_engines(directory: str | None) -> None:
+    """Prints, or writes, what engines hold and send."""
+    found, rank = [measure_engine(*case) for case in CASES], dist.get_rank()
+    if directory:
+        with open(f"{directory}/{rank}.json", "w") as file:
+            json.dump(found, file)
+    if rank == 0:
+        print("bytes of a rank, planned / measured")
+        for case, row in zip(CASES, found, strict=True):
+            planned = cost(*case)
+            sent = sum(payloads(planned).values())
+            print(
+                f"  {name(*case)}: held {planned.states} / {row['held']}, "
+                f"put into collectives {sent} / {sum(row['sent'].values())}"
+            )
+
+
+def compare_times(runs: int) -> None:
+    """Prints how long the collectives of a forward and a backward take."""
+    rank = dist.get_rank()
+    gang = ProcessGroupGang(None, "cpu")
+    network = measure_network(gang, runs)
+    if rank == 0:
+        bandwidth, latency = network.bandwidth / 1e9, network.latency * 1e6
+        print(
+            f"ms in collectives, planned / measured, at {bandwidth:.2f} GB/s and {latency:.0f} us"
+        )
+    for tied in (False, True):
+        setup = Setup(16_000, 512, tied=tied, dtype="fp32", tp_size=gang.size, tokens=512)
+        for planned in costs(setup):
+            took = measure_time(gang, setup, planned, runs)
+            if rank == 0:
+                label = f"{'tied' if tied else 'untied'}, {planned.strategy}"
+                label += ", local logits" if planned.shard_logits else ""
+                expected = planned.seconds(setup, network)
+                print(f"  {label}: {1e3 * expected:.2f} / {1e3 * took:.2f}")
+
+
+if __name__ == "__main__":
+    main()

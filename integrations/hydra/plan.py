@@ -1,0 +1,113 @@
+"""``tp-embed plan`` as a Hydra app, for what a training run would choose.
+
+    python -m tp_embed.integrations.hydra.plan model=llama3_8b deepspeed=zero2 tp_size=8 dp_size=4
+
+The config is ``plan.yaml``. The exit codes are those of the command.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from tp_embed import cli
+
+from .registration import register_schemas
+from .schema import DataConfig, EmbeddingConfig, HeadConfig, ModelConfig, Strategy
+
+
+@dataclass
+class PlanConfig:
+    """What a run chooses of the groups of ``train.yaml``, and the machines."""
+
+    tp_size: int = MISSING
+    dp_size: int = MISSING
+    tokens: int = MISSING
+    unique_share: float = MISSING
+    memory: float | None = MISSING
+    bandwidth: float | None = MISSING
+    latency: float = MISSING
+    gpus_per_node: int | None = MISSING
+    inter_bandwidth: float | None = MISSING
+    inter_latency: float | None = MISSING
+    json: bool = MISSING
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    deepspeed: dict[str, Any] = MISSING
+
+
+def register_schema() -> None:
+    """Makes the schema known to Hydra, and those of the groups."""
+    register_schemas()
+    ConfigStore.instance().store(name="tp_embed_plan", node=PlanConfig, provider="tp_embed")
+
+
+def options(config: DictConfig) -> dict[str, Any]:
+    """The options of ``tp-embed plan``, by their names in its parser."""
+    model, head, deepspeed = config.model, config.head, config.deepspeed
+    strategy = config.embedding.strategy
+    if model.tie_word_embeddings and not head.tie_head:
+        strategy = Strategy.none
+    optimizer = deepspeed.optimizer.type.lower()
+    if optimizer == "sgd" and deepspeed.optimizer.params.momentum:
+        optimizer = "momentum"
+    low = [name for name in ("bf16", "fp16") if OmegaConf.select(deepspeed, f"{name}.enabled")]
+    own = ("json", "tokens", "unique_share", "memory", "bandwidth", "latency", "gpus_per_node")
+    return {
+        **{name: config[name] for name in (*own, "inter_bandwidth", "inter_latency")},
+        "hf_config": None,
+        "vocab_size": model.vocab_size or config.data.vocab_size,
+        "embed_dim": model.hidden_size,
+        "tied": model.tie_word_embeddings,
+        "head": True,
+        "shard_head": head.shard_head,
+        "strategy": strategy.value,
+        "shard_logits": head.shard_logits,
+        "tp": config.tp_size,
+        "dp": config.dp_size,
+        "zero_stage": deepspeed.zero_optimization.stage,
+        "dtype": low[0] if low else "fp32",
+        "grad_dtype": OmegaConf.select(deepspeed, "data_types.grad_accum_dtype"),
+        "optimizer": optimizer,
+        "accumulation_steps": deepspeed.gradient_accumulation_steps,
+        "sparse": bool(config.embedding.sparse),
+    }
+
+
+def run(config: DictConfig) -> int:
+    """Plans for what ``config`` says.
+
+    :returns: the exit code.
+    """
+    return cli.run("plan", options(config))
+
+
+def main() -> int:
+    """Runs the app with the overrides of the command line.
+
+    :returns: the exit code.
+    """
+    codes: list[int] = []
+
+    @hydra.main(version_base="1.3", config_path="pkg://tp_embed.configs", config_name="plan")
+    def app(config: DictConfig) -> None:
+        codes.append(run(config))
+
+    register_schema()
+    try:
+        app()
+    except SystemExit as e:
+        if e.code == 1:  # Of Hydra, which has said what is wrong with the overrides.
+            return cli.USAGE
+        raise
+    return max(codes, default=0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,38 @@
+"""The planner against engines of DeepSpeed: what they hold, and what they send."""
+
+from __future__ import annotations
+
+import json
+
+import plan as benchmark
+import pytest
+
+from launch import ROOT, deepspeed_command, run
+from tp_embed.plan import cost
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    out = tmp_path_factory.mktemp("plan")
+    job = ROOT / "benchmarks" / "plan.py"
+    run(deepspeed_command(job, "--part", "engines", "--json", out, ranks=4), timeout=600)
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(4)]
+
+
+@pytest.mark.parametrize("case", benchmark.CASES, ids=lambda case: benchmark.name(*case))
+def test_engine_holds_and_sends_what_is_planned(measured, case):
+    setup, strategy = case
+    rows = [rank[benchmark.CASES.index(case)] for rank in measured]
+    assert all(row["strategy"] == strategy for row in rows)
+    planned = cost(setup, strategy)
+    # ZeRO 1 and 2 pad all Parameters together to twice the ranks, ZeRO 3 pads each to the ranks.
+    padding = 0 if setup.vocab_size == benchmark.EVEN["vocab_size"] else 2 * setup.dp_size
+    per_item = 4 * 5  # Weight, gradient, master copy and two moments.
+    assert 0 <= max(row["held"] for row in rows) - planned.states <= padding * per_item
+    assert 0 <= max(row["moments"] for row in rows) - planned.moments <= padding * 8
+    wanted = benchmark.payloads(planned)
+    for row in rows:
+        assert set(row["sent"]) <= set(wanted)
+    for operation, payload in wanted.items():
+        sent = max(row["sent"].get(operation, 0) for row in rows)
+        assert 0 <= sent - payload <= padding * 4 * setup.accumulation_steps

@@ -1,0 +1,116 @@
+"""How costs are shown: as lines for people, and as data for scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from .estimate import Cost
+from .setup import Setup
+from .traffic import Network, Transfer
+
+_GIB = 1 << 30
+_MEMORY = {
+    "weight": "weight",
+    "gradient": "gradient",
+    "master": "master copy, fp32",
+    "moments": "moments, fp32",
+    "gathered": "gathered by ZeRO",
+    "exchange": "lookup",
+    "logits": "logits and loss",
+    "peak": "peak of a step",
+    "init_sharded": "to build, shard by shard",
+    "init_whole": "to build whole, then shard",
+}
+
+
+def as_lines(
+    setup: Setup, found: Sequence[Cost], marks: Sequence[str], network: Network | None
+) -> list[str]:
+    """A table with a column for each strategy, for people; ``marks`` are put below their names."""
+    return [_heading(setup), *_columns(list(_rows(setup, found, marks, network)))]
+
+
+def as_data(
+    cost: Cost, setup: Setup, network: Network | None, memory: float | None
+) -> dict[str, Any]:
+    """A strategy, as JSON can hold it: sizes in bytes."""
+
+    def seconds(transfer: Transfer) -> dict[str, float]:
+        return {} if network is None else {"seconds": network.seconds(setup, transfer)}
+
+    return {
+        "strategy": cost.strategy,
+        "shard_logits": cost.shard_logits,
+        "memory": {name: getattr(cost, name) for name in _MEMORY},
+        "fits": None if memory is None else cost.peak <= memory,
+        "transfers": [asdict(t) | {"sent": t.sent} | seconds(t) for t in cost.transfers],
+        "sent": cost.sent,
+        "seconds": None if network is None else cost.seconds(setup, network),
+    }
+
+
+def name_of(cost: Cost) -> str:
+    """What people call a strategy."""
+    return f"{cost.strategy}, local logits" if cost.shard_logits else cost.strategy
+
+
+def _heading(setup: Setup) -> str:
+    head = f"{'tied' if setup.tied else 'untied'} head" if setup.head else "no head"
+    sums = f" (gradients {setup.grad_dtype})" if setup.grad_dtype else ""
+    steps = f" x {setup.accumulation_steps}" if setup.accumulation_steps > 1 else ""
+    return (
+        f"{setup.vocab_size} x {setup.embed_dim}, {head}; TP {setup.tp_size}, DP {setup.dp_size}, "
+        f"ZeRO {setup.zero_stage}; {setup.dtype}{sums}, {setup.optimizer}; "
+        f"{setup.tokens}{steps} tokens"
+    )
+
+
+def _rows(
+    setup: Setup, found: Sequence[Cost], marks: Sequence[str], network: Network | None
+) -> Iterator[list[str]]:
+    least = min(cost.peak for cost in found)
+    unit, name = next(
+        (u, n) for u, n in ((_GIB, "GiB"), (1 << 20, "MiB"), (1, "bytes")) if least >= u
+    )
+
+    def amount(nbytes: float) -> str:
+        return f"{nbytes / unit:.3f}" if unit > 1 else f"{nbytes:.0f}"
+
+    yield ["", *map(name_of, found)]
+    yield [f"memory, {name}", *marks]
+    for field, label in _MEMORY.items():
+        if any(getattr(cost, field) for cost in found):
+            yield [f"  {label}", *(amount(getattr(cost, field)) for cost in found)]
+
+    # The same thing may be sent by different collectives, one to a strategy.
+    keys = {_key(transfer): None for cost in found for transfer in cost.transfers}
+    ordered = sorted(keys, key=lambda key: ("forward", "backward", "step").index(key[0]))
+    if not ordered:
+        return
+    yield [f"sent in a step, {name}", *("" for _ in found)]
+    for phase, over, what, operation in ordered:
+        key = phase, over, what, operation
+        sums = [sum(t.sent for t in cost.transfers if _key(t) == key) for cost in found]
+        label = f"  {phase}, {over}: {operation.replace('_', '-')} of {what}"
+        yield [label, *(amount(nbytes) if nbytes else "" for nbytes in sums)]
+    yield ["  total", *(amount(cost.sent) for cost in found)]
+    if network is not None:
+        yield ["time to send, ms", *("" for _ in found)]
+        for over in ("tp", "dp"):
+            parts = [[t for t in cost.transfers if t.over == over] for cost in found]
+            sums = [sum(network.seconds(setup, t) for t in part) for part in parts]
+            yield [f"  {over.upper()}", *(f"{1e3 * seconds:.3f}" for seconds in sums)]
+
+
+def _key(transfer: Transfer) -> tuple[str, str, str, str]:
+    return transfer.phase, transfer.over.upper(), transfer.name, transfer.operation
+
+
+def _columns(rows: list[list[str]]) -> Iterator[str]:
+    """The first cells below each other on the left, the others on the right."""
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    for label, *cells in rows:
+        right = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        yield "  ".join((label.ljust(first), *right)).rstrip()

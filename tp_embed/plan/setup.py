@@ -1,0 +1,111 @@
+"""What a plan is made for: a table, its output head, and how they are trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tp_embed.partition import Partition
+
+Strategy = Literal["none", "embed", "vocab"]
+Dtype = Literal["fp32", "bf16"]
+
+ITEM_BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2}
+MOMENTS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A table of V x E, and how it is trained.
+
+    :param tied: whether the output head shares the table.
+    :param head: whether there is an output head; one that shares no table has V x E of its own.
+    :param shard_head: whether a head that shares no table is sharded, over the vocabulary, where
+        the table is sharded.
+    :param grad_dtype: in what gradients are accumulated, ``grad_accum_dtype`` of the DeepSpeed
+        config; if ``None``, that of the weights.
+    :param tokens: N, on each rank in one micro-batch.
+    :param accumulation_steps: micro-batches of a step.
+    :param sparse: whether the gradient of the table is sparse.
+    :param unique_share: how many of the tokens of a micro-batch are distinct, in (0, 1]; it matters
+        where gradients are sparse.
+    :raises ValueError: a value is out of its range, or DeepSpeed does not take such a combination.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    tied: bool = False
+    head: bool = True
+    shard_head: bool = True
+    tp_size: int = 1
+    dp_size: int = 1
+    zero_stage: int = 1
+    dtype: Dtype = "bf16"
+    grad_dtype: Dtype | None = None
+    optimizer: str = "adamw"
+    tokens: int = 8192
+    accumulation_steps: int = 1
+    sparse: bool = False
+    unique_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "embed_dim", "tp_size", "dp_size", "tokens", "accumulation_steps")
+        for name in sizes:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                refuse(name, "an integer greater than or equal to 1", value)
+        for name, choices in (
+            ("zero_stage", (0, 1, 2, 3)),
+            ("dtype", get_args(Dtype)),
+            ("grad_dtype", (None, *get_args(Dtype))),
+            ("optimizer", tuple(MOMENTS)),
+        ):
+            if getattr(self, name) not in choices:
+                refuse(name, f"one of {choices}", getattr(self, name))
+        if not 0 < self.unique_share <= 1:
+            refuse("unique_share", "in (0, 1]", self.unique_share)
+        if self.tied and not self.head:
+            refuse("tied", "false where there is no head", True)
+        if self.dtype == "fp32" and self.grad_dtype == "bf16":
+            refuse("grad_dtype", "'fp32' for weights in fp32", "bf16")
+        if self.zero_stage == 0 and (self.dtype != "fp32" or self.grad_dtype == "bf16"):
+            refuse("zero_stage", "1, 2 or 3 for bf16 (DeepSpeed's gradient norm is wrong at 0)", 0)
+        if self.sparse and (self.zero_stage or self.tied or MOMENTS[self.optimizer] == 2):
+            raise ValueError(
+                "`sparse` must be false but for a table that is tied to no head, at ZeRO 0, with "
+                "an optimizer that takes sparse gradients ('sgd', 'momentum'), but is true instead."
+            )
+
+
+def refuse(name: str, expected: str, value: object) -> None:
+    raise ValueError(f"`{name}` must be {expected}, but is {value!r} instead.")
+
+
+def head_cut(setup: Setup, strategy: Strategy) -> Strategy:
+    """How the head is cut: as the table that it shares, or else over the vocabulary."""
+    if not setup.head or strategy == "none" or not (setup.tied or setup.shard_head):
+        return "none"
+    return strategy if setup.tied else "vocab"
+
+
+def block(setup: Setup, strategy: Strategy) -> int:
+    size = setup.vocab_size if strategy == "vocab" else setup.embed_dim
+    return Partition(size, setup.tp_size).block
+
+
+def shard(setup: Setup, strategy: Strategy) -> int:
+    """The items of the largest shard of a table."""
+    if strategy == "none":
+        return setup.vocab_size * setup.embed_dim
+    other = setup.embed_dim if strategy == "vocab" else setup.vocab_size
+    return block(setup, strategy) * other
+
+
+def sparse_bytes(setup: Setup, strategy: Strategy) -> int:
+    """Of the sparse gradient of a micro-batch; the largest shard may have rows for all tokens."""
+    rows = math.ceil(setup.unique_share * min(setup.tokens, setup.vocab_size))
+    if strategy == "vocab":
+        rows = min(rows, block(setup, "vocab"))
+    width = block(setup, "embed") if strategy == "embed" else setup.embed_dim
+    return rows * (8 + width * ITEM_BYTES[setup.dtype])
