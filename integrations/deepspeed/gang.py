@@ -8,12 +8,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self, final
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.utils import is_zero_param
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import Module
 
 from tp_embed.gang import GangError
@@ -22,14 +24,20 @@ from tp_embed.process_group import ProcessGroupGang
 from .checks import check_model
 from .describe import describe_model
 from .layers import register_layer
+from .timing import log_collective
 
 
 @final
 class DeepSpeedGang(ProcessGroupGang):
     """A :class:`ProcessGroupGang` whose layers DeepSpeed takes for its own tensor-parallel layers.
 
-    Make it with one of the class methods, or over any process group as the base class.
+    Make it with one of the class methods, or over any process group as the base class. DeepSpeed's
+    ``comms_logger`` sees its collectives, as ``tp_embed.all_gather`` and the like.
     """
+
+    def __init__(self, process_group: ProcessGroup | None, device: torch.device | str) -> None:
+        super().__init__(process_group, device)
+        self.register_collective_hook(log_collective)
 
     @classmethod
     def from_groups(cls, tp_size: int | None = None) -> Self:

@@ -1,0 +1,139 @@
+"""Watches the tables of a DeepSpeed engine, by DeepSpeed's own monitor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.runtime.zero.utils import is_zero_param
+from torch import Tensor
+from torch.nn import Parameter
+
+from tp_embed.monitor.tables import Monitor, Writer
+
+from .layout import has_mixed_up_masters
+from .timing import time_collectives
+
+
+class EngineMonitor(Monitor):
+    """A :class:`Monitor` for an engine, which writes to what the DeepSpeed config names
+    (``"tensorboard"``, ``"csv_monitor"``, ``"wandb"``, ``"comet"``), next to DeepSpeed's figures::
+
+        engine, *_ = initialize(model=model, config=config)
+        monitor = EngineMonitor(engine)
+
+    All else is as before, at each ZeRO stage, with gradient accumulation, and in a pipeline. The
+    loss is the one that the model returns (alone, first of a tuple, or as ``.loss``); if it is
+    computed outside, pass it: ``monitor.record(loss=loss)``. Norms are those of the averaged
+    gradient before it is clipped.
+
+    Makes the timers of :func:`time_collectives` too.
+
+    :param engine: what ``initialize`` gave; all ranks, and at the same place.
+    :param writer: gets the figures in addition; see :class:`Monitor` for it and for the rest.
+    :param every: if ``None``, as often as DeepSpeed prints (``"steps_per_print"``), or 10 where it
+        never does.
+    :raises ValueError: the config has ``round_robin_gradients``, with which DeepSpeed mistakes
+        which gradient is whose.
+    """
+
+    prefix = "Train/Samples/"
+
+    def __init__(
+        self,
+        engine: Any,
+        writer: Writer | None = None,
+        *,
+        every: int | None = None,
+        directory: Path | str | None = None,
+        about: Mapping[str, Any] | None = None,
+        timeout: timedelta = timedelta(minutes=2),
+    ) -> None:
+        if has_mixed_up_masters(engine):
+            raise ValueError(
+                "`engine` must have `zero_optimization.round_robin_gradients` off, since DeepSpeed "
+                "gives the gradient of another Parameter for a table with it on."
+            )
+        printed = engine.steps_per_print()
+        if every is None:
+            every = 10 if printed is None or math.isinf(printed) else int(printed)
+        self._engine = engine
+        about = {
+            "engine": {
+                "zero_stage": engine.zero_optimization_stage(),
+                "tp_size": engine.autotp_size() or _size_of(engine.mpu),
+                "dp_size": engine.dp_world_size,
+                "dtype": str(next(engine.module.parameters()).dtype).removeprefix("torch."),
+            },
+            "deepspeed_config": engine.config,
+            "sharding": str(getattr(engine, "tp_embed_report", "")),
+            **(about or {}),
+        }
+        super().__init__(
+            engine.module,
+            None,
+            writer,
+            every=every,
+            directory=directory,
+            about=about,
+            device=engine.device,  # Parameters may be offloaded.
+            timeout=timeout,
+        )
+        time_collectives(engine)
+        # Where gradients are reduced and not yet clipped, and the only place that all of a script's
+        # loop, a pipeline's schedule and other libraries' trainers go through.
+        take_step = engine._take_model_step
+
+        def take_step_watched(*args: Any, **kwargs: Any) -> None:
+            total = getattr(engine, "total_loss", None)  # Of the last stage of a pipeline.
+            if isinstance(total, Tensor):
+                self.record(loss=total / engine.gradient_accumulation_steps())
+            self._before_update()
+            take_step(*args, **kwargs)
+            self._after_update()
+
+        engine._take_model_step = take_step_watched
+
+    def close(self) -> None:
+        super().close()
+        vars(self._engine).pop("_take_model_step", None)
+
+    def _steps_done(self) -> int:
+        return int(self._engine.global_steps)
+
+    def _abscissa(self) -> int:
+        return int(self._engine.global_samples)
+
+    def _gradient(self, parameter: Parameter) -> tuple[Tensor | None, int]:
+        p: Any = parameter
+        if is_zero_param(p):
+            return p._z3_optimizer.get_local_fp32_grad_for_param(p), p.ds_process_group.size()
+        if not hasattr(p, "_hp_mapping"):
+            return p.grad, 1
+        pieces = dist.get_world_size(p._dp_group)
+        if p._hp_mapping is None:
+            return None, pieces  # Other ranks update this Parameter.
+        gradient = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).flatten()
+        own = p._hp_mapping.lp_fragment_address
+        if gradient.numel() == p.numel():  # A buffer of the whole, of which this rank has a piece.
+            gradient = gradient.narrow(0, own.start, own.numel)
+        return gradient, pieces
+
+    def _loss_scale(self) -> float:
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        scale = scaler.get_scale() if scaler else self._engine._get_optimizer_loss_scale()
+        return float(scale or 1.0)
+
+    def _write(self, events: list[tuple[str, float, int]]) -> None:
+        super()._write(events)
+        if self._engine.monitor.enabled:
+            self._engine.monitor.write_events(events)
+
+
+def _size_of(mpu: Any) -> int:
+    return 1 if mpu is None else deepspeed.utils.bwc.bwc_tensor_model_parallel_world_size(mpu)

@@ -1,0 +1,98 @@
+"""The ranks that watch a run: whether all do, and what is noted of them and of the run."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import socket
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from datetime import datetime, timedelta
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.nn import Module
+
+from tp_embed.gang import Gang, GangError
+
+_SECRET = re.compile(r"api_?key|password|secret", re.IGNORECASE)
+
+
+def meet(gang: Gang, info: dict[str, Any], timeout: timedelta) -> list[dict[str, Any]]:
+    """What each rank of the job gives as ``info``, by rank; all have to call it.
+
+    By the store, not by a collective, which would hang, or fail without a reason, where only the
+    first rank of a script comes here.
+
+    :raises GangError: a rank has not come within ``timeout``.
+    """
+    if gang.size == 1:
+        return [info]
+    store = _get_default_store()
+    count = store.add(f"tp_embed/monitors/{gang.rank}", 1)  # The how-manieth of this process.
+    keys = [f"tp_embed/monitor/{count}/{rank}" for rank in range(gang.size)]
+    store.set(keys[gang.rank], json.dumps(info))
+    try:
+        store.wait(keys, timeout)
+    except RuntimeError as e:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise GangError(
+            f"The ranks {missing} have not made a `Monitor` within {timeout} of rank {gang.rank}. "
+            "Every rank has to make one, at the same place of the script, not only the one that "
+            "writes."
+        ) from e
+    return [json.loads(text) for text in store.multi_get(keys)]
+
+
+def describe_rank(tables: Mapping[str, Module], device: torch.device) -> dict[str, Any]:
+    """What the other ranks are told of this one: where it is, and the tables that it has."""
+    is_cpu = device.type == "cpu"
+    return {
+        "host": socket.gethostname(),
+        "device": "CPU" if is_cpu else torch.get_device_module(device).get_device_name(device),
+        "tables": {
+            name: f"{type(module).__name__}({module.extra_repr()})"
+            for name, module in tables.items()
+        },
+    }
+
+
+def describe_run(
+    infos: list[dict[str, Any]], every: int, about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What is noted of a run when it is started."""
+    return {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "every": every,
+        "ranks": [{"host": info["host"], "device": info["device"]} for info in infos],
+        # As the first rank of those that have it does.
+        "tables": {name: table for info in infos[::-1] for name, table in info["tables"].items()},
+        "versions": {
+            "python": platform.python_version(),
+            **_versions(("torch", "deepspeed", "transformers", "tp-embed")),
+        },
+        **_without_secrets(about),
+    }
+
+
+def _without_secrets(values: Any) -> Any:
+    """What a config names as a key or a password is left out of what is written."""
+    if not isinstance(values, Mapping):
+        return values
+    return {
+        key: "(left out)" if value and _SECRET.search(str(key)) else _without_secrets(value)
+        for key, value in values.items()
+    }
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -1,0 +1,326 @@
+"""Watches the tables of a model while it trains: gradients, ids, and the exchange between ranks."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import Module, Parameter
+from torch.optim import Optimizer
+
+from tp_embed.embedding import Embedding
+from tp_embed.gang import FakeGang, Gang
+from tp_embed.layer import GangLayer
+from tp_embed.process_group import ProcessGroupGang
+
+from .ranks import describe_rank, describe_run, meet
+from .run_log import RunLog
+from .traffic import Traffic
+
+_OPERATIONS = ("all_gather", "all_reduce", "all_to_all", "broadcast", "reduce_scatter")
+_TIMEOUT = timedelta(minutes=2)
+
+
+class Writer(Protocol):
+    """Where figures go: a ``torch.utils.tensorboard.SummaryWriter``, or anything like it."""
+
+    def add_scalar(self, tag: str, value: float, step: int, /) -> object: ...
+
+
+@dataclass
+class _Window:
+    """One step that is sampled, from its first forward to the update."""
+
+    traffic: Traffic
+    started: float
+    losses: list[Tensor] = field(default_factory=list)  # What the model returned.
+    given: list[Tensor] = field(default_factory=list)  # By the caller, which goes before it.
+    values: dict[str, Any] = field(default_factory=dict)
+    ids: dict[str, list[Tensor]] = field(default_factory=dict)  # (2,): unique, all
+    squares: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Monitor:
+    """Writes figures of every so many steps of a training loop of plain torch::
+
+        monitor = Monitor(model, optimizer, SummaryWriter("runs/first"))
+
+    By the tags ``train_loss``; ``grad_norm/TABLE``, the norm of the gradient of the whole table,
+    before the optimizer uses it; ``unique_ratio/TABLE``, the different ids of a batch over all of
+    its ids; ``exchange_bytes/OPERATION`` and ``exchange_ms/OPERATION``, what one rank sends in the
+    collectives of the tables' gangs and how long they take, mean of the ranks, and their sums;
+    ``step_ms``, ``tokens_per_second`` and ``memory_mib``, the peak of the fullest rank.
+
+    All ranks of the job make one, at the same place of the script, and the first rank writes. A
+    step that is sampled costs an all-gather of some numbers over all ranks, a synchronisation
+    before and one after it, and a sort of the ids; other steps cost next to nothing.
+
+    :param model: its sharded tables and heads are watched, and other embeddings.
+    :param optimizer: the step ends when it has updated. Gradients are those of the whole batch by
+        then: with ``DistributedDataParallel`` or with one process for each shard.
+    :param writer: gets the figures, on the first rank; those of others are not used.
+    :param every: samples each step whose number, counted from 1, it divides.
+    :param directory: the first rank appends rows to `monitor.jsonl` there, of which
+        :func:`tp_embed.monitor.report.write_report` makes a page.
+    :param about: anything to keep with the run: its config, the report of ``shard_embeddings``.
+    :param device: where ranks exchange their figures, and whose memory is watched; if ``None``,
+        that of the model's first Parameter.
+    :param timeout: how long to wait for a rank that does not make its monitor.
+    :raises GangError: a rank has not made one in time.
+    """
+
+    prefix = "Train/Steps/"
+
+    def __init__(
+        self,
+        model: Module,
+        optimizer: Optimizer | None = None,
+        writer: Writer | None = None,
+        *,
+        every: int = 10,
+        directory: Path | str | None = None,
+        about: Mapping[str, Any] | None = None,
+        device: torch.device | None = None,
+        timeout: timedelta = _TIMEOUT,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"`every` must be greater than or equal to 1, but is {every} instead.")
+        self.every = every
+        self.rows: list[dict[str, Any]] = []  # Of the first rank.
+        self._writer = writer
+        self._window: _Window | None = None
+        self._step = 0
+        self._tables = watched_tables(model)
+        self._gangs = list(
+            {id(m.gang): m.gang for m in model.modules() if isinstance(m, GangLayer)}.values()
+        )
+        if device is None:
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._all = _all_ranks(device)
+        own = {name: module for name, (module, _) in self._tables.items()}
+        infos = meet(self._all, describe_rank(own, device), timeout)
+        self._names = list(dict.fromkeys(name for info in infos for name in info["tables"]))
+        # How many ranks have each table: those of its gang, of data parallelism, of stages.
+        self._holders = {n: sum(n in info["tables"] for info in infos) for n in self._names}
+        self._log: RunLog | None = None
+        if directory is not None and self._all.rank == 0:
+            self._log = RunLog(directory)
+            self._log.start(describe_run(infos, every, about or {}))
+        self._handles: list[Any] = [
+            model.register_forward_pre_hook(self._before_forward),
+            model.register_forward_hook(self._after_forward),
+        ]
+        for name, (module, _) in self._tables.items():
+            if isinstance(module, nn.Embedding | Embedding):
+                self._handles.append(
+                    module.register_forward_pre_hook(self._id_hook(name), with_kwargs=True)
+                )
+        if optimizer is not None:
+            self._handles += [
+                optimizer.register_step_pre_hook(lambda *_: self._before_update()),
+                optimizer.register_step_post_hook(lambda *_: self._after_update()),
+            ]
+
+    def record(self, **values: Any) -> None:
+        """Adds figures of the caller's own to this step, if it is sampled: numbers, or tensors of
+        one item. Call it before the update. ``loss`` is that of this rank's batch, or of one of its
+        micro batches, in place of what the model returns; others are the first rank's."""
+        if self._window is not None:
+            loss = values.pop("loss", None)
+            if loss is not None:
+                self._window.given.append(torch.as_tensor(loss).detach())
+            self._window.values |= values
+
+    def close(self) -> None:
+        """Stops watching. What is written stays; the writer stays open."""
+        for handle in self._handles:
+            handle.remove()
+        if self._window is not None:
+            self._window.traffic.close()
+            self._window = None
+
+    # What a framework has its own ways for.
+
+    def _steps_done(self) -> int:
+        return self._step
+
+    def _abscissa(self) -> int:
+        """What figures are drawn over."""
+        return self._step
+
+    def _gradient(self, parameter: Parameter) -> tuple[Tensor | None, int]:
+        """This rank's piece of the gradient of ``parameter``, if it has one, and over how many
+        data-parallel ranks that is cut."""
+        return parameter.grad, 1
+
+    def _loss_scale(self) -> float:
+        """By what gradients are too large."""
+        return 1.0
+
+    def _write(self, events: list[tuple[str, float, int]]) -> None:
+        if self._writer is not None:
+            for tag, value, at in events:
+                self._writer.add_scalar(tag, value, at)
+
+    # The course of a step.
+
+    def _before_forward(self, model: Module, args: Any) -> None:
+        is_sampled = (self._steps_done() + 1) % self.every == 0
+        if self._window is None and model.training and is_sampled:
+            _synchronize(self._all.device)
+            self._window = _Window(Traffic(*self._gangs), time.perf_counter())
+
+    def _after_forward(self, model: Module, args: Any, output: Any) -> None:
+        loss = getattr(output, "loss", None)
+        if loss is None:
+            loss = output[0] if isinstance(output, tuple) and output else output
+        is_loss = isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()
+        if self._window is not None and model.training and is_loss:
+            self._window.losses.append(loss.detach())
+
+    def _id_hook(self, name: str) -> Callable[[Module, Any, dict[str, Any]], None]:
+        def count(module: Module, args: Any, kwargs: dict[str, Any]) -> None:
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            if self._window is not None and module.training and tensors:
+                self._window.ids.setdefault(name, []).append(count_unique(tensors[0]))
+
+        return count
+
+    @torch.no_grad()
+    def _before_update(self) -> None:
+        if self._window is None:
+            return
+        for name, (module, parameter) in self._tables.items():
+            gradient, pieces = self._gradient(parameter)
+            if gradient is None:
+                continue
+            if gradient.is_sparse:
+                gradient = gradient.coalesce().values()
+            size = module.gang.size if isinstance(module, GangLayer) else 1
+            copies = self._holders[name] / (size * pieces)
+            norm = torch.linalg.vector_norm(gradient, dtype=torch.float32).double()
+            self._window.squares[name] = (norm / self._loss_scale()) ** 2 / copies
+
+    @torch.no_grad()
+    def _after_update(self) -> None:
+        self._step += 1
+        window, self._window = self._window, None
+        if window is None:
+            return
+        window.traffic.close()
+        device = self._all.device
+        _synchronize(device)
+        seconds = time.perf_counter() - window.started
+        losses = window.given or window.losses
+        figures: list[Any] = [len(losses), sum(losses), seconds, _peak_memory(device)]
+        for name in self._names:
+            counts: Any = sum(window.ids[name]) if name in window.ids else (0, 0)
+            figures += [window.squares.get(name, 0.0), *counts]
+        traffic = window.traffic.by_operation()
+        for operation in _OPERATIONS:
+            found = traffic.get(operation)
+            figures += [found.calls, found.bytes_sent, found.seconds] if found else [0, 0, 0]
+        own = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(device) for x in figures])
+        every_rank = own.new_empty((self._all.size, len(own)))
+        self._all.all_gather(every_rank, own)
+        if self._all.rank == 0:
+            row = self._row(every_rank.cpu())
+            row["values"] = {k: float(v) for k, v in window.values.items()}
+            self.rows.append(row)
+            if self._log is not None:
+                self._log.add(row)
+            self._write(self._events(row))
+
+    def _row(self, figures: Tensor) -> dict[str, Any]:
+        """One step, of the figures of all ranks. *Shape:* (ranks, figures)."""
+        sums = iter(figures.sum(0).tolist())
+        num_losses, loss, seconds, _ = (next(sums) for _ in range(4))
+        by_table = {name: [next(sums) for _ in range(3)] for name in self._names}
+        by_operation = {op: [next(sums) / len(figures) for _ in range(3)] for op in _OPERATIONS}
+        tp_size = max((gang.size for gang in self._gangs), default=1)
+        tokens = max((all_ids for _, _, all_ids in by_table.values()), default=0.0) / tp_size
+        seconds /= len(figures)
+        return {
+            "step": self._steps_done(),
+            "every": self.every,
+            "at": self._abscissa(),
+            "time": time.time(),
+            "loss": loss / num_losses if num_losses else None,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds if tokens else None,
+            "memory": figures[:, 3].tolist(),
+            "grad_norm": {name: square**0.5 for name, (square, _, _) in by_table.items()},
+            "unique_ratio": {
+                name: unique / all_ids for name, (_, unique, all_ids) in by_table.items() if all_ids
+            },
+            "traffic": {
+                operation: {"calls": calls, "bytes": num_bytes, "seconds": duration}
+                for operation, (calls, num_bytes, duration) in by_operation.items()
+                if calls
+            },
+        }
+
+    def _events(self, row: dict[str, Any]) -> list[tuple[str, float, int]]:
+        traffic = row["traffic"]
+        figures: dict[str, float | None] = {
+            "train_loss": row["loss"],
+            **{f"tp_embed/grad_norm/{name}": x for name, x in row["grad_norm"].items()},
+            **{f"tp_embed/unique_ratio/{name}": x for name, x in row["unique_ratio"].items()},
+            "tp_embed/exchange_bytes": sum(t["bytes"] for t in traffic.values()),
+            "tp_embed/exchange_ms": 1000 * sum(t["seconds"] for t in traffic.values()),
+            **{f"tp_embed/exchange_bytes/{op}": t["bytes"] for op, t in traffic.items()},
+            **{f"tp_embed/exchange_ms/{op}": 1000 * t["seconds"] for op, t in traffic.items()},
+            "tp_embed/step_ms": 1000 * row["seconds"],
+            "tp_embed/tokens_per_second": row["tokens_per_second"],
+            "tp_embed/memory_mib": max(row["memory"]) / 2**20,
+            **row["values"],
+        }
+        return [(self.prefix + k, v, row["at"]) for k, v in figures.items() if v is not None]
+
+
+def watched_tables(model: Module) -> dict[str, tuple[Module, Parameter]]:
+    """The embeddings of ``model``, ours and torch's, and our heads, by name, with their weight;
+    those that share one count once, the first of them."""
+    tables: dict[str, tuple[Module, Parameter]] = {}
+    for name, module in model.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        if not isinstance(module, GangLayer | nn.Embedding) or not weight.requires_grad:
+            continue
+        if all(weight is not other for _, other in tables.values()):
+            tables[name or type(module).__name__] = module, weight
+    return tables
+
+
+def count_unique(ids: Tensor) -> Tensor:
+    """How many different ``ids`` there are, and how many at all, on their device and without
+    waiting for it, as ``torch.unique`` would. *Shape:* :math:`(2)`, *dtype:* float64."""
+    flat = ids.flatten()
+    ordered = flat.sort().values
+    unique = (ordered[1:] != ordered[:-1]).sum() + min(flat.numel(), 1)
+    return torch.stack([unique, torch.full_like(unique, flat.numel())]).double()
+
+
+def _all_ranks(device: torch.device) -> Gang:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        return ProcessGroupGang(None, device)
+    return FakeGang(device)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """The bytes that this process had in use at most: of the device, or else of the host."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # In KiB on Linux.
+    return float(torch.accelerator.max_memory_allocated(device))

@@ -1,0 +1,119 @@
+"""What the collectives of gangs cost: calls, bytes and seconds, by operation."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from tp_embed.gang import Gang
+
+
+@dataclass
+class OperationTraffic:
+    """The calls of one collective operation, the bytes that this rank sent for them, and how long
+    they took, waiting for other ranks included."""
+
+    calls: int = 0
+    bytes_sent: int = 0
+    seconds: float = 0.0
+
+
+class Traffic:
+    """Counts the collectives of some gangs from now on, until it is closed::
+
+        with Traffic(gang) as traffic:
+            model(ids)
+        print(traffic.by_operation())
+
+    On a CPU the time is that of the clock. On an accelerator it is the time between two events of
+    the stream, before and after: nothing waits for the device until the figures are asked for.
+    Bytes are what the docstrings of :class:`Gang` say that one rank sends. Objects that are
+    broadcast and barriers count as calls only.
+
+    A gang that two models share counts for both.
+    """
+
+    def __init__(self, *gangs: Gang) -> None:
+        self._traffic: defaultdict[str, OperationTraffic] = defaultdict(OperationTraffic)
+        self._running: deque[tuple[str, torch.Event, torch.Event]] = deque()
+        self._handles = [
+            gang.register_collective_hook(partial(self._count, gang))
+            for gang in {id(gang): gang for gang in gangs}.values()
+        ]
+
+    def by_operation(self) -> dict[str, OperationTraffic]:
+        """What was counted so far, by operation: ``"all_gather"``, ... Waits for those that an
+        accelerator has not done yet."""
+        self._collect(wait=True)
+        return {name: self._traffic[name] for name in sorted(self._traffic)}
+
+    def total(self) -> OperationTraffic:
+        """The sum over all operations. Waits as :meth:`by_operation`."""
+        every = self.by_operation().values()
+        return OperationTraffic(
+            sum(t.calls for t in every),
+            sum(t.bytes_sent for t in every),
+            sum(t.seconds for t in every),
+        )
+
+    def close(self) -> None:
+        """Stops counting. What was counted remains."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _count(self, gang: Gang, operation: str, tensors: Sequence[Tensor]) -> Iterator[None]:
+        entry = self._traffic[operation]
+        entry.calls += 1
+        entry.bytes_sent += bytes_sent(operation, sum(t.nbytes for t in tensors), gang.size)
+        if gang.device.type == "cpu":
+            started = time.perf_counter()
+            try:
+                yield
+            finally:
+                entry.seconds += time.perf_counter() - started
+        else:
+            start, end = (torch.Event(gang.device, enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._running.append((operation, start, end))
+            self._collect()
+
+    def _collect(self, wait: bool = False) -> None:
+        """Adds the time of collectives that are done, in the order in which they began."""
+        while self._running and (wait or self._running[0][2].query()):
+            operation, start, end = self._running.popleft()
+            end.synchronize()
+            self._traffic[operation].seconds += start.elapsed_time(end) / 1000
+
+
+def bytes_sent(operation: str, num_bytes: int, size: int) -> int:
+    """What one of ``size`` ranks sends for a collective that it puts ``num_bytes`` into, as the
+    docstrings of :class:`Gang` have it; for the all-to-all with equal pieces, and for the broadcast
+    the n bytes that each rank but the last of a chain passes on.
+    """
+    if size == 1:
+        return 0
+    others = size - 1
+    return {
+        "all_reduce": 2 * others * num_bytes // size,
+        "all_gather": others * num_bytes,
+        "reduce_scatter": others * num_bytes // size,
+        "all_to_all": others * num_bytes // size,
+        "broadcast": num_bytes,
+    }.get(operation, 0)
