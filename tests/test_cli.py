@@ -76,9 +76,9 @@ def test_help_does_not_import_torch_and_names_options_and_exit_codes():
 import sys
 import termios
 from tp_embed.cli import main
-for arguments in (["--help"], ["inspect", "--help"], ["convert", "--help"], ["verify", "--help"]):
+for command in ("", "inspect", "convert", "verify", "plan", "doctor"):
     try:
-        main(arguments)
+        main([*command.split(), "--help"])
     except SystemExit as e:
         assert e.code == 0
     assert "torch" not in sys.modules
@@ -86,7 +86,14 @@ for arguments in (["--help"], ["inspect", "--help"], ["convert", "--help"], ["ve
     output = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     ).stdout
-    for name in ("--max-shard-size", "--weights-only", "--allow-unsafe-pickle", "DIM/N", "  141  "):
+    options = (
+        "--max-shard-size",
+        "--weights-only",
+        "--allow-unsafe-pickle",
+        "--zero-stage",
+        "--fix",
+    )
+    for name in (*options, "DIM/N", "  141  "):
         assert name in output
 
 
@@ -394,6 +401,10 @@ def test_options_with_wrong_values_are_named(source, tmp_path, capsys, options, 
     "arguments",
     [
         (),
+        ("--local_rank=0",),
+        ("--local_rank", "inspect"),
+        ("doctor", "--tp", "0"),
+        ("doctor", "--timeout", "inf"),
         ("convert", "a", "b"),
         ("convert", "a", "b", "--to", "onnx"),
         ("convert", "a", "b", "--to", "hf", "--dim", "rows"),

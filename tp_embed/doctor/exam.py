@@ -1,0 +1,203 @@
+"""The order of an examination: what the ranks do together, and what rank 0 makes of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from tp_embed.command import CommandError, Report
+from tp_embed.launcher import Place, find_place
+
+from . import (
+    agreement,
+    imports,
+    locks,
+    machine,
+    network,
+    probe,
+    shared,
+    speed,
+    topology,
+    versions,
+)
+from .facts import look
+from .findings import LEVELS, Finding, as_data, as_lines, fold, name_ranks
+from .job import Job
+from .meeting import Meeting, MeetingError
+
+# With errors in these, collectives would wait for nothing.
+_NEEDED = {"ranks", "network"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is to be examined, as the command line has it."""
+
+    tp: int | None = None
+    config: str | None = None
+    shared: str | None = None
+    bench: bool = True
+    fix: bool = False
+    strict: bool = False
+    timeout: float = 60.0
+
+
+def examine(options: Options) -> Report:
+    """Examines the job of this process. All ranks have to call it.
+
+    :returns: on rank 0 what was found, and on the others the same exit code and no more.
+    :raises CommandError: the launcher has not given this process a place.
+    """
+    try:
+        place = find_place()
+    except ValueError as e:
+        raise CommandError(str(e)) from e
+    try:
+        meeting = Meeting(place, options.timeout)
+        return _examine(place, meeting, options)
+    except MeetingError as e:
+        return _examine_alone(place, e, options)
+
+
+def _examine(place: Place, meeting: Meeting, options: Options) -> Report:
+    # Launchers that are started on each node by hand may have been given other options.
+    options = Options(**meeting.tell(asdict(options)))
+    job = Job(place.size, meeting.share(look(place, options.config)))
+    findings = list(_judge_presence(meeting, job)) if meeting.rank == 0 else []
+    removed = _fix_locks(meeting, job) if options.fix else {}
+    probes = probe.probe(meeting, job)
+    problems = {}
+    if options.shared is not None:
+        problems = shared.check(meeting, job, options.shared)
+    measured: dict[int, Any] = {}
+    if meeting.rank == 0:
+        findings += judge_facts(job, options.tp, removed)
+        findings += probe.judge(job, probes)
+        if options.shared is not None:
+            findings += shared.judge(job, problems, options.shared)
+        if meeting.size == 1 and options.bench:
+            findings += imports.judge()
+    if options.bench and meeting.size > 1:
+        hindered = any(each.level == "error" and each.topic in _NEEDED for each in findings)
+        if meeting.tell(not hindered):
+            measured = meeting.share(speed.measure(meeting, _device(place), options.tp))
+        elif meeting.rank == 0:
+            what = "the collectives were not timed, because of these errors"
+            findings.append(Finding("note", "speed", what, tuple(job.facts)))
+    if meeting.rank == 0:
+        lost = tuple(rank for rank in job.facts if rank not in meeting.present)
+        if lost:
+            what = f"{name_ranks(lost)} came, and then answered no more"
+            findings.append(Finding("error", "ranks", what, lost, "look at what they print"))
+        elif measured:
+            findings += speed.judge(job, measured, options.tp)
+    if meeting.rank:
+        report = Report(None, (), code=meeting.tell(None))
+        meeting.end()
+        return report
+    report = _report(job, findings, measured, options.strict)
+
+    # A launcher ends rank 0 with the first that fails: these go on when it has said why.
+    def end() -> None:
+        meeting.tell(report.code)
+        meeting.end()
+
+    return replace(report, printed=end)
+
+
+def judge_facts(job: Job, tp_size: int | None, removed: dict[int, list[str]]) -> Iterator[Finding]:
+    """What is to be said of what the ranks see each for itself.
+
+    :param removed: stale locks that are gone, by rank.
+    """
+    yield from topology.judge(job, tp_size)
+    yield from versions.judge(job)
+    yield from machine.judge(job)
+    for rank, paths in removed.items():
+        for path in paths:
+            yield Finding("ok", "locks", f"{path} was stale and is removed", (rank,))
+    if not any(removed.values()):
+        yield from locks.judge(job)
+    yield from network.judge(job)
+    yield from agreement.judge(job)
+
+
+def _judge_presence(meeting: Meeting, job: Job) -> Iterator[Finding]:
+    missing = [rank for rank in range(meeting.size) if rank not in job.facts]
+    if missing:
+        from_nodes = ", ".join(f"{name_ranks(r)} on {node}" for node, r in job.nodes.items())
+        are = "have" if len(missing) > 1 else "has"
+        yield Finding(
+            "error",
+            "ranks",
+            f"{name_ranks(missing)} {are} not come in {meeting.timeout:.0f} s; there are "
+            f"{from_nodes}",
+            tuple(missing),
+            "look at what they print: they say if they cannot reach rank 0; if they say nothing, "
+            "they have not been started, or have ended (ssh, hostfile, number of tasks)",
+        )
+    for rank in job.facts:
+        if (count := meeting.seats(rank)) > 1:
+            yield Finding(
+                "error",
+                "ranks",
+                f"{count} processes have come as rank {rank}",
+                (rank,),
+                "end what is left of an earlier run, or choose another master port; launchers on "
+                "several nodes need different node ranks",
+            )
+
+
+def _fix_locks(meeting: Meeting, job: Job) -> dict[int, list[str]]:
+    """Removes the locks that rank 0 finds stale, by the first rank of each node."""
+    first_ranks = [ranks[0] for ranks in job.nodes.values()]
+    stale = [(rank, locks.stale_on(job, rank)) for rank in first_ranks]
+    stale = [(rank, paths) for rank, paths in meeting.tell(stale)]
+    for rank, paths in stale:
+        if rank == meeting.rank:
+            locks.remove(paths)
+    return dict(stale)
+
+
+def _examine_alone(place: Place, error: MeetingError, options: Options) -> Report:
+    """What a rank has to say that cannot meet the others."""
+    finding = Finding("error", "ranks", str(error), (place.rank,), error.fix)
+    job = Job(place.size, {place.rank: look(place, options.config)})
+    if place.rank:
+        for line in as_lines([finding], job.node_of)[:-1]:
+            node = job.node_of[place.rank]
+            print(f"rank {place.rank} on {node}: {line}", file=sys.stderr, flush=True)
+        return Report(None, (), code=1)
+    findings = [finding, *judge_facts(job, options.tp, {})]
+    return _report(job, findings, {}, options.strict)
+
+
+def _report(job: Job, findings: list[Finding], measured: dict[int, Any], strict: bool) -> Report:
+    # The worst is last: it is what is seen on a terminal.
+    findings = sorted(fold(findings), key=lambda finding: LEVELS.index(finding.level))
+    bad = {"error", "warning"} if strict else {"error"}
+    failed = any(finding.level in bad for finding in findings)
+    data = {
+        "ok": not failed,
+        "size": job.size,
+        "nodes": job.nodes,
+        "findings": [as_data(finding, job.node_of) for finding in findings],
+        "seconds": {
+            rank: {name: each[name] for name in ("world", "gang") if name in each}
+            for rank, each in measured.items()
+        },
+    }
+    return Report(data, as_lines(findings, job.node_of), code=int(failed))
+
+
+def _device(place: Place) -> torch.device:
+    if machine.device_type() == "cpu":
+        return torch.device("cpu")
+    with suppress(RuntimeError):  # There may be no such device, which is an error of its own.
+        torch.cuda.set_device(place.local_rank)
+    return torch.device("cuda", place.local_rank)
