@@ -300,6 +300,9 @@ def refusals(directory: Path) -> dict[str, str]:
     pipeline = PipelineModule([nn.Embedding(V, E), nn.Linear(E, V)], num_stages=1)
     found = {
         "bf16": error(build(), config(0, **AUTOTP, bf16={"enabled": True})),
+        "local storage": error(
+            build(), config(1, **AUTOTP, checkpoint={"use_node_local_storage": True})
+        ),
         "sparse": error(build(), section(sparse=True)),
         "spec": error(build(), config(**spec, tp_embed={"strategy": "none"})),
         "head": error(build(), config(tensor_parallel=both)),

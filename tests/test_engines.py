@@ -122,6 +122,7 @@ def test_init_does_not_depend_on_the_engine(seen):
     ("what", "message"),
     {
         "bf16": "ValueError: `zero_optimization.stage` must be 1, 2 or 3 for `bf16` with tensor",
+        "local storage": "ValueError: `checkpoint.use_node_local_storage` must be false with ten",
         "sparse": "ValueError: `zero_optimization.stage` must be 0 for sparse gradients, which",
         "spec": "ValueError: The table 'embed' must not match `tensor_parallel.partition_config`",
         "head": "ValueError: `tensor_parallel.vocab_parallel_lm_head` must not be true where `tp_",

@@ -26,7 +26,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     """Checks a DeepSpeed config for an engine with tensor parallelism. ``initialize()`` does so by
     itself.
 
-    :raises ValueError: DeepSpeed would train with it, but not as it says.
+    :raises ValueError: DeepSpeed would train with it, but not as it says, or not save all of it.
     """
     stage = _stage(config)
     for name in ("bf16", "fp16"):
@@ -37,6 +37,13 @@ def check_config(config: Mapping[str, Any]) -> None:
                 "parallelism, but is 0 instead: there DeepSpeed's norm of the gradients leaves out "
                 "shards, and clips by a wrong norm. Set it to 1."
             )
+    if (config.get("checkpoint") or {}).get("use_node_local_storage", False):
+        raise ValueError(
+            "`checkpoint.use_node_local_storage` must be false with tensor parallelism, but is "
+            "true instead: DeepSpeed would save the model states of the first rank of each node "
+            "only. Set it to false and save to a directory that all nodes share, or to one on "
+            "each node, and join these before loading."
+        )
 
 
 def check_clipping(config: Mapping[str, Any]) -> None:
