@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import shutil
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,11 +116,16 @@ def load(
         split = "validation" if index % VALIDATION_SHARE == 0 else "train"
         parts[split].append(np.array([*encoding.ids, end], np.uint32))
 
-    temporary = cache / f".{target.name}.{os.getpid()}"
-    temporary.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=cache))
     tokenizer.save(str(temporary / "tokenizer.json"))
     for split, files in parts.items():
         np.save(temporary / f"{split}.npy", np.concatenate(files))
     (temporary / "meta.json").write_text(json.dumps({"vocab_size": tokenizer.get_vocab_size()}))
-    temporary.rename(target)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        shutil.rmtree(temporary)  # Another run has made the same meanwhile.
     return Corpus(target)

@@ -3,8 +3,9 @@
     deepspeed --num_gpus 2 --no_local_rank examples/train_lm.py embedding=vocab_sharded init=normal
 
 A Hydra app: the configs are in `configs/`, the primary one is `configs/train.yaml`. It writes to
-`runs/NAME`: `config.yaml`, `metrics.csv`, `loss.png`, DeepSpeed's `checkpoints/`, and at the end
-`model/`, the whole model as transformers saves it.
+`runs/NAME`: `config.yaml`, a log of each rank in `logs/`, `metrics.csv`, `monitor.jsonl`,
+`loss.png`, DeepSpeed's `checkpoints/`, and at the end `model/`, the whole model as transformers
+saves it, and `report.html`, a page about the run.
 """
 
 from __future__ import annotations
@@ -13,13 +14,11 @@ import csv
 import json
 import math
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import hydra
 import matplotlib
 import torch
 import torch.distributed as dist
@@ -31,14 +30,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from corpus import load
 from tp_embed import shard_embeddings
 from tp_embed.integrations.deepspeed import DeepSpeedGang, export
+from tp_embed.integrations.deepspeed.monitor import EngineMonitor
+from tp_embed.integrations.hydra import main as hydra_main
 from tp_embed.integrations.hydra import register_schemas, shard_options
 from tp_embed.integrations.transformers import shard_logits
+from tp_embed.monitor import write_report
 
 matplotlib.use("Agg")
 register_schemas()
 
 
-@hydra.main(version_base="1.3", config_path="pkg://tp_embed.configs", config_name="train")
+@hydra_main(config_path="pkg://tp_embed.configs", config_name="train")
 def main(config: DictConfig) -> None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     torch.manual_seed(config.seed)
@@ -51,7 +53,6 @@ def main(config: DictConfig) -> None:
 
     data = config.data
     if is_first:
-        OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
         load(Path(data.cache_dir), data.vocab_size, data.max_bytes, say)
     dist.barrier()
     corpus = load(Path(data.cache_dir), data.vocab_size, data.max_bytes)  # From the cache.
@@ -75,6 +76,8 @@ def main(config: DictConfig) -> None:
         checkpoints.set_aside()
     if is_first:
         metrics.start(first_step)
+    every = max(1, config.steps // 40)
+    EngineMonitor(engine, every=every, directory=run_dir, about={"sharding": str(report)})
 
     data_rank = dist.get_rank() // config.tp_size
     data_size = dist.get_world_size() // config.tp_size
@@ -117,7 +120,8 @@ def main(config: DictConfig) -> None:
         (run_dir / "result.json").write_text(json.dumps(result, indent=2))
         say(
             f"loss {result['first_loss']:.3f} -> {result['last_loss']:.3f}, validation loss "
-            f"{validation:.4f}; the whole model is in {model_dir}"
+            f"{validation:.4f}; the whole model is in {model_dir}, and a page about the run in "
+            f"{write_report(run_dir)}"
         )
 
 
@@ -231,6 +235,4 @@ class Metrics:
 
 
 if __name__ == "__main__":
-    # torchrun passes nothing; `deepspeed` without `--no_local_rank` passes what Hydra would refuse.
-    sys.argv = [arg for arg in sys.argv if not arg.startswith("--local_rank")]
     main()

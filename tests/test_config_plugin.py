@@ -51,6 +51,7 @@ defaults:
   - tp_embed/init: scaled
   - tp_embed/embedding: sharded
   - tp_embed/head: tied
+  - tp_embed/ranks
   - _self_
 """
 
@@ -141,7 +142,7 @@ def says(output):
     return dict(re.findall(r"^([A-Z]+) (.*)$", output, re.MULTILINE))
 
 
-def test_project_has_our_groups_by_our_name_and_its_own_by_theirs(app, python):
+def test_project_has_our_groups_by_our_name_and_its_own_by_theirs(app, python, tmp_path):
     where = [str(python), "-c", "import tp_embed; print(tp_embed.__file__)"]
     assert str(python.parent.parent) in subprocess.check_output(where, text=True, cwd="/")
 
@@ -149,6 +150,9 @@ def test_project_has_our_groups_by_our_name_and_its_own_by_theirs(app, python):
     assert default["TARGET"] == "tp_embed.init.scaled"
     assert default["STRATEGY"] == "embed"
     assert default["OWN"] == "2 7"
+    (run_dir,) = (tmp_path / "outputs").glob("*/*")
+    assert {path.name for path in run_dir.iterdir()} == {".hydra", "config.yaml", "logs"}
+    assert (run_dir / "logs" / "rank-00000.log").exists()
 
     chosen = says(app("tp_embed/init=xavier_uniform", "tp_embed/embedding=vocab_sharded"))
     assert chosen["TARGET"] == "tp_embed.init.xavier_uniform"
@@ -196,7 +200,8 @@ def test_nothing_else_of_ours_is_on_its_search_path(app):
     assert found["model"] == "small"
     ours = {name for name in found if not name.startswith("hydra")} - {"init", "model"}
     schemas = {name for name in ours if name.startswith("tp_embed/schema")}
-    assert ours - schemas == {"tp_embed/embedding", "tp_embed/head", "tp_embed/init"}
+    # And `tp_embed`, in which `ranks` is.
+    assert ours - schemas == {"tp_embed", "tp_embed/embedding", "tp_embed/head", "tp_embed/init"}
 
 
 def test_editable_install_needs_one_line_in_the_config_or_the_code(tmp_path):
@@ -240,7 +245,7 @@ def test_wheel_has_the_plugin_and_no_package_that_others_share(wheel):
 
 def test_every_shared_file_is_independent_of_where_it_is():
     """They refer to their schema by an absolute name, and to each other by a relative one."""
-    for path in Path(ROOT / "configs" / "groups").rglob("*.yaml"):
+    for path in Path(ROOT / "configs" / "groups").glob("tp_embed/*/*.yaml"):
         schema, own = OmegaConf.load(path).defaults
         assert schema.startswith("/tp_embed/schema/")
         assert schema.endswith("@_here_")

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from launch import ROOT
 from tp_embed import StandardEmbedding, init
 from tp_embed.integrations.hydra import reference, register_schemas, shard_options
+from tp_embed.integrations.hydra.app import explain
 from tp_embed.integrations.hydra.inits import INITS, Fan, Init
 
 CONFIGS = ROOT / "configs"
@@ -56,7 +57,7 @@ def test_every_choice_composes(group):
 
 def test_every_group_is_in_the_reference_and_has_a_default():
     directories = [path.parent.name for path in CONFIGS.rglob("*.yaml")]
-    assert {*directories} - {"configs"} == {*GROUPS}
+    assert {*directories} - {"configs", "tp_embed"} == {*GROUPS}
     assert {*reference._defaults()} == {*GROUPS}
 
 
@@ -255,14 +256,42 @@ def test_tab_completion(line, expected):
     assert {word for word in found if not word.endswith("/")} == expected()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("init=normal init.stdd=0.01", "has the keys mean: float, std: float. Did you mean `std`?"),
+        ("init.std=0.01", "`init` has no keys that can be set."),
+        ("init=normal init.std=abc", "`init` has the keys mean: float, std: float."),
+        ("model.hiden_size=3", "hidden_size: int, intermediate_size: int, num_hidden_layers: int"),
+        ("model.hiden_size=3", "extra: Dict[str, Any]. Did you mean `hidden_size`?"),
+        ("stepz=3", "The config has the keys name: str, seed: int"),
+        ("steps=many", "steps: int, lr: float"),
+        ("embedding.strategy=rows", "strategy: auto | embed | vocab | none, rules: Dict["),
+        ("deepspeed.zero_optimization.stag=1", "has the keys stage. Did you mean `stage`?"),
+        ("hydra/launcher=submitit_slurm hydra.launcher.node=3", "Did you mean `nodes`?"),
+    ],
+)  # fmt: skip
+def test_errors_list_the_keys_that_there_are(override, message):
+    with pytest.raises(ConfigCompositionException) as caught:
+        train_config(*override.split(" "))
+    assert message in explain(caught.value)
+
+
+def test_errors_of_values_and_choices_list_nothing_else():
+    """Hydra lists the choices itself."""
+    for override in ("+embedding.rules={lm_head:rows}", "init=xavier", "~foo"):
+        with pytest.raises((ConfigCompositionException, MissingConfigException)) as caught:
+            train_config(override)
+        assert explain(caught.value) is None
+
+
 APP = """
-import hydra
-from tp_embed.integrations.hydra import register_schemas
+from tp_embed.integrations.hydra import main, register_schemas
 
 register_schemas()
 
 
-@hydra.main(version_base="1.3", config_path="pkg://tp_embed.configs", config_name="train")
+@main(config_path="pkg://tp_embed.configs", config_name="train")
 def app(config):
     print("RUN", config.embedding.init_fn._target_, config.embedding.strategy.name, config.name)
 
@@ -281,6 +310,23 @@ def sweep(directory, *overrides):
             _, target, strategy, name = line.split()
             runs[name].append((target.removeprefix("tp_embed.init."), strategy))
     return runs
+
+
+def test_list_of_keys_follows_the_error_of_hydra(tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        sweep(tmp_path, "init=normal", "init.stdd=1")
+    error = caught.value.stderr
+    assert error.index("Could not override 'init.stdd'") < error.index("Did you mean `std`?")
+    assert "Traceback" not in error
+
+
+def test_plugin_that_is_missing_is_named_with_its_package(tmp_path):
+    """In a Python without the plugin: one of its names is in the way of it."""
+    (tmp_path / "hydra_plugins" / "hydra_submitit_launcher").mkdir(parents=True)
+    (tmp_path / "hydra_plugins" / "hydra_submitit_launcher" / "__init__.py").touch()
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        sweep(tmp_path, "launcher=submitit_slurm")
+    assert "pip install 'tp-embed[slurm]'" in caught.value.stderr
 
 
 def test_multirun_over_all_init_functions(tmp_path):

@@ -8,10 +8,17 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import corpus
 from launch import (
     BIN,
     ROOT,
@@ -63,6 +70,9 @@ def test_run_trains_and_reports(whole_run):
     assert "tokens_s=" in output
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (run_dir / "checkpoints").glob("step*")) == ["step30"]
+    assert OmegaConf.load(run_dir / "config.yaml").steps == 30
+    assert "name=whole" in (run_dir / ".hydra" / "overrides.yaml").read_text()
+    assert {p.name for p in (run_dir / "logs").iterdir()} == {"rank-00000.log", "rank-00001.log"}
 
 
 def test_transformers_loads_the_exported_model(whole_run, directory):
@@ -154,9 +164,25 @@ def test_four_ranks_are_two_gangs(directory):
     run([sys.executable, str(EVALUATE), "runs/four"], directory)
 
 
-def test_misspelt_key_is_an_error(directory):
-    with pytest.raises(AssertionError, match="Key 'stdd' not in 'Init'"):
-        run([sys.executable, str(SCRIPT), "init.stdd=0.01"], cwd=directory)
+def test_misspelt_key_is_an_error_that_lists_the_keys(directory):
+    with pytest.raises(AssertionError, match=r"Key 'stdd' not in 'Normal'[^$]*Did you mean `std`"):
+        run([sys.executable, str(SCRIPT), "init=normal", "init.stdd=0.01"], cwd=directory)
+
+
+def test_runs_that_make_the_same_corpus_do_not_meet(tmp_path):
+    """Neither finds one, and both make it."""
+    both = threading.Barrier(2)
+
+    def say(text):
+        if text.startswith("training"):
+            both.wait(60)
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(corpus.load, tmp_path / "cache", 300, 100_000, say) for _ in range(2)]
+    first, second = [job.result() for job in jobs]
+    assert (first.train == second.train).all()
+    assert first.vocab_size == second.vocab_size == 300
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_run_of_the_same_name_sets_checkpoints_aside(directory):

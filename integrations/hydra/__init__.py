@@ -1,6 +1,8 @@
-"""Hydra: schemas for the configs that are installed as ``tp_embed.configs``, and where they are."""
+"""Hydra: schemas for the configs that are installed as ``tp_embed.configs``, and where they are;
+and what an app needs that a launcher starts on several ranks."""
 
+from .app import main, strip_local_rank
 from .options import shard_options
 from .registration import register_schemas
 
-__all__ = ["register_schemas", "shard_options"]
+__all__ = ["main", "register_schemas", "shard_options", "strip_local_rank"]

@@ -11,11 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from tp_embed import cli
+
+from .command_app import run_command
 
 
 @dataclass
@@ -70,20 +71,8 @@ def main() -> int:
 
     :returns: the exit code.
     """
-    codes: list[int] = []
-
-    @hydra.main(version_base="1.3", config_path="pkg://tp_embed.configs", config_name="convert")
-    def app(config: DictConfig) -> None:
-        codes.append(run(config))
-
     register_schema()
-    try:
-        app()
-    except SystemExit as e:
-        if e.code == 1:  # Of Hydra, which has said what is wrong with the overrides.
-            return cli.USAGE
-        raise
-    return max(codes, default=0)
+    return run_command("convert", run)
 
 
 if __name__ == "__main__":

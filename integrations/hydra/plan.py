@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from tp_embed import cli
 
+from .command_app import run_command
 from .registration import register_schemas
 from .schema import DataConfig, EmbeddingConfig, HeadConfig, ModelConfig, Strategy
 
@@ -93,20 +93,8 @@ def main() -> int:
 
     :returns: the exit code.
     """
-    codes: list[int] = []
-
-    @hydra.main(version_base="1.3", config_path="pkg://tp_embed.configs", config_name="plan")
-    def app(config: DictConfig) -> None:
-        codes.append(run(config))
-
     register_schema()
-    try:
-        app()
-    except SystemExit as e:
-        if e.code == 1:  # Of Hydra, which has said what is wrong with the overrides.
-            return cli.USAGE
-        raise
-    return max(codes, default=0)
+    return run_command("plan", run)
 
 
 if __name__ == "__main__":

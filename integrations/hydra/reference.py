@@ -31,8 +31,9 @@ is current.
 `examples/train_lm.py` is a [Hydra](https://hydra.cc) app. A group is chosen by `GROUP=CHOICE`, a
 key is set by `KEY=VALUE`, and both are swept by `--multirun` with `GROUP=A,B` or `'init=glob(*)'`.
 A choice that does not exist is an error that lists those that do, and so is a value that is none of
-several; a misspelt key and a value of a wrong type are errors too. Below, `as=B` stands for the
-values of the choice `B`, but for those that follow.
+several; a misspelt key and a value of a wrong type are errors that list the keys. Below, `as=B`
+stands for the values of the choice `B`, but for those that follow. How to start it, on one node or
+several, and where its ranks write, is in [launching.md](launching.md).
 
 """
 
@@ -64,8 +65,10 @@ from tp_embed.integrations.hydra import shard_options
 shard_embeddings(model, gang, **shard_options(config.tp_embed))
 ```
 
-Then `python app.py tp_embed/init=normal tp_embed.init.std=0.02` works. An init function of your own
-is a file `tp_embed/init/NAME.yaml` among your configs, without a schema or with one of yours:
+Then `python app.py tp_embed/init=normal tp_embed.init.std=0.02` works. With `tp_embed/ranks` in the
+defaults list too, all ranks have one run directory: see
+[launching.md](launching.md#your-own-hydra-app). An init function of your own is a file
+`tp_embed/init/NAME.yaml` among your configs, without a schema or with one of yours:
 
 ```yaml
 _target_: my_package.my_function # called with the embedding, see `tp_embed.init.blockwise`

@@ -8,6 +8,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 from .inits import INITS
+from .ranks import register_resolvers
 from .schema import AdamConfig, EmbeddingConfig, HeadConfig, SGDConfig, TrainConfig
 
 _CONFIGS = "pkg://tp_embed.configs"
@@ -32,7 +33,9 @@ class TpEmbedSearchPath(SearchPathPlugin):
 
 
 def register_group_schemas() -> None:
-    """Makes known what the files of the groups ``init``, ``embedding`` and ``head`` refer to."""
+    """Makes known what the files of the groups ``init``, ``embedding`` and ``head``, and ``ranks``
+    refer to."""
+    register_resolvers()
     store = ConfigStore.instance()
     for name, schema in INITS.items():
         store.store(group=f"{_SCHEMAS}/init", name=name, node=schema, provider="tp_embed")

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# One node, by `deepspeed`.
+#
+#     RANKS=2 examples/launch/local.sh steps=50 embedding=vocab_sharded
+#
+# Needs: the environment in which `pip install '.[train]'` was run, active.
+# Without it: "exec: deepspeed: not found"
+set -euo pipefail
+
+exec deepspeed --num_gpus "${RANKS:-2}" --master_port "${MASTER_PORT:-29500}" \
+    "${SCRIPT:-examples/train_lm.py}" "$@"

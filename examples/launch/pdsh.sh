@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Several nodes, started from one of them by `deepspeed` over pdsh and ssh.
+#
+#     HOSTS="node1 node2" RANKS=8 IFNAME=eth0 examples/launch/pdsh.sh tp_size=8
+#
+# RANKS is of each node. IFNAME is the network interface between the nodes, of the same name on all.
+# The first host has to be an address that all reach; it is where rank 0 listens.
+#
+# Needs: pdsh on this node (apt-get install pdsh); ssh without a password from this node to all,
+# itself too; and this directory and the environment under the same paths on all.
+# Without pdsh: "RuntimeError: launcher 'pdsh' not installed."
+# Without ssh: "RuntimeError: Using hostfile at ... but host=node1 was not reachable via ssh."
+set -euo pipefail
+
+read -ra hosts <<<"${HOSTS:?must be the names of the nodes, such as \"node1 node2\"}"
+directory=$(mktemp -d)
+trap 'rm -rf "$directory"' EXIT
+printf "%s slots=${RANKS:-2}\n" "${hosts[@]}" >"$directory/hostfile"
+
+# What DeepSpeed sets on the nodes. Of this shell's environment it takes only NCCL_*, PYTHON* and a
+# few more. A file `.deepspeed_env` here, or at home, does the same.
+export DS_ENV_FILE="$directory/env"
+{
+    echo "OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}"
+    if [[ -n "${IFNAME:-}" ]]; then
+        echo "GLOO_SOCKET_IFNAME=$IFNAME"
+        echo "NCCL_SOCKET_IFNAME=$IFNAME"
+    fi
+    for name in DS_ACCELERATOR TORCH_EXTENSIONS_DIR TP_EMBED_RUN_ID; do
+        if [[ -n "${!name:-}" ]]; then echo "$name=${!name}"; fi
+    done
+} >"$DS_ENV_FILE"
+
+# --force_multi, so that it is the same with one host.
+deepspeed --hostfile "$directory/hostfile" --force_multi \
+    --master_addr "${MASTER_ADDR:-${hosts[0]}}" --master_port "${MASTER_PORT:-29500}" \
+    "${SCRIPT:-examples/train_lm.py}" "$@"

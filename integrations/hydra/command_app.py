@@ -1,0 +1,32 @@
+"""Commands of ``tp-embed`` as Hydra apps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from omegaconf import DictConfig
+
+from tp_embed import cli
+
+from .app import main
+
+
+def run_command(config_name: str, run: Callable[[DictConfig], int]) -> int:
+    """Calls ``run`` with the config of that name and the overrides of the command line, once for
+    each job of a sweep.
+
+    :returns: the largest exit code that it returned.
+    """
+    codes: list[int] = []
+
+    @main(config_path="pkg://tp_embed.configs", config_name=config_name)
+    def app(config: DictConfig) -> None:
+        codes.append(run(config))
+
+    try:
+        app()
+    except SystemExit as e:
+        if e.code == 1:  # Of Hydra, which has said what is wrong with the overrides.
+            return cli.USAGE
+        raise
+    return max(codes, default=0)
