@@ -1,19 +1,22 @@
 """A script with Accelerate and AutoTP.
 
-    deepspeed --num_gpus 2 --no_local_rank examples/train_accelerate.py
+    deepspeed --num_gpus 2 --no_local_rank examples/train_accelerate.py OUTPUT_DIR
+    accelerate launch --config_file examples/accelerate.yaml examples/train_accelerate.py OUTPUT_DIR
 
-The lines that shard its table end in `# added`.
+The lines that shard its table end in `# added`. It saves its state after two steps and goes on from
+there once more, and saves the whole model in the end.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tp_embed import shard_embeddings  # added
-from tp_embed.integrations.deepspeed import DeepSpeedGang  # added
+from tp_embed.integrations.transformers import prepare  # added
 
 VOCAB_SIZE, STEPS = 101, 4
 
@@ -45,21 +48,37 @@ def batches() -> DataLoader[list[int]]:
     return DataLoader(rows, batch_size=2)  # type: ignore[arg-type]
 
 
-def main() -> None:
+def main(output_dir: str) -> None:
     if not torch.cuda.is_available():
         PartialState(cpu=True)  # With `Accelerator(cpu=True)` it would not use DeepSpeed.
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=CONFIG))
     model = build_model()
-    print(shard_embeddings(model, DeepSpeedGang.from_groups(tp_size=2)))  # added
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, batches())
-    for step, ids in enumerate(loader, start=1):
-        loss = model(input_ids=ids, labels=ids).loss
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        accelerator.print(f"step {step}: loss {loss.item():.8f}")
+    model, optimizer, loader = prepare(accelerator, model, optimizer, batches())  # added
+    accelerator.print(model.tp_embed_report)  # added
+
+    def train(first: int) -> None:
+        for step, ids in enumerate(loader, start=1):
+            if step < first:
+                continue
+            loss = model(input_ids=ids, labels=ids).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            accelerator.print(f"step {step}: loss {loss.item():.8f}")
+            if step == 2:
+                accelerator.save_state(f"{output_dir}/state")
+
+    train(first=1)
+    accelerator.load_state(f"{output_dir}/state")
+    train(first=3)
+
+    accelerator.unwrap_model(model).save_pretrained(
+        f"{output_dir}/model",
+        state_dict=accelerator.get_state_dict(model),
+        is_main_process=accelerator.is_main_process,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

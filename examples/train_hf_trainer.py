@@ -2,7 +2,8 @@
 
     deepspeed --num_gpus 2 --no_local_rank examples/train_hf_trainer.py OUTPUT_DIR
 
-The lines that shard its table, and write the whole model, end in `# added`.
+The lines that shard its table end in `# added`. It saves checkpoints that `from_pretrained` loads,
+goes on from the last one if there is any, and takes the best one in the end.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
-from tp_embed import shard_embeddings  # added
-from tp_embed.integrations.deepspeed import DeepSpeedGang, export  # added
+from tp_embed.integrations.transformers import ShardTables  # added
 
 VOCAB_SIZE, STEPS = 101, 4
 
@@ -35,7 +36,10 @@ def training_arguments(output_dir: str, **options: Any) -> TrainingArguments:
         max_steps=STEPS,
         learning_rate=1e-2,
         logging_steps=1,
-        save_strategy="no",
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
         **options,
@@ -63,15 +67,22 @@ def dataset() -> list[dict[str, Tensor]]:
 
 def main(output_dir: str) -> None:
     args = training_arguments(output_dir, deepspeed=CONFIG)
-    model = build_model()
-    print(shard_embeddings(model, DeepSpeedGang.from_groups(tp_size=2)))  # added
-    trainer = Trainer(model, args, train_dataset=dataset())
-    trainer.train()
-    export(trainer.deepspeed, f"{output_dir}/model")  # added
+    shards = ShardTables()  # added
+    trainer = Trainer(
+        build_model(),
+        args,
+        train_dataset=dataset(),
+        eval_dataset=dataset()[:4],
+        callbacks=[shards],  # added
+    )
+    print(shards.report)  # added
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir))
+    trainer.save_model(f"{output_dir}/model")
     if trainer.is_world_process_zero():
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        for step, loss in enumerate(losses, start=1):
-            print(f"step {step}: loss {loss:.8f}")
+        for entry in trainer.state.log_history:
+            for name in ("loss", "eval_loss"):
+                if name in entry:
+                    print(f"step {entry['step']}: {name} {entry[name]:.8f}")
 
 
 if __name__ == "__main__":

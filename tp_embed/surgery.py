@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import cast
 
 import torch
@@ -179,7 +181,14 @@ def shard_embeddings(
         repoint_optimizer(optimizer, shards)
     if parameters is not None:
         repoint_groups(parameters, shards)
+    _tell_transformers(model)
     return report
+
+
+def _tell_transformers(model: Module) -> None:
+    """Models of transformers save and resize their tables themselves, and would save one shard."""
+    if "transformers.modeling_utils" in sys.modules:
+        import_module("tp_embed.integrations.transformers").adapt(model)
 
 
 def _facts(gang: Gang, choices: Choices, init_fn: InitFn | None) -> dict[str, object]:

@@ -1,0 +1,51 @@
+"""Sharded tables for Accelerate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.utils import DummyOptim
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from .shard import shard_by_config, start_watchdog
+
+
+def prepare(accelerator: Any, *objects: Any, **options: Any) -> Any:
+    """``accelerator.prepare(*objects, **options)`` of an ``Accelerator`` with DeepSpeed, after the
+    tables of the model among them have been sharded as the section ``"tp_embed"`` of the DeepSpeed
+    config says, see :class:`tp_embed.integrations.deepspeed.EmbedConfig`. The optimizer among them
+    gets the new Parameters. The engine has the report as ``tp_embed_report`` and the
+    watchdog, if the section has one, as ``tp_embed_watchdog``.
+
+    ``accelerator.get_state_dict(engine)`` and ``save_model()`` give the whole model, for which
+    ``stage3_gather_16bit_weights_on_model_save`` is set unless the config says otherwise.
+
+    :raises ValueError: the Accelerator does not use DeepSpeed, or there is more than one model.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
+        raise ValueError(
+            "`accelerator` must use DeepSpeed, but does not. Pass it a `DeepSpeedPlugin`, or start "
+            "the script with `accelerate launch --use_deepspeed`."
+        )
+    models = [found for found in objects if isinstance(found, Module)]
+    if len(models) != 1:
+        raise ValueError(f"`objects` must hold one model, but hold {len(models)}.")
+    optimizers = [found for found in objects if isinstance(found, Optimizer)]
+    groups = []
+    for dummy in (found for found in objects if isinstance(found, DummyOptim)):
+        dummy.params = list(dummy.params)  # It may be a generator, which can be read once.
+        groups.append(dummy.params)
+    report = shard_by_config(
+        models[0],
+        plugin.deepspeed_config,
+        optimizers[0] if optimizers else None,
+        groups[0] if groups else None,
+    )
+    prepared = accelerator.prepare(*objects, **options)
+    for engine in prepared if isinstance(prepared, tuple) else (prepared,):
+        if getattr(engine, "module", None) is models[0]:
+            engine.tp_embed_report = report
+            engine.tp_embed_watchdog = start_watchdog(plugin.deepspeed_config)
+    return prepared

@@ -1,0 +1,35 @@
+"""The sharded layers of a model, and what they are shards of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+from torch.nn import Module
+
+from tp_embed.collectives import gather_table
+from tp_embed.head import ShardedLayer
+
+
+def sharded_layers(model: Module) -> Iterator[tuple[str, ShardedLayer]]:
+    """The sharded embeddings and heads of ``model``, each with the name of its weight."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, ShardedLayer):
+            yield f"{name}.weight" if name else "weight", module
+
+
+def has_shards(model: Module) -> bool:
+    return any(True for _ in sharded_layers(model))
+
+
+def table_shape(layer: ShardedLayer) -> tuple[int, int]:
+    """The sizes of the whole table: V, E."""
+    shape = list(getattr(layer.weight, "ds_shape", layer.weight.shape))  # At ZeRO 3.
+    shape[layer.shard_dim] = layer.partition.size
+    return shape[0], shape[1]
+
+
+def gather_into(output: Tensor, layer: ShardedLayer) -> None:
+    """Puts the whole table into ``output``, on any device. All ranks of the gang call it; where
+    ``output`` is on meta, the rank only takes part."""
+    gather_table(output, layer.weight.detach(), layer.shard_dim, layer.gang, layer.partition)

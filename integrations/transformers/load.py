@@ -1,0 +1,224 @@
+"""`from_pretrained()` straight into shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn import Parameter
+from transformers import AutoConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from tp_embed.gang import Gang
+from tp_embed.head import ShardedLayer
+from tp_embed.surgery import shard_embeddings
+
+from .layers import sharded_layers, table_shape
+
+# How much of a file is in memory at a time.
+_CHUNK_BYTES = 16 << 20
+
+
+def from_pretrained(
+    model_class: Any,
+    name_or_path: str,
+    gang: Gang,
+    *args: Any,
+    sharding: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """``model_class.from_pretrained(name_or_path, *args, **options)`` followed by
+    :func:`tp_embed.shard_embeddings`, but each rank reads no more of the tables than its shards,
+    and holds those, the rest of the model, and 16 MiB for each of the threads that read.
+
+    The model is built on meta, its tables are sharded there, and transformers fills it as it fills
+    those with a tensor-parallel plan: keys, dtypes and ties are its business. All ranks call it.
+
+    :param model_class: a model of transformers, or one of its ``Auto`` classes.
+    :param gang: the tensor-parallel gang, such as ``DeepSpeedGang.from_groups(tp_size=8)``.
+    :param sharding: options of :func:`tp_embed.shard_embeddings`.
+    :param options: those of ``from_pretrained()``.
+    :raises ValueError: the checkpoint is not of safetensors or lacks a table, an option has
+        transformers cut or quantize the model itself, or a config with ZeRO 3 is active, with which
+        it would build every rank's model in parts.
+    """
+    _check_options(options, dict(sharding or {}))
+    base = _model_class(model_class, name_or_path, options)
+    model = _loading(base, gang, dict(sharding or {})).from_pretrained(
+        name_or_path, *args, **options
+    )
+    return model
+
+
+def _check_options(options: dict[str, Any], sharding: dict[str, Any]) -> None:
+    for name in ("distributed_config", "gguf_file", "quantization_config", "tp_plan", "tp_size"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"`{name}` must be left out, since the model is about to be sharded by `gang`, "
+                f"but is {options[name]!r}."
+            )
+    if "init_fn" in sharding:
+        raise ValueError(
+            "`sharding` must not have an `init_fn`: tables are those of the checkpoint."
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "`from_pretrained` must be called before a DeepSpeed config with ZeRO 3 becomes active "
+            "(by `TrainingArguments`, `HfDeepSpeedConfig` or an `Accelerator`), but one is. Move "
+            "it up; ZeRO 3 partitions the model when its engine is built."
+        )
+
+
+def _model_class(model_class: Any, name_or_path: str, options: dict[str, Any]) -> Any:
+    """What an ``Auto`` class would take."""
+    if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+        return model_class
+    if options.get("config") is None:
+        found = ("cache_dir", "revision", "token", "trust_remote_code", "local_files_only")
+        known = {name: options[name] for name in found if name in options}
+        options["config"] = AutoConfig.from_pretrained(name_or_path, **known)
+    options.pop("trust_remote_code", None)
+    kind = type(options["config"])
+    if kind not in getattr(model_class, "_model_mapping", {}):
+        raise TypeError(
+            f"`model_class` must be a `PreTrainedModel`, or an `Auto` class that knows a "
+            f"`{kind.__name__}`, but is {model_class!r} instead. Name the class of the model."
+        )
+    found_class = model_class._model_mapping[kind]
+    return found_class[0] if isinstance(found_class, (list, tuple)) else found_class
+
+
+def _loading(base: Any, gang: Gang, sharding: dict[str, Any]) -> Any:
+    """``base`` with tables that are sharded before they are loaded."""
+
+    def load(model: Any, state_dict: Any, files: list[str] | None, *args: Any, **more: Any) -> Any:
+        if (
+            state_dict is not None
+            or not files
+            or not all(f.endswith(".safetensors") for f in files)
+        ):
+            raise ValueError(
+                f"The checkpoint must be of safetensors, of which slices can be read, but is of "
+                f"{files}. Convert it: `tp-embed convert SOURCE OUTPUT --to hf`."
+            )
+        model.__class__ = base
+        model.tie_weights(recompute_mapping=False)  # As it is going to be, so are tables sharded.
+        shard_embeddings(model, gang, **sharding)
+        _as_dtensors(model)
+        state = {key: _Slices(file, key) for file in files for key in _keys(file)}
+        return base._load_pretrained_model(model, state, files, *args, **more)
+
+    def finalize(model: Any, load_config: Any, loading_info: Any) -> Any:
+        missing = set(loading_info.missing_keys)
+        info = base._finalize_model_loading(model, load_config, loading_info)
+        _check_found(model, missing)
+        _as_shards(model)
+        return info
+
+    attributes = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "_load_pretrained_model": staticmethod(load),
+        "_finalize_model_loading": staticmethod(finalize),
+    }
+    return type(base.__name__, (base,), attributes)
+
+
+def _as_dtensors(model: Any) -> None:
+    """Shows transformers the tables as what it reads slices for."""
+    shown: dict[Tensor, Parameter] = {}
+    for _, layer in sharded_layers(model):
+        if layer.gang.size > 1 and layer.weight not in shown:
+            mesh = DeviceMesh.from_group(layer.gang.as_process_group(), layer.gang.device.type)
+            shape = table_shape(layer)
+            tensor = DTensor.from_local(
+                layer.weight.detach(),
+                mesh,
+                [Shard(layer.shard_dim)],
+                run_check=False,
+                shape=torch.Size(shape),
+                stride=(shape[1], 1),
+            )
+            shown[layer.weight] = Parameter(tensor, layer.weight.requires_grad)
+    _replace(model, shown)
+
+
+def _as_shards(model: Any) -> None:
+    shards: dict[Tensor, Parameter] = {}
+    for _, layer in sharded_layers(model):
+        weight = layer.weight
+        if isinstance(weight, DTensor) and weight not in shards:
+            shards[weight] = Parameter(weight.to_local().detach(), weight.requires_grad)
+    _replace(model, shards)
+
+
+def _replace(model: Any, new: dict[Tensor, Parameter]) -> None:
+    layers: dict[ShardedLayer, None] = dict.fromkeys(layer for _, layer in sharded_layers(model))
+    for layer in layers:
+        layer.weight = new.get(layer.weight, layer.weight)
+        layer.gang.adopt(layer)
+
+
+def _check_found(model: Any, missing: set[str]) -> None:
+    """A tied table is there if one of its names is."""
+    found = {layer.weight for key, layer in sharded_layers(model) if key not in missing}
+    lacking = [key for key, layer in sharded_layers(model) if layer.weight not in found]
+    if lacking:
+        raise ValueError(
+            f"The checkpoint must hold the tables of the model, but lacks {lacking}. Load it by "
+            "`from_pretrained()` of the class, which draws them, and call `shard_embeddings()`."
+        )
+
+
+def _keys(file: str) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+class _Slices:
+    """A tensor in a safetensors file, of which slices are read. The file is mapped anew for each
+    chunk of rows, so that what was read of it can leave the memory."""
+
+    def __init__(self, file: str, key: str) -> None:
+        self._open = partial(safe_open, file, framework="pt")
+        self._key = key
+
+    def get_shape(self) -> list[int]:
+        with self._open() as file:
+            return list(file.get_slice(self._key).get_shape())
+
+    def get_dtype(self) -> str:
+        with self._open() as file:
+            return str(file.get_slice(self._key).get_dtype())
+
+    def __getitem__(self, index: Any) -> Tensor:
+        shape = self.get_shape()
+        if not shape:
+            return self._read().clone()
+        given = () if index is Ellipsis else tuple(index)
+        whole = (slice(None),) * (len(shape) - len(given))
+        parts = [part.indices(size) for part, size in zip(given + whole, shape, strict=True)]
+        start, stop, _ = parts[0]
+        rest = [slice(first, last) for first, last, _ in parts[1:]]
+        empty = self._read(slice(0, 0), *rest)
+        output = empty.new_empty((stop - start, *empty.shape[1:]))
+        # As much of the file as is mapped for a row, of all columns.
+        row_bytes = max(1, output.itemsize * math.prod(shape[1:]))
+        step = max(1, _CHUNK_BYTES // row_bytes)
+        for row in range(start, stop if output.numel() else start, step):
+            last = min(row + step, stop)
+            output[row - start : last - start] = self._read(slice(row, last), *rest)
+        return output
+
+    def _read(self, *index: slice) -> Tensor:
+        with self._open() as file:
+            if not index:
+                return cast(Tensor, file.get_tensor(self._key))
+            return cast(Tensor, file.get_slice(self._key)[index])

@@ -1,0 +1,235 @@
+"""`resize_token_embeddings()` of models with sharded tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.distributions.multivariate_normal import MultivariateNormal
+from torch.nn import Module, Parameter
+
+from tp_embed.collectives import all_gather_columns
+from tp_embed.gang import Gang
+from tp_embed.head import OutputHead, ShardedLayer
+from tp_embed.partition import Partition
+
+from .layers import sharded_layers, table_shape
+
+# How much of a table is gathered at a time.
+_CHUNK_BYTES = 16 << 20
+
+# What transformers multiplies the covariance of the old rows with.
+_EPSILON = 1e-9
+
+
+class ResizesShards:
+    """Comes before the class of a model of transformers."""
+
+    def resize_token_embeddings(
+        self: Any,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Any:
+        """As that of transformers, on the shards: all ranks call it. Rows that stay are the same to
+        the last bit; rows over the vocabulary move to where they now belong, and no rank holds
+        more than its shard and 16 MiB of a table. New rows have the same distribution, drawn by
+        rank 0 of the gang. The Parameters are new ones: resize before an optimizer is made.
+
+        :raises ValueError: DeepSpeed has made an engine of the model.
+        """
+        table = self.get_input_embeddings()
+        if not isinstance(table, ShardedLayer):
+            return super().resize_token_embeddings(  # type: ignore[misc]
+                new_num_tokens, pad_to_multiple_of, mean_resizing
+            )
+        if pad_to_multiple_of is not None:
+            if not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
+                raise ValueError(
+                    f"`pad_to_multiple_of` must be a positive integer, but is {pad_to_multiple_of}."
+                )
+            size = table_shape(table)[0] if new_num_tokens is None else new_num_tokens
+            new_num_tokens = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        if new_num_tokens is None:
+            return table
+        if new_num_tokens < 1:
+            raise ValueError(
+                f"`new_num_tokens` must be greater than or equal to 1, but is {new_num_tokens}."
+            )
+        _check_no_engine(self)
+        super().resize_token_embeddings(new_num_tokens, None, mean_resizing)  # type: ignore[misc]
+        # It has read them off a shard.
+        self.config.get_text_config().vocab_size = self.vocab_size = new_num_tokens
+        return table
+
+    def _get_resized_embeddings(
+        self: Any,
+        old_embeddings: Any,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Any:
+        return self._resized(
+            super()._get_resized_embeddings,  # type: ignore[misc]
+            (old_embeddings, new_num_tokens, pad_to_multiple_of, mean_resizing),
+        )
+
+    def _get_resized_lm_head(
+        self: Any,
+        old_lm_head: Any,
+        new_num_tokens: int | None = None,
+        transposed: bool = False,
+        mean_resizing: bool = True,
+    ) -> Any:
+        return self._resized(
+            super()._get_resized_lm_head,  # type: ignore[misc]
+            (old_lm_head, new_num_tokens, transposed, mean_resizing),
+        )
+
+    def _resized(self: Any, of_transformers: Any, args: tuple[Any, ...]) -> Any:
+        layer, num_rows, _, mean_resizing = args
+        if not isinstance(layer, ShardedLayer):
+            return of_transformers(*args)
+        if num_rows is not None and num_rows != table_shape(layer)[0]:
+            resize_table(self, layer, num_rows, mean_resizing)
+        return layer
+
+    def _adjust_bias(self: Any, output_embeddings: Any, input_embeddings: Any) -> None:
+        """Pads the bias of a head to the table that it is tied to. That of ours fits it already."""
+        if not isinstance(output_embeddings, OutputHead):
+            super()._adjust_bias(output_embeddings, input_embeddings)  # type: ignore[misc]
+
+
+@torch.no_grad()
+def resize_table(model: Any, layer: ShardedLayer, num_rows: int, mean_resizing: bool) -> None:
+    """Gives the table of ``layer``, and all that is tied to it in ``model``, so many rows."""
+    old_weight, old_size = layer.weight, table_shape(layer)[0]
+    new = _new_rows(model, layer, max(0, num_rows - old_size), mean_resizing)
+    weight = Parameter(_resize_block(layer, num_rows, new), old_weight.requires_grad)
+    tied = [other for _, other in sharded_layers(model) if other.weight is old_weight]
+    for other in dict.fromkeys(tied):
+        if isinstance(other, OutputHead):
+            if other.shard_dim == 0:
+                other.partition = Partition(num_rows, other.gang.size)
+            if other.bias is not None:
+                _resize_bias(other, other.bias, num_rows)
+        else:
+            other.num_embeddings = num_rows
+            if other.pad_idx is not None and other.pad_idx >= num_rows:
+                other.pad_idx = None
+        other.weight = weight
+        other.gang.adopt(other)
+
+
+def _resize_block(layer: ShardedLayer, num_rows: int, new: Tensor) -> Tensor:
+    """This rank's block of the table with ``num_rows`` rows, of which the last are ``new``."""
+    gang, old, block = layer.gang, layer.partition, layer.weight.detach()
+    if layer.shard_dim == 1:
+        own = old.shard(gang.rank)
+        return torch.cat([block[:num_rows], new[:, own.start : own.stop]])
+    partition = Partition(num_rows, gang.size)
+    own = partition.shard(gang.rank)
+    drawn = slice(max(own.start - old.size, 0), max(own.stop - old.size, 0))
+    return torch.cat([_move_rows(block, old, partition, gang), new[drawn]])
+
+
+def _move_rows(block: Tensor, old: Partition, new: Partition, gang: Gang) -> Tensor:
+    """The rows of this rank's new block that were there before, by one all-to-all."""
+    ranks = range(gang.size)
+    sizes = [_overlap(old.shard(gang.rank), new.shard(rank)) for rank in ranks]
+    received = [_overlap(old.shard(rank), new.shard(gang.rank)) for rank in ranks]
+    output = block.new_empty((sum(received), block.shape[1]), device=gang.device)
+    # The rows that are dropped are the last ones.
+    kept = block[: sum(sizes)].to(gang.device).contiguous()
+    if gang.size == 1:
+        return kept.to(block.device)
+    gang.all_to_all(output, kept, received, sizes)
+    return output.to(block.device)
+
+
+def _overlap(a: range, b: range) -> int:
+    return max(0, min(a.stop, b.stop) - max(a.start, b.start))
+
+
+def _new_rows(model: Any, layer: ShardedLayer, count: int, mean_resizing: bool) -> Tensor:
+    """*Shape:* :math:`(count,E)`, the same on every rank of the gang."""
+    weight, gang, dim = layer.weight, layer.gang, table_shape(layer)[1]
+    if not count or weight.is_meta:
+        return weight.new_empty((count, dim))
+    factory: Any = {"device": weight.device, "dtype": weight.dtype}
+    # Every rank draws, so that generators that are alike stay so.
+    if mean_resizing:
+        rows = _like_the_old(layer, count).to(**factory)
+    elif isinstance(layer, OutputHead):
+        head = nn.Linear(dim, count, bias=False, **factory)
+        model._init_weights(head)
+        rows = head.weight.detach()
+    else:
+        table = nn.Embedding(count, dim, **factory)
+        model._init_weights(table)
+        rows = table.weight.detach()
+    rows = rows.to(gang.device).contiguous()
+    if gang.size > 1:
+        gang.broadcast(rows)
+    return rows.to(weight.device)
+
+
+def _like_the_old(layer: ShardedLayer, count: int) -> Tensor:
+    """Rows of the mean of the old ones, with a little of their covariance: Hewitt, "Initializing
+    new word embeddings for pretrained language models" (2021)."""
+    mean, covariance = _moments(layer)
+    if constraints.positive_definite.check(_EPSILON * covariance).all():
+        return MultivariateNormal(mean, covariance_matrix=_EPSILON * covariance).sample((count,))
+    return mean.repeat(count, 1)
+
+
+def _moments(layer: ShardedLayer) -> tuple[Tensor, Tensor]:
+    """The mean and the covariance of the rows, in fp32. *Shapes:* :math:`(E)`, :math:`(E,E)`."""
+    block, gang = layer.weight.detach(), layer.gang
+    size, dim = table_shape(layer)
+    by_rows = layer.shard_dim == 0
+    step = max(1, _CHUNK_BYTES // (4 * dim))
+
+    total = torch.zeros(block.shape[1], device=gang.device)
+    for rows in block.split(step):
+        total += rows.to(gang.device, torch.float32).sum(0)
+    if by_rows and gang.size > 1:
+        gang.all_reduce(total)
+    mean = total / size
+    if not by_rows:
+        mean = all_gather_columns(mean, gang, layer.partition)
+
+    covariance = torch.zeros(dim, dim, device=gang.device)
+    for rows in block.split(step):
+        rows = rows.to(gang.device, torch.float32)
+        centered = (rows if by_rows else all_gather_columns(rows, gang, layer.partition)) - mean
+        covariance += centered.T @ centered
+    if by_rows and gang.size > 1:
+        gang.all_reduce(covariance)
+    return mean, covariance / size
+
+
+def _resize_bias(head: OutputHead, bias: Parameter, num_rows: int) -> None:
+    """New items have the mean of the old ones: transformers adds less than fp32 can show."""
+    added = max(0, num_rows - len(bias))
+    items = bias.detach().float().mean().to(bias.dtype).repeat(added)
+    head.bias = Parameter(torch.cat([bias.detach()[:num_rows], items]), bias.requires_grad)
+
+
+def _check_no_engine(model: Module) -> None:
+    has_engine = getattr(model, "ds_autotp_parsed", False) or any(
+        hasattr(parameter, name) for parameter in model.parameters() for name in _OF_ENGINES
+    )
+    if has_engine:
+        raise ValueError(
+            "The vocabulary must be resized before `deepspeed.initialize()`, but an engine holds "
+            "the Parameters already. Save a checkpoint, give it more rows with "
+            "`tp_embed.integrations.deepspeed.to_universal()` and `resize_vocab()`, and load it "
+            "with `load_universal()` into an engine of a model that has been resized."
+        )
+
+
+# What ZeRO leaves on Parameters: 1 and 2, and 3.
+_OF_ENGINES = ("_hp_mapping", "_z3_optimizer", "ds_id")

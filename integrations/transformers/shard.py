@@ -1,0 +1,93 @@
+"""Shards the tables of a model as a DeepSpeed config says, before others build its engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.module_inject.autotp_config import PartitionType
+from deepspeed.runtime.tensor_parallel import get_tensor_parallel_config
+from torch import nn
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from tp_embed.agreement import check_agreement, raise_together
+
+# What `tp_embed.integrations.deepspeed.initialize()` does before it builds an engine.
+from tp_embed.integrations.deepspeed.config import SECTION, read_section
+from tp_embed.integrations.deepspeed.initialize import (
+    _check,
+    _find_gang,
+    _is_out_of_reach,
+    _shard,
+)
+from tp_embed.repoint import Groups
+from tp_embed.surgery import ShardingReport
+from tp_embed.watchdog import Watchdog
+
+_GATHER = "stage3_gather_16bit_weights_on_model_save"
+
+
+def shard_by_config(
+    model: Module,
+    config: dict[str, Any],
+    optimizer: Optimizer | None = None,
+    parameters: Groups | None = None,
+) -> ShardingReport:
+    """Shards the tables of ``model`` as the section ``"tp_embed"`` of ``config`` says, and has
+    engines of ``config`` give whole models, which is a matter of its ``zero_optimization``.
+
+    All ranks call it; it checks what :func:`tp_embed.integrations.deepspeed.initialize` checks.
+    """
+    deepspeed.init_distributed()
+    ds_config, section = read_section(config)
+    autotp_size = (ds_config.get("tensor_parallel") or {}).get("autotp_size", 0)
+    gang = _find_gang(model, autotp_size, None)
+    facts = {f"the section `{SECTION}`": section.model_dump(), "the seed": torch.initial_seed()}
+    check_agreement(gang, facts)
+
+    def check() -> None:
+        _check(model, gang, section, ds_config)
+        if gang.size > 1:
+            check_lora(model, ds_config)
+
+    raise_together(gang, check)
+    report = ShardingReport(())
+    if not _is_out_of_reach(model, gang):
+        report = _shard(model, gang, section, optimizer, parameters)
+    zero = config.setdefault("zero_optimization", {})
+    if zero.get(_GATHER, "auto") == "auto":
+        zero[_GATHER] = True
+    return report
+
+
+def start_watchdog(config: dict[str, Any]) -> Watchdog | None:
+    """The watchdog of the section, if it has one. Call it when there is an engine: until then ops
+    may be compiled, for which the others wait."""
+    _, section = read_section(config)
+    return None if section.watchdog is None else Watchdog.start(section.watchdog.timeout)
+
+
+def check_lora(model: Module, ds_config: dict[str, Any]) -> None:
+    """
+    :raises ValueError: AutoTP, which does not know LoRA, would cut layers with adapters.
+    """
+    adapted = [
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and isinstance(module.base_layer, nn.Linear)
+        for parameter, _ in module.named_parameters()
+        if parameter.startswith(("base_layer.", "lora_A.", "lora_B."))
+    ]
+    partition = get_tensor_parallel_config(ds_config).get_partition_config_object()
+    for name in adapted:
+        spec = None if partition is None else partition.find_matching_spec(name)
+        is_left = spec is None or spec.partition_type == PartitionType.SKIP
+        if partition is None or partition.use_default_specs or not is_left:
+            raise ValueError(
+                "`tensor_parallel.partition_config` must name, without the default specs, what "
+                f"AutoTP is to cut, and nothing that has adapters of LoRA, but AutoTP would cut "
+                f"`{name}`, and the adapter would not fit it. Name layers without adapters: "
+                '`{"use_default_specs": false, "layer_specs": [...]}`.'
+            )

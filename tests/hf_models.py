@@ -1,0 +1,56 @@
+"""The small models of transformers that tests of its integration use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+V, E = 37, 16
+_SMALL = {
+    "vocab_size": V,
+    "hidden_size": E,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_GPT2 = {
+    "vocab_size": V,
+    "n_embd": E,
+    "n_layer": 1,
+    "n_head": 4,
+    "n_positions": 24,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+MODELS = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {**_SMALL, "tie_word_embeddings": False}),
+    "tied llama": ("LlamaForCausalLM", "LlamaConfig", {**_SMALL, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**_SMALL, "tie_word_embeddings": True}),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", _SMALL),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
+}
+
+
+def build(name: str, **options: Any) -> Any:
+    """One of :data:`MODELS`, the same each time."""
+    torch.manual_seed(0)
+    model_class, config_class, sizes = MODELS[name]
+    config = getattr(transformers, config_class)(**{**sizes, **options})
+    return getattr(transformers, model_class)(config).eval()
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(1, V, (2, 9), generator=torch.Generator().manual_seed(5))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=ids()).logits
+    return found
