@@ -7,7 +7,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tp_embed import init as init_functions
 from tp_embed.embedding import InitFn, Output
@@ -15,6 +15,17 @@ from tp_embed.init import is_blockwise
 from tp_embed.strategies import Strategy
 
 SECTION = "tp_embed"
+
+
+class WatchdogConfig(BaseModel):
+    """The keys of ``"watchdog"``; see :func:`tp_embed.watchdog.watch`.
+
+    :param timeout: in seconds.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    timeout: float = Field(ge=1)
 
 
 class EmbedConfig(BaseModel):
@@ -26,6 +37,7 @@ class EmbedConfig(BaseModel):
     :param shard_logits: whether a model of transformers computes its loss from the logits of each
         rank, see :func:`tp_embed.integrations.transformers.shard_logits`. Then ``outputs.logits``
         are rank-local wherever labels are given.
+    :param watchdog: ends all ranks when one is missing, once the engine is there; none by default.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -38,6 +50,7 @@ class EmbedConfig(BaseModel):
     output: Output = "replicated"
     sparse: bool | None = None
     init: str | dict[str, Any] | None = None
+    watchdog: WatchdogConfig | None = None
 
     @field_validator("init")
     @classmethod
@@ -66,8 +79,10 @@ def read_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], EmbedConfig
 def _describe(error: Any) -> str:
     key = ".".join(str(part) for part in (SECTION, *error["loc"]))
     if error["type"] == "extra_forbidden":
-        keys = ", ".join(sorted(EmbedConfig.model_fields))
-        return f"`{key}` is not a key of the DeepSpeed config. The section `{SECTION}` has {keys}."
+        section, _, _ = key.rpartition(".")
+        model = EmbedConfig if section == SECTION else WatchdogConfig
+        keys = ", ".join(sorted(model.model_fields))
+        return f"`{key}` is not a key of the DeepSpeed config. The section `{section}` has {keys}."
     message = error["msg"].removeprefix("Value error, ")
     return f"`{key}` of the DeepSpeed config is {error['input']!r}: {message}."
 

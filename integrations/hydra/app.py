@@ -45,7 +45,10 @@ def main(
             try:
                 with log_failure():
                     return function(config)
-            except Exception:
+            except Exception as e:
+                if watchdog := sys.modules.get("tp_embed.watchdog"):
+                    # The others wait for this rank, and Hydra ends it without an error.
+                    watchdog.Watchdog.report(e)
                 if place.size > 1 and HydraConfig.get().mode is RunMode.MULTIRUN:
                     # Hydra would begin the next job, while the other ranks wait for it in this one.
                     traceback.print_exc()

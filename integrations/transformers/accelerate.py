@@ -8,7 +8,10 @@ from accelerate.utils import DummyOptim
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from .shard import shard_by_config, start_watchdog
+from tp_embed.integrations.deepspeed.config import read_section
+from tp_embed.integrations.deepspeed.sharding import start_watchdog
+
+from .shard import shard_by_config
 
 
 def prepare(accelerator: Any, *objects: Any, **options: Any) -> Any:
@@ -43,9 +46,10 @@ def prepare(accelerator: Any, *objects: Any, **options: Any) -> Any:
         optimizers[0] if optimizers else None,
         groups[0] if groups else None,
     )
+    _, section = read_section(plugin.deepspeed_config)
     prepared = accelerator.prepare(*objects, **options)
     for engine in prepared if isinstance(prepared, tuple) else (prepared,):
         if getattr(engine, "module", None) is models[0]:
             engine.tp_embed_report = report
-            engine.tp_embed_watchdog = start_watchdog(plugin.deepspeed_config)
+            engine.tp_embed_watchdog = start_watchdog(section)
     return prepared

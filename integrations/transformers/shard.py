@@ -5,26 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import deepspeed
-import torch
 from deepspeed.module_inject.autotp_config import PartitionType
 from deepspeed.runtime.tensor_parallel import get_tensor_parallel_config
 from torch import nn
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from tp_embed.agreement import check_agreement, raise_together
-
-# What `tp_embed.integrations.deepspeed.initialize()` does before it builds an engine.
-from tp_embed.integrations.deepspeed.config import SECTION, read_section
-from tp_embed.integrations.deepspeed.initialize import (
-    _check,
-    _find_gang,
-    _is_out_of_reach,
-    _shard,
-)
+from tp_embed.gang import Gang
+from tp_embed.integrations.deepspeed.config import read_section
+from tp_embed.integrations.deepspeed.sharding import shard_model
 from tp_embed.repoint import Groups
 from tp_embed.surgery import ShardingReport
-from tp_embed.watchdog import Watchdog
 
 _GATHER = "stage3_gather_16bit_weights_on_model_save"
 
@@ -42,31 +33,18 @@ def shard_by_config(
     """
     deepspeed.init_distributed()
     ds_config, section = read_section(config)
-    autotp_size = (ds_config.get("tensor_parallel") or {}).get("autotp_size", 0)
-    gang = _find_gang(model, autotp_size, None)
-    facts = {f"the section `{SECTION}`": section.model_dump(), "the seed": torch.initial_seed()}
-    check_agreement(gang, facts)
 
-    def check() -> None:
-        _check(model, gang, section, ds_config)
+    def check(gang: Gang) -> None:
         if gang.size > 1:
             check_lora(model, ds_config)
 
-    raise_together(gang, check)
-    report = ShardingReport(())
-    if not _is_out_of_reach(model, gang):
-        report = _shard(model, gang, section, optimizer, parameters)
+    report = shard_model(
+        model, ds_config, section, optimizer=optimizer, parameters=parameters, check=check
+    )
     zero = config.setdefault("zero_optimization", {})
     if zero.get(_GATHER, "auto") == "auto":
         zero[_GATHER] = True
     return report
-
-
-def start_watchdog(config: dict[str, Any]) -> Watchdog | None:
-    """The watchdog of the section, if it has one. Call it when there is an engine: until then ops
-    may be compiled, for which the others wait."""
-    _, section = read_section(config)
-    return None if section.watchdog is None else Watchdog.start(section.watchdog.timeout)
 
 
 def check_lora(model: Module, ds_config: dict[str, Any]) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from tp_embed.integrations.deepspeed.config import read_section
+from tp_embed.integrations.deepspeed.sharding import start_watchdog
 from tp_embed.surgery import ShardingReport
 from tp_embed.watchdog import Watchdog
 
-from .shard import shard_by_config, start_watchdog
+from .shard import shard_by_config
 
 logger = logging.get_logger(__name__)
 
@@ -51,4 +53,5 @@ class ShardTables(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.watchdog is None:
-            self.watchdog = start_watchdog(args.hf_deepspeed_config.config)
+            _, section = read_section(args.hf_deepspeed_config.config)
+            self.watchdog = start_watchdog(section)

@@ -1,0 +1,169 @@
+"""Shards the tables of a model as a DeepSpeed config says, before there is an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.zero.utils import is_zero_param
+from deepspeed.utils import log_dist
+from torch import nn
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from tp_embed.agreement import check_agreement, raise_together
+from tp_embed.gang import FakeGang, Gang
+from tp_embed.strategies import choose_strategies
+from tp_embed.surgery import ShardingReport, shard_embeddings
+from tp_embed.watchdog import Watchdog
+
+from .checks import PIPELINE, check_choices, check_clipping, check_config, check_sparse
+from .config import SECTION, EmbedConfig
+from .gang import DeepSpeedGang
+
+
+def shard_model(
+    model: Module,
+    ds_config: dict[str, Any],
+    section: EmbedConfig,
+    *,
+    mpu: Any = None,
+    optimizer: Any = None,
+    parameters: Any = None,
+    check: Callable[[Gang], None] = lambda gang: None,
+) -> ShardingReport:
+    """Shards the tables of ``model``, for an engine of the DeepSpeed config, as ``section`` says.
+
+    All ranks have to call it, after ``deepspeed.init_distributed()``. They compare their sections,
+    the tables, and the seeds of torch.
+
+    :param ds_config: without the section.
+    :param optimizer: gets the new Parameters, if it is one, and not a function that makes one.
+    :param parameters: of the optimizer to be: get the new ones, in place.
+    :param check: what else may refuse the model; is called before anything is changed.
+    :raises ValueError: as :func:`initialize`.
+    :raises GangError: the ranks of a gang disagree.
+    """
+    autotp_size = (ds_config.get("tensor_parallel") or {}).get("autotp_size", 0)
+    gang = _find_gang(model, autotp_size, mpu)
+    check_agreement(
+        gang,
+        {
+            f"the section `{SECTION}`": section.model_dump(),
+            "the seed of torch": torch.initial_seed(),
+        },
+    )
+
+    def check_all() -> None:
+        _check(model, gang, section, ds_config)
+        check(gang)
+
+    raise_together(gang, check_all)
+    report = ShardingReport(())
+    if isinstance(model, PipelineModule):
+        if gang.size > 1:
+            _check_stages(model)
+    elif not _is_out_of_reach(model, gang):
+        report = _shard(model, gang, section, optimizer, parameters)
+    log_dist(f"tp_embed over {gang}:\n{report}", ranks=[0])
+    return report
+
+
+def start_watchdog(section: EmbedConfig) -> Watchdog | None:
+    """The watchdog of the section, if it has one. It is for when there is an engine: until then
+    ops may be compiled, for which ranks wait long."""
+    return None if section.watchdog is None else Watchdog.start(section.watchdog.timeout)
+
+
+def _find_gang(model: Module, autotp_size: int, mpu: Any) -> Gang:
+    if autotp_size > 1:
+        return DeepSpeedGang.from_groups(tp_size=autotp_size)
+    if isinstance(model, PipelineModule):
+        mpu = model.mpu()
+    if mpu is None:
+        # The same layers and initial values as with tensor parallelism, on each rank alone.
+        return FakeGang(get_accelerator().current_device_name())
+    return DeepSpeedGang.from_mpu(mpu)
+
+
+def _check(model: Module, gang: Gang, section: EmbedConfig, ds_config: dict[str, Any]) -> None:
+    """Finds out what would be refused before anything is changed."""
+    if gang.size > 1:
+        check_config(ds_config)
+    if isinstance(model, PipelineModule):
+        if model.num_stages > 1:
+            check_clipping(ds_config)
+        return
+    if _is_out_of_reach(model, gang):
+        if section.init is not None:
+            raise ValueError(
+                f"`{SECTION}.init` must be left out for a model of `deepspeed.zero.Init` without "
+                f"tensor parallelism, but is {section.init!r}. Initialize it where it is built."
+            )
+        return
+    choices = choose_strategies(
+        model, section.strategy, section.rules, section.tie_head, section.shard_head
+    )
+    check_choices(model, ds_config, choices)
+    tables = [table for group, _ in choices for table in group.embeddings]
+    if section.sparse or (section.sparse is None and any(table.sparse for table in tables)):
+        check_sparse(ds_config)
+    if section.shard_logits:
+        from tp_embed.integrations.transformers import check_loss  # An optional dependency.
+
+        check_loss(model)
+        heads = {head: chosen for group, chosen in choices for head in group.heads}
+        chosen = heads.get(cast(Any, model).get_output_embeddings(), "none")
+        if chosen != "vocab":
+            raise ValueError(
+                f"The strategy for the output head must be 'vocab' with `{SECTION}.shard_logits`, "
+                f"but is {chosen!r} instead. Set `{SECTION}.strategy` to 'vocab', or "
+                f"`{SECTION}.shard_logits` to false."
+            )
+
+
+def _is_out_of_reach(model: Module, gang: Gang) -> bool:
+    """Whether the Parameters are partitioned by `deepspeed.zero.Init` while there is no tensor
+    parallelism, for which alone it would be worth to fetch them."""
+    return isinstance(gang, FakeGang) and any(map(is_zero_param, model.parameters()))
+
+
+def _shard(
+    model: Module,
+    gang: Gang,
+    section: EmbedConfig,
+    optimizer: Any,
+    parameters: list[Any] | None,
+) -> ShardingReport:
+    report = shard_embeddings(
+        model,
+        gang,
+        strategy=section.strategy,
+        rules=section.rules,
+        tie_head=section.tie_head,
+        shard_head=section.shard_head,
+        output=section.output,
+        sparse=section.sparse,
+        init_fn=section.init_fn,
+        optimizer=optimizer if isinstance(optimizer, Optimizer) else None,
+        parameters=parameters,
+    )
+    if section.shard_logits:
+        from tp_embed.integrations.transformers import shard_logits
+
+        shard_logits(model)
+    return report
+
+
+def _check_stages(model: PipelineModule) -> None:
+    """Checks that no stage has a table that is not sharded. Each rank sees those of its own."""
+    own = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    of_all: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_all, own)
+    tables = sorted({name for names in of_all for name in names})
+    if tables:
+        raise ValueError(f"{PIPELINE} Not sharded are {tables}.")
