@@ -14,6 +14,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from peft import LoraConfig
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -83,9 +84,9 @@ def train(model: Any, optimizer: Any) -> list[float]:
 
 def main(model_dir: str, adapter_dir: str) -> None:
     gang = DeepSpeedGang.from_groups(tp_size=2)
-    if gang.rank == 0 and not Path(model_dir).exists():
+    if dist.get_rank() == 0 and not Path(model_dir).exists():
         build_model().save_pretrained(model_dir)
-    gang.barrier()
+    dist.barrier()
 
     torch.manual_seed(0)
     base = from_pretrained(LlamaForCausalLM, model_dir, gang)
@@ -93,7 +94,7 @@ def main(model_dir: str, adapter_dir: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)
     for step, loss in enumerate(train(engine, optimizer), start=1):
-        if gang.rank == 0:
+        if dist.get_rank() == 0:
             print(f"step {step}: loss {loss:.8f}")
     model.save_pretrained(adapter_dir, state_dict=engine._consolidated_16bit_state_dict())
 

@@ -179,14 +179,15 @@ def hold(stack: ExitStack, directory: Path, name: str, options: Sequence[str], s
     """Runs ``script`` in new namespaces; it and they last until the stack ends or this process
     does. Gives a process of this machine that is in them."""
     errors = directory / f"{name}_errors"
-    process = subprocess.Popen(
-        ["unshare", *options, "--pid", "--fork", "--kill-child", "sh", "-c", script],
-        stdin=subprocess.PIPE,  # Its end is the script's end.
-        stdout=subprocess.PIPE,
-        stderr=errors.open("wb"),
-        env={"PATH": PATH},
-        start_new_session=True,  # Not for the ^C of a terminal.
-    )
+    with errors.open("wb") as file:
+        process = subprocess.Popen(
+            ["unshare", *options, "--pid", "--fork", "--kill-child", "sh", "-c", script],
+            stdin=subprocess.PIPE,  # Its end is the script's end.
+            stdout=subprocess.PIPE,
+            stderr=file,
+            env={"PATH": PATH},
+            start_new_session=True,  # Not for the ^C of a terminal.
+        )
     stack.callback(process.communicate)  # Closes it, and waits.
     assert process.stdout is not None
     if process.stdout.readline() != b"ready\n":

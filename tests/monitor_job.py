@@ -34,6 +34,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "zero3-vocab": (3, "vocab", {}),
     "bf16": (1, "embed", BF16),
     "offload": (2, "vocab", OFFLOAD),
+    "whole tables": (1, "none", {}),
 }
 
 
@@ -137,6 +138,14 @@ def main(out: Path) -> None:
         train(engine)
         monitor.close()
         seen[name] = {"rows": monitor.rows}
+
+    # Of the last engine, which is at step 4.
+    monitors = [EngineMonitor(engine, every=every) for every in (1, 2)]
+    for monitor in monitors:
+        train(engine)
+        monitor.close()
+    train(engine)
+    seen["two monitors"] = [[row["step"] for row in monitor.rows] for monitor in monitors]
 
     seen["pipeline"] = {"rows": train_pipeline()}
 

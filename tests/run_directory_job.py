@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from tp_embed.integrations.hydra import main, register_schemas
+from tp_embed.watchdog import Watchdog
 
 register_schemas()
 log = logging.getLogger("job")
@@ -29,6 +30,8 @@ log = logging.getLogger("job")
 def job(config):
     if not dist.is_initialized():
         dist.init_process_group("gloo")  # At the address of the store that the ranks agreed by.
+    if config.watch:
+        Watchdog.start(config.watch)
     rank = dist.get_rank()
     hydra = HydraConfig.get()
     place = find_place()

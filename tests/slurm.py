@@ -37,7 +37,7 @@ CredType=cred/munge
 ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 MpiDefault=none
-SelectType=select/cons_res
+SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 ReturnToService=2

@@ -117,3 +117,29 @@ def test_app_has_the_exit_codes_of_the_command_and_leaves_no_other_files(source,
     misspelt = app(*convert, "ressume=true")
     assert misspelt.returncode == cli.USAGE
     assert "ressume" in misspelt.stderr
+
+
+FAULTY = """
+from tp_embed.integrations.hydra.command_app import run_command
+from tp_embed.integrations.hydra.convert import register_schema
+
+def fail(config):
+    raise RuntimeError("a fault of the program")
+
+register_schema()
+raise SystemExit(run_command("convert", fail))
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        ("dp=2", cli.FAILED, "a fault of the program"),
+        ("dq=2", cli.USAGE, "Could not override 'dq'"),
+    ],
+)
+def test_fault_is_not_taken_for_wrong_usage(tmp_path, override, code, message):
+    command = [sys.executable, "-c", FAULTY, override]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr

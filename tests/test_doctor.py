@@ -24,8 +24,10 @@ from launch import ROOT, deepspeed_command, environment, free_port, run, start, 
 from tp_embed.doctor import locks, machine, topology
 from tp_embed.doctor.findings import Finding, as_lines, fold, name_ranks
 from tp_embed.doctor.job import Job
+from tp_embed.doctor.meeting import Meeting
 from tp_embed.doctor.versions import is_supported
-from tp_embed.launcher import find_place
+from tp_embed.early_store import MeetingError
+from tp_embed.launcher import Place, find_place
 
 DOCTOR = [sys.executable, "-m", "tp_embed", "doctor"]
 PATIENCE = 100.0  # Seconds for a run on a machine that is busy.
@@ -154,6 +156,21 @@ def test_stale_locks_are_told_from_held_ones_and_only_they_are_removed_when_aske
         assert held.exists()
 
 
+def test_lock_that_cannot_be_removed_is_not_said_to_be_gone(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "lock").touch()
+    (tmp_path / "b" / "lock").mkdir(parents=True)  # As little a file as root may remove.
+    job = job_of(2, lambda rank: "n", locks=locks.look())
+    removed = {0: locks.remove(job, 0)}
+    assert not (tmp_path / "a" / "lock").exists()
+    gone, left = fold(locks.judge(job, removed))
+    assert (gone.level, gone.ranks) == ("ok", (0, 1))
+    assert f"{tmp_path}/a/lock was stale and is removed" in gone.what
+    assert (left.level, left.ranks) == ("error", (0, 1))
+    assert "but it cannot be removed: Is a directory" in left.what
+
+
 def deepspeed_of_old(*options):
     """It gives `--local_rank=N` to programs, unless it is told not to."""
     command = deepspeed_command("--module", "tp_embed", *options)
@@ -267,6 +284,19 @@ def test_rank_that_ends_in_a_collective_is_named():
     result = Result(ranks[0].returncode, output)
     assert result.code == 1
     assert result.find("came, and then answered no more", "error")["ranks"] == [1]
+
+
+def test_rank_says_that_rank_0_is_gone():
+    port = free_port()
+    first = Meeting(Place("none", 0, 2, 0, 2, "127.0.0.1", port), 5)
+    other = Meeting(Place("none", 1, 2, 1, 2, "127.0.0.1", port), 5)
+    del first
+    with suppress(MeetingError):
+        other.gather(1)  # What is only sent may be lost unnoticed once.
+    for ask in (other.gather, other.share, other.tell):
+        with pytest.raises(MeetingError, match="rank 0 does not answer any more"):
+            ask(1)
+    other.end()
 
 
 def test_port_that_is_taken_is_named():

@@ -7,7 +7,9 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -23,6 +25,8 @@ from launch import BIN, deepspeed_command, environment, free_port, run
 from tp_embed import GangError
 from tp_embed.integrations.deepspeed.config import read_section
 from tp_embed.watchdog import EXIT_CODE, Watchdog
+from tp_embed.watchdog.hub import Hub
+from tp_embed.watchdog.link import Link, Lost
 
 TIMEOUT = 10  # Of the watchdog, in seconds.
 MARGIN = 20  # For a machine that is busy with other things.
@@ -46,6 +50,35 @@ def test_what_the_watchdog_refuses():
     ):
         with pytest.raises(ValueError, match=said):
             read_section({"tp_embed": {"watchdog": section}})
+
+
+def test_the_hub_takes_each_rank_once_and_nobody_else():
+    hub = Hub(1, timeout=10, beat=1, token="right")
+    thread = threading.Thread(target=hub.run, daemon=True)
+    thread.start()
+
+    def come(**message: object) -> Link:
+        link = Link(socket.create_connection(("127.0.0.1", hub.port), timeout=5))
+        link.send(message)
+        return link
+
+    def is_turned_away(link: Link) -> bool:
+        with suppress(Lost):
+            for _ in range(100):
+                link.receive()
+                time.sleep(0.05)
+            return False
+        return True
+
+    assert is_turned_away(come(token="wrong", rank=0, name="a stranger"))
+    assert is_turned_away(come(token="right", rank=1, name="of a larger job"))
+    rank = come(token="right", rank=0, name="rank 0")
+    time.sleep(0.5)
+    assert is_turned_away(come(token="right", rank=0, name="rank 0 again"))
+    rank.send({"leaves": True})
+    thread.join(10)
+    assert not thread.is_alive()
+    hub.close()
 
 
 @pytest.fixture(scope="module")

@@ -106,3 +106,23 @@ def test_what_needs_the_whole_table_is_refused():
     shard_embeddings(model, gang)
     # Elsewhere it is none of our business.
     get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "sharding", "match"),
+    [
+        ({"target_modules": ["embed_tokens"], "use_dora": True}, {}, "`use_dora` must be left"),
+        (
+            {"target_modules": ["lm_head"]},
+            {"rules": {"base_model.model.lm_head.base_layer": "vocab"}},
+            "must not name an output head",
+        ),
+    ],
+)
+def test_adapters_that_are_there_are_refused_before_anything_changes(options, sharding, match):
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(r=4, **options))
+    before, modules = logits(model), list(model.modules())
+    with pytest.raises(ValueError, match=match):
+        shard_embeddings(model, FakeGang("cpu", rank=0, size=2), **sharding)
+    assert list(model.modules()) == modules
+    torch.testing.assert_close(logits(model), before)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_models import MODELS, V, build, ids, logits
 from parity import assert_same_bits
-from tp_embed import FakeGang, shard_embeddings
+from tp_embed import FakeGang, GangError, shard_embeddings
 from tp_embed.checkpoint import full_state_dict
 from tp_embed.head import ShardedLayer
 from tp_embed.integrations.transformers import from_pretrained
@@ -29,7 +29,7 @@ def save(gang, name, strategy, directory):
     shard_embeddings(model, gang, strategy=strategy)
     assert type(model).__name__ == kind.__name__
     assert isinstance(model, kind)
-    model.save_pretrained(directory / "one")
+    model.save_pretrained(directory / "one", gang.rank == 0)  # `is_main_process`
     model.save_pretrained(directory / "many", max_shard_size=3000)
     gang.barrier()
     return logits(model)
@@ -126,6 +126,32 @@ def test_what_cannot_be_loaded_into_shards(pool, tmp_path):
         assert "`tp_plan` must be left out" in plan
         assert "`sharding` must not have an `init_fn`" in init_fn
         assert "`model_class` must be a `PreTrainedModel`" in kind
+
+
+def fail_alone(gang, directory):
+    """What each rank says where one has no checkpoint, and where one cannot write."""
+    found = []
+    with pytest.raises((OSError, GangError)) as caught:
+        from_pretrained(LlamaForCausalLM, directory / f"node{gang.rank}", gang)
+    found.append(caught)
+    model = build("llama")
+    shard_embeddings(model, gang)
+    with pytest.raises((ValueError, GangError)) as caught:
+        model.save_pretrained(directory / "file")
+    found.append(caught)
+    return [f"{caught.type.__name__}: {caught.value}" for caught in found]
+
+
+def test_ranks_do_not_wait_for_one_that_has_failed(pool, tmp_path):
+    for rank in range(SIZE):
+        if rank != 1:
+            build("llama").save_pretrained(tmp_path / f"node{rank}")
+    (tmp_path / "file").touch()
+    for rank, (loading, saving) in enumerate(pool(SIZE, fail_alone, tmp_path)):
+        assert loading.startswith("OSError" if rank == 1 else "GangError: Rank 1 of")
+        assert saving.startswith(
+            "ValueError: `save_directory` must be" if rank == 0 else "GangError: Rank 0 of"
+        )
 
 
 def resize(gang, name, strategy, sizes):

@@ -6,11 +6,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from hosts import IFNAME, require
 from launch import BIN, ROOT, environment, free_port
@@ -75,14 +78,16 @@ def test_run_on_this_machine(name, launcher, variables, tmp_path):
             env=common | own,
             stdout=output.open("wb"),
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         for own, output in zip(variables, outputs, strict=True)
     ]
     try:
         statuses = [process.wait(TIMEOUT) for process in processes]
     finally:
-        for process in processes:
-            process.kill()
+        for process in processes:  # And all that it has started, if it is not over.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     text = "\n".join(output.read_text() for output in outputs)
     assert statuses == [0] * len(processes), text
     check_run(tmp_path, text, launcher)
@@ -142,8 +147,16 @@ VARIABLES = {"HOSTS": "node1 node2", "RANKS": "1", "IFNAME": IFNAME, "SCRIPT": s
 def test_pdsh(nodes, tmp_path):
     require("pdsh")
     env = {**VARIABLES, "MASTER_PORT": str(free_port())}
-    output = nodes[0].run([LAUNCH / "pdsh.sh"], TIMEOUT, tmp_path, env)
+    (tmp_path / ".deepspeed_env").write_text("# Mine.\n\nTP_EMBED_RUN_ID=of_the_file")
+    command = [LAUNCH / "pdsh.sh", "+path=${oc.env:PATH}", "+text='${x} \\${x} `'", "+empty="]
+    output = nodes[0].run(command, TIMEOUT, tmp_path, env)
     check_run(tmp_path, output, "deepspeed")
+    assert " of_the_file " in output
+    (config,) = tmp_path.glob("outputs/*/*/config.yaml")
+    saved = OmegaConf.to_container(OmegaConf.load(config))
+    assert saved["path"].startswith(environment()["PATH"])
+    assert saved["text"] == "1 ${x} `"
+    assert saved["empty"] == ""
 
     without = tmp_path / "bin"
     without.mkdir()

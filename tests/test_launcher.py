@@ -58,7 +58,7 @@ def test_launchers_of_a_node(launcher, environ):
 def test_open_mpi():
     place = find_place(OPENMPI)
     assert (place.launcher, place.rank, place.size) == ("openmpi", 3, 6)
-    assert (place.local_rank, place.local_size, place.master_addr) == (1, 2, "127.0.0.1")
+    assert (place.local_rank, place.local_size, place.master_addr) == (1, 2, "10.0.0.1")
     given = {**OPENMPI, "MASTER_ADDR": "node-a", "MASTER_PORT": "1234"}
     assert (find_place(given).master_addr, find_place(given).master_port) == ("node-a", 1234)
     on_one_node = {**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "6", "OMPI_MCA_orte_hnp_uri": ""}
@@ -69,6 +69,7 @@ def test_open_mpi():
     "environ",
     [
         {"OMPI_MCA_orte_hnp_uri": ""},
+        {"OMPI_MCA_orte_hnp_uri": "1;tcp://127.0.0.1:55555"},
         # Rank 0 is not on the node of mpirun. 192.0.2.0/24 is for documentation, and nobody's.
         {
             "OMPI_COMM_WORLD_RANK": "0",
@@ -91,6 +92,29 @@ def test_slurm():
     assert find_place(last).master_port == place.master_port
     assert 20_000 <= place.master_port < 30_000
     assert find_place({**SLURM, "SLURM_JOB_ID": "78"}).master_port != place.master_port
+
+
+def test_rank_that_a_shell_of_slurm_has_started_is_no_task():
+    """As in `srun --pty bash`."""
+    shell = {**SLURM, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    shell |= {"SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "1"}
+    assert find_place({**shell, **TORCH}).launcher == "none"
+    assert find_place({**shell, **TORCH}).rank == 3
+    alone = find_place(shell)
+    # Two programs of one shell must not take one port.
+    assert (alone.launcher, alone.size, alone.master_port) == ("slurm", 1, None)
+    environ = dict(shell)
+    alone.export(environ)
+    assert find_place(environ).launcher == "slurm"
+
+
+def test_ranks_of_a_node_that_nobody_counts_are_not_guessed():
+    """DeepSpeed would take `LOCAL_SIZE` equal to `WORLD_SIZE` for ranks that share memory."""
+    environ = dict(TORCH)
+    place = find_place(environ)
+    assert place.local_size is None
+    place.export(environ)
+    assert environ == TORCH
 
 
 def test_batch_script_of_slurm_is_no_task():
@@ -146,6 +170,9 @@ def test_export_sets_what_is_missing_and_changes_nothing_else(started):
     ("environ", "message"),
     [
         ({**SLURM, "RANK": "0"}, "`RANK` must be 3 or missing .`SLURM_PROCID` of Slurm."),
+        ({**SLURM, "WORLD_SIZE": "2"}, "`WORLD_SIZE` must be 6 or missing .`SLURM_STEP_NUM_TASKS`"),
+        ({**SLURM, "SLURM_NODEID": "4"}, "`SLURM_NODEID` must be one of the 4 nodes .* is 4"),
+        ({**OPENMPI, "WORLD_SIZE": "8"}, "`WORLD_SIZE` must be 6 .* of Open MPI., but is '8'"),
         ({**OPENMPI, "RANK": "0"}, "`RANK` must be 3 .* of Open MPI., but is '0' instead"),
         ({**TORCH, "RANK": "three"}, "`RANK` must be an integer, but is 'three' instead"),
         ({"RANK": "0"}, "`WORLD_SIZE` must be set in a process of a run with `RANK`"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 
 import pytest
@@ -162,7 +164,7 @@ def test_callers_loss_goes_before_the_models_and_secrets_are_not_written(tmp_pat
     about = {"comet": {"api_key": "abc123", "project": "mine"}, "seed": 1}
     monitor = Monitor(model, optimizer, every=1, directory=tmp_path, about=about)
     model(batches()[0])[0].backward()
-    monitor.record(loss=7.0, temperature=torch.tensor(0.5))
+    monitor.record(loss=torch.tensor([7.0]), temperature=torch.tensor(0.5))
     optimizer.step()
     (row,) = monitor.rows
     assert row["loss"] == 7.0
@@ -172,6 +174,53 @@ def test_callers_loss_goes_before_the_models_and_secrets_are_not_written(tmp_pat
     assert run.about["comet"] == {"api_key": "(left out)", "project": "mine"}
     assert run.about["seed"] == 1
     assert run.about["versions"]["torch"] == torch.__version__
+
+
+def test_secrets_of_the_command_are_not_written(tmp_path, monkeypatch):
+    command = ["train.py", "+comet.api_key=abc", "--hf-token", "abc", "--password=abc", "seed=1"]
+    monkeypatch.setattr(sys, "argv", [*command, "pad_token=x", "--token", "abc", "--verbose"])
+    about = {"loggers": [{"api_key": "abc", "name": "mine"}]}
+    Monitor(build(), directory=tmp_path, about=about).close()
+    found = read_run(tmp_path).about
+    assert "abc" not in json.dumps(found)
+    assert found["loggers"][0]["name"] == "mine"
+    assert found["command"][-4:] == ["pad_token=x", "--token", "(left out)", "--verbose"]
+
+
+class LikeTransformers(Model):
+    def forward(self, ids, num_items_in_batch=None):
+        loss, logits = super().forward(ids)
+        return loss if num_items_in_batch is None else loss * 15 / num_items_in_batch, logits
+
+
+def test_forwards_without_gradients_and_parts_of_a_loss_do_not_count():
+    model = LikeTransformers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = Monitor(model, optimizer, every=1)
+    ids = batches()[0]
+    for items in (None, 60):
+        with torch.no_grad():  # An evaluation in training mode, as for dropout.
+            model(ids[:5])
+        loss, _ = model(ids, num_items_in_batch=items)
+        loss.backward()
+        with torch.no_grad():
+            model(ids[:5])
+        optimizer.step()
+        row = monitor.rows[-1]
+        assert row["loss"] == (loss.item() if items is None else None)
+        assert row["unique_ratio"] == {"embed": len(torch.unique(ids)) / 16}
+        assert row["tokens_per_second"] * row["seconds"] == pytest.approx(16)
+
+
+def test_only_the_last_rows_are_held(monkeypatch):
+    monkeypatch.setattr("tp_embed.monitor.tables._MOST_ROWS", 3)
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = Monitor(model, optimizer, every=1)
+    for ids in batches()[:5]:
+        model(ids)[0].backward()
+        optimizer.step()
+    assert [row["step"] for row in monitor.rows] == [3, 4, 5]
 
 
 def test_a_monitor_of_no_steps_is_refused():

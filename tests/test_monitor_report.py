@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -192,3 +193,15 @@ def test_charts_keep_every_point_inside(values):
 )
 def test_numbers_are_short(value, text):
     assert number(value) == text
+
+
+def test_a_loss_that_is_infinite_is_left_out(tmp_path):
+    log = RunLog(tmp_path)
+    log.start({})
+    for step, loss in enumerate([3.0, math.inf, math.nan, 2.0], start=1):
+        log.add({"step": step, "every": 1, "loss": loss, "grad_norm": {"embed": loss}})
+    text = (tmp_path / "monitor.jsonl").read_text()
+    assert "Infinity" not in text
+    assert "NaN" not in text
+    run = read_run(tmp_path)
+    assert run.series("loss") == run.series("grad_norm", "embed") == ([1, 4], [3.0, 2.0])

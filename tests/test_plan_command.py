@@ -116,6 +116,9 @@ def test_what_a_config_does_not_say_is_asked_for(tmp_path, capsys):
             "`shard_logits` must be false",
         ),
         ((*TABLE, "--gpus-per-node", "8"), cli.USAGE, "--gpus-per-node must come with --bandwidth"),
+        ((*TABLE, "--latency", "5"), cli.USAGE, "--latency must come with --bandwidth"),
+        ((*TABLE, "--memory", "-1"), cli.USAGE, "`memory` must be greater than 0, but is -1.0"),
+        ((*TABLE, "--memory", "nan"), cli.USAGE, "`memory` must be greater than 0, but is nan"),
         ((*TABLE, "--bandwidth", "0"), cli.USAGE, "`bandwidth` must be greater than 0"),
         (("--hf-config", "nowhere"), cli.FAILED, "nowhere"),
     ],
@@ -152,6 +155,8 @@ def test_warnings_say_what_does_not_fit(capsys):
     assert data["warnings"][0] in printed
     _, data, _ = plan(capsys, "--vocab-size", "3", "--embed-dim", "2", "--tied", "--tp", "4")
     assert data["warnings"] == ["1 of 4 ranks hold nothing of the table."]
+    _, data, _ = plan(capsys, "--vocab-size", "3", "--embed-dim", "2", "--tp", "1000000000")
+    assert data["warnings"] == ["999999998 of 1000000000 ranks hold nothing of the table."]
     nodes = ("--bandwidth", "1", "--gpus-per-node", "2")
     _, data, _ = plan(capsys, *TABLE, "--tp", "4", *nodes)
     assert [warning.split()[0] for warning in data["warnings"]] == ["4", "Links"]

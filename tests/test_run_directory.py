@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 
 import pytest
 from omegaconf import OmegaConf
+from torch.distributed import TCPStore
 
 from launch import ROOT, free_port, run, torchrun_command
 from tp_embed.gang import GangError
-from tp_embed.integrations.hydra import run_start, strip_local_rank
+from tp_embed.integrations.hydra import main, run_start, strip_local_rank
 from tp_embed.launcher import Place
 
 JOB = ROOT / "tests" / "run_directory_job.py"
@@ -81,6 +85,12 @@ def test_failure_is_in_the_log_of_its_rank_and_ends_the_sweep(tmp_path, monkeypa
     assert "this rank fails" not in logs[0]
 
 
+def test_watchdog_is_told_of_a_failure(tmp_path):
+    """Which Hydra would hide from it."""
+    with pytest.raises(AssertionError, match=r"rank 1 on .* has failed: RuntimeError: this rank"):
+        run(torchrun_command(JOB, "fail_on=1", "watch=60"), tmp_path)
+
+
 def test_process_without_a_launcher_has_a_directory_too(tmp_path):
     output = run([sys.executable, str(JOB)], tmp_path)
     assert "AGREED True none 1" in output
@@ -89,17 +99,63 @@ def test_process_without_a_launcher_has_a_directory_too(tmp_path):
     assert files(only(day)) == RUN_FILES[:-1]
 
 
-@pytest.mark.parametrize(("rank", "who"), [(0, r"Ranks \[1\]"), (1, "Rank 1")])
-def test_ranks_that_do_not_meet_say_where(rank, who, monkeypatch):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_do_not_meet_say_where(rank, monkeypatch):
     monkeypatch.setattr(run_start, "_TIMEOUT", timedelta(seconds=1))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     port = free_port()
     own = run_start.RunStart(datetime.now(), "mine")
-    with pytest.raises(GangError, match=f"{who} must reach rank 0 at 127.0.0.1:{port} to agree"):
+    with pytest.raises(GangError, match=f"Rank 1 must meet the others to .*127.0.0.1:{port}"):
         run_start._agree(Place("deepspeed", rank, 2, 0, 1, "127.0.0.1", port), own)
     run_start.close_server()
-    with pytest.raises(ValueError, match="`MASTER_ADDR` and `MASTER_PORT` must be where rank 0"):
+    with pytest.raises(GangError, match=r"nobody has said where rank 0 is\. Fix: set MASTER_ADDR"):
         run_start._agree(Place("none", rank, 2, 0, 1, None, None), own)
+
+
+def test_port_that_another_program_has_is_named(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    own = run_start.RunStart(datetime.now(), "mine")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(GangError, match=f"port {port} is taken by another process"):
+            run_start._agree(Place("deepspeed", 0, 2, 0, 1, "127.0.0.1", port), own)
+
+
+def test_ranks_that_torchrun_starts_again_have_the_directory_that_they_had(monkeypatch):
+    """Its store outlives them, so that rank 1 may find there what an earlier rank 0 has left."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def agree(rank):
+        own = run_start.RunStart(datetime.now(), f"of rank {rank} in attempt {attempt}")
+        return run_start._agree(Place("torchrun", rank, 2, rank, 2, "127.0.0.1", store.port), own)
+
+    found = []
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        with ThreadPoolExecutor() as pool:
+            last = pool.submit(agree, 1)
+            if attempt == "0":
+                time.sleep(0.2)
+            else:
+                last.result(timeout=60)
+            found += [pool.submit(agree, 0).result(timeout=60), last.result(timeout=60)]
+    run_start.close_server()
+    assert {each.id for each in found} == {"of rank 0 in attempt 0"}
+    assert len(set(found)) == 1
+
+
+def test_failure_of_a_function_that_was_given_a_config_is_its_own(monkeypatch):
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    for name, value in {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+    @main()
+    def app(config):
+        raise RuntimeError(f"{config.x} fails")
+
+    with pytest.raises(RuntimeError, match="this fails"):
+        app(OmegaConf.create({"x": "this"}))
 
 
 @pytest.mark.parametrize("given", ["--local_rank=3", "--local-rank=3", "--local_rank 3"])

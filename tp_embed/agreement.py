@@ -31,14 +31,14 @@ def raise_together(gang: Gang, action: Callable[[], _T]) -> _T:
     """What ``action`` returns. All ranks have to call it, so that an error of one, which would
     leave the others waiting in the next collective, ends them all.
 
-    :raises GangError: ``action`` has raised a TypeError or ValueError on other ranks, but not here.
-        A rank where it has raised one raises that.
+    :raises GangError: ``action`` has raised an OSError, TypeError or ValueError on other ranks, but
+        not here. A rank where it has raised one raises that.
     """
     result: _T | None = None
     error: Exception | None = None
     try:
         result = action()
-    except (TypeError, ValueError) as e:
+    except (OSError, TypeError, ValueError) as e:
         error = e
     messages = _of_all_ranks(gang, None if error is None else str(error))
     for rank, message in enumerate(messages):

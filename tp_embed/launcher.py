@@ -20,6 +20,7 @@ from typing import final
 class Place:
     """The place of a process among those of its run.
 
+    ``local_size`` is the number of ranks of this node, or ``None`` if nobody says it.
     ``master_addr`` and ``master_port`` are where rank 0 listens. The port is ``None`` for a process
     that is alone, and both are for one whose launcher left them to the program.
     """
@@ -28,15 +29,16 @@ class Place:
     rank: int
     size: int
     local_rank: int
-    local_size: int
+    local_size: int | None
     master_addr: str | None
     master_port: int | None
 
     def __post_init__(self) -> None:
+        local_size = self.size if self.local_size is None else self.local_size
         for name, value, bound in (
             ("rank", self.rank, self.size),
-            ("local rank", self.local_rank, self.local_size),
-            ("number of ranks on this node", self.local_size - 1, self.size),
+            ("local rank", self.local_rank, local_size),
+            ("number of ranks on this node", local_size - 1, self.size),
         ):
             if not 0 <= value < bound:
                 raise ValueError(
@@ -81,7 +83,7 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
     if "OMPI_COMM_WORLD_RANK" in environ:
         return _from_openmpi(environ)
     # A batch script has a SLURM_PROCID too, but is no task of a step.
-    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
+    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and not _is_of_a_shell(environ):
         return _from_slurm(environ)
     if "RANK" in environ:
         return _from_torch("none", environ)
@@ -90,7 +92,9 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
 
 def _from_torch(launcher: str, environ: Mapping[str, str]) -> Place:
     size = _integer(launcher, environ, "WORLD_SIZE")
-    local_size = _integer(launcher, environ, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=size)
+    local_size = None
+    if size == 1 or "LOCAL_WORLD_SIZE" in environ or "LOCAL_SIZE" in environ:
+        local_size = _integer(launcher, environ, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=size)
     return Place(
         launcher,
         _integer(launcher, environ, "RANK"),
@@ -107,12 +111,13 @@ def _from_openmpi(environ: Mapping[str, str]) -> Place:
         return _integer("openmpi", environ, f"OMPI_COMM_WORLD_{name}")
 
     rank, size, local_size = value("RANK"), value("SIZE"), value("LOCAL_SIZE")
-    _check_rank("openmpi", environ, "OMPI_COMM_WORLD_RANK", rank)
+    _check("openmpi", environ, "RANK", "OMPI_COMM_WORLD_RANK", rank)
+    _check("openmpi", environ, "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", size)
     address = environ.get("MASTER_ADDR")
     if address is None:
         address = "127.0.0.1" if local_size == size else _mpirun_address(environ, rank)
     job = environ.get("OMPI_MCA_ess_base_jobid") or environ.get("PMIX_NAMESPACE", "")
-    port = _master_port("openmpi", environ, job)
+    port = _master_port("openmpi", environ, job if size > 1 else None)
     return Place("openmpi", rank, size, value("LOCAL_RANK"), local_size, address, port)
 
 
@@ -121,15 +126,17 @@ def _mpirun_address(environ: Mapping[str, str], rank: int) -> str:
     unless the hosts were given in another order, which it finds out itself: then it fails, and
     ``mpirun`` ends the others."""
     # JOB.PROCESS;tcp://ADDRESS,ADDRESS:PORT;...
-    found = re.search(r"tcp://([^,:;]+)", environ.get("OMPI_MCA_orte_hnp_uri", ""))
-    if found is None or (rank == 0 and not _is_own_address(found[1])):
+    found = re.search(r"tcp://([^:;]+)", environ.get("OMPI_MCA_orte_hnp_uri", ""))
+    addresses = found[1].split(",") if found else []
+    address = next((each for each in addresses if not each.startswith("127.")), None)
+    if address is None or (rank == 0 and not _is_own_address(address)):
         raise ValueError(
             "`MASTER_ADDR` must be the address of the node of rank 0 when Open MPI starts ranks on "
             "several nodes, but is missing, and Open MPI does not tell it. Start them by "
             "`mpirun -x MASTER_ADDR=...`, or write it to `.deepspeed_env` for "
             "`deepspeed --launcher openmpi`."
         )
-    return found[1]
+    return address
 
 
 def _is_own_address(address: str) -> bool:
@@ -141,13 +148,21 @@ def _is_own_address(address: str) -> bool:
     return True
 
 
+def _is_of_a_shell(environ: Mapping[str, str]) -> bool:
+    """Whether this process is no task, but a rank of what a step's only task has started, as in the
+    shell of ``srun --pty`` or ``salloc``."""
+    is_alone = environ.get("SLURM_STEP_NUM_TASKS") == "1"
+    return is_alone and "RANK" in environ and environ.get("WORLD_SIZE", "1") != "1"
+
+
 def _from_slurm(environ: Mapping[str, str]) -> Place:
     rank = _integer("slurm", environ, "SLURM_PROCID")
-    _check_rank("slurm", environ, "SLURM_PROCID", rank)
     size = _integer("slurm", environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+    _check("slurm", environ, "RANK", "SLURM_PROCID", rank)
+    _check("slurm", environ, "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", size)
     node = _integer("slurm", environ, "SLURM_NODEID", default=0)
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
-    local_size = size if tasks is None else _tasks_of_nodes(tasks)[node]
+    local_size = size if tasks is None else _tasks_of_node(tasks, node)
     nodes = next(
         (environ[name] for name in ("SLURM_STEP_NODELIST", "SLURM_NODELIST") if name in environ),
         None,
@@ -161,7 +176,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Place:
             )
         address = "127.0.0.1" if local_size == size else first_host(nodes)
     job = f"{environ.get('SLURM_JOB_ID')}.{environ['SLURM_STEP_ID']}"
-    port = _master_port("slurm", environ, job)
+    port = _master_port("slurm", environ, job if size > 1 else None)
     local_rank = _integer("slurm", environ, "SLURM_LOCALID")
     return Place("slurm", rank, size, local_rank, local_size, address, port)
 
@@ -182,19 +197,25 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\[\],-]+)[^\[\]]*\]", r"\1", found[0])
 
 
-def _tasks_of_nodes(text: str) -> list[int]:
-    """Slurm's number of tasks by node: ``2(x3),1`` is 2, 2, 2, 1."""
+def _tasks_of_node(text: str, node: int) -> int:
+    """How many tasks a node has by Slurm's list of them: ``2(x3),1`` is 2, 2, 2, 1."""
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(count)] * int(times or 1)
-    return counts
-
-
-def _check_rank(launcher: str, environ: Mapping[str, str], name: str, rank: int) -> None:
-    if environ.get("RANK", str(rank)) != str(rank):
+    if not 0 <= node < len(counts):
         raise ValueError(
-            f"`RANK` must be {rank} or missing (`{name}` of {_TITLES[launcher]}), but is "
-            f"{environ['RANK']!r} instead. Unset the variables of another run: `RANK`, "
+            f"`SLURM_NODEID` must be one of the {len(counts)} nodes that "
+            f"`SLURM_STEP_TASKS_PER_NODE` ({text}) counts, but is {node} instead."
+        )
+    return counts[node]
+
+
+def _check(launcher: str, environ: Mapping[str, str], variable: str, name: str, value: int) -> None:
+    """That ``variable``, if it is set, is what the launcher says by ``name``."""
+    if environ.get(variable, str(value)) != str(value):
+        raise ValueError(
+            f"`{variable}` must be {value} or missing (`{name}` of {_TITLES[launcher]}), but is "
+            f"{environ[variable]!r} instead. Unset the variables of another run: `RANK`, "
             "`WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT`."
         )
 

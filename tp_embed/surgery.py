@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -167,6 +167,11 @@ def shard_embeddings(
                     check_shardable(group)
                 elif init_fn is not None:
                     check_weight(group)
+        if integration := _of_transformers():
+            sharded = [group for group, chosen in choices if chosen != "none"]
+            integration.check_adapters(
+                model, {module for group in sharded for module in (*group.embeddings, *group.heads)}
+            )
 
     raise_together(gang, check_tables)
     with gang.sharding(model):
@@ -181,14 +186,17 @@ def shard_embeddings(
         repoint_optimizer(optimizer, shards)
     if parameters is not None:
         repoint_groups(parameters, shards)
-    _tell_transformers(model)
+    # Models of transformers save and resize their tables themselves, and would save one shard.
+    if integration := _of_transformers():
+        integration.adapt(model)
     return report
 
 
-def _tell_transformers(model: Module) -> None:
-    """Models of transformers save and resize their tables themselves, and would save one shard."""
-    if "transformers.modeling_utils" in sys.modules:
-        import_module("tp_embed.integrations.transformers").adapt(model)
+def _of_transformers() -> Any:
+    """What there is to do for models of transformers, if there may be any."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return None
+    return import_module("tp_embed.integrations.transformers")
 
 
 def _facts(gang: Gang, choices: Choices, init_fn: InitFn | None) -> dict[str, object]:

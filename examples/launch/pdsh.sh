@@ -18,9 +18,12 @@ trap 'rm -rf "$directory"' EXIT
 printf "%s slots=${RANKS:-2}\n" "${hosts[@]}" >"$directory/hostfile"
 
 # What DeepSpeed sets on the nodes. Of this shell's environment it takes only NCCL_*, PYTHON* and a
-# few more. A file `.deepspeed_env` here, or at home, does the same.
-export DS_ENV_FILE="$directory/env"
+# few more; what `.deepspeed_env` at home, or here, has besides is kept. PATH is for `ninja` and
+# `nvcc`, by which DeepSpeed compiles operators.
+env_file="$directory/env"
 {
+    grep -hs = ~/".deepspeed_env" "${DS_ENV_FILE:-.deepspeed_env}" || true
+    printf 'PATH=%q\n' "$PATH"
     echo "OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}"
     if [[ -n "${IFNAME:-}" ]]; then
         echo "GLOO_SOCKET_IFNAME=$IFNAME"
@@ -29,9 +32,20 @@ export DS_ENV_FILE="$directory/env"
     for name in DS_ACCELERATOR TORCH_EXTENSIONS_DIR TP_EMBED_RUN_ID; do
         if [[ -n "${!name:-}" ]]; then echo "$name=${!name}"; fi
     done
-} >"$DS_ENV_FILE"
+} >"$env_file"
+
+# The shells of the nodes read the arguments once more. What has a space, DeepSpeed puts in double
+# quotes.
+arguments=()
+for argument in "$@"; do
+    if [[ "$argument" == *" "* ]]; then
+        arguments+=("$(printf %s "$argument" | sed 's/[\\$`]/\\&/g')")
+    else
+        arguments+=("$(printf %q "$argument")")
+    fi
+done
 
 # --force_multi, so that it is the same with one host.
-deepspeed --hostfile "$directory/hostfile" --force_multi \
+DS_ENV_FILE="$env_file" deepspeed --hostfile "$directory/hostfile" --force_multi \
     --master_addr "${MASTER_ADDR:-${hosts[0]}}" --master_port "${MASTER_PORT:-29500}" \
-    "${SCRIPT:-examples/train_lm.py}" "$@"
+    "${SCRIPT:-examples/train_lm.py}" "${arguments[@]}"

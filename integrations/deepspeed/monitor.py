@@ -66,7 +66,7 @@ class EngineMonitor(Monitor):
         about = {
             "engine": {
                 "zero_stage": engine.zero_optimization_stage(),
-                "tp_size": engine.autotp_size() or _size_of(engine.mpu),
+                "tp_size": _tp_size(engine),
                 "dp_size": engine.dp_world_size,
                 "dtype": str(next(engine.module.parameters()).dtype).removeprefix("torch."),
             },
@@ -97,11 +97,14 @@ class EngineMonitor(Monitor):
             take_step(*args, **kwargs)
             self._after_update()
 
-        engine._take_model_step = take_step_watched
+        engine._take_model_step = self._watched = take_step_watched
+        self._unwatched = take_step
 
     def close(self) -> None:
         super().close()
-        vars(self._engine).pop("_take_model_step", None)
+        # What has come around it since stays, and goes on to call it, which does no harm.
+        if self._engine._take_model_step is self._watched:
+            self._engine._take_model_step = self._unwatched
 
     def _steps_done(self) -> int:
         return int(self._engine.global_steps)
@@ -124,6 +127,9 @@ class EngineMonitor(Monitor):
             gradient = gradient.narrow(0, own.start, own.numel)
         return gradient, pieces
 
+    def _tp_size(self) -> int:
+        return _tp_size(self._engine)  # Tables may be whole where other layers are cut.
+
     def _loss_scale(self) -> float:
         scaler = self._engine.torch_autocast_z0_gradscaler
         scale = scaler.get_scale() if scaler else self._engine._get_optimizer_loss_scale()
@@ -135,5 +141,7 @@ class EngineMonitor(Monitor):
             self._engine.monitor.write_events(events)
 
 
-def _size_of(mpu: Any) -> int:
-    return 1 if mpu is None else deepspeed.utils.bwc.bwc_tensor_model_parallel_world_size(mpu)
+def _tp_size(engine: Any) -> int:
+    if engine.autotp_size() or engine.mpu is None:
+        return int(engine.autotp_size()) or 1
+    return int(deepspeed.utils.bwc.bwc_tensor_model_parallel_world_size(engine.mpu))

@@ -9,10 +9,8 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import comm
 from torch import Tensor
-from torch.nn import Module
 
-from tp_embed.gang import Gang
-from tp_embed.layer import GangLayer
+from tp_embed.monitor.traffic import gangs_of
 
 # What DeepSpeed calls the operations; it computes bandwidths by that.
 _DEEPSPEED_NAMES = {
@@ -48,12 +46,6 @@ def _log(logger: Any, operation: str, name: str, num_bytes: int) -> Iterator[Non
         timer.stop()
         milliseconds = timer.elapsed()
     logger.append(operation, name, milliseconds, num_bytes)
-
-
-def gangs_of(model: Module) -> list[Gang]:
-    """The gangs over which layers of ``model`` are sharded, each once."""
-    layers = [module for module in model.modules() if isinstance(module, GangLayer)]
-    return list({id(layer.gang): layer.gang for layer in layers}.values())
 
 
 def time_collectives(engine: Any) -> None:

@@ -33,7 +33,7 @@ def main(
     - The variables that ``deepspeed.init_distributed()`` reads are set, if Open MPI or Slurm
       started the process, or nothing did (see :meth:`tp_embed.launcher.Place.export`).
     - An exception that ends a job is in the rank's log, and if there are several ranks it ends the
-      sweep too.
+      sweep too. A watchdog that runs tells it to the other ranks.
     - An error in the config lists the keys that there are.
     """
 
@@ -49,7 +49,9 @@ def main(
                 if watchdog := sys.modules.get("tp_embed.watchdog"):
                     # The others wait for this rank, and Hydra ends it without an error.
                     watchdog.Watchdog.report(e)
-                if place.size > 1 and HydraConfig.get().mode is RunMode.MULTIRUN:
+                # It was not set if the function was called with a config.
+                in_sweep = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+                if place.size > 1 and in_sweep:
                     # Hydra would begin the next job, while the other ranks wait for it in this one.
                     traceback.print_exc()
                     raise SystemExit(1) from None

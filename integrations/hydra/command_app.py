@@ -15,18 +15,23 @@ def run_command(config_name: str, run: Callable[[DictConfig], int]) -> int:
     """Calls ``run`` with the config of that name and the overrides of the command line, once for
     each job of a sweep.
 
-    :returns: the largest exit code that it returned.
+    :returns: the largest exit code that it returned; or that for wrong usage, if Hydra has refused
+        the overrides.
     """
     codes: list[int] = []
+    running = False
 
     @main(config_path="pkg://tp_embed.configs", config_name=config_name)
     def app(config: DictConfig) -> None:
+        nonlocal running
+        running = True
         codes.append(run(config))
+        running = False
 
     try:
         app()
     except SystemExit as e:
-        if e.code == 1:  # Of Hydra, which has said what is wrong with the overrides.
-            return cli.USAGE
+        if e.code == 1:  # Of Hydra, which has said what is wrong.
+            return cli.FAILED if running else cli.USAGE
         raise
     return max(codes, default=0)

@@ -26,7 +26,8 @@ _servers: list[Any] = []  # That of this process, while others may connect to it
 @dataclass(frozen=True)
 class RunStart:
     """``time`` is that of rank 0's clock and zone; ``id`` is the variable ``TP_EMBED_RUN_ID`` of
-    rank 0, or else made of the time and a few random digits."""
+    rank 0, or else made of the time and a few random digits. Both stay when torchrun starts the
+    ranks again."""
 
     time: datetime
     id: str
@@ -37,8 +38,7 @@ def run_start() -> RunStart:
     """That of the run of this process. It is agreed on once, when all ranks have called this; all
     jobs of a sweep that run in this process have the same.
 
-    :raises ValueError: the launcher did not say where rank 0 is.
-    :raises GangError: not all ranks were there in time.
+    :raises GangError: not all ranks were there in time, or nobody has said where rank 0 is.
     """
     place = find_place()
     time = datetime.now()
@@ -54,45 +54,37 @@ def close_server() -> None:
 
 
 def _agree(place: Place, own: RunStart) -> RunStart:
-    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
-
+    from tp_embed.early_store import MeetingError, open_store
     from tp_embed.gang import GangError
 
-    if place.master_addr is None or place.master_port is None:
-        raise ValueError(
-            "`MASTER_ADDR` and `MASTER_PORT` must be where rank 0 listens, but are "
-            f"{place.master_addr} and {place.master_port} instead. Start the ranks by a launcher, "
-            "or set both."
-        )
-    here = [f"{_KEY}/{rank}" for rank in range(place.size)]
-    who = f"Rank {place.rank}"
+    # The server of torchrun's ranks is a process of torchrun, and may outlive them.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    here = [f"{_KEY}/{attempt}/{rank}" for rank in range(place.size)]
+    missing = [place.rank]
     try:
-        store = TCPStore(
-            place.master_addr,
-            place.master_port,
-            # The server of torchrun's ranks is a process of torchrun.
-            is_master=place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-            timeout=_TIMEOUT,
-            wait_for_workers=False,
-            multi_tenant=True,  # torch.distributed is going to listen at the same port.
-        )
+        store = open_store(place, _TIMEOUT.total_seconds())
         if place.rank == 0:
             _servers.append(store)
-            store.set(_KEY, json.dumps([own.time.isoformat(), own.id]))
+            text = json.dumps([own.time.isoformat(), own.id])
+            text = store.compare_set(_KEY, "", text).decode()  # What is there already, stays.
             store.set(here[0], "")
             try:
                 store.wait(here, _TIMEOUT)
-            except DistError:
-                who = f"Ranks {[rank for rank, key in enumerate(here) if not store.check([key])]}"
+            except RuntimeError:
+                missing = [rank for rank, key in enumerate(here) if not store.check([key])]
                 raise
-            return own
-        time, run_id = json.loads(store.get(_KEY))
-        store.set(here[place.rank], "")
-    except (DistError, RuntimeError) as e:
+        else:
+            text = store.get(_KEY).decode()
+            store.set(here[place.rank], "")
+    except RuntimeError as e:
+        who = f"Rank {missing[0]}" if len(missing) == 1 else f"Ranks {missing}"
+        what, fix = str(e), getattr(e, "fix", "see whether all nodes have started the job")
+        if not isinstance(e, MeetingError):
+            where = f"{place.master_addr}:{place.master_port}"
+            what = f"did not in {_TIMEOUT.total_seconds():.0f} s at {where}: {what}"
         raise GangError(
-            f"{who} must reach rank 0 at {place.master_addr}:{place.master_port} to agree on the "
-            f"directory of the run, but did not in {_TIMEOUT.total_seconds():.0f} s: {e} See "
-            "whether all nodes have started. To the launcher, or as `MASTER_ADDR`, give an address "
-            "of the node of rank 0 that all nodes reach."
+            f"{who} must meet the others to agree on the directory of the run, but {what}. "
+            f"Fix: {fix}."
         ) from e
+    time, run_id = json.loads(text)
     return RunStart(datetime.fromisoformat(time), run_id)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .accelerate import prepare
-    from .classes import adapt
+    from .classes import adapt, check_adapters
     from .load import from_pretrained
     from .lora import get_peft_model
     from .loss import check_loss, shard_logits
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "ShardTables": "trainer",
     "adapt": "classes",
+    "check_adapters": "classes",
     "check_loss": "loss",
     "from_pretrained": "load",
     "get_peft_model": "lora",
@@ -29,6 +30,7 @@ _MODULE_OF = {
 __all__ = [
     "ShardTables",
     "adapt",
+    "check_adapters",
     "check_loss",
     "from_pretrained",
     "get_peft_model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache
 from typing import Any
 
@@ -23,10 +24,22 @@ def adapt(model: Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, PreTrainedModel) and has_shards(module):
             give_class(module, ResizesShards, SavesShards)
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+    if _has_peft(model):
         from .lora import adapt_lora  # An optional dependency, which is there.
 
         adapt_lora(model)
+
+
+def check_adapters(model: Module, tables: Collection[Module]) -> None:
+    """Checks that what PEFT has put around ``tables`` of ``model`` works on shards of them."""
+    if _has_peft(model):
+        from . import lora
+
+        lora.check_adapters(model, tables)
+
+
+def _has_peft(model: Module) -> bool:
+    return any(type(module).__module__.startswith("peft.") for module in model.modules())
 
 
 def give_class(module: Any, *mixins: type) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 
@@ -16,7 +17,8 @@ from torch.nn import Parameter
 from transformers import AutoConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from tp_embed.gang import Gang
+from tp_embed.agreement import raise_together
+from tp_embed.gang import Gang, GangError
 from tp_embed.head import ShardedLayer
 from tp_embed.surgery import shard_embeddings
 
@@ -48,13 +50,47 @@ def from_pretrained(
     :raises ValueError: the checkpoint is not of safetensors or lacks a table, an option has
         transformers cut or quantize the model itself, or a config with ZeRO 3 is active, with which
         it would build every rank's model in parts.
+    :raises GangError: another rank has failed, such as one that has not found the checkpoint.
     """
-    _check_options(options, dict(sharding or {}))
-    base = _model_class(model_class, name_or_path, options)
-    model = _loading(base, gang, dict(sharding or {})).from_pretrained(
-        name_or_path, *args, **options
-    )
+    meeting = _Meeting(gang)
+    try:
+        _check_options(options, dict(sharding or {}))
+        base = _model_class(model_class, name_or_path, options)
+        loading = _loading(base, gang, dict(sharding or {}), meeting)
+        model = loading.from_pretrained(name_or_path, *args, **options)
+    except Exception as e:
+        meeting.cancel(e)
+        raise
+    meeting.hold()
     return model
+
+
+class _Meeting:
+    """Where the ranks wait for each other, before the tables are sharded and when they are loaded:
+    one that has not found the checkpoint on its node would leave the others in a collective."""
+
+    def __init__(self, gang: Gang) -> None:
+        self._gang = gang
+        self.is_next = True  # Whether there is a meeting before the next collective.
+
+    def hold(self, error: str | None = None) -> None:
+        """
+        :raises ValueError: this rank comes with an ``error``.
+        :raises GangError: another one does.
+        """
+
+        def fail() -> None:
+            if error is not None:
+                raise ValueError(error)
+
+        self.is_next = False
+        raise_together(self._gang, fail)
+
+    def cancel(self, error: Exception) -> None:
+        """Tells the others why this rank does not come."""
+        if self.is_next:
+            with suppress(ValueError, GangError):
+                self.hold(f"{type(error).__name__}: {error}")
 
 
 def _check_options(options: dict[str, Any], sharding: dict[str, Any]) -> None:
@@ -95,7 +131,7 @@ def _model_class(model_class: Any, name_or_path: str, options: dict[str, Any]) -
     return found_class[0] if isinstance(found_class, (list, tuple)) else found_class
 
 
-def _loading(base: Any, gang: Gang, sharding: dict[str, Any]) -> Any:
+def _loading(base: Any, gang: Gang, sharding: dict[str, Any], meeting: _Meeting) -> Any:
     """``base`` with tables that are sharded before they are loaded."""
 
     def load(model: Any, state_dict: Any, files: list[str] | None, *args: Any, **more: Any) -> Any:
@@ -108,9 +144,11 @@ def _loading(base: Any, gang: Gang, sharding: dict[str, Any]) -> Any:
                 f"The checkpoint must be of safetensors, of which slices can be read, but is of "
                 f"{files}. Convert it: `tp-embed convert SOURCE OUTPUT --to hf`."
             )
+        meeting.hold()
         model.__class__ = base
         model.tie_weights(recompute_mapping=False)  # As it is going to be, so are tables sharded.
         shard_embeddings(model, gang, **sharding)
+        meeting.is_next = True
         _as_dtensors(model)
         state = {key: _Slices(file, key) for file in files for key in _keys(file)}
         return base._load_pretrained_model(model, state, files, *args, **more)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import peft
 import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Linear, Module
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 from tp_embed.embedding import ShardedEmbedding, VocabShardedEmbedding
@@ -49,11 +50,22 @@ def adapt_lora(model: Module) -> None:
     modules: list[Any] = list(model.modules())
     for module in modules:
         if isinstance(module, lora.LoraLayer) and isinstance(module.get_base_layer(), ShardedLayer):
-            if isinstance(module.get_base_layer(), OutputHead):
-                _refuse_head(module.get_base_layer())
             module.__class__ = LoraOfShards
         elif isinstance(module, peft.PeftModel) and has_shards(module):
             give_class(module, SavesShards)
+
+
+def check_adapters(model: Module, tables: Collection[Module]) -> None:
+    """
+    :raises ValueError: an adapter of LoRA on one of the ``tables``, which are about to be sharded,
+        would not fit its shard.
+    """
+    for module in model.modules():
+        if isinstance(module, lora.LoraLayer) and module.get_base_layer() in tables:
+            if isinstance(module.get_base_layer(), Linear):
+                _refuse_head(module)
+            if module.lora_variant:  # Such as DoRA.
+                _refuse_option("use_dora", True)
 
 
 class LoraOfShards(lora.Embedding):
@@ -92,11 +104,15 @@ def _check(config: peft.LoraConfig) -> None:
     """
     if config.use_dora or config.init_lora_weights not in (True, False, "gaussian"):
         what = "use_dora" if config.use_dora else "init_lora_weights"
-        raise ValueError(
-            f"`{what}` must be left as it is for LoRA of sharded tables, which it would have to "
-            f"see whole, but is {getattr(config, what)!r}. Take the tables out of "
-            "`target_modules`, or leave them whole: `rules={NAME: 'none'}`."
-        )
+        _refuse_option(what, getattr(config, what))
+
+
+def _refuse_option(name: str, value: object) -> None:
+    raise ValueError(
+        f"`{name}` must be left as it is for LoRA of sharded tables, which it would have to see "
+        f"whole, but is {value!r}. Take the tables out of `target_modules`, or leave them whole: "
+        "`rules={NAME: 'none'}`."
+    )
 
 
 def _refuse_head(head: Module, *args: Any, **options: Any) -> Module:

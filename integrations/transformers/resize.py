@@ -35,8 +35,9 @@ class ResizesShards:
     ) -> Any:
         """As that of transformers, on the shards: all ranks call it. Rows that stay are the same to
         the last bit; rows over the vocabulary move to where they now belong, and no rank holds
-        more than its shard and 16 MiB of a table. New rows have the same distribution, drawn by
-        rank 0 of the gang. The Parameters are new ones: resize before an optimizer is made.
+        more of a table than its old and new shard, the new rows, and 16 MiB; ``mean_resizing``
+        takes some E x E fp32 items on top. New rows have the same distribution, drawn by rank 0 of
+        the gang. The Parameters are new ones: resize before an optimizer is made.
 
         :raises ValueError: DeepSpeed has made an engine of the model.
         """

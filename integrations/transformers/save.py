@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Mapping
+from functools import partial
+from inspect import signature
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 
+from tp_embed.agreement import raise_together
 from tp_embed.gang import Gang
 
 from .layers import gather_into, sharded_layers, table_shape
@@ -40,11 +42,16 @@ class SavesShards:
         :param state_dict: what to write, with whole tables; then no rank gathers, and ``None`` is
             for ranks that do not write, as from ``accelerator.get_state_dict(engine)``.
         :raises ValueError: a table in ``state_dict`` is a shard, or it is left out and DeepSpeed
-            has cut other layers too, or is ``None`` on the rank that writes.
+            has cut other layers too, or is ``None`` on the rank that writes; or that rank cannot
+            write to ``save_directory``.
+        :raises GangError: it cannot, on the other ranks of its gang.
         """
+        save = super().save_pretrained  # type: ignore[misc]
+        # What is given by position; `save_directory` is the first.
+        options |= dict(zip([*signature(save).parameters][1:], args, strict=False))
+        state_dict = options.pop("state_dict", state_dict)
         if not _is_writer():
             options["is_main_process"] = False
-        save = super().save_pretrained  # type: ignore[misc]
         is_sharded = any(layer.gang.size > 1 for _, layer in sharded_layers(self))
         if state_dict is None and is_sharded and not _is_writer():
             return None
@@ -55,38 +62,48 @@ class SavesShards:
             )
         if state_dict is not _OWN and state_dict is not None:
             _check_whole(self, state_dict)
-            return save(save_directory, *args, state_dict=state_dict, **options)
+            return save(save_directory, state_dict=state_dict, **options)
         _check_gatherable(self)
-        if _is_writer():
-            os.makedirs(save_directory, exist_ok=True)
-        with whole_state_dict(self, save_directory) as state:
-            return save(save_directory, *args, state_dict=state, **options)
+        state = whole_state_dict(self, save_directory)
+        return save(save_directory, state_dict=state, **options)
 
 
-@contextmanager
-def whole_state_dict(model: Module, directory: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+def whole_state_dict(model: Module, directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The state dict of ``model`` with whole tables on global rank 0, in files under ``directory``
-    in this context; on other ranks they are on meta. All ranks of the gangs call it."""
+    that are gone with the tensors; on other ranks they are on meta. All ranks of the gangs call it.
+    """
     state = dict(model.state_dict())
-    with TemporaryDirectory(dir=directory if _is_writer() else None, prefix=".tables-") as folder:
-        gathered: dict[Tensor, Tensor] = {}
-        for key, layer in sharded_layers(model):
-            if layer.weight not in gathered:
-                file = Path(folder) / str(len(gathered))
-                whole = _table_on_disk(file, table_shape(layer), layer.weight.dtype)
-                if _has_writer(layer.gang):
-                    gather_into(whole, layer)
-                gathered[layer.weight] = whole
-            if key in state:
-                state[key] = gathered[layer.weight]
-        yield state
+    gathered: dict[Tensor, Tensor] = {}
+    for key, layer in sharded_layers(model):
+        if layer.weight not in gathered:
+            place = partial(_place, directory, table_shape(layer), layer.weight.dtype)
+            if _has_writer(layer.gang):
+                whole = raise_together(layer.gang, place)
+                gather_into(whole, layer)
+            else:
+                whole = place()
+            gathered[layer.weight] = whole
+        if key in state:
+            state[key] = gathered[layer.weight]
+    return state
 
 
-def _table_on_disk(file: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _place(directory: str | os.PathLike[str], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Where a whole table goes."""
     if not _is_writer():
         return torch.empty(shape, dtype=dtype, device="meta")
-    size = shape[0] * shape[1]
-    mapped: Tensor = torch.from_file(str(file), shared=True, size=size, dtype=dtype)
+    size = math.prod(shape)
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with NamedTemporaryFile(dir=directory, prefix=".table-") as file:
+            # On a full disk, to write to a mapped file would be the end of the process.
+            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+            mapped: Tensor = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
+    except OSError as e:
+        raise ValueError(
+            "`save_directory` must be a directory on global rank 0, with twice the room of the "
+            f"tables, but there is an error: {e}"
+        ) from e
     return mapped.view(shape)
 
 

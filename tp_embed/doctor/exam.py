@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tp_embed.command import CommandError, Report
+from tp_embed.early_store import MeetingError
 from tp_embed.launcher import Place, find_place
 
 from . import (
@@ -28,10 +29,10 @@ from . import (
 from .facts import look
 from .findings import LEVELS, Finding, as_data, as_lines, fold, name_ranks
 from .job import Job
-from .meeting import Meeting, MeetingError
+from .meeting import Meeting
 
 # With errors in these, collectives would wait for nothing.
-_NEEDED = {"ranks", "network"}
+_NEEDED = {"ranks", "network", "machine"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,11 @@ def _examine(place: Place, meeting: Meeting, options: Options) -> Report:
     options = Options(**meeting.tell(asdict(options)))
     job = Job(place.size, meeting.share(look(place, options.config)))
     findings = list(_judge_presence(meeting, job)) if meeting.rank == 0 else []
-    removed = _fix_locks(meeting, job) if options.fix else {}
+    removed = {}
+    if options.fix:
+        # The first rank of each node does it.
+        is_first = job.first_of(meeting.rank) == meeting.rank
+        removed = meeting.share(locks.remove(job, meeting.rank) if is_first else {})
     probes = probe.probe(meeting, job)
     problems = {}
     if options.shared is not None:
@@ -110,19 +115,17 @@ def _examine(place: Place, meeting: Meeting, options: Options) -> Report:
     return replace(report, printed=end)
 
 
-def judge_facts(job: Job, tp_size: int | None, removed: dict[int, list[str]]) -> Iterator[Finding]:
+def judge_facts(
+    job: Job, tp_size: int | None, removed: Mapping[int, Mapping[str, str]]
+) -> Iterator[Finding]:
     """What is to be said of what the ranks see each for itself.
 
-    :param removed: stale locks that are gone, by rank.
+    :param removed: what :func:`locks.remove` has returned, by rank.
     """
     yield from topology.judge(job, tp_size)
     yield from versions.judge(job)
     yield from machine.judge(job)
-    for rank, paths in removed.items():
-        for path in paths:
-            yield Finding("ok", "locks", f"{path} was stale and is removed", (rank,))
-    if not any(removed.values()):
-        yield from locks.judge(job)
+    yield from locks.judge(job, removed)
     yield from network.judge(job)
     yield from agreement.judge(job)
 
@@ -151,17 +154,6 @@ def _judge_presence(meeting: Meeting, job: Job) -> Iterator[Finding]:
                 "end what is left of an earlier run, or choose another master port; launchers on "
                 "several nodes need different node ranks",
             )
-
-
-def _fix_locks(meeting: Meeting, job: Job) -> dict[int, list[str]]:
-    """Removes the locks that rank 0 finds stale, by the first rank of each node."""
-    first_ranks = [ranks[0] for ranks in job.nodes.values()]
-    stale = [(rank, locks.stale_on(job, rank)) for rank in first_ranks]
-    stale = [(rank, paths) for rank, paths in meeting.tell(stale)]
-    for rank, paths in stale:
-        if rank == meeting.rank:
-            locks.remove(paths)
-    return dict(stale)
 
 
 def _examine_alone(place: Place, error: MeetingError, options: Options) -> Report:

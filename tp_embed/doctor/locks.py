@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def look() -> dict[str, Any]:
             {
                 "path": str(path),
                 "age": max(time.time() - stat.st_mtime, 0),
-                "file": f"{stat.st_ino} {stat.st_mtime_ns}",
+                "file": _identity(stat),
                 "holders": holders,
             }
         )
@@ -46,10 +46,16 @@ def build_root() -> Path:
     return Path(cache, "torch_extensions").expanduser().resolve()
 
 
-def judge(job: Job) -> Iterator[Finding]:
+def judge(job: Job, removed: Mapping[int, Mapping[str, str]]) -> Iterator[Finding]:
+    """:param removed: what :func:`remove` has returned, on the first ranks of nodes."""
     parts = job.part("locks")
     for rank, part in parts.items():
         for lock in part["locks"]:
+            problem = removed.get(job.first_of(rank), {}).get(lock["path"])
+            if problem == "":
+                what = f"{lock['path']} was stale and is removed"
+                yield Finding("ok", "locks", what, (rank,))
+                continue
             building = _builders(job, lock)
             if building:
                 what = f"{lock['path']} is held by {building}, which builds an extension"
@@ -59,7 +65,7 @@ def judge(job: Job) -> Iterator[Finding]:
                 "error",
                 "locks",
                 f"{lock['path']} is stale: {_age(lock['age'])} old, and nobody of the job's nodes "
-                "holds it open. DeepSpeed hangs as it loads the extension",
+                f"holds it open{problem or ''}. DeepSpeed hangs as it loads the extension",
                 (rank,),
                 f"rm {lock['path']} (or `tp-embed doctor --fix`)",
             )
@@ -68,14 +74,27 @@ def judge(job: Job) -> Iterator[Finding]:
         yield Finding("ok", "locks", f"no locks in {', '.join(roots)}", tuple(parts))
 
 
-def stale_on(job: Job, rank: int) -> list[str]:
-    """The stale locks that ``rank`` sees."""
-    return [lock["path"] for lock in job.part("locks")[rank]["locks"] if not _builders(job, lock)]
+def remove(job: Job, rank: int) -> dict[str, str]:
+    """Removes the stale locks that ``rank`` sees, of its own node.
 
-
-def remove(paths: list[str]) -> None:
-    for path in paths:
-        Path(path).unlink(missing_ok=True)
+    :returns: by path, what went wrong; empty if it is gone.
+    """
+    done = {}
+    for lock in job.part("locks")[rank]["locks"]:
+        if _builders(job, lock):
+            continue
+        path = Path(lock["path"])
+        try:
+            # Another node may have removed it already, and somebody have begun to build.
+            if _identity(path.stat()) == lock["file"]:
+                path.unlink()
+        except FileNotFoundError:
+            pass
+        except OSError as e:
+            done[lock["path"]] = f", but it cannot be removed: {e.strerror}"
+            continue
+        done[lock["path"]] = ""
+    return done
 
 
 def holders_of(path: Path) -> list[int]:
@@ -95,6 +114,10 @@ def holders_of(path: Path) -> list[int]:
                 found.append(int(directory.name))
                 break
     return sorted(found)
+
+
+def _identity(stat: os.stat_result) -> str:
+    return f"{stat.st_ino} {stat.st_mtime_ns}"
 
 
 def _builders(job: Job, lock: dict[str, Any]) -> str:

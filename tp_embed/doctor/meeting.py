@@ -8,28 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore
 
+from tp_embed.early_store import MeetingError, open_store
 from tp_embed.launcher import Place
 
 _LAST_WORDS = 10.0  # Seconds that rank 0 gives the others to read its verdict.
-
-
-class MeetingError(RuntimeError):
-    """This rank cannot come to the meeting.
-
-    :param fix: what to do about it.
-    """
-
-    def __init__(self, message: str, fix: str) -> None:
-        super().__init__(message)
-        self.fix = fix
 
 
 class Meeting:
@@ -46,7 +35,7 @@ class Meeting:
         self.present = list(range(place.size))
         self.timeout = timeout
         self._count = 0
-        store = _open_store(place, timeout)
+        store = open_store(place, timeout) if place.size > 1 else HashStore()
         # Agents of torchrun keep their store when they start the ranks again.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = PrefixStore(f"tp_embed.doctor/{attempt}", store)
@@ -58,7 +47,10 @@ class Meeting:
         Ranks that do not are not waited for again.
         """
         self._count += 1
-        self.store.set(f"{self._count}/{self.rank}", json.dumps(value))
+        try:
+            self.store.set(f"{self._count}/{self.rank}", json.dumps(value))
+        except RuntimeError as e:
+            raise _lost() from e
         if self.rank:
             return {}
         deadline = time.monotonic() + self.timeout
@@ -88,7 +80,7 @@ class Meeting:
             self.store.wait([key], timedelta(seconds=2 * self.timeout + 5))
             return json.loads(self.store.get(key))
         except RuntimeError as e:
-            raise MeetingError("rank 0 does not answer any more", "look at what it says") from e
+            raise _lost() from e
 
     def share(self, value: Any) -> dict[int, Any]:
         """The values of all ranks that give one in time, on all of these.
@@ -111,7 +103,8 @@ class Meeting:
     def end(self) -> None:
         """Ends the meeting: rank 0, which may hold the store, is the last to go."""
         if self.rank:
-            self.store.set(f"gone/{self.rank}", "")
+            with suppress(RuntimeError):  # It is gone itself.
+                self.store.set(f"gone/{self.rank}", "")
             return
         keys = [f"gone/{rank}" for rank in self.present if rank]
         # If some do not: they have been waited for, and their launcher says what became of them.
@@ -120,80 +113,5 @@ class Meeting:
                 self.store.wait(keys, timedelta(seconds=min(_LAST_WORDS, self.timeout)))
 
 
-def _open_store(place: Place, timeout: float) -> Store:
-    if place.size == 1:
-        return HashStore()
-    if place.master_addr is None or place.master_port is None:
-        raise MeetingError(
-            f"{place.launcher} has not said where rank 0 is",
-            "set MASTER_ADDR and MASTER_PORT to an address of the node of rank 0 and a free port",
-        )
-    address, port = place.master_addr, place.master_port
-    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_master = place.rank == 0 and not of_agent
-    if not is_master:
-        try:
-            _wait_for_door(address, port, timeout)
-        except MeetingError as e:
-            if place.local_size < place.size and (resolved := _loopback(address)):
-                e.fix = (
-                    f"{address} is this node itself ({resolved}); if rank 0 is on another, set the "
-                    "master address to one of that node"
-                )
-            raise
-    try:
-        return TCPStore(
-            address,
-            port,
-            is_master=is_master,
-            timeout=timedelta(seconds=timeout),
-            wait_for_workers=False,
-        )
-    except RuntimeError as e:
-        text = str(e)
-        if is_master and "address already in use" in text:
-            raise MeetingError(
-                f"port {port} is taken by another process of this node",
-                f"end it (`ss -ltnp 'sport = :{port}'` names it), or choose another master port",
-            ) from e
-        if is_master:
-            raise MeetingError(
-                f"rank 0 does not find itself at {address}:{port}: {text.splitlines()[0]}",
-                "set the master address to an address of the node of rank 0",
-            ) from e
-        raise MeetingError(
-            f"what answers at {address}:{port} is no store of rank 0: {text.splitlines()[0]}",
-            "end what listens there, or choose another master port",
-        ) from e
-
-
-def _wait_for_door(address: str, port: int, timeout: float) -> None:
-    """Waits until something listens where rank 0 is to be; torch's own error says less of why."""
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            socket.create_connection((address, port), max(deadline - time.monotonic(), 1)).close()
-            return
-        except socket.gaierror as e:
-            error, fix = f"{e.strerror}", "use an address, or a name that this node knows"
-        except OSError as e:
-            error = "it does not answer" if isinstance(e, TimeoutError) else f"{e.strerror}"
-            fix = (
-                "see whether rank 0 runs there (it may have failed before), and whether a firewall "
-                "is between"
-            )
-        if time.monotonic() >= deadline:
-            raise MeetingError(
-                f"rank 0 cannot be reached at {address}:{port} for {timeout:.0f} s: {error}",
-                fix,
-            )
-        time.sleep(min(0.2, max(deadline - time.monotonic(), 0)))
-
-
-def _loopback(name: str) -> str | None:
-    """The address that ``name`` stands for, if it is one of the loopback."""
-    with suppress(OSError):
-        address = socket.gethostbyname(name)
-        if address.startswith("127."):
-            return address
-    return None
+def _lost() -> MeetingError:
+    return MeetingError("rank 0 does not answer any more", "look at what it says")

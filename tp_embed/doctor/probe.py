@@ -37,14 +37,18 @@ def probe(meeting: Meeting, job: Job) -> dict[int, Any]:
         found: dict[str, Any] = {}
         if rank in leaders:
             order = [leader for leader in leaders if addresses.get(leader)]
-            # In each turn a node asks one other, and is asked by one.
+            # In each turn a node asks one other, and is asked by one; until rank 0 would wait no
+            # longer, if many do not answer.
             mine = order.index(rank) if rank in order else 0
+            end = time.monotonic() + meeting.timeout / 2
             for turn in range(1, len(order)):
                 other = order[(mine + turn) % len(order)]
-                found[str(other)] = _ask(addresses[other], timeout)
+                if time.monotonic() < end:
+                    found[str(other)] = _ask(addresses[other], timeout)
         return meeting.share(found)
     finally:
         if listener:
+            listener.shutdown(socket.SHUT_RDWR)  # Which wakes the thread that serves it.
             listener.close()
 
 

@@ -41,12 +41,13 @@ def measure(meeting: Meeting, device: torch.device, tp_size: int | None) -> dict
 
     :returns: what this rank has measured; or ``error``, the message of what went wrong.
     """
-    found: dict[str, Any] = {"work": _time_work(device)}
+    found: dict[str, Any] = {}
     # NCCL then raises an error after the timeout, where it else would end the process.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=meeting.timeout / 2)  # Who fails first waits for the others.
     try:
+        found["work"] = _time_work(device)
         dist.init_process_group(
             backend,
             store=PrefixStore("group", meeting.store),

@@ -19,7 +19,11 @@ from torch.nn import Module
 
 from tp_embed.gang import Gang, GangError
 
-_SECRET = re.compile(r"api_?key|password|secret", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(api|access)[-_]?key|password|secret|(^|(api|auth|access|hf|hub)[-_])token$",
+    re.IGNORECASE,
+)
+_LEFT_OUT = "(left out)"
 
 
 def meet(gang: Gang, info: dict[str, Any], timeout: timedelta) -> list[dict[str, Any]]:
@@ -67,7 +71,7 @@ def describe_run(
     """What is noted of a run when it is started."""
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": _command_without_secrets(sys.argv),
         "every": every,
         "ranks": [{"host": info["host"], "device": info["device"]} for info in infos],
         # As the first rank of those that have it does.
@@ -82,12 +86,32 @@ def describe_run(
 
 def _without_secrets(values: Any) -> Any:
     """What a config names as a key or a password is left out of what is written."""
+    if isinstance(values, list | tuple):
+        return [_without_secrets(value) for value in values]
     if not isinstance(values, Mapping):
         return values
     return {
-        key: "(left out)" if value and _SECRET.search(str(key)) else _without_secrets(value)
+        key: _LEFT_OUT if value and _is_secret(str(key)) else _without_secrets(value)
         for key, value in values.items()
     }
+
+
+def _command_without_secrets(arguments: Iterable[str]) -> list[str]:
+    """Likewise, of `name=value` and `--name value`."""
+    found: list[str] = []
+    is_value = False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if equals and _is_secret(name):
+            found.append(f"{name}={_LEFT_OUT}")
+        else:
+            found.append(_LEFT_OUT if is_value else argument)
+        is_value = argument.startswith("-") and not equals and _is_secret(name)
+    return found
+
+
+def _is_secret(name: str) -> bool:
+    return _SECRET.search(name.rpartition(".")[2].lstrip("-+")) is not None
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:

@@ -34,12 +34,19 @@ class RunLog:
     def add(self, row: Mapping[str, Any]) -> None:
         """Adds a row, which holds ``"step"``, the number of steps done, and ``"every"``, how many
         it stands for."""
-        self._append(row)
+        self._append(_finite(row))
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         # Opened for each row, so that what was written is whole whenever the process ends.
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, default=str) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with nothing in place of infinities and NaN, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass

@@ -23,10 +23,11 @@ from tp_embed.process_group import ProcessGroupGang
 
 from .ranks import describe_rank, describe_run, meet
 from .run_log import RunLog
-from .traffic import Traffic
+from .traffic import Traffic, gangs_of
 
 _OPERATIONS = ("all_gather", "all_reduce", "all_to_all", "broadcast", "reduce_scatter")
 _TIMEOUT = timedelta(minutes=2)
+_MOST_ROWS = 1000
 
 
 class Writer(Protocol):
@@ -94,14 +95,12 @@ class Monitor:
         if every < 1:
             raise ValueError(f"`every` must be greater than or equal to 1, but is {every} instead.")
         self.every = every
-        self.rows: list[dict[str, Any]] = []  # Of the first rank.
+        self.rows: list[dict[str, Any]] = []  # Of the first rank, the last ones.
         self._writer = writer
         self._window: _Window | None = None
         self._step = 0
         self._tables = watched_tables(model)
-        self._gangs = list(
-            {id(m.gang): m.gang for m in model.modules() if isinstance(m, GangLayer)}.values()
-        )
+        self._gangs = gangs_of(model)
         if device is None:
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._all = _all_ranks(device)
@@ -116,7 +115,7 @@ class Monitor:
             self._log.start(describe_run(infos, every, about or {}))
         self._handles: list[Any] = [
             model.register_forward_pre_hook(self._before_forward),
-            model.register_forward_hook(self._after_forward),
+            model.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
         for name, (module, _) in self._tables.items():
             if isinstance(module, nn.Embedding | Embedding):
@@ -136,7 +135,7 @@ class Monitor:
         if self._window is not None:
             loss = values.pop("loss", None)
             if loss is not None:
-                self._window.given.append(torch.as_tensor(loss).detach())
+                self._window.given.append(torch.as_tensor(loss).detach().reshape(()))
             self._window.values |= values
 
     def close(self) -> None:
@@ -161,6 +160,10 @@ class Monitor:
         data-parallel ranks that is cut."""
         return parameter.grad, 1
 
+    def _tp_size(self) -> int:
+        """How many ranks have the same batch."""
+        return max((gang.size for gang in self._gangs), default=1)
+
     def _loss_scale(self) -> float:
         """By what gradients are too large."""
         return 1.0
@@ -174,22 +177,24 @@ class Monitor:
 
     def _before_forward(self, model: Module, args: Any) -> None:
         is_sampled = (self._steps_done() + 1) % self.every == 0
-        if self._window is None and model.training and is_sampled:
+        if self._window is None and is_sampled and _is_training(model):
             _synchronize(self._all.device)
             self._window = _Window(Traffic(*self._gangs), time.perf_counter())
 
-    def _after_forward(self, model: Module, args: Any, output: Any) -> None:
+    def _after_forward(self, model: Module, args: Any, kwargs: Any, output: Any) -> None:
+        if kwargs.get("num_items_in_batch") is not None:
+            return  # A part of the loss of all micro batches and ranks, by transformers.
         loss = getattr(output, "loss", None)
         if loss is None:
             loss = output[0] if isinstance(output, tuple) and output else output
         is_loss = isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()
-        if self._window is not None and model.training and is_loss:
+        if self._window is not None and is_loss and _is_training(model):
             self._window.losses.append(loss.detach())
 
     def _id_hook(self, name: str) -> Callable[[Module, Any, dict[str, Any]], None]:
         def count(module: Module, args: Any, kwargs: dict[str, Any]) -> None:
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            if self._window is not None and module.training and tensors:
+            if self._window is not None and tensors and _is_training(module):
                 self._window.ids.setdefault(name, []).append(count_unique(tensors[0]))
 
         return count
@@ -234,7 +239,7 @@ class Monitor:
         if self._all.rank == 0:
             row = self._row(every_rank.cpu())
             row["values"] = {k: float(v) for k, v in window.values.items()}
-            self.rows.append(row)
+            self.rows = [*self.rows[1 - _MOST_ROWS :], row]
             if self._log is not None:
                 self._log.add(row)
             self._write(self._events(row))
@@ -245,8 +250,8 @@ class Monitor:
         num_losses, loss, seconds, _ = (next(sums) for _ in range(4))
         by_table = {name: [next(sums) for _ in range(3)] for name in self._names}
         by_operation = {op: [next(sums) / len(figures) for _ in range(3)] for op in _OPERATIONS}
-        tp_size = max((gang.size for gang in self._gangs), default=1)
-        tokens = max((all_ids for _, _, all_ids in by_table.values()), default=0.0) / tp_size
+        tokens = max((all_ids for _, _, all_ids in by_table.values()), default=0.0)
+        tokens /= self._tp_size()
         seconds /= len(figures)
         return {
             "step": self._steps_done(),
@@ -306,6 +311,11 @@ def count_unique(ids: Tensor) -> Tensor:
     ordered = flat.sort().values
     unique = (ordered[1:] != ordered[:-1]).sum() + min(flat.numel(), 1)
     return torch.stack([unique, torch.full_like(unique, flat.numel())]).double()
+
+
+def _is_training(module: Module) -> bool:
+    """Not so in an evaluation, nor in the first of the two forwards of a checkpoint."""
+    return module.training and torch.is_grad_enabled()
 
 
 def _all_ranks(device: torch.device) -> Gang:

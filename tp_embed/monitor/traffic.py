@@ -12,8 +12,10 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from tp_embed.gang import Gang
+from tp_embed.layer import GangLayer
 
 
 @dataclass
@@ -100,6 +102,12 @@ class Traffic:
             operation, start, end = self._running.popleft()
             end.synchronize()
             self._traffic[operation].seconds += start.elapsed_time(end) / 1000
+
+
+def gangs_of(model: Module) -> list[Gang]:
+    """The gangs over which layers of ``model`` are sharded, each once."""
+    layers = [module for module in model.modules() if isinstance(module, GangLayer)]
+    return list({id(layer.gang): layer.gang for layer in layers}.values())
 
 
 def bytes_sent(operation: str, num_bytes: int, size: int) -> int:

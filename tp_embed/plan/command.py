@@ -14,7 +14,7 @@ from tp_embed.partition import Partition
 
 from .estimate import Cost, auto_strategy, costs, recommend
 from .report import as_data, as_lines, name_of
-from .setup import ITEM_BYTES, MOMENTS, Setup
+from .setup import ITEM_BYTES, MOMENTS, Setup, refuse
 from .traffic import Network
 
 STRATEGIES = ("auto", "none", "embed", "vocab")
@@ -92,7 +92,10 @@ def _run(values: Mapping[str, Any]) -> Report:
             unique_share=values["unique_share"],
         )
         network = _network(values)
-        memory = None if values["memory"] is None else values["memory"] * _GIB
+        memory = values["memory"]
+        if memory is not None and not memory > 0:
+            refuse("memory", "greater than 0", memory)
+        memory = None if memory is None else memory * _GIB
         return _report(setup, network, memory, values["strategy"], values["shard_logits"])
     except ValueError as e:
         raise WrongUsageError(str(e)) from e
@@ -136,15 +139,16 @@ def _read_config(path: Path) -> dict[str, Any]:
         "vocab_size": merged.get("vocab_size"),
         "embed_dim": width,
         "tied": config.get("tie_word_embeddings", merged.get("tie_word_embeddings")),
-        "dtype": _DTYPES.get(str(dtype), dtype),
+        "dtype": None if dtype is None else _DTYPES.get(str(dtype), str(dtype)),
     }
     return {name: value for name, value in found.items() if value is not None}
 
 
 def _network(values: Mapping[str, Any]) -> Network | None:
     if values["bandwidth"] is None:
-        for name in ("gpus_per_node", "inter_bandwidth", "inter_latency"):
-            if values[name] is not None:
+        for name in ("latency", "gpus_per_node", "inter_bandwidth", "inter_latency"):
+            # Which is 0 where it is left out.
+            if values[name] is not None and (name != "latency" or values[name]):
                 option = name.replace("_", "-")
                 raise WrongUsageError(f"--{option} must come with --bandwidth, but does not.")
         return None
@@ -199,9 +203,11 @@ def _warnings(
         yield f"{name_of(chosen)} needs {need:.2f} GiB at the peak of a step, but there are {have}."
     if chosen.strategy != "none":
         name = "vocab_size" if chosen.strategy == "vocab" else "embed_dim"
-        sizes = Partition(getattr(setup, name), setup.tp_size).sizes
-        if not sizes[-1]:
-            yield f"{sizes.count(0)} of {setup.tp_size} ranks hold nothing of the table."
+        size = getattr(setup, name)
+        holders = -(-size // Partition(size, setup.tp_size).block)
+        if holders < setup.tp_size:
+            idle = setup.tp_size - holders
+            yield f"{idle} of {setup.tp_size} ranks hold nothing of the table."
     if network is None:
         return
     if network.crosses_nodes(setup, "tp"):

@@ -7,6 +7,7 @@ import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from .link import Link, Lost, Message
 
@@ -91,9 +92,14 @@ class Hub:
     def _serve(self, key: selectors.SelectorKey) -> None:
         link = key.data
         if link is None:
-            with suppress(BlockingIOError):  # Who asked has gone again.
+            try:
                 link = Link(self._server.accept()[0])
-                self._selector.register(link, selectors.EVENT_READ, link)
+            except BlockingIOError:  # Who asked has gone again.
+                return
+            except OSError:  # This process can open no more files, for now.
+                time.sleep(min(self._beat, 0.1))
+                return
+            self._selector.register(link, selectors.EVENT_READ, link)
             return
         try:
             for message in link.receive():
@@ -110,10 +116,14 @@ class Hub:
                     self._note(member, str(e))
 
     def _admit(self, link: Link, message: Message) -> None:
-        if message.get("token") != self._token:
+        rank: Any = message.get("rank")
+        if message.get("token") != self._token or rank not in range(len(self._members)):
             raise Lost("is not a rank")
-        member = self._owners[link] = self._members[message["rank"]]
-        member.link, member.name = link, message["name"]
+        member = self._members[rank]
+        if member.name:
+            raise Lost("comes as a rank that is there")
+        self._owners[link] = member
+        member.link, member.name = link, str(message.get("name"))
 
     def _hear(self, member: _Member, message: Message) -> None:
         if "place" in message:
