@@ -6,6 +6,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 PYTHON ?= python3
 RANKS ?= 2
+WORKERS ?= 2
 ARGS ?=
 
 # DeepSpeed compiles its CPU collectives once; they stay in the virtual environment.
@@ -36,8 +37,9 @@ train: export MALLOC_TRIM_THRESHOLD_ := 17179869184
 train: $(READY) ## Train a Llama on real text, RANKS=2, ARGS='embedding=vocab_sharded steps=50'
 	deepspeed --num_gpus $(RANKS) --no_local_rank examples/train_lm.py $(ARGS)
 
-test: $(READY) ## Run the tests, ARGS='-k parity'
-	pytest $(ARGS)
+# Most of their time tests wait for ranks, so two files at a time take little more than one.
+test: $(READY) ## Run the tests, WORKERS=2, ARGS='-k parity'
+	pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(READY) ## Check the style
 	ruff check .
