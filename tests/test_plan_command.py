@@ -109,6 +109,11 @@ def test_what_a_config_does_not_say_is_asked_for(tmp_path, capsys):
         ((), cli.USAGE, "--vocab-size and --embed-dim must be given."),
         ((*TABLE, "--tp", "0"), cli.USAGE, "`tp_size` must be an integer greater than or equal"),
         ((*TABLE, "--zero-stage", "0"), cli.USAGE, "`zero_stage` must be 1, 2 or 3 for bf16"),
+        (
+            (*TABLE, "--no-head", "--shard-logits"),
+            cli.USAGE,
+            "There is no head: leave it out",
+        ),
         ((*TABLE, "--tied", "--no-head"), cli.USAGE, "`tied` must be false where there is no head"),
         (
             (*TABLE, "--tied", "--strategy", "embed", "--shard-logits"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -16,6 +17,7 @@ from torch.distributed import TCPStore
 from launch import ROOT, free_port, run, torchrun_command
 from tp_embed.gang import GangError
 from tp_embed.integrations.hydra import main, run_start, strip_local_rank
+from tp_embed.integrations.hydra.logs import RankFileHandler, log_failure
 from tp_embed.launcher import Place
 
 JOB = ROOT / "tests" / "run_directory_job.py"
@@ -168,3 +170,17 @@ def test_local_rank_is_taken_out_of_the_arguments(given, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     strip_local_rank(["app.py", *given.split()])
     assert os.environ["LOCAL_RANK"] == "1"
+
+
+@pytest.mark.parametrize(("code", "is_failure"), [(0, False), (None, False), (3, True)])
+def test_exit_is_a_failure_if_its_code_says_so(code, is_failure, tmp_path):
+    handler = RankFileHandler(str(tmp_path / "logs" / "rank-00000.log"))
+    logging.getLogger().addHandler(handler)
+    try:
+        with pytest.raises(SystemExit), log_failure():
+            sys.exit(code)
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+    text = (tmp_path / "logs" / "rank-00000.log").read_text()
+    assert ("SystemExit" in text) == is_failure

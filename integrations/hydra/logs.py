@@ -25,6 +25,8 @@ def log_failure() -> Iterator[None]:
     try:
         yield
     except BaseException as e:
+        if isinstance(e, SystemExit) and not e.code:
+            raise  # It came to its end.
         record = logging.getLogger(__name__).makeRecord(
             __name__, logging.ERROR, __file__, 0, "%s", (type(e).__name__,), sys.exc_info()
         )

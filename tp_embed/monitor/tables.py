@@ -60,9 +60,10 @@ class Monitor:
     collectives of the tables' gangs and how long they take, mean of the ranks, and their sums;
     ``step_ms``, ``tokens_per_second`` and ``memory_mib``, the peak of the fullest rank.
 
-    All ranks of the job make one, at the same place of the script, and the first rank writes. A
-    step that is sampled costs an all-gather of some numbers over all ranks, a synchronisation
-    before and one after it, and a sort of the ids; other steps cost next to nothing.
+    All ranks of the job make one, at the same place of the script, and the first rank writes. They
+    update, or skip an update, together. A step that is sampled costs an all-gather of some numbers
+    over all ranks, a synchronisation before and one after it, and a sort of the ids; other steps
+    cost next to nothing.
 
     :param model: its sharded tables and heads are watched, and other embeddings.
     :param optimizer: the step ends when it has updated. Gradients are those of the whole batch by

@@ -171,7 +171,8 @@ def _report(
     if chosen is None:
         raise ValueError(
             "`shard_logits` must be false for a head that is not cut over the vocabulary, but is "
-            f"true instead, and the strategy is {wanted[0]!r}. Take 'vocab'."
+            f"true instead, and the strategy is {wanted[0]!r}. "
+            + ("Take 'vocab'." if setup.head else "There is no head: leave it out.")
         )
     best, reason = recommend(setup, found, network, memory)
     warnings = list(_warnings(setup, chosen, network, memory))
