@@ -1,8 +1,8 @@
 """How fast a large table is converted, next to `cp` of the same bytes, and in how much memory.
 
-Each conversion and each copy ends with the bytes on the disk (`sync`), and they take turns. The
-memory is the peak of the process above what it has after its imports and a conversion of a small
-checkpoint.
+Each conversion and each copy ends with the bytes on the disk (`sync`), and begins when those of the
+last one have just been removed; which of the two comes first alternates. The memory is the peak of
+the process above what it has after its imports and a conversion of a small checkpoint.
 
     python benchmarks/convert.py                # 262144 x 4096 in bf16, 2 GiB
     python benchmarks/convert.py --rows 524288 --rounds 5
@@ -16,6 +16,7 @@ import shutil
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -61,12 +62,12 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|")
         for label, (source, request) in CASES.items():
             ours, copies, memory = [], [], 0.0
-            for _ in range(args.rounds):
-                copies.append(copy_seconds(sources[source], root / "copy"))
-                seconds, grown = convert_seconds(
-                    small[source], sources[source], root / "out.pt", Request(**request)
+            for number in range(args.rounds):
+                seconds, copied, grown = take_turns(
+                    small[source], sources[source], root / "out.pt", Request(**request), number % 2
                 )
                 ours.append(seconds)
+                copies.append(copied)
                 memory = max(memory, grown)
             median, copy = statistics.median(ours), statistics.median(copies)
             print(
@@ -92,40 +93,53 @@ def make_sources(root: Path, rows: int, columns: int) -> dict[str, Path]:
     return sources
 
 
-def copy_seconds(source: Path, output: Path) -> float:
-    os.sync()
-    start = time.perf_counter()
-    subprocess.run(["cp", "-r", source, output], check=True)
-    subprocess.run(["sync"], check=True)
-    seconds = time.perf_counter() - start
-    shutil.rmtree(output)
-    return seconds
-
-
-def convert_seconds(
-    small: Path, source: Path, output: Path, request: Request
-) -> tuple[float, float]:
-    """The seconds of a conversion, and by how many MiB its process has grown meanwhile."""
-    os.sync()
+def take_turns(
+    small: Path, source: Path, output: Path, request: Request, copy_first: int
+) -> tuple[float, float, float]:
+    """The seconds of a conversion and of a copy, and by how many MiB the process of the conversion
+    has grown, which is a new one."""
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(sender, small, source, output, request))
+    process = context.Process(
+        target=measure, args=(sender, small, source, output, request, copy_first)
+    )
     process.start()
     sender.close()
-    seconds, grown = receiver.recv()
+    found: tuple[float, float, float] = receiver.recv()
     process.join()
-    shutil.rmtree(output) if output.is_dir() else output.unlink()
-    return seconds, grown
+    return found
 
 
-def measure(sender: Connection, small: Path, source: Path, output: Path, request: Request) -> None:
+def measure(
+    sender: Connection, small: Path, source: Path, output: Path, request: Request, copy_first: int
+) -> None:
     torch.set_num_threads(1)
     convert(small, output.with_name("small-out.pt"), request, overwrite=True)
+    copied = copy_seconds(source, output) if copy_first else 0.0
     Path("/proc/self/clear_refs").write_text("5")  # The peak begins anew.
     before = peak()
+    seconds = timed(lambda: convert(source, output, request), output)
+    grown = (peak() - before) / 1024
+    copied = copied or copy_seconds(source, output)
+    sender.send((seconds, copied, grown))
+
+
+def copy_seconds(source: Path, output: Path) -> float:
+    def copy() -> None:
+        subprocess.run(["cp", "-r", source, output], check=True)
+        subprocess.run(["sync"], check=True)
+
+    return timed(copy, output)
+
+
+def timed(write: Callable[[], object], output: Path) -> float:
+    """How many seconds it takes to write ``output``, which is removed."""
+    os.sync()
     start = time.perf_counter()
-    convert(source, output, request)
-    sender.send((time.perf_counter() - start, (peak() - before) / 1024))
+    write()
+    seconds = time.perf_counter() - start
+    shutil.rmtree(output) if output.is_dir() else output.unlink()
+    return seconds
 
 
 def peak() -> int:
