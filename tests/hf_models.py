@@ -8,34 +8,46 @@ import torch
 import transformers
 
 V, E = 37, 16
-_SMALL = {
-    "vocab_size": V,
-    "hidden_size": E,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-_GPT2 = {
-    "vocab_size": V,
-    "n_embd": E,
-    "n_layer": 1,
-    "n_head": 4,
-    "n_positions": 24,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-MODELS = {
-    "llama": ("LlamaForCausalLM", "LlamaConfig", {**_SMALL, "tie_word_embeddings": False}),
-    "tied llama": ("LlamaForCausalLM", "LlamaConfig", {**_SMALL, "tie_word_embeddings": True}),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**_SMALL, "tie_word_embeddings": True}),
-    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", _SMALL),
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
-}
+
+
+def small_sizes(layers: int) -> dict[str, Any]:
+    """What most configs are given."""
+    return {
+        "vocab_size": V,
+        "hidden_size": E,
+        "intermediate_size": 24,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
+
+
+def small_models(layers: int) -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """The classes of models and their configs, and the sizes, by a name."""
+    sizes = small_sizes(layers)
+    gpt2 = {
+        "vocab_size": V,
+        "n_embd": E,
+        "n_layer": layers,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
+    return {
+        "llama": ("LlamaForCausalLM", "LlamaConfig", {**sizes, "tie_word_embeddings": False}),
+        "tied llama": ("LlamaForCausalLM", "LlamaConfig", {**sizes, "tie_word_embeddings": True}),
+        "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**sizes, "tie_word_embeddings": True}),
+        "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", sizes),
+        "gpt2": ("GPT2LMHeadModel", "GPT2Config", gpt2),
+    }
+
+
+MODELS = small_models(layers=1)
 
 
 def build(name: str, **options: Any) -> Any:

@@ -10,41 +10,13 @@ import torch
 import transformers
 from torch import nn
 
+from hf_models import V, small_models, small_sizes
 from parity import whole
 from tp_embed import FakeGang, OutputHead, ShardedEmbedding, VocabShardedEmbedding, shard_embeddings
 from tp_embed.integrations.transformers import shard_logits
 
-V = 37
-SMALL = {
-    "vocab_size": V,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
 MODELS = {
-    "llama": ("LlamaForCausalLM", "LlamaConfig", {**SMALL, "tie_word_embeddings": False}),
-    "tied llama": ("LlamaForCausalLM", "LlamaConfig", {**SMALL, "tie_word_embeddings": True}),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**SMALL, "tie_word_embeddings": True}),
-    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", SMALL),
-    "gpt2": (
-        "GPT2LMHeadModel",
-        "GPT2Config",
-        {
-            "vocab_size": V,
-            "n_embd": 16,
-            "n_layer": 2,
-            "n_head": 4,
-            "n_positions": 64,
-            "bos_token_id": 1,
-            "eos_token_id": None,
-        },
-    ),
+    **small_models(layers=2),
     "t5": (
         "T5ForConditionalGeneration",
         "T5Config",
@@ -225,7 +197,7 @@ def test_sharded_logits_need_a_head_over_the_vocabulary_and_a_loss_function():
         shard_logits(model)
     model = transformers.ModernBertForMaskedLM(
         transformers.ModernBertConfig(
-            **{**SMALL, "hidden_size": 16, "global_attn_every_n_layers": 1}
+            **{**small_sizes(layers=2), "hidden_size": 16, "global_attn_every_n_layers": 1}
         )
     )
     shard_embeddings(model, gang, strategy="vocab")

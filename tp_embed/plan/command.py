@@ -14,7 +14,7 @@ from tp_embed.partition import Partition
 
 from .estimate import Cost, auto_strategy, costs, recommend
 from .report import as_data, as_lines, name_of
-from .setup import ITEM_BYTES, MOMENTS, Setup, refuse
+from .setup import GIB, ITEM_BYTES, MOMENTS, Setup, refuse
 from .traffic import Network
 
 STRATEGIES = ("auto", "none", "embed", "vocab")
@@ -27,7 +27,6 @@ rank (`shard_logits`). Not counted: the rest of the model, temporaries of the op
 the buckets of ZeRO. docs/planning.md has the formulas.
 """
 
-_GIB = 1 << 30
 # In the config of a model, the width of the table: what is more special comes first.
 _WIDTHS = ("word_embed_proj_dim", "embedding_size", "hidden_size", "n_embd", "d_model")
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
@@ -95,7 +94,7 @@ def _run(values: Mapping[str, Any]) -> Report:
         memory = values["memory"]
         if memory is not None and not memory > 0:
             refuse("memory", "greater than 0", memory)
-        memory = None if memory is None else memory * _GIB
+        memory = None if memory is None else memory * GIB
         return _report(setup, network, memory, values["strategy"], values["shard_logits"])
     except ValueError as e:
         raise WrongUsageError(str(e)) from e
@@ -200,7 +199,7 @@ def _warnings(
     setup: Setup, chosen: Cost, network: Network | None, memory: float | None
 ) -> Iterator[str]:
     if memory is not None and chosen.peak > memory:
-        need, have = chosen.peak / _GIB, memory / _GIB
+        need, have = chosen.peak / GIB, memory / GIB
         yield f"{name_of(chosen)} needs {need:.2f} GiB at the peak of a step, but there are {have}."
     if chosen.strategy != "none":
         name = "vocab_size" if chosen.strategy == "vocab" else "embed_dim"

@@ -7,10 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from .estimate import Cost
-from .setup import Setup
+from .setup import GIB, Setup
 from .traffic import Network, Transfer
 
-_GIB = 1 << 30
 _MEMORY = {
     "weight": "weight",
     "gradient": "gradient",
@@ -72,7 +71,7 @@ def _rows(
 ) -> Iterator[list[str]]:
     least = min(cost.peak for cost in found)
     unit, name = next(
-        (u, n) for u, n in ((_GIB, "GiB"), (1 << 20, "MiB"), (1, "bytes")) if least >= u
+        (u, n) for u, n in ((GIB, "GiB"), (1 << 20, "MiB"), (1, "bytes")) if least >= u
     )
 
     def amount(nbytes: float) -> str:

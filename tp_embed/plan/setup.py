@@ -11,6 +11,7 @@ from tp_embed.partition import Partition
 Strategy = Literal["none", "embed", "vocab"]
 Dtype = Literal["fp32", "bf16"]
 
+GIB = 1 << 30
 ITEM_BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2}
 MOMENTS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}
 
