@@ -287,12 +287,12 @@ def write(path, checkpoint, **target):
     """What :func:`convert` does, for a checkpoint that is in no file yet."""
     cuts = dict.fromkeys(checkpoint.names)
     path.mkdir()
-    arrays = tp_embed_directory.lay_out(
+    output = tp_embed_directory.lay_out(
         checkpoint, Target(**{"tp_size": 1, "cuts": cuts} | target), path
     )
-    for key, array in arrays.items():
+    for key, array in output.arrays.items():
         array.write((0,) * len(array.shape), checkpoint.tensors[key].load())
-    tp_embed_directory.finish(path)
+    output.finish()
     return read(path, ReadOptions(), "tp-embed")
 
 
@@ -387,21 +387,20 @@ def test_a_killed_run_is_finished_by_the_next(written, tmp_path):
     cuts = {name: cut and cut.over(3) for name, cut in checkpoint.cuts.items()}
     path = tmp_path / "out"
     path.mkdir()
-    first = tp_embed_directory.lay_out(checkpoint, Target(3, cuts), path)
+    first = tp_embed_directory.lay_out(checkpoint, Target(3, cuts), path).arrays
     assert not (path / "manifest.json").exists()
     with pytest.raises(CheckpointError, match="was not finished"):
         read(path, ReadOptions())
     key = Key("embed.weight")
     first[key].write((0, 0), checkpoint.tensors[key].load())
-    again = tp_embed_directory.lay_out(checkpoint, Target(3, cuts), path)
+    again, finish = tp_embed_directory.lay_out(checkpoint, Target(3, cuts), path)
     assert torch.equal(again[key].load(), checkpoint.tensors[key].load())
     for array in (again[key] for key in again):
         array.write((0,) * len(array.shape), torch.zeros(array.shape, dtype=array.dtype))
-    tp_embed_directory.finish(path)
+    finish()
     assert read(path, ReadOptions()).tensors[key].load().count_nonzero() == 0
     # Killed after the manifest, before the directory had its name.
-    tp_embed_directory.lay_out(checkpoint, Target(3, cuts), path)
-    tp_embed_directory.finish(path)
+    tp_embed_directory.lay_out(checkpoint, Target(3, cuts), path).finish()
     assert sorted(file.name for file in path.iterdir()) == [
         "manifest.json",
         *(file_of(path, rank, 3).name for rank in range(3)),

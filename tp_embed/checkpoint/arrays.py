@@ -15,6 +15,7 @@ import ctypes
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
+from .hashes import RunningHash
 
 Index = tuple[int, ...]
 
@@ -77,12 +79,22 @@ class Span(Array):
     """``size`` elements in a file, one after the other, from the byte ``offset`` on.
 
     The file is opened for each access, so any number of them can be described.
+
+    :param hashing: the hash of the file, which is to follow what is written.
     """
 
-    def __init__(self, path: Path, offset: int, size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        path: Path,
+        offset: int,
+        size: int,
+        dtype: torch.dtype,
+        hashing: RunningHash | None = None,
+    ) -> None:
         super().__init__((size,), dtype)
         self.path = path
         self.offset = offset
+        self._hashing = hashing
 
     def read(self, start: Index, out: Tensor) -> None:
         if not out.is_contiguous():
@@ -107,13 +119,14 @@ class Span(Array):
     def write(self, start: Index, values: Tensor) -> None:
         values = values.contiguous()
         buffer, offset = _bytes_of(values), self.offset + start[0] * self.dtype.itemsize
-        file = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            while buffer:
-                count = os.pwritev(file, [buffer[:_WRITE_BYTES]], offset)
-                buffer, offset = buffer[count:], offset + count
-        finally:
-            os.close(file)
+        with self._hashing.following(offset, buffer) if self._hashing else nullcontext():
+            file = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                while buffer:
+                    count = os.pwritev(file, [buffer[:_WRITE_BYTES]], offset)
+                    buffer, offset = buffer[count:], offset + count
+            finally:
+                os.close(file)
 
 
 @final

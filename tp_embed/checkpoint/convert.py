@@ -63,18 +63,18 @@ def write(
     with staged(output, request=work.identity, resume=resume, overwrite=overwrite) as stage:
         if not work.format.IS_FILE:
             stage.path.mkdir(exist_ok=True)
-        arrays = work.format.lay_out(work.checkpoint, work.target, stage.path)
+        written = work.format.lay_out(work.checkpoint, work.target, stage.path)
         stage.laid_out()
         with checked(work.source.hashes):
             tensors = (
                 (key, _checked(key, work.checkpoint.tensors[key], work.request.nan), array)
-                for key, array in arrays.items()
+                for key, array in written.arrays.items()
             )
             for copied in copy(tensors, stage.is_done):
                 stage.done(*copied)
                 progress(copied[-1])
         stage.flush()
-        work.format.finish(stage.path)  # While the disk is busy.
+        written.finish()  # While the disk is busy.
         stage.wait()
         if verify:
             _verify(work, stage.path, progress)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .arrays import CHUNK_BYTES, Array, Index, boxes
 from .errors import CheckpointError
+from .hashes import page_aligned
 
 Name = TypeVar("Name")
 Item = TypeVar("Item")
@@ -47,7 +48,9 @@ def _begin(
 ) -> Iterator[tuple[Copied[Name], Callable[[], object]]]:
     """Begins to read each box, and yields it with what writes it. While one is being read, only
     the one before may be unwritten."""
-    buffers = cycle([torch.empty(CHUNK_BYTES, dtype=torch.uint8) for _ in range(2)])
+    buffers = cycle(
+        [torch.frombuffer(page_aligned(CHUNK_BYTES), dtype=torch.uint8) for _ in range(2)]
+    )
     for name, source, target in tensors:
         if (source.shape, source.dtype) != (target.shape, target.dtype):
             raise CheckpointError(f"{source} cannot be copied to {target}.")

@@ -1,4 +1,5 @@
-"""SHA-256 of files: what is read is compared with what its checkpoint says, while it is used."""
+"""SHA-256 of files: what is read is compared with what its checkpoint says while it is used, and
+what is written is hashed on the way."""
 
 from __future__ import annotations
 
@@ -15,12 +16,64 @@ from .errors import CheckpointError
 
 _BLOCK_BYTES = 2**20
 
+# Hashing fewer bytes takes less time than handing them to another thread.
+_SMALL_BYTES = 2**18
 
-def sha256(files: Sequence[Path]) -> list[str]:
-    """The hash of each file; as many are read at a time as there are cores."""
-    never = Event()
-    with _pool(len(files)) as pool:
-        return list(pool.map(lambda file: _sha256(file, never), files))
+
+def page_aligned(nbytes: int) -> mmap.mmap:
+    """Memory that begins with a page. The system copies out of its cache into it several times as
+    fast as into a `bytearray`, which begins 16 bytes after one: on AMD's processors."""
+    return mmap.mmap(-1, nbytes)
+
+
+class RunningHash:
+    """The hash of a file while it is written: of what comes in the order of the file as it comes,
+    when it is in memory anyway. The rest is read again at the end.
+
+    The file must hold what is before the first byte that is written.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._found = hashlib.sha256()
+        self._end = 0
+        self._pool = ThreadPoolExecutor(1)
+
+    @contextmanager
+    def following(self, offset: int, written: memoryview) -> Iterator[None]:
+        """Goes over ``written`` while the block writes it to the file at ``offset``."""
+        if offset < self._end:  # Something is written anew.
+            self._found, self._end = hashlib.sha256(), 0
+        if offset - self._end > _BLOCK_BYTES:
+            yield
+            return
+        self._read(offset)
+        self._end += len(written)
+        if len(written) < _SMALL_BYTES:
+            self._found.update(written)
+            yield
+            return
+        hashed = self._pool.submit(self._found.update, written)
+        try:
+            yield
+        finally:
+            hashed.result()
+
+    def finish(self) -> str:
+        """The hash of the file, all of which has been written."""
+        self._pool.shutdown()
+        self._read(self._file.stat().st_size)
+        return self._found.hexdigest()
+
+    def _read(self, end: int) -> None:
+        _update(self._found, self._file, self._end, end)
+        self._end = end
+
+
+def finish_all(hashes: Sequence[RunningHash]) -> list[str]:
+    """What each finishes with; as many are read at a time as there are cores."""
+    with _pool(len(hashes)) as pool:
+        return list(pool.map(RunningHash.finish, hashes))
 
 
 @contextmanager
@@ -54,10 +107,22 @@ def _pool(files: int) -> ThreadPoolExecutor:
 
 def _sha256(file: Path, stop: Event) -> str:
     found = hashlib.sha256()
-    # Into memory that is aligned to a page the system copies several times as fast as into that of
-    # a `bytearray`, which begins 16 bytes after one: on AMD's processors.
-    with file.open("rb", buffering=0) as opened, mmap.mmap(-1, _BLOCK_BYTES) as block:
-        while (count := opened.readinto(block)) and not stop.is_set():
-            with memoryview(block) as view, view[:count] as part:
-                found.update(part)
+    _update(found, file, 0, file.stat().st_size, stop)
     return found.hexdigest()
+
+
+def _update(
+    found: hashlib._Hash, path: Path, start: int, end: int, stop: Event | None = None
+) -> None:
+    """Goes over the bytes of a file from ``start`` to ``end``, or until ``stop``."""
+    if start == end:
+        return
+    with path.open("rb", buffering=0) as file, page_aligned(_BLOCK_BYTES) as block:
+        file.seek(start)
+        while start < end and not (stop and stop.is_set()):
+            with memoryview(block) as view, view[: end - start] as part:
+                count = file.readinto(part)
+                if not count:  # It was truncated; its hash will be another.
+                    return
+                found.update(part[:count])
+            start += count

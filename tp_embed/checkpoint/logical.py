@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -150,6 +150,17 @@ class Target:
     hf_config: Path | None = None
     zero_stage: int = 1
     dp_size: int = 1
+
+
+class Output(NamedTuple):
+    """A checkpoint whose files are laid out.
+
+    :param arrays: where to write each tensor, whole.
+    :param finish: to be called when that is done; it writes what depends on their values.
+    """
+
+    arrays: dict[Key, Array]
+    finish: Callable[[], object] = lambda: None
 
 
 def parse_dtype(name: str) -> torch.dtype:

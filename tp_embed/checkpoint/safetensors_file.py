@@ -18,6 +18,7 @@ import torch
 
 from .arrays import Array, Index, Span, View
 from .errors import CheckpointError, shown
+from .hashes import RunningHash
 from .text_files import parse_json
 
 # The same limit as that of the package.
@@ -48,8 +49,10 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+def read(path: Path, hashing: RunningHash | None = None) -> tuple[dict[str, Array], dict[str, str]]:
     """The tensors of a file by name, and its metadata.
+
+    :param hashing: what is to follow all that is written to the tensors.
 
     :raises CheckpointError: it is no such file, or a damaged one.
     """
@@ -76,7 +79,7 @@ def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
                 "The file is damaged: copy it again."
             )
         end = stop
-        arrays[name] = View(Span(path, first + begin, prod(shape), dtype), shape)
+        arrays[name] = View(Span(path, first + begin, prod(shape), dtype, hashing), shape)
     if first + end != size:
         raise CheckpointError(
             f"`{path}` must have {first + end} bytes, by its header, but has {size}. The file is "
@@ -89,10 +92,12 @@ def lay_out(
     path: Path,
     tensors: Mapping[str, tuple[Index, torch.dtype]],
     metadata: Mapping[str, str] | None = None,
+    hashing: RunningHash | None = None,
 ) -> dict[str, Array]:
     """Writes a file with space for ``tensors``, given by their shapes and dtypes. If it is there
     already it is kept, since then it has been laid out before.
 
+    :param hashing: what is to follow all that is written to them.
     :returns: the arrays of the tensors, which can be written to.
     :raises CheckpointError: the format has no such dtype.
     """
@@ -122,7 +127,7 @@ def lay_out(
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + end)
         temporary.replace(path)
-    return read(path)[0]
+    return read(path, hashing)[0]
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, Index, int, int]:

@@ -7,9 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
-from ..arrays import Array
 from ..errors import CheckpointError
-from ..logical import MASTER, MOMENTS, WEIGHT, Checkpoint, Key, ReadOptions, Target
+from ..logical import MASTER, MOMENTS, WEIGHT, Checkpoint, Key, Output, ReadOptions, Target
 
 # In the order in which they are tried: what has a mark of its own comes before what has not.
 FORMATS = {
@@ -50,18 +49,13 @@ class Format(Protocol):
         """
         ...
 
-    def lay_out(self, checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Array]:
+    def lay_out(self, checkpoint: Checkpoint, target: Target, path: Path) -> Output:
         """Writes all files of ``path``, a new name in a directory that is there, with space for the
         tensors of ``checkpoint``. A file that is there already has been laid out before, by a run
         that was killed, and is kept.
 
-        :returns: where to write each tensor of ``checkpoint``, whole.
         :raises CheckpointError: it cannot be written in this format.
         """
-        ...
-
-    def finish(self, path: Path) -> None:
-        """Writes what depends on the values of the tensors, after they have been written."""
         ...
 
 

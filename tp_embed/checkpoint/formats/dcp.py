@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..arrays import Array
 from ..errors import CheckpointError, shown
-from ..logical import WEIGHT, Checkpoint, Key, Optimizer, ReadOptions, Target
+from ..logical import WEIGHT, Checkpoint, Key, Optimizer, Output, ReadOptions, Target
 from . import dcp_metadata
 from .dcp_files import Files, Layout
 from .dcp_metadata import BytesItem, Item, Keys, TensorItem
@@ -283,7 +283,7 @@ class _Reader:
         )
 
 
-def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Array]:
+def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
     metadata = path / dcp_metadata.NAME
     if not metadata.exists():  # It is written last.
         with Layout(path) as layout:
@@ -299,7 +299,7 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Arr
         flat = {".".join(map(str, keys)): keys for keys in items}
         dcp_metadata.write(metadata, {name: items[keys] for name, keys in flat.items()}, flat)
     arrays = read(path, ReadOptions()).tensors
-    return {key: arrays[key] for key in checkpoint.tensors}
+    return Output({key: arrays[key] for key in checkpoint.tensors})
 
 
 def _content(checkpoint: Checkpoint) -> dict[Keys, Any]:
@@ -324,10 +324,6 @@ def _content(checkpoint: Checkpoint) -> dict[Keys, Any]:
         for what, value in {**group, "param_names": group["params"]}.items():
             content["optimizer", "param_groups", index, what] = value
     return content
-
-
-def finish(path: Path) -> None:
-    """There is nothing to do."""
 
 
 def _tree(path: Path, items: Mapping[str, Item], nesting: Mapping[str, Keys]) -> Tree:

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..arrays import Array, Joined, Tile
 from ..cuts import join
 from ..errors import CheckpointError
-from ..logical import WEIGHT, Checkpoint, Key, ReadOptions, Target
+from ..logical import WEIGHT, Checkpoint, Output, ReadOptions, Target
 from ..torch_file import TorchFile
 from ..torch_file import lay_out as lay_out_file
 from .pt import state_dict_arrays
@@ -186,7 +186,7 @@ def _stacked(name: str, held: list[dict[str, Array]], paths: list[Path]) -> Arra
     return Joined((rows, *first.shape[1:]), first.dtype, tiles)
 
 
-def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Array]:
+def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
     for name in checkpoint.names:
         if (cut := target.cuts[name]) is not None:
             check_even(name, cut, "fairseq2")
@@ -198,10 +198,6 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Arr
         file.parent.mkdir(parents=True, exist_ok=True)
         files.append(lay_out_file(file, model))
     shards = written_shards(files, [file.root for file in files], checkpoint)
-    return {
-        key: join(key.name, target.cuts[key.name], shards[key.name]) for key in checkpoint.tensors
-    }
-
-
-def finish(path: Path) -> None:
-    """There is nothing to do."""
+    return Output(
+        {key: join(key.name, target.cuts[key.name], shards[key.name]) for key in checkpoint.tensors}
+    )

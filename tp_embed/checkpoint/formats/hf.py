@@ -35,7 +35,7 @@ from ..arrays import Array, Index
 from ..cuts import is_table
 from ..derived import Copies
 from ..errors import CheckpointError, shown
-from ..logical import WEIGHT, Checkpoint, Key, ReadOptions, Target
+from ..logical import WEIGHT, Checkpoint, Key, Output, ReadOptions, Target
 from ..text_files import inside, read_json, write_json
 from ..torch_file import TorchFile
 from .hf_settings import CONFIG, copy_settings, settings_of, ties_words
@@ -216,7 +216,7 @@ def _read_file(path: Path, options: ReadOptions) -> _File:
     return _File(by_name, names, ties, notes)
 
 
-def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Array]:
+def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
     if target.max_shard_size < 1:
         raise CheckpointError(
             f"`--max-shard-size` must be at least 1 byte, but is {target.max_shard_size}."
@@ -250,14 +250,12 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Arr
             path / f"{_SAFETENSORS}.index.json",
             {"metadata": {"total_size": total_size}, "weight_map": weight_map},
         )
-    return {
-        key: Copies(key.name, [arrays[written] for written in names[key.name]])
-        for key in checkpoint.tensors
-    }
-
-
-def finish(path: Path) -> None:
-    """There is nothing to do."""
+    return Output(
+        {
+            key: Copies(key.name, [arrays[written] for written in names[key.name]])
+            for key in checkpoint.tensors
+        }
+    )
 
 
 _Described = dict[str, tuple[Index, torch.dtype]]

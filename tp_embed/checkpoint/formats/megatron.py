@@ -31,7 +31,7 @@ from ..arrays import Array, Joined, Tile
 from ..cuts import Cut, find_rule, is_table, join
 from ..derived import Copies
 from ..errors import CheckpointError, shown
-from ..logical import WEIGHT, Checkpoint, Key, ReadOptions, Target
+from ..logical import WEIGHT, Checkpoint, Key, Output, ReadOptions, Target
 from ..torch_file import lay_out as lay_out_file
 from .megatron_files import (
     FILE,
@@ -193,7 +193,7 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, scalars)
 
 
-def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Array]:
+def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
     source_args = checkpoint.extra.get(ARGS)
     args = dict(source_args) if isinstance(source_args, Mapping) else {}
     divisor = args.get(_DIVISOR, 128)
@@ -235,12 +235,14 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Arr
         files.append(saved)
     (path / TRACKER).write_text("release" if release else str(checkpoint.step))
     shards = written_shards(files, [file.root["model"] for file in files], checkpoint)
-    return {
-        key: _without_padding(key.name, shards[key.name], checkpoint.shape(key.name)[0])
-        if key.name in shapes
-        else join(key.name, target.cuts[key.name], shards[key.name])
-        for key in checkpoint.tensors
-    }
+    return Output(
+        {
+            key: _without_padding(key.name, shards[key.name], checkpoint.shape(key.name)[0])
+            if key.name in shapes
+            else join(key.name, target.cuts[key.name], shards[key.name])
+            for key in checkpoint.tensors
+        }
+    )
 
 
 def _new_args(
@@ -264,7 +266,3 @@ def _new_args(
     if len(dtypes) == 1:
         new["params_dtype"] = dtypes.pop()
     return Namespace(**{**args, **new})
-
-
-def finish(path: Path) -> None:
-    """There is nothing to do."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..arrays import Array
 from ..errors import CheckpointError, shown
-from ..logical import WEIGHT, Checkpoint, Key, Optimizer, ReadOptions, Target
+from ..logical import WEIGHT, Checkpoint, Key, Optimizer, Output, ReadOptions, Target
 from ..torch_file import TorchFile, placeholder
 from ..torch_file import lay_out as lay_out_file
 
@@ -148,7 +148,7 @@ def read_optimizer(
     return tensors, Optimizer(tuple(named), steps), notes
 
 
-def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Array]:
+def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
     held = {key: placeholder(array.shape, array.dtype) for key, array in checkpoint.tensors.items()}
     model = {key.name: tensor for key, tensor in held.items() if key.state == WEIGHT}
     model |= {alias: model[name] for alias, name in checkpoint.ties.items()}
@@ -164,7 +164,7 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Arr
         arrays |= {
             Key(name, key): file.array(value) for key, value in state.items() if key != "step"
         }
-    return {key: arrays[key] for key in checkpoint.tensors}
+    return Output({key: arrays[key] for key in checkpoint.tensors})
 
 
 def _optimizer_root(optimizer: Optimizer, held: Mapping[Key, Tensor]) -> dict[str, Any]:
@@ -198,7 +198,3 @@ def _by_name(saved: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
         for index, name in zip(group["params"], group["param_names"], strict=True)
         if index in saved["state"]
     }
-
-
-def finish(path: Path) -> None:
-    """There is nothing to do."""

@@ -20,8 +20,8 @@ from typing import Any
 from .. import safetensors_file
 from ..arrays import Array
 from ..errors import CheckpointError
-from ..hashes import sha256
-from ..logical import WEIGHT, Checkpoint, Key, ReadOptions, Target
+from ..hashes import RunningHash, finish_all
+from ..logical import WEIGHT, Checkpoint, Output, ReadOptions, Target
 from ..plain_values import damaged
 from ..staging import write_text
 from ..text_files import inside, read_json
@@ -35,8 +35,6 @@ HAS_EXTRA = True
 MAIN = WEIGHT
 
 _MANIFEST = "manifest.json"
-# The manifest without the hashes, while the files are written.
-_DRAFT = ".manifest.json"
 
 
 def recognises(path: Path) -> bool:
@@ -79,7 +77,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     )
 
 
-def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Array]:
+def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
     try:
         value = manifest_json(checkpoint, target)
         # What could not be read is not written.
@@ -90,24 +88,23 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Arr
             "too deep, or in itself."
         ) from e
     (path / _MANIFEST).unlink(missing_ok=True)
-    write_text(path / _DRAFT, text_of(value))
+    files = [path / name for name in _file_names(target.tp_size)]
+    hashes = [RunningHash(file) for file in files]
     ranks = [
-        safetensors_file.lay_out(path / name, manifest.layout(rank), manifest.ties)
-        for rank, name in enumerate(_file_names(target.tp_size))
+        safetensors_file.lay_out(file, manifest.layout(rank), manifest.ties, hashing)
+        for rank, (file, hashing) in enumerate(zip(files, hashes, strict=True))
     ]
+
+    def finish() -> None:
+        described = {
+            file.name: {"size": file.stat().st_size, "sha256": digest}
+            for file, digest in zip(files, finish_all(hashes), strict=True)
+        }
+        write_text(path / _MANIFEST, text_of({**value, "files": described}))
+
     arrays = manifest.join(ranks)
-    return {key: arrays[key] for key in checkpoint.tensors}
-
-
-def finish(path: Path) -> None:
-    value = read_json(path / _DRAFT)
-    files = [path / name for name in _file_names(value["tp_size"])]
-    value["files"] = {
-        file.name: {"size": file.stat().st_size, "sha256": digest}
-        for file, digest in zip(files, sha256(files), strict=True)
-    }
-    write_text(path / _MANIFEST, text_of(value))
-    (path / _DRAFT).unlink()
+    # In the order of the files, so that the hashes can follow.
+    return Output(dict(sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize)), finish)
 
 
 def _check_files(path: Path, tp_size: int, value: Any) -> tuple[list[Path], list[str]]:

@@ -41,7 +41,7 @@ from .universal_files import (
 from .universal_layout import lay_out
 from .universal_run import read_extra, read_groups, read_step
 
-__all__ = ["finish", "lay_out", "read", "recognises"]
+__all__ = ["lay_out", "read", "recognises"]
 
 NAME = "universal"
 IS_FILE = False
@@ -55,10 +55,6 @@ _INFO = "universal_checkpoint_info"
 
 def recognises(path: Path) -> bool:
     return (path / "zero").is_dir() or (path / LATEST).is_file()
-
-
-def finish(path: Path) -> None:
-    """There is nothing to do."""
 
 
 def read(path: Path, options: ReadOptions) -> Checkpoint:

@@ -12,7 +12,7 @@ from ..arrays import Array
 from ..cuts import join
 from ..derived import Copies
 from ..errors import CheckpointError
-from ..logical import MASTER, MOMENTS, WEIGHT, Checkpoint, Key, Target
+from ..logical import MASTER, MOMENTS, WEIGHT, Checkpoint, Key, Output, Target
 from ..torch_file import lay_out as lay_out_file
 from ..torch_file import placeholder
 from .deepspeed.cut_info import write_info
@@ -25,7 +25,7 @@ from .universal_files import LATEST, OPTIMIZER_STATE, STEP
 _MAX_NAME_BYTES = 255
 
 
-def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Array]:
+def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
     _check(checkpoint)
     steps = _steps(checkpoint)
     step = step_of(checkpoint)
@@ -52,7 +52,7 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Arr
             lay_out_file(directory / "zero" / name / f"{STEP}.pt", value)
     arrays |= _lay_out_ranks(checkpoint, target, directory, {"global_steps": step, **info})
     (path / LATEST).write_text(tag)
-    return {key: arrays[key] for key in checkpoint.tensors}
+    return Output({key: arrays[key] for key in checkpoint.tensors})
 
 
 def _check(checkpoint: Checkpoint) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from ...logical import WEIGHT
 from .files import is_tag
 from .reading import read
-from .writing import finish, lay_out
+from .writing import lay_out
 
 NAME = "deepspeed"
 IS_FILE = False
@@ -30,7 +30,6 @@ __all__ = [
     "IS_FILE",
     "MAIN",
     "NAME",
-    "finish",
     "lay_out",
     "read",
     "recognises",

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from ...arrays import Array
 from ...cuts import join
 from ...errors import CheckpointError
-from ...logical import MASTER, Checkpoint, Key, Target
+from ...logical import MASTER, Checkpoint, Output, Target
 from .cut_info import write_info
 from .model_states import check_plain, lay_out_model
 from .optim_states import lay_out_optimizers
@@ -23,7 +22,7 @@ from .shards import Places, Shards, step_of
 from .trained import Trained, find_trained
 
 
-def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Array]:
+def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
     """See :class:`~tp_embed.checkpoint.formats.Format`. At ZeRO 3 there is no place for weights of
     which there are fp32 ones: an engine takes them from these."""
     trained = find_trained(checkpoint, is_flat=target.zero_stage > 0)
@@ -48,15 +47,13 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> dict[Key, Arr
             lay_out_optimizers(shards, places)
         found.append(places.arrays())
     (path / "latest").write_text(directory.name)
-    return {
-        key: join(str(key), target.cuts[key.name], [arrays[key] for arrays in found])
-        for key in checkpoint.tensors
-        if all(key in arrays for arrays in found)
-    }
-
-
-def finish(path: Path) -> None:
-    """There is nothing to do."""
+    return Output(
+        {
+            key: join(str(key), target.cuts[key.name], [arrays[key] for arrays in found])
+            for key in checkpoint.tensors
+            if all(key in arrays for arrays in found)
+        }
+    )
 
 
 def _check(target: Target, trained: Trained) -> None:
