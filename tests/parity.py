@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tp_embed import ShardedEmbedding, StandardEmbedding, VocabShardedEmbedding
+from tp_embed import (
+    BatchLayout,
+    Partition,
+    ShardedEmbedding,
+    StandardEmbedding,
+    VocabShardedEmbedding,
+)
 
 SHARDED = {"embed": ShardedEmbedding, "vocab": VocabShardedEmbedding}
 
@@ -30,6 +36,9 @@ class Case:
     sparse: bool = False
     nan_row: int | None = None
     output: str = "replicated"
+    dedup: Any = "auto"
+    reuse_grad: bool = False
+    seq_lens: tuple[int, ...] | None = None  # Of the rows of a batch; the rest is padding.
     seed: int = 0
     steps: int = 5
 
@@ -47,9 +56,28 @@ class Case:
         batches = []
         for _ in range(self.steps):
             ids = torch.randint(self.num_embeddings, self.shape, generator=generator)
+            if self.seq_lens is not None:
+                ids[self.padding()] = -7  # It is not looked at.
             grad = torch.randn(*self.shape, self.embed_dim, generator=generator)
             batches.append((ids.to(self.id_dtype), grad.to(self.dtype)))
         return batches
+
+    def padding(self) -> Tensor:
+        lens = torch.tensor(self.seq_lens or [self.shape[-1]] * self.shape[0])
+        return torch.arange(self.shape[-1]) >= lens[:, None]
+
+    def layout(self, ids: Tensor) -> BatchLayout | None:
+        return None if self.seq_lens is None else BatchLayout.of(ids, self.seq_lens)
+
+    def part(self, rank: int, size: int) -> tuple[Any, ...]:
+        """What a rank gets of the output: the index of a slice."""
+        if self.output == "shard":
+            own = Partition(self.embed_dim, size).shard(rank)
+            return ..., slice(own.start, own.stop)
+        if self.output == "sequence":
+            own = Partition(self.shape[-1], size).shard(rank)
+            return ..., slice(own.start, own.stop), slice(None)
+        return (...,)
 
 
 @dataclass(frozen=True)
@@ -70,30 +98,37 @@ def _optimizer(parameters: Any, sparse: bool) -> torch.optim.Optimizer:
 
 def run(gang: Any, kind: str, case: Case) -> Seen:
     """Trains the table of ``case`` over ``gang``; ``kind`` is "embed" or "vocab"."""
-    embed = SHARDED[kind].from_embedding(_standard(case), gang, output=case.output)
-    return _train(embed, case, embed.columns if case.output == "shard" else None)
+    embed = SHARDED[kind].from_embedding(
+        _standard(case), gang, output=case.output, dedup=case.dedup
+    )
+    return _train(embed, case, case.part(gang.rank, gang.size))
 
 
 def run_standard(case: Case) -> Seen:
-    return _train(_standard(case), case, None)
+    return _train(_standard(case), case, (...,))
 
 
 def _standard(case: Case) -> StandardEmbedding:
     embed = StandardEmbedding(
-        case.num_embeddings, case.embed_dim, case.pad_idx, dtype=case.dtype, sparse=case.sparse
+        case.num_embeddings,
+        case.embed_dim,
+        case.pad_idx,
+        dtype=case.dtype,
+        sparse=case.sparse,
+        reuse_grad=case.reuse_grad,
     )
     with torch.no_grad():
         embed.weight.copy_(case.table())
     return embed
 
 
-def _train(embed: Any, case: Case, columns: range | None) -> Seen:
+def _train(embed: Any, case: Case, part: tuple[Any, ...]) -> Seen:
     optimizer = _optimizer(embed.parameters(), case.sparse)
     outputs, gradients = [], []
     for ids, grad in case.batches():
         optimizer.zero_grad()
-        output = embed(ids)
-        output.backward(grad if columns is None else grad[..., columns.start : columns.stop])
+        output = embed(ids, case.layout(ids))
+        output.backward(grad[part])
         outputs.append(output.detach().clone())
         gradients.append(whole(embed, _dense(embed.weight.grad, case)))
         optimizer.step()
@@ -134,9 +169,15 @@ def reference(case: Case) -> Seen:
     for ids, grad in case.batches():
         optimizer.zero_grad()
         ids = ids if ids.dtype == torch.int32 else ids.long()
-        # torch 2.13 fails in the sparse backward of 0-d ids with a `padding_idx`.
-        output = embed(ids.view(-1)).view(grad.shape)
-        output.backward(grad)
+        if case.seq_lens is None:
+            # torch 2.13 fails in the sparse backward of 0-d ids with a `padding_idx`.
+            output = embed(ids.view(-1)).view(grad.shape)
+            output.backward(grad)
+        else:
+            rows = embed(ids[~case.padding()])
+            rows.backward(grad[~case.padding()])
+            output = torch.zeros_like(grad)
+            output[~case.padding()] = rows.detach()
         outputs.append(output.detach().clone())
         assert embed.weight.grad is not None
         gradients.append(embed.weight.grad.to_dense())
@@ -162,11 +203,9 @@ def assert_same_bits(a: Tensor, b: Tensor, what: str) -> None:
     assert torch.equal(bits(a), bits(b)), f"{what} differ by {(a - b).abs().max()}: {a}\n{b}"
 
 
-def assert_same(seen: Seen, expected: Seen, *, columns: range | None = None) -> None:
+def assert_same(seen: Seen, expected: Seen, *, part: tuple[Any, ...] = (...,)) -> None:
     for step, (a, b) in enumerate(zip(seen.outputs, expected.outputs, strict=True)):
-        if columns is not None:
-            b = b[..., columns.start : columns.stop]
-        assert_same_bits(a, b, f"outputs of step {step}")
+        assert_same_bits(a, b[part], f"outputs of step {step}")
     for step, (a, b) in enumerate(zip(seen.gradients, expected.gradients, strict=True)):
         assert_same_bits(a, b, f"gradients of step {step}")
     assert_same_bits(seen.table, expected.table, "tables at the end")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parity import SHARDED, Case, assert_same, reference, run, run_standard
-from tp_embed import Partition, StandardEmbedding
+from tp_embed import StandardEmbedding
+from tp_embed.monitor import Traffic
 
 SIZES = [1, 2, 3, 4]
 KINDS = sorted(SHARDED)
@@ -66,7 +69,57 @@ def test_shard_output_is_the_own_columns(pool, size, embed_dim):
     case = Case(11, embed_dim, pad_idx=3, output="shard")
     expected = reference(case)
     for rank, seen in enumerate(pool(size, run, "embed", case)):
-        assert_same(seen, expected, columns=Partition(embed_dim, size).shard(rank))
+        assert_same(seen, expected, part=case.part(rank, size))
+
+
+EXCHANGES = {
+    "even": Case(24, 12, shape=(2, 12)),
+    "uneven": Case(23, 13, shape=(3, 7)),
+    "many duplicates": Case(5, 8, shape=(6, 50)),
+    "shorter than the gang": Case(11, 6, shape=(5, 2)),
+    "fewer rows and columns than ranks": Case(3, 2, shape=(2, 8)),
+    "empty batch": Case(11, 6, shape=(0, 4)),
+    "one sequence": Case(40, 12, shape=(24,)),
+    "pad": Case(11, 6, pad_idx=4, shape=(4, 9)),
+    "sparse": Case(23, 13, sparse=True, shape=(4, 9)),
+    "int32 ids, bf16": Case(23, 13, id_dtype=torch.int32, dtype=torch.bfloat16, shape=(6, 50)),
+    "reused gradients": Case(23, 13, reuse_grad=True, pad_idx=1, shape=(4, 9)),
+    "padding": Case(23, 13, shape=(4, 9), seq_lens=(9, 3, 1, 6)),
+    "padding, sparse": Case(23, 13, shape=(2, 9), seq_lens=(2, 4), sparse=True, pad_idx=2),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("output", ["replicated", "sequence"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_every_exchange_is_torch(pool, name, kind, output, size):
+    for dedup in (True, False, "auto"):
+        case = replace(EXCHANGES[name], output=output, dedup=dedup)
+        low = case.dtype == torch.bfloat16
+        expected = run_standard(replace(case, output="replicated")) if low else reference(case)
+        for rank, seen in enumerate(pool(size, run, kind, case)):
+            assert_same(seen, expected, part=case.part(rank, size))
+
+
+def spread_ids(gang, dedup):
+    """All distinct ids but one are the first rank's."""
+    whole = StandardEmbedding(40, 8)
+    embed = SHARDED["vocab"].from_embedding(whole, gang, dedup=dedup)
+    ids = torch.tensor([3, 1, 39, 0, 5, 4, 2, 3, 7, 6])
+    with Traffic(gang) as traffic:
+        output = embed(ids)
+    assert torch.equal(output, whole(ids))
+    return traffic.by_operation()
+
+
+def test_rows_that_one_rank_owns_are_spread_over_the_gang(pool):
+    sent = pool(4, spread_ids, True)
+    assert all({"all_to_all", "all_gather"} == operations.keys() for operations in sent)
+    row = 8 * 4
+    # 9 distinct rows, of which the others get 3, 3 and 0 from the first; then 3 go to each.
+    assert sent[0]["all_to_all"].bytes_sent == 5 * row
+    assert sent[0]["all_gather"].bytes_sent == 3 * 3 * row
 
 
 LOW = [torch.bfloat16, torch.float16]
@@ -125,6 +178,7 @@ def cases(draw):
         id_dtype=draw(st.sampled_from([torch.int64, torch.int32])),
         sparse=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
+        dedup=draw(st.sampled_from(["auto", True, False])),
     )
 
 

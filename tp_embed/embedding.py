@@ -1,7 +1,7 @@
 """The embedding classes: one table, whole or sharded over a gang.
 
 All three share :class:`_Table`, which holds one block of the table, and differ in what a rank's
-block is and in how the ranks' lookups become the output.
+block is. :mod:`tp_embed.exchange` has what is sent.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from tp_embed import init
-from tp_embed.collectives import gather_columns, gather_table, reduce_partial
+from tp_embed.batch_layout import BatchLayout
+from tp_embed.collectives import gather_table
+from tp_embed.exchange import Dedup, Place, Staging
+from tp_embed.fetch import Lookup, fetch, fetch_own
 from tp_embed.gang import FakeGang, Gang
 from tp_embed.ids import IdCheck, as_indices
 from tp_embed.layer import GangLayer
-from tp_embed.lookup import keep_coalesced, lookup
+from tp_embed.lookup import GradBuffer, keep_coalesced
 from tp_embed.partition import Partition
 from tp_embed.whole_init import fill_from_whole_table
 
 InitFn = Callable[[Any], object]
 
-Output = Literal["replicated", "shard"]
+Output = Literal["replicated", "sequence", "shard"]
 
 
 class Embedding(Module, ABC):
@@ -66,11 +69,14 @@ class Embedding(Module, ABC):
         self.pad_idx = pad_idx
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layout: BatchLayout | None = None) -> Tensor:
         """
         :param x: the embedding indices. *Shape:* any. *Dtype:* any integer.
+        :param layout: of ``x``. What is padding by it is neither looked up nor sent, gives zeros
+            and gets no gradient; its indices may be any.
         :returns: the embeddings. *Shape:* :math:`(*,E)`, where :math:`*` is the shape of ``x``.
         :raises TypeError: ``x`` does not have an integer dtype.
+        :raises ValueError: ``layout`` is of another shape.
         :raises IndexError: an index is not a row of the table.
         """
 
@@ -83,7 +89,7 @@ class _Table(GangLayer, Embedding):
     """
 
     shard_dim: ClassVar[Literal[0, 1]]
-    outputs: ClassVar[tuple[str, ...]] = ("replicated",)
+    outputs: ClassVar[tuple[str, ...]]
 
     weight: Parameter
 
@@ -98,7 +104,9 @@ class _Table(GangLayer, Embedding):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         output: Output = "replicated",
+        dedup: Dedup = "auto",
         sparse: bool = False,
+        reuse_grad: bool = False,
         scale: float | Tensor | None = None,
     ) -> None:
         super().__init__(num_embeddings, embed_dim, pad_idx)
@@ -113,6 +121,13 @@ class _Table(GangLayer, Embedding):
                 f"`output` must be one of {self.outputs} for a `{type(self).__name__}`, "
                 f"but is {output!r} instead.{hint}"
             )
+        if dedup not in ("auto", True, False):
+            raise ValueError(f"`dedup` must be 'auto', True or False, but is {dedup!r} instead.")
+        if sparse and reuse_grad:
+            raise ValueError(
+                "`reuse_grad` must be False with `sparse`, but is True instead: it is about dense "
+                "gradients."
+            )
         is_number = isinstance(scale, (int, float)) or (
             isinstance(scale, Tensor) and not scale.ndim
         )
@@ -123,9 +138,12 @@ class _Table(GangLayer, Embedding):
         self.gang = gang
         self.init_fn = init_fn
         self.output = output
+        self.dedup = dedup
         self.sparse = sparse
         self.scale = scale
         self._id_check = IdCheck()
+        self._staging = Staging()
+        self._grad_buffer = GradBuffer() if reuse_grad else None
         shape = len(self.rows), len(self.columns)
         if device is None and torch.get_default_device().type == "cpu":
             device = gang.device
@@ -175,25 +193,51 @@ class _Table(GangLayer, Embedding):
             whole = self if isinstance(self, StandardEmbedding) else None
             fill_from_whole_table(self, init_fn, lambda: whole or _empty_like(self))
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def reuse_grad(self) -> bool:
+        """Whether dense gradients are put into the same memory, one after the other."""
+        return self._grad_buffer is not None
+
+    def forward(self, x: Tensor, layout: BatchLayout | None = None) -> Tensor:
         ids = as_indices(x)
+        real = None if layout is None or not layout.padded else _real(ids, layout)
+        if real is not None:
+            ids = ids.masked_fill(~real, 0)
         self._id_check(ids, self.num_embeddings, self.gang)
+        if ids.device.type != "cpu":  # Where the error for ids out of range is a step late.
+            ids = ids.clamp(0, self.num_embeddings - 1)
         if self.sparse:
             keep_coalesced(self.weight)
-        block = lookup(
-            self.weight,
-            ids,
-            self.rows.start,
-            self.num_embeddings,
-            pad_idx=self.pad_idx,
-            sparse=self.sparse,
-        )
-        output = self._combine(block)
+        output = self._look_up(ids, real)
         if self.scale is None:
             return output
         if isinstance(self.scale, Tensor):
             return output * self.scale.to(output.dtype)
         return output * self.scale
+
+    def _look_up(self, ids: Tensor, real: Tensor | None) -> Tensor:
+        """
+        :param real: what is no padding; if ``None``, all. *Shape:* that of ``ids``.
+        :returns: *Shape:* :math:`(*,E)`, or what :attr:`output` makes of it.
+        """
+        place = Place(self.gang, self.partition, self.shard_dim, self.rows, self.columns)
+        how = Lookup(place, self.pad_idx, self.dedup, self.sparse, self._staging, self._grad_buffer)
+        blocks, shape = None, ids.shape
+        if self.output == "sequence" and self.gang.size > 1:
+            blocks = _sequence_blocks(ids, real, self.gang)
+            own = Partition(shape[-1], self.gang.size).shard(self.gang.rank)
+            shape = torch.Size((*shape[:-1], len(own)))
+            real = None if real is None else real[..., own.start : own.stop]
+        elif real is not None:
+            ids = ids[real]
+        if self.gang.size > 1 and self.output != "shard":
+            rows = fetch(self.weight, ids.flatten(), blocks, how)
+        else:
+            rows = fetch_own(self.weight, ids.flatten(), how)
+        if real is not None:
+            output = rows.new_zeros(shape.numel(), rows.size(1))
+            rows = output.index_copy(0, real.flatten().nonzero()[:, 0], rows)
+        return rows.view(*shape, rows.size(1))
 
     def check_ids(self) -> None:
         """Waits until the ids of all forwards so far are checked, which on an accelerator is done
@@ -203,10 +247,6 @@ class _Table(GangLayer, Embedding):
         """
         self._id_check.flush()
 
-    def _combine(self, block: Tensor) -> Tensor:
-        """The output, from what this rank's block gives for the ids. *Shape:* :math:`(*,E)`."""
-        return block
-
     def extra_repr(self) -> str:
         parts = [str(self.num_embeddings), str(self.embed_dim)]
         if self.pad_idx is not None:
@@ -215,12 +255,44 @@ class _Table(GangLayer, Embedding):
             parts.append(self._shard_repr(self.shard_dim, self.partition))
         if self.output != "replicated":
             parts.append(f"output={self.output!r}")
+        if self.dedup != "auto":
+            parts.append(f"dedup={self.dedup}")
         if self.sparse:
             parts.append("sparse=True")
+        if self.reuse_grad:
+            parts.append("reuse_grad=True")
         if self.scale is not None:
             parts.append(f"scale={float(self.scale):g}")
         parts.append(f"dtype={self.weight.dtype}, device='{self.weight.device}'")
         return ", ".join(parts)
+
+
+def _real(ids: Tensor, layout: BatchLayout) -> Tensor:
+    """Where there is no padding. *Shape:* that of ``ids``. *Dtype:* bool."""
+    positions = layout.position_indices
+    if positions.shape != ids.shape:
+        raise ValueError(
+            f"`layout` must be of the shape of `x`, {tuple(ids.shape)}, but is of "
+            f"{tuple(positions.shape)} instead. Make it with `BatchLayout.of(x, ...)`."
+        )
+    return positions.to(ids.device) >= 0
+
+
+def _sequence_blocks(ids: Tensor, real: Tensor | None, gang: Gang) -> list[Tensor]:
+    """For each rank its contiguous block of positions along the last dimension, as indices into the
+    flat ids, without padding."""
+    if not ids.ndim:
+        raise ValueError(
+            "`x` must have a dimension to cut for the output 'sequence', but has none."
+        )
+    flat = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+    partition = Partition(ids.size(-1), gang.size)
+    blocks = []
+    for rank in range(gang.size):
+        own = partition.shard(rank)
+        block = flat[..., own.start : own.stop].flatten()
+        blocks.append(block if real is None else block[real.flatten()[block]])
+    return blocks
 
 
 @final
@@ -236,12 +308,18 @@ class StandardEmbedding(_Table):
     :param device: the device of the table.
     :param dtype: the dtype of the table.
     :param sparse: whether ``weight.grad`` is a coalesced sparse tensor of the rows that were used.
+    :param reuse_grad: whether dense gradients are put into the same memory, one after the other, of
+        which only the rows that the last one had are cleared: the work of the backward no longer
+        grows with V. The memory is kept between steps. A gradient that is still referred to is
+        left alone, and one that was written to is cleared as a whole; but not if that was done
+        through ``.data``, as DeepSpeed does at ZeRO 0 over several data-parallel ranks.
     :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
         is first rounded to the dtype of the output, as scaled embeddings of transformers are.
     :raises ValueError: a size is less than 1, or ``pad_idx`` is not a row of the table.
     """
 
     shard_dim = 0
+    outputs = ("replicated",)
 
     def __init__(
         self,
@@ -253,6 +331,7 @@ class StandardEmbedding(_Table):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         sparse: bool = False,
+        reuse_grad: bool = False,
         scale: float | Tensor | None = None,
     ) -> None:
         super().__init__(
@@ -264,6 +343,7 @@ class StandardEmbedding(_Table):
             device=device,
             dtype=dtype,
             sparse=sparse,
+            reuse_grad=reuse_grad,
             scale=scale,
         )
 
@@ -278,6 +358,7 @@ def _empty_like(embed: _Table, device: torch.device | str | None = None) -> Stan
         device="meta",
         dtype=embed.weight.dtype,
         sparse=embed.sparse,
+        reuse_grad=embed.reuse_grad,
         scale=embed.scale,
     )
     whole.requires_grad_(embed.weight.requires_grad).train(embed.training)
@@ -289,14 +370,19 @@ class _ShardedTable(_Table):
 
     @classmethod
     def from_embedding(
-        cls, embed: StandardEmbedding, gang: Gang, *, output: Output = "replicated"
+        cls,
+        embed: StandardEmbedding,
+        gang: Gang,
+        *,
+        output: Output = "replicated",
+        dedup: Dedup = "auto",
     ) -> Self:
         """Shards ``embed`` over ``gang``. Nothing is sent: each rank cuts its block out of the
         table that it has. The block is a copy, on the device of the table.
 
         :param embed: the embedding to shard, the same on every rank.
         :param gang: the gang over which to shard it.
-        :param output: as in the constructor.
+        :param output: as in the constructor; ``dedup`` likewise.
         """
         if not isinstance(embed, StandardEmbedding):
             raise TypeError(
@@ -313,7 +399,9 @@ class _ShardedTable(_Table):
             device="meta",
             dtype=weight.dtype,
             output=output,
+            dedup=dedup,
             sparse=embed.sparse,
+            reuse_grad=embed.reuse_grad,
             scale=embed.scale,
         )
         sharded.requires_grad_(weight.requires_grad).train(embed.training)
@@ -350,9 +438,14 @@ class _ShardedTable(_Table):
 class ShardedEmbedding(_ShardedTable):
     """Represents a :class:`StandardEmbedding` that is sharded across its embedding dimension.
 
-    Every rank is given the same ids. With ``output="replicated"`` the forward does one all-gather
-    and sends (P-1) N ceil(E/P) items, N being the number of ids; the backward sends nothing. With
-    ``output="shard"`` nothing is sent at all.
+    Every rank is given the same ids. What is sent, in items, for N ids of which U are distinct:
+
+    - ``output="replicated"``: one all-gather in the forward, (P-1) U ceil(E/P).
+    - ``output="sequence"``: one all-to-all in the forward, about (P-1)/P U E/P, and one in the
+      backward, (P-1)/P N E/P.
+    - ``output="shard"``: nothing.
+
+    Without de-duplication it is N in the place of U. See :mod:`tp_embed.exchange`.
 
     :param gang: the gang over which to shard the embedding table.
     :param num_embeddings: V, the size of the embedding table.
@@ -363,9 +456,19 @@ class ShardedEmbedding(_ShardedTable):
     :param device: the device of the table; if ``None``, torch's default device, or that of the gang
         where that is the CPU.
     :param dtype: the dtype of the table.
-    :param output: ``"replicated"``: each rank gets :math:`(*,E)`; ``"shard"``: each rank gets its
-        own columns, :math:`(*,E_{rank})`.
+    :param output: ``"replicated"``: each rank gets :math:`(*,E)`; ``"sequence"``: each rank gets
+        its contiguous block of positions along the last dimension S of the indices, that of
+        ``Partition(S, P).shard(rank)``: :math:`(*,S_{rank},E)`; ``"shard"``: each rank
+        gets its own columns, :math:`(*,E_{rank})`.
+    :param dedup: whether a row is sent once that several positions want: ``True``, ``False``, or
+        ``"auto"``: not on an accelerator, which would have to be asked how many there are, and
+        else where at most 0.85 of the ids are distinct.
     :param sparse: whether ``weight.grad`` is a coalesced sparse tensor of the rows that were used.
+    :param reuse_grad: whether dense gradients are put into the same memory, one after the other, of
+        which only the rows that the last one had are cleared: the work of the backward no longer
+        grows with V. The memory is kept between steps. A gradient that is still referred to is
+        left alone, and one that was written to is cleared as a whole; but not if that was done
+        through ``.data``, as DeepSpeed does at ZeRO 0 over several data-parallel ranks.
     :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
         is first rounded to the dtype of the output, as scaled embeddings of transformers are.
     :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or ``output``
@@ -373,21 +476,22 @@ class ShardedEmbedding(_ShardedTable):
     """
 
     shard_dim = 1
-    outputs = ("replicated", "shard")
-
-    def _combine(self, block: Tensor) -> Tensor:
-        if self.output == "shard":
-            return block
-        return gather_columns(block, self.gang, self.partition)
+    outputs = ("replicated", "sequence", "shard")
 
 
 @final
 class VocabShardedEmbedding(_ShardedTable):
     """Represents a :class:`StandardEmbedding` that is sharded across its vocabulary.
 
-    Every rank is given the same ids. The forward does one all-reduce and sends 2 (P-1)/P N E
-    items, N being the number of ids; the backward sends nothing. It costs more than a
-    :class:`ShardedEmbedding`, and is what an output head that shares the table wants.
+    Every rank is given the same ids. What is sent, in items, for N ids of which U are distinct:
+
+    - ``output="replicated"``: each distinct row once from its owner to all others in the forward,
+      about (P-1)/P U E; without de-duplication one all-reduce, 2 (P-1)/P N E.
+    - ``output="sequence"``: each distinct row of a rank's positions from its owner in the forward,
+      about (P-1)/P U E/P; without de-duplication one reduce-scatter, (P-1)/P N E. One all-to-all
+      in the backward, (P-1)/P N E/P.
+
+    See :mod:`tp_embed.exchange`. It is what an output head that shares the table wants.
 
     :param gang: the gang over which to shard the embedding table.
     :param num_embeddings: V, the size of the embedding table; any size for any gang.
@@ -398,8 +502,17 @@ class VocabShardedEmbedding(_ShardedTable):
     :param device: the device of the table; if ``None``, torch's default device, or that of the gang
         where that is the CPU.
     :param dtype: the dtype of the table.
-    :param output: ``"replicated"``: each rank gets :math:`(*,E)`.
+    :param output: ``"replicated"``: each rank gets :math:`(*,E)`; ``"sequence"``: each rank gets
+        its contiguous block of positions along the last dimension S of the indices, that of
+        ``Partition(S, P).shard(rank)``: :math:`(*,S_{rank},E)`.
+    :param dedup: whether a row is sent once that several positions want: ``True``, ``False``, or
+        ``"auto"``: not on an accelerator, which would have to be asked how many there are.
     :param sparse: whether ``weight.grad`` is a coalesced sparse tensor of the rows that were used.
+    :param reuse_grad: whether dense gradients are put into the same memory, one after the other, of
+        which only the rows that the last one had are cleared: the work of the backward no longer
+        grows with V. The memory is kept between steps. A gradient that is still referred to is
+        left alone, and one that was written to is cleared as a whole; but not if that was done
+        through ``.data``, as DeepSpeed does at ZeRO 0 over several data-parallel ranks.
     :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
         is first rounded to the dtype of the output, as scaled embeddings of transformers are.
     :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or ``output``
@@ -407,6 +520,4 @@ class VocabShardedEmbedding(_ShardedTable):
     """
 
     shard_dim = 0
-
-    def _combine(self, block: Tensor) -> Tensor:
-        return reduce_partial(block, self.gang)
+    outputs = ("replicated", "sequence")

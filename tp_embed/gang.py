@@ -123,14 +123,17 @@ class Gang(ABC):
         """
 
     @abstractmethod
-    def all_gather(self, output: Tensor, input: Tensor) -> None:
-        """Writes the ``input`` of rank r to ``output[r]``.
+    def all_gather(self, output: Tensor, input: Tensor, sizes: Sequence[int] | None = None) -> None:
+        """Writes the ``input`` of rank r to ``output[r]``. With ``sizes``, writes them one after
+        the other, the ``input`` of rank r having ``sizes[r]`` items along its first dimension.
 
-        Sends (P-1) n bytes. The shape and dtype of ``input`` are the same on every rank.
+        Sends (P-1) n bytes. The dtype of ``input``, and without ``sizes`` its shape, are the same
+        on every rank. It may be that part of ``output`` which it is written to.
 
-        :param output: contiguous. *Shape:* :math:`(P,*)`.
-        :param input: *Shape:* :math:`(*)`.
-        :raises ValueError: ``output`` does not have that shape or the dtype of ``input``.
+        :param output: contiguous. *Shape:* :math:`(P,*)`, or :math:`(sum(sizes),*)`.
+        :param input: *Shape:* :math:`(*)`, or :math:`(sizes_{rank},*)`.
+        :raises ValueError: ``output`` does not have that shape or the dtype of ``input``, or the
+            sizes do not fit the tensors or the gang.
         """
 
     @abstractmethod
@@ -185,8 +188,9 @@ class Gang(ABC):
 
     def register_collective_hook(self, hook: CollectiveHook) -> RemovableHandle:
         """Has each collective of this gang run in the context of ``hook(operation, tensors)``, with
-        its name, such as ``"all_gather"``, and the tensors that this process puts in; objects are
-        not shown. The collectives of a :class:`FakeGang` send nothing, and run no hook.
+        its name, such as ``"all_gather"``, and the tensors that this process puts in, of an
+        all-to-all the pieces for other ranks; objects are not shown. The collectives of a
+        :class:`FakeGang` send nothing, and run no hook.
 
         On an accelerator the context ends when the collective is queued, not when it is done.
 
@@ -252,6 +256,17 @@ class Gang(ABC):
                 f"but has {tuple(stacked.shape)} and {stacked.dtype} instead."
             )
 
+    def _check_joined(self, output: Tensor, input: Tensor, sizes: Sequence[int]) -> None:
+        """What :meth:`all_gather` with ``sizes`` asks of its tensors."""
+        self._pieces("output", output, sizes)
+        expected = (sizes[self._rank], *output.shape[1:])
+        if not output.is_contiguous() or input.shape != expected or input.dtype != output.dtype:
+            raise ValueError(
+                f"`input` must have the shape {expected} and the dtype {output.dtype}, and `output`"
+                f" must be contiguous, but they have {tuple(input.shape)}, {input.dtype} and the "
+                f"strides {output.stride()} instead."
+            )
+
     def _pieces(self, name: str, tensor: Tensor, sizes: Sequence[int] | None) -> list[int]:
         length = tensor.size(0)
         if sizes is None:
@@ -274,8 +289,9 @@ class FakeGang(Gang):
     """A gang of one process that stands for any rank of a gang of any size.
 
     Its collectives behave as if every rank held what this one holds: sums are multiplied by the
-    size, gathers repeat. With ``size=1`` that is a real gang; with more it serves dry runs and
-    tests of shapes, memory and arithmetic.
+    size, gathers repeat; where others would send less it is cut off, where more there are zeros.
+    With ``size=1`` that is a real gang; with more it serves dry runs and tests of shapes, memory
+    and arithmetic.
 
     >>> FakeGang("cpu", rank=1, size=4)
     FakeGang(rank=1, size=4, device='cpu')
@@ -310,9 +326,13 @@ class FakeGang(Gang):
         if operation is ReduceOperation.SUM:
             tensor.mul_(self._size)
 
-    def all_gather(self, output: Tensor, input: Tensor) -> None:
-        self._check_stacked("output", output, "input", input)
-        output.copy_(input.expand_as(output))
+    def all_gather(self, output: Tensor, input: Tensor, sizes: Sequence[int] | None = None) -> None:
+        if sizes is None:
+            self._check_stacked("output", output, "input", input)
+            output.copy_(input.expand_as(output))
+        else:
+            self._check_joined(output, input, sizes)
+            self._repeat(output.split(list(sizes)), input)
 
     def reduce_scatter(
         self,
@@ -333,15 +353,16 @@ class FakeGang(Gang):
     ) -> None:
         received = self._pieces("output", output, output_sizes)
         piece = input.split(self._pieces("input", input, input_sizes))[self._rank]
-        if received != [len(piece)] * self._size:
-            raise ValueError(
-                f"`output_sizes` must be {len(piece)} for each rank of a `FakeGang` (what it sends "
-                f"to itself, rank {self._rank}), but is {received} instead."
-            )
-        output.copy_(torch.cat([piece] * self._size))
+        self._repeat(output.split(received), piece)
 
     def broadcast(self, tensor: Tensor, source_rank: int = 0) -> None:
         self._check_source_rank(source_rank)
 
     def broadcast_objects(self, objects: list[Any], source_rank: int = 0) -> None:
         self._check_source_rank(source_rank)
+
+    def _repeat(self, outputs: Sequence[Tensor], input: Tensor) -> None:
+        for output in outputs:
+            length = min(len(output), len(input))
+            output[:length] = input[:length]
+            output[length:] = 0

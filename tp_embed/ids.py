@@ -42,7 +42,7 @@ class IdCheck:
     On the CPU it raises at once. On an accelerator reading the answer at once would stall the
     stream at every step, so the answer is copied to the host in the background, and the call that
     comes two calls later raises: on every rank the same one, so that none is left waiting in a
-    collective. Until then such an id reads a row of the table, or -0.0. :meth:`flush` raises what
+    collective. Until then such an id reads another row of the table. :meth:`flush` raises what
     is still to come.
 
     :param lag: how many calls later the answer is looked at; if ``None``, 0 on the CPU, else 2.

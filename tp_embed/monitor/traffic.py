@@ -112,7 +112,7 @@ def gangs_of(model: Module) -> list[Gang]:
 
 def bytes_sent(operation: str, num_bytes: int, size: int) -> int:
     """What one of ``size`` ranks sends for a collective that it puts ``num_bytes`` into, as the
-    docstrings of :class:`Gang` have it; for the all-to-all with equal pieces, and for the broadcast
+    docstrings of :class:`Gang` have it, and for the broadcast
     the n bytes that each rank but the last of a chain passes on.
     """
     if size == 1:
@@ -122,6 +122,6 @@ def bytes_sent(operation: str, num_bytes: int, size: int) -> int:
         "all_reduce": 2 * others * num_bytes // size,
         "all_gather": others * num_bytes,
         "reduce_scatter": others * num_bytes // size,
-        "all_to_all": others * num_bytes // size,
+        "all_to_all": num_bytes,
         "broadcast": num_bytes,
     }.get(operation, 0)
