@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from parity import SHARDED, assert_same_bits
 from tp_embed import (
+    BatchLayout,
     FakeGang,
     GangError,
     OutputHead,
@@ -103,6 +104,38 @@ def test_bad_outputs_are_named():
         VocabShardedEmbedding.from_embedding(whole, MIDDLE, output="shard")
 
 
+@pytest.mark.parametrize("options", [{}, {"packed": True}], ids=str)
+def test_padding_is_not_looked_up(options):
+    ids = torch.tensor([[4, 1, -100], [99, -1, 0]])
+    lens = [2, 1]
+    if options:
+        ids, lens = torch.tensor([4, 1, 2, -100, 99]), [1, 2]
+    layout = BatchLayout.of(ids, lens, **options)
+    if not options:
+        ids[1, 0] = 3
+    padding = layout.position_indices < 0
+    for embed in all_kinds(ALONE, 5, 4, sparse=True):
+        output = embed(ids, layout)
+        assert not output[padding].any()
+        assert torch.equal(output[~padding], embed.weight[ids[~padding]])
+        output.sum().backward()
+        assert embed.weight.grad.indices().tolist() == [sorted(ids[~padding].tolist())]
+
+
+def test_what_does_not_fit_together_is_named():
+    for kind in KINDS:
+        with pytest.raises(ValueError, match=r"'auto', True or False, but is 'yes' instead"):
+            SHARDED[kind](MIDDLE, 5, 4, dedup="yes")
+        with pytest.raises(ValueError, match=r"`reuse_grad` must be False with `sparse`"):
+            SHARDED[kind](MIDDLE, 5, 4, sparse=True, reuse_grad=True)
+        embed = SHARDED[kind](MIDDLE, 5, 4, output="sequence")
+        with pytest.raises(ValueError, match=r"a dimension to cut for the output 'sequence'"):
+            embed(torch.tensor(1))
+        layout = BatchLayout((2, 3), [1, 2])
+        with pytest.raises(ValueError, match=r"of the shape of `x`, \(2, 4\), but is of \(2, 3\)"):
+            embed(torch.ones(2, 4, dtype=torch.int64), layout)
+
+
 def test_only_a_standard_embedding_is_sharded():
     for kind in KINDS:
         with pytest.raises(TypeError, match=r"a `StandardEmbedding`, but is a `Embedding`"):
@@ -123,17 +156,24 @@ def test_shapes_at_any_place_of_any_gang(case):
     v, e, gang, shape = case
     own_columns = len(Partition(e, gang.size).shard(gang.rank))
     own_rows = len(Partition(v, gang.size).shard(gang.rank))
-    for kind, output, weight_shape, width in [
-        ("embed", "replicated", (v, own_columns), e),
-        ("embed", "shard", (v, own_columns), own_columns),
-        ("vocab", "replicated", (own_rows, e), e),
+    block = shape
+    if shape:
+        block = [*shape[:-1], len(Partition(shape[-1], gang.size).shard(gang.rank))]
+    for kind, output, weight_shape, output_shape in [
+        ("embed", "replicated", (v, own_columns), (*shape, e)),
+        ("embed", "shard", (v, own_columns), (*shape, own_columns)),
+        ("vocab", "replicated", (own_rows, e), (*shape, e)),
+        ("embed", "sequence", (v, own_columns), (*block, e)),
+        ("vocab", "sequence", (own_rows, e), (*block, e)),
     ]:
-        for device in ("cpu", "meta"):
-            embed = SHARDED[kind](gang, v, e, device=device, output=output)
+        if output == "sequence" and not shape:
+            continue
+        for device, dedup in (("cpu", "auto"), ("cpu", False), ("meta", "auto")):
+            embed = SHARDED[kind](gang, v, e, device=device, output=output, dedup=dedup)
             assert embed.weight.shape == weight_shape
             assert embed.weight.is_meta == (device == "meta")
             result = embed(torch.zeros(shape, dtype=torch.int64, device=device))
-            assert result.shape == (*shape, width)
+            assert result.shape == output_shape
             assert result.device.type == device
             result.sum().backward()
             assert embed.weight.grad.shape == weight_shape

@@ -34,6 +34,19 @@ def collectives(gang):
     gang.all_gather(output, own.t())
     assert torch.equal(output, torch.stack([t.t() for t in of_rank]))
 
+    # Each rank has another number of rows; on gloo small inputs and large ones take other ways.
+    for width in (1, 20_000):
+        parts = [torch.full((r + 1, width), float(r)) for r in range(size)]
+        output = torch.empty(sum(range(1, size + 1)), width)
+        sizes = [len(part) for part in parts]
+        gang.all_gather(output, parts[rank], sizes)
+        assert torch.equal(output, torch.cat(parts))
+        # The input is where it will be in the output.
+        output = torch.zeros(size, 2, width)
+        output[rank] = rank
+        gang.all_gather(output, output[rank])
+        assert torch.equal(output, torch.arange(float(size))[:, None, None].expand_as(output))
+
     output = torch.empty(2, 3)
     gang.reduce_scatter(output, torch.stack([own + 1000 * r for r in range(size)]))
     assert torch.equal(output, sum(of_rank) + size * 1000 * rank)
@@ -145,6 +158,9 @@ def test_fake_gang_repeats_what_it_has():
     output = torch.empty(6)
     gang.all_to_all(output, torch.arange(6.0), [2, 2, 2], [1, 2, 3])
     assert output.tolist() == [1.0, 2.0] * 3
+    output = torch.empty(6)
+    gang.all_gather(output, tensor, [1, 2, 3])
+    assert output.tolist() == [3.0, 3.0, 6.0, 3.0, 6.0, 0.0]
 
     child = gang.create_gang([1, 2])
     assert (child.rank, child.size) == (0, 2)

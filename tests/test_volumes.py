@@ -1,15 +1,20 @@
-"""What a forward and a backward send, against what the docstrings state."""
+"""What a table sends, against what the docstrings state."""
 
 from __future__ import annotations
+
+from fractions import Fraction
 
 import pytest
 import torch
 from torch.distributed.tensor.debug import CommDebugMode
 
 from parity import SHARDED
-from tp_embed import ProcessGroupGang, StandardEmbedding
+from tp_embed import Partition, ProcessGroupGang, StandardEmbedding
+from tp_embed.monitor import Traffic
 
 KINDS = sorted(SHARDED)
+SIZES = [(24, 12), (11, 7), (3, 2)]
+DTYPES = [torch.float32, torch.bfloat16]
 
 
 class RecordingGang(ProcessGroupGang):
@@ -28,7 +33,7 @@ class RecordingGang(ProcessGroupGang):
         return operations
 
 
-def recorded(gang, kind, num_embeddings, embed_dim, output, dtype):
+def recorded(gang, kind, num_embeddings, embed_dim, dtype):
     gang = RecordingGang(gang.as_process_group(), "cpu")
     sizes = num_embeddings, embed_dim
     SHARDED[kind](gang, *sizes, dtype=dtype, device="meta")
@@ -37,37 +42,21 @@ def recorded(gang, kind, num_embeddings, embed_dim, output, dtype):
     by_block = gang.taken()
     SHARDED[kind](gang, *sizes, dtype=dtype, init_fn=lambda e: e.weight.fill_(1.0))
     as_a_whole = gang.taken()
-    whole = StandardEmbedding(*sizes, dtype=dtype)
-    embed = SHARDED[kind].from_embedding(whole, gang, output=output)
+    embed = SHARDED[kind].from_embedding(StandardEmbedding(*sizes, dtype=dtype), gang)
     cut = gang.taken()
-    ids = torch.arange(12).view(3, 4) % num_embeddings
-    result = embed(ids)
-    forward = gang.taken()
-    result.sum().backward()
-    backward = gang.taken()
     embed.to_embedding()
-    return on_meta, by_block, as_a_whole, cut, forward, backward, gang.taken()
+    return on_meta, by_block, as_a_whole, cut, gang.taken()
 
 
-def sent(operations, size):
-    """The bytes that one rank sends."""
-    share = {"all_gather": size - 1, "all_reduce": 2 * (size - 1) / size}
-    return sum(share[operation] * nbytes for operation, nbytes in operations)
-
-
-@pytest.mark.parametrize("sizes", [(24, 12), (11, 7), (3, 2)], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_volumes_are_as_documented(pool, dtype, size, sizes):
-    (v, e), n, b = sizes, 12, dtype.itemsize
-    for kind, output, operation, volume in [
-        ("embed", "replicated", "all_gather", (size - 1) * n * -(-e // size)),
-        ("embed", "shard", None, 0),
-        ("vocab", "replicated", "all_reduce", 2 * (size - 1) / size * n * e),
-    ]:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_making_and_gathering_a_table(pool, dtype, size, sizes):
+    (v, e), b = sizes, dtype.itemsize
+    for kind in KINDS:
         largest_block = v * -(-e // size) if kind == "embed" else -(-v // size) * e
-        for result in pool(size, recorded, kind, *sizes, output, dtype):
-            on_meta, by_block, as_a_whole, cut, forward, backward, gathered = result
+        for result in pool(size, recorded, kind, *sizes, dtype):
+            on_meta, by_block, as_a_whole, cut, gathered = result
             assert on_meta == []
             assert by_block == [("broadcast", 8)]
             seed, outcome, table = as_a_whole
@@ -75,29 +64,123 @@ def test_volumes_are_as_documented(pool, dtype, size, sizes):
             assert outcome == ("broadcast_objects", 0)
             assert table == ("broadcast", v * e * b)
             assert cut == []
-            assert [name for name, _ in forward] == ([operation] if operation else [])
-            assert sent(forward, size) == pytest.approx(volume * b)
-            assert backward == []
             assert {name for name, _ in gathered} == {"all_gather"}
-            assert sent(gathered, size) == (size - 1) * largest_block * b
+            assert sum(nbytes for _, nbytes in gathered) == largest_block * b
 
 
-def counted_by_torch(gang, kind, output):
-    embed = SHARDED[kind](gang, 11, 7, output=output)
+IDS = torch.tensor([[0, 1, 2, 1, 1, 0, 2, 2], [9, 2, 2, 8, 2, 1, 0, 1]])
+
+
+def looked_up(gang, kind, num_embeddings, embed_dim, dtype, output, dedup):
+    """By operation, the bytes that this rank sends in a forward, and in a backward."""
+    embed = SHARDED[kind](gang, num_embeddings, embed_dim, dtype=dtype, output=output, dedup=dedup)
+    with Traffic(gang) as forward:
+        result = embed(IDS % num_embeddings)
+    with Traffic(gang) as backward:
+        result.sum().backward()
+    return tuple(
+        {name: traffic.bytes_sent for name, traffic in each.by_operation().items()}
+        for each in (forward, backward)
+    )
+
+
+def expected(kind, num_embeddings, embed_dim, output, dedup, rank, size):
+    """The same, in items, counted one by one."""
+    ids, others = IDS % num_embeddings, [r for r in range(size) if r != rank]
+    if output == "shard":
+        return {}, {}
+    blocks = [ids[:, list(Partition(8, size).shard(r))].flatten().tolist() for r in range(size)]
+    all_ids = ids.flatten().tolist()
+    wanted = set if dedup else list
+    if kind == "embed":
+        columns = Partition(embed_dim, size).sizes
+        if output == "replicated":
+            block = Partition(embed_dim, size).block
+            return {"all_gather": (size - 1) * len(wanted(all_ids)) * block}, {}
+        forward = sum(len(wanted(blocks[r])) for r in others) * columns[rank]
+        backward = len(blocks[rank]) * sum(columns[r] for r in others)
+        return {"all_to_all": forward}, {"all_to_all": backward}
+    shards = [Partition(num_embeddings, size).shard(r) for r in range(size)]
+
+    def owned(ids, r):
+        return [i for i in ids if i in shards[r]]
+
+    if output == "replicated":
+        if not dedup:
+            return {"all_reduce": Fraction(2 * (size - 1) * len(all_ids) * embed_dim, size)}, {}
+        counts = [len(owned(set(all_ids), r)) for r in range(size)]
+        total = sum(counts)
+        if size == 2 or max(counts) * (size - 1) <= total:
+            return {"all_gather": (size - 1) * counts[rank] * embed_dim}, {}
+        # Each rank has as many of the distinct rows to pass on as another.
+        distinct = sorted(set(all_ids))
+        parts = [distinct[p.start : p.stop] for p in map(Partition(total, size).shard, range(size))]
+        spread = sum(len(owned(parts[r], rank)) for r in others) * embed_dim
+        gathered = (size - 1) * len(parts[rank]) * embed_dim
+        return {"all_to_all": spread, "all_gather": gathered}, {}
+    backward = sum(len(owned(blocks[rank], r)) for r in others) * embed_dim
+    if not dedup:
+        most = Partition(8, size).block * len(IDS) * size
+        forward = {"reduce_scatter": Fraction((size - 1) * most * embed_dim, size)}
+    else:
+        forward = {"all_to_all": sum(len(owned(set(blocks[r]), rank)) for r in others) * embed_dim}
+    return forward, {"all_to_all": backward}
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "output"),
+    [(kind, output) for kind in KINDS for output in ("replicated", "sequence")]
+    + [("embed", "shard")],
+)
+def test_lookups_send_what_is_documented(pool, kind, output, dtype, size, sizes):
+    for dedup in (True, False):
+        for rank, seen in enumerate(pool(size, looked_up, kind, *sizes, dtype, output, dedup)):
+            wanted = expected(kind, *sizes, output, dedup, rank, size)
+            assert seen == tuple(
+                {name: int(items * dtype.itemsize) for name, items in each.items()}
+                for each in wanted
+            ), (dedup, rank)
+
+
+def sent_by(gang, kind, dedup):
+    embed = SHARDED[kind](gang, 100, 64, dedup=dedup)
+    ids = torch.arange(50) % 10  # A fifth of them is distinct.
+    with Traffic(gang) as traffic:
+        embed(ids)
+    return traffic.total().bytes_sent
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto_sends_distinct_rows_where_there_are_few(pool, kind):
+    auto, yes, no = (pool(2, sent_by, kind, dedup) for dedup in ("auto", True, False))
+    assert auto == yes
+    assert sum(yes) < 0.21 * sum(no)
+
+
+def counted_by_torch(gang, kind, output, dedup):
+    embed = SHARDED[kind](gang, 11, 7, output=output, dedup=dedup)
     with CommDebugMode() as forward:
-        result = embed(torch.tensor([[1, 2, 3]]))
+        result = embed(torch.tensor([[1, 2, 3, 1]]))
     with CommDebugMode() as backward:
         result.sum().backward()
-    assert backward.get_total_counts() == 0
-    return {str(name): count for name, count in forward.get_comm_counts().items()}
+    counts = forward.get_comm_counts(), backward.get_comm_counts()
+    return [{str(name): count for name, count in each.items()} for each in counts]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_torch_counts_the_same_collectives(pool, size):
-    for kind, output, expected in [
-        ("embed", "replicated", {"c10d._allgather_base_": 1}),
-        ("embed", "shard", {}),
-        ("vocab", "replicated", {"c10d.allreduce_": 1}),
+    gather, exchange = {"c10d._allgather_base_": 1}, {"c10d.alltoall_base_": 1}
+    for kind, output, dedup, *wanted in [
+        ("embed", "replicated", False, gather, {}),  # Of few bytes: in one round.
+        ("embed", "shard", False, {}, {}),
+        ("embed", "sequence", True, exchange, exchange),
+        ("vocab", "replicated", False, {"c10d.allreduce_": 1}, {}),
+        ("vocab", "sequence", False, {"c10d._reduce_scatter_base_": 1}, exchange),
     ]:
-        wanted = expected if size > 1 else {}
-        assert pool(size, counted_by_torch, kind, output) == [wanted] * size
+        assert (
+            pool(size, counted_by_torch, kind, output, dedup)
+            == [wanted if size > 1 else [{}, {}]] * size
+        )
