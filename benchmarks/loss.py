@@ -3,28 +3,39 @@
     deepspeed --num_gpus 2 --no_local_rank benchmarks/loss.py
 
 Forward and backward of `OutputHead.loss()`, of DeepSpeed's `vocab_parallel_linear_cross_entropy`,
-of the cross entropy of each rank's logits, and of that of all logits, which the head gathers. Runs
-are interleaved; printed is the median time, with minimum and maximum as ratios to the first.
+of the cross entropy of each rank's logits, and of that of all logits, which the head gathers. They
+take turns in one process of each rank. Printed are medians, and ratios to DeepSpeed's in the same
+turn with the least and the most: of the time until all ranks are done; of the time that the
+processor worked for a rank (the mean), which other work on the machine disturbs less; and of the
+memory that a rank takes on top of what it had (the most), gradients of table and hidden states
+included.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy
+from machine import forget_peak, peak
 from torch import Tensor
+from torch.nn import functional
 
 from tp_embed import OutputHead, VocabShardedEmbedding
+from tp_embed.init import normal
 from tp_embed.integrations.deepspeed import DeepSpeedGang
 from tp_embed.loss import cross_entropy
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+PEER = "DeepSpeed, fused"
 
 
 def ways(embed: VocabShardedEmbedding) -> dict[str, Loss]:
@@ -43,55 +54,89 @@ def ways(embed: VocabShardedEmbedding) -> dict[str, Loss]:
         return loss
 
     return {
-        "OutputHead.loss()": head.loss,
-        "DeepSpeed, fused": by_deepspeed,
+        "`OutputHead.loss()`": head.loss,
+        PEER: by_deepspeed,
         "logits of each rank": lambda x, target: cross_entropy(
             shard_head(x), target, gang, embed.partition
         ),
-        "all logits": lambda x, target: torch.nn.functional.cross_entropy(head(x).float(), target),
+        "all logits": lambda x, target: functional.cross_entropy(head(x).float(), target),
     }
 
 
-def seconds(loss: Loss, embed: VocabShardedEmbedding, x: Tensor, target: Tensor) -> float:
+def measure(
+    loss: Loss, embed: VocabShardedEmbedding, x: Tensor, target: Tensor
+) -> tuple[float, float, float]:
+    """Seconds, those of the processor, and MiB of a forward and backward."""
     embed.zero_grad()
     x = x.detach().requires_grad_()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # Or one would use what another has left.
+    forget_peak()
+    before = peak()
     dist.barrier()
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     loss(x, target).backward()
+    cpu = torch.tensor((time.process_time() - start_cpu) / dist.get_world_size())
     dist.barrier()
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    grown = torch.tensor((peak() - before) / 1024)
+    dist.all_reduce(grown, dist.ReduceOp.MAX)
+    dist.all_reduce(cpu)
+    return seconds, cpu.item(), grown.item()
+
+
+def table(found: dict[str, list[tuple[float, float, float]]]) -> str:
+    lines = [
+        "| | s | of DeepSpeed's | CPU s | of DeepSpeed's | MiB | of DeepSpeed's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, measured in found.items():
+        cells = []
+        for index, digits in ((0, 2), (1, 2), (2, 0)):
+            values = [m[index] for m in measured]
+            ratios = [v / peer[index] for v, peer in zip(values, found[PEER], strict=True)]
+            ratio, least, most = statistics.median(ratios), min(ratios), max(ratios)
+            cells += [f"{statistics.median(values):.{digits}f}"]
+            cells += [f"{ratio:.2f} ({least:.2f} to {most:.2f})"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--vocab-size", type=int, default=64_000)
-    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--vocab-size", type=int, default=131_072)
+    parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--ways", type=int, nargs="+", default=[0, 1, 2, 3], help="only these")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     deepspeed.init_distributed()
     torch.manual_seed(0)
     gang = DeepSpeedGang.from_groups(tp_size=dist.get_world_size())
-    dtype = getattr(torch, arguments.dtype)
-    embed = VocabShardedEmbedding(gang, arguments.vocab_size, arguments.dim, dtype=dtype)
-    x = torch.randn(arguments.tokens, arguments.dim, dtype=dtype)
-    target = torch.randint(arguments.vocab_size, (arguments.tokens,))
+    vocab_size, dim, dtype = arguments.vocab_size, arguments.dim, getattr(torch, arguments.dtype)
+    # Logits as in a model: far apart, `exp()` is slow.
+    init_fn = partial(normal, std=dim**-0.5)
+    embed = VocabShardedEmbedding(gang, vocab_size, dim, init_fn=init_fn, dtype=dtype)
+    x = torch.randn(arguments.tokens, dim, dtype=dtype)
+    target = torch.randint(vocab_size, (arguments.tokens,))
 
-    times: dict[str, list[float]] = {name: [] for name in ways(embed)}
-    for turn in range(arguments.runs + 1):
-        for name, loss in ways(embed).items():
-            took = seconds(loss, embed, x, target)
-            if turn > 0:  # The first is to warm up.
-                times[name].append(took)
+    functions = list(ways(embed).items())
+    chosen = dict(functions[index] for index in arguments.ways)
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in chosen}
+    for loss in chosen.values():
+        measure(loss, embed, x[:128], target[:128])  # To warm up.
+    for _ in range(arguments.runs):
+        for name, loss in chosen.items():
+            found[name].append(measure(loss, embed, x, target))
+            if dist.get_rank() == 0:
+                print(name, *(f"{value:.2f}" for value in found[name][-1]), flush=True)
     if dist.get_rank() == 0:
-        reference = statistics.median(times["OutputHead.loss()"])
-        for name, found in times.items():
-            ratio, low, high = (f(found) / reference for f in (statistics.median, min, max))
-            print(
-                f"{name}: {statistics.median(found):.2f} s, {ratio:.2f} ({low:.2f} to {high:.2f})"
-            )
+        print(
+            f"{arguments.tokens} tokens, V = {vocab_size}, E = {dim}, P = {gang.size}, "
+            f"{arguments.dtype}, {arguments.runs} runs:\n\n{table(found)}"
+        )
 
 
 if __name__ == "__main__":

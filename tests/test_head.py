@@ -15,6 +15,7 @@ from tp_embed import (
     StandardEmbedding,
     VocabShardedEmbedding,
 )
+from tp_embed.loss import cross_entropy
 
 MIDDLE = FakeGang("cpu", rank=1, size=3)
 
@@ -57,5 +58,46 @@ def test_head_needs_a_sharded_embedding():
         OutputHead(embed, bias=nn.Parameter(torch.zeros(4)))
     with pytest.raises(ValueError, match=r"`output` must be one of \('replicated',\) for"):
         OutputHead(ShardedEmbedding(MIDDLE, 11, 6), output="shard")
-    head = OutputHead(embed)
-    assert repr(head) == "OutputHead(rows=4:8, shard=1/3)"
+    with pytest.raises(ValueError, match=r"`soft_cap` must be positive, or None .*, but is -1"):
+        OutputHead(embed, soft_cap=-1.0)
+    assert repr(OutputHead(embed)) == "OutputHead(rows=4:8, shard=1/3)"
+    capped = OutputHead(embed, soft_cap=30.0, output="shard")
+    assert repr(capped) == "OutputHead(rows=4:8, shard=1/3, soft_cap=30.0, output='shard')"
+
+
+def capped_head_and_reference(gang, kind):
+    """Of all logits, those of each rank, and the loss; with a cap that is not that of the head."""
+    torch.manual_seed(2)
+    table = StandardEmbedding(11, 7, dtype=torch.float64)
+    bias = nn.Parameter(torch.randn(11, dtype=torch.float64))
+    hidden = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(11, (2, 3))
+    logits = nn.functional.linear(hidden, table.weight, bias)
+    expected = 1.5 * (logits / 1.5).tanh()
+    loss = nn.functional.cross_entropy(expected.flatten(0, 1), target.flatten())
+    inputs = [hidden, bias, table.weight]
+    gradients = torch.autograd.grad(loss, inputs)
+
+    embed = kind.from_embedding(table, gang)
+    head = OutputHead(embed, bias=bias, soft_cap=1.5)
+    torch.testing.assert_close(head(hidden), expected)
+    ways = [
+        lambda: head.loss(hidden, target),
+        lambda: OutputHead(embed, bias=bias).loss(hidden, target, soft_cap=1.5),
+        lambda: nn.functional.cross_entropy(head(hidden).flatten(0, 1), target.flatten()),
+    ]
+    if kind is VocabShardedEmbedding:
+        local = OutputHead(embed, bias=bias, soft_cap=1.5, output="shard")
+        ways.append(lambda: cross_entropy(local(hidden), target, gang, embed.partition))
+    for way in ways:
+        found = way()
+        torch.testing.assert_close(found, loss)
+        grads = torch.autograd.grad(found, [hidden, bias, embed.weight])
+        torch.testing.assert_close([*grads[:2], whole(embed, grads[2])], list(gradients))
+    assert not head.loss(hidden, target, soft_cap=None).isclose(loss)
+
+
+@pytest.mark.parametrize("kind", [VocabShardedEmbedding, ShardedEmbedding])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_soft_cap(pool, size, kind):
+    pool(size, capped_head_and_reference, kind)

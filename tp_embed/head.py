@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from typing import Any, Literal, final
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import linear
 
 from tp_embed.collectives import copy_to_gang, gather_columns, reduce_partial, scatter_columns
-from tp_embed.embedding import Output, ShardedEmbedding, VocabShardedEmbedding
+from tp_embed.embedding import ShardedEmbedding, VocabShardedEmbedding
 from tp_embed.layer import GangLayer
 from tp_embed.loss import linear_cross_entropy
+from tp_embed.token_loss import check_soft_cap
 
 
 @final
@@ -31,12 +33,15 @@ class OutputHead(GangLayer):
 
     :param embed: the embedding whose table is the head's weight.
     :param bias: a bias that is added to the logits, the same on every rank. *Shape:* :math:`(V)`.
+    :param soft_cap: :math:`c`, with which :math:`c \\tanh(l/c)` takes the place of each logit
+        :math:`l` (Gemma 2; Gemma Team, 2024). Leave it out for the head of a model of transformers,
+        which caps what its head gives, and pass it to :meth:`loss`.
     :param output: ``"replicated"``: each rank gets :math:`(*,V)`; ``"shard"``, for a table that is
         cut over the vocabulary: each rank gets its own classes, :math:`(*,V_{rank})`, which is
         what :func:`tp_embed.loss.cross_entropy` takes.
     :raises TypeError: ``embed`` is not a sharded embedding.
-    :raises ValueError: ``output`` is something else, or does not go with ``embed``, or ``bias`` has
-        another shape.
+    :raises ValueError: ``output`` is something else, or does not go with ``embed``, ``bias`` has
+        another shape, or ``soft_cap`` is not positive.
     """
 
     def __init__(
@@ -44,7 +49,8 @@ class OutputHead(GangLayer):
         embed: ShardedEmbedding | VocabShardedEmbedding,
         *,
         bias: Parameter | None = None,
-        output: Output = "replicated",
+        soft_cap: float | None = None,
+        output: Literal["replicated", "shard"] = "replicated",
     ) -> None:
         super().__init__()
         if not isinstance(embed, (ShardedEmbedding, VocabShardedEmbedding)):
@@ -64,11 +70,13 @@ class OutputHead(GangLayer):
                 f"`bias` must have the shape {(num_classes,)} (num_embeddings), whole on each "
                 f"rank, but has {tuple(bias.shape)} instead."
             )
+        check_soft_cap(soft_cap)
         self.weight = embed.weight
         self.bias = bias
         self.gang = embed.gang
         self.partition = embed.partition
         self.shard_dim = embed.shard_dim
+        self.soft_cap = soft_cap
         self.output = output
         self.gang.adopt(self)
 
@@ -78,19 +86,20 @@ class OutputHead(GangLayer):
         :returns: the logits. *Shape:* :math:`(*,V)`, or :math:`(*,V_{rank})` for ``"shard"``.
         """
         if self.output == "shard":
-            return linear(copy_to_gang(x, self.gang), self.weight, self._own_bias())
+            return self._capped(linear(copy_to_gang(x, self.gang), self.weight, self._own_bias()))
         if self.shard_dim == 0:
             logits = linear(copy_to_gang(x, self.gang), self.weight)
             logits = gather_columns(logits, self.gang, self.partition)
         else:
             logits = linear(scatter_columns(x, self.gang, self.partition), self.weight)
             logits = reduce_partial(logits, self.gang)
-        return logits if self.bias is None else logits + self.bias
+        return self._capped(logits if self.bias is None else logits + self.bias)
 
     def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
         """The cross entropy of the logits of ``x``, which are never held: see
         :func:`tp_embed.loss.linear_cross_entropy` for the options and for what is sent. On top of
-        that, the backward sends what that of the forward does.
+        that, the backward sends what that of the forward does. ``soft_cap`` is that of the head, if
+        it is not among the options.
 
         :param x: the hidden states, the same on every rank. *Shape:* :math:`(*,E)`.
         :param target: the classes, the same on every rank. *Shape:* :math:`(*)`.
@@ -99,7 +108,7 @@ class OutputHead(GangLayer):
             x, bias = copy_to_gang(x, self.gang), self._own_bias()
         else:
             x, bias = scatter_columns(x, self.gang, self.partition), self.bias
-        return linear_cross_entropy(
+        loss: Tensor = linear_cross_entropy(
             x,
             self.weight,
             target,
@@ -107,8 +116,13 @@ class OutputHead(GangLayer):
             self.partition,
             shard_dim=self.shard_dim,
             bias=bias,
-            **options,
+            **{"soft_cap": self.soft_cap, **options},
         )
+        return loss
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        cap = self.soft_cap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _own_bias(self) -> Tensor | None:
         if self.bias is None:
@@ -118,6 +132,8 @@ class OutputHead(GangLayer):
 
     def extra_repr(self) -> str:
         parts = [self._shard_repr(self.shard_dim, self.partition)]
+        if self.soft_cap is not None:
+            parts.append(f"soft_cap={self.soft_cap}")
         if self.output != "replicated":
             parts.append(f"output={self.output!r}")
         return ", ".join(parts)

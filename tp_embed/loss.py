@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
-from tp_embed.gang import FakeGang, Gang, ReduceOperation
-from tp_embed.ids import as_indices
+from tp_embed.gang import FakeGang, Gang
 from tp_embed.partition import Partition
+from tp_embed.token_loss import LossOptions, check_target, scaled, token_losses
+
+__all__ = ["LossOptions", "Reduction", "cross_entropy", "linear_cross_entropy"]
 
 Reduction = Literal["mean", "sum", "none"]
 
-# How large the logits of one chunk of tokens may be, in fp32.
+# How large the logits of one chunk of tokens may always be, in fp32: with fewer tokens products are
+# slower (with 32 of them by a half, with 128 by 5%).
 _CHUNK_BYTES = 32 << 20
 
+# How much of the weight is multiplied at once on the CPU, in fp32: about what its caches hold.
+_BLOCK_BYTES = 2 << 20
 
-class LossOptions(NamedTuple):
-    """What the loss of a token is, with :math:`p` the softmax of its logits :math:`l` over all V
-    classes, :math:`t` its target and :math:`Z = \\sum_v e^{l_v}`:
+# What a CPU has to have for products in a low precision to be faster than in fp32. Without, they
+# took 4 to 100 times as long (torch 2.13, AVX2).
+_CPU_PRODUCTS = {
+    torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"),
+    torch.float16: ("amx_fp16", "avx512_fp16"),
+}
 
-    .. math:: -(1-\\epsilon) \\log p_t - \\frac{\\epsilon}{V} \\sum_v \\log p_v + z \\log^2 Z
-
-    :param ignore_index: the target of tokens that count for nothing.
-    :param label_smoothing: :math:`\\epsilon`, as in :func:`torch.nn.functional.cross_entropy`
-        (Szegedy et al., 2016).
-    :param z_loss: :math:`z`, which keeps :math:`\\log Z` near 0 (PaLM; Chowdhery et al., 2022).
-    """
-
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+_ALONE: Gang = FakeGang("cpu")  # Its size is 1, so nothing ever travels.
 
 
 def cross_entropy(
@@ -45,42 +42,61 @@ def cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    soft_cap: float | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """:func:`torch.nn.functional.cross_entropy` of logits that are cut over the vocabulary, which
     no rank puts together. See :class:`LossOptions` for the formula.
 
     Two all-reduces of N and of 2 N (with label smoothing 3 N) fp32 numbers, N being the number of
-    tokens; the backward sends nothing. An fp32 number for each logit of this rank is kept for it.
+    tokens; the backward sends nothing. An fp32 number for each logit of this rank is kept for it,
+    where a gradient is needed.
 
     :param logits: this rank's part. *Shape:* :math:`(*,V_{rank})`. Any floating dtype; the loss is
         computed in fp32, or in fp64 for fp64.
     :param target: classes out of all V, the same on every rank. *Shape:* :math:`(*)`.
     :param partition: how V is cut over the gang.
+    :param soft_cap: leave it out for logits that are capped already, as those of a Gemma are.
     :param reduction: ``"mean"`` over the tokens that are not ignored, ``"sum"``, or ``"none"``.
     :returns: the same on every rank. *Shape:* :math:`()`, or :math:`(*)` for ``"none"``.
     :raises ValueError: shapes do not match, or an option is out of its range.
     :raises IndexError: a target is neither a class nor ``ignore_index``. On an accelerator that is
         an assertion on the device, as in torch.
     """
-    options = LossOptions(ignore_index, label_smoothing, z_loss)
-    target = _check(logits, target, options, partition, reduction)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(
+            f"`reduction` must be 'mean', 'sum' or 'none', but is {reduction!r} instead."
+        )
+    options = LossOptions(ignore_index, label_smoothing, z_loss, soft_cap)
+    flat_target = _check(logits, target, partition, options)
     held = len(partition.shard(gang.rank))
     if logits.size(-1) != held:
         raise ValueError(
             f"`logits` must have the {held} columns of this rank, but has {logits.size(-1)} "
             "instead. For whole logits use `torch.nn.functional.cross_entropy()`."
         )
-    flat = logits.reshape(len(target), held)
-    losses: Tensor = _CrossEntropy.apply(flat, target, gang, partition, options)
+    losses: Tensor = _CrossEntropy.apply(
+        logits.reshape(len(flat_target), held),
+        flat_target,
+        gang,
+        partition,
+        options,
+        torch.is_grad_enabled(),
+    )
     if reduction == "none":
-        return losses.view(logits.shape[:-1])
-    count = _count(target, options, reduction)
+        return losses.view(target.shape)
+    if reduction == "sum":
+        return losses.sum()
+    count = (flat_target != ignore_index).sum()
     # As in torch, the mean over no token at all is NaN, and the gradient is zero.
     nan = losses.new_zeros(()).masked_fill(count == 0, torch.nan)
     return losses.sum() / count.clamp_min(1) + nan
 
 
+# Its loops would be unrolled to hundreds of products.
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="For a loss in the graph take `cross_entropy()` of the logits."
+)
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -93,18 +109,23 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    soft_cap: float | None = None,
     reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
     """The cross entropy of ``linear(x, weight, bias)`` without the logits: they are computed for
-    some tokens at a time, as many as take 32 MiB in fp32, together with their gradients; low
-    precisions take twice that for a moment.
+    some tokens at a time, in one buffer of 32 MiB, or of the size of ``x`` in fp32 if that is more
+    (with a soft cap, two).
 
-    The gradients of all inputs are computed in the forward and kept for the backward, that of the
-    weight in fp32, so that a chunk of logits is computed once (Liger Kernel; Hsu et al., 2024).
-    What is sent depends on ``shard_dim``: for 0, what :func:`cross_entropy` sends; for 1, an
-    all-reduce of all N V logits, chunk by chunk. For 0 the gradient of ``x`` is this rank's part:
-    pass it through :func:`~tp_embed.collectives.copy_to_gang`, as :class:`~tp_embed.OutputHead`
-    does.
+    The gradients of all inputs that need one are computed in the forward and kept for the backward,
+    that of the weight in fp32, so that a chunk of logits is computed once (Liger Kernel; Hsu et
+    al., 2024). What is sent depends on ``shard_dim``: for 0, what :func:`cross_entropy` sends; for
+    1, an all-reduce of all N V logits in their dtype, chunk by chunk. For 0 the gradient of ``x``
+    is this rank's part: pass it through :func:`~tp_embed.collectives.copy_to_gang`, as
+    :class:`~tp_embed.OutputHead` does.
+
+    Logits are rounded to the dtype of ``x`` and ``weight``, or that of autocast, only where
+    products are done in it: on accelerators, and on CPUs that are made for it. Other CPUs multiply
+    in fp32, some rows of the weight at a time. On the CPU, ignored tokens take no work.
 
     :param x: for ``shard_dim`` 0 the hidden states, *Shape:* :math:`(*,E)`; for 1 this rank's
         columns of them, *Shape:* :math:`(*,E_{rank})`.
@@ -116,118 +137,50 @@ def linear_cross_entropy(
     :raises ValueError: shapes do not match, or an option is out of its range.
     :raises IndexError: as :func:`cross_entropy`.
     """
-    options = LossOptions(ignore_index, label_smoothing, z_loss)
-    # Over the embedding dimension each rank gets all logits of a chunk, whose loss needs no gang.
-    sum_over, loss_gang = (gang, _ALONE) if shard_dim else (_ALONE, gang)
-    classes = Partition(weight.size(0), 1) if shard_dim else partition
     if reduction not in ("mean", "sum"):
         raise ValueError(
             f"`reduction` must be 'mean' or 'sum', but is {reduction!r} instead. For the loss of "
             "each token use `cross_entropy()` with the logits of this rank."
         )
-    target = _check(x, target, options, classes, reduction)
+    options = LossOptions(ignore_index, label_smoothing, z_loss, soft_cap)
+    # Over the embedding dimension each rank gets all logits of a chunk, whose loss needs no gang.
+    sum_over, loss_gang = (gang, _ALONE) if shard_dim else (_ALONE, gang)
+    classes = Partition(weight.size(0), 1) if shard_dim else partition
+    width = partition.size if shard_dim else x.size(-1)
+    flat_target = _check(x, target, classes, options)
+    x = x.reshape(len(flat_target), x.size(-1))
+    kept = flat_target != ignore_index
+    count = kept.sum() if reduction == "mean" else kept.new_ones((), dtype=torch.long)
+    if x.device.type == "cpu" and not kept.all():
+        index = kept.nonzero()[:, 0]
+        x, flat_target = x.index_select(0, index), flat_target[index]
+    # The largest shard decides, so that all ranks cut alike.
+    most = max(_CHUNK_BYTES // 4, len(x) * width) // classes.block
     loss: Tensor = _LinearCrossEntropy.apply(
-        x.reshape(len(target), x.size(-1)),
+        x,
         weight,
         bias,
-        target,
+        flat_target,
         sum_over,
         loss_gang,
         classes,
-        _count(target, options, reduction),
+        count,
         options,
+        -(-len(x) // max(1, most)),
         torch.is_grad_enabled(),
     )
     return loss
 
 
-_ALONE: Gang = FakeGang("cpu")  # Its size is 1, so nothing ever travels.
-
-
-def _check(
-    tokens: Tensor, target: Tensor, options: LossOptions, classes: Partition, reduction: str
-) -> Tensor:
-    """``target``, flat and checked against the tokens and the classes."""
+def _check(tokens: Tensor, target: Tensor, classes: Partition, options: LossOptions) -> Tensor:
+    """``target``, flat and checked, as are the options."""
     if tokens.shape[:-1] != target.shape:
         raise ValueError(
             f"`target` must have the shape {tuple(tokens.shape[:-1])}, one class for each token, "
             f"but has {tuple(target.shape)} instead."
         )
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(
-            f"`reduction` must be 'mean', 'sum' or 'none', but is {reduction!r} instead."
-        )
-    if not 0.0 <= options.label_smoothing <= 1.0:
-        raise ValueError(
-            f"`label_smoothing` must be in [0, 1], but is {options.label_smoothing} instead."
-        )
-    if options.z_loss < 0.0:
-        raise ValueError(f"`z_loss` must not be negative, but is {options.z_loss} instead.")
-    target = as_indices(target).flatten().long()
-    bad = (target != options.ignore_index) & ((target < 0) | (target >= classes.size))
-    if target.device.type != "cpu":
-        torch._assert_async(~bad.any())  # Does not wait for the answer.
-    elif bad.any():
-        position = int(bad.nonzero()[0])
-        raise IndexError(
-            f"All of `target` must be in [0, {classes.size}) or {options.ignore_index} "
-            f"(ignore_index), but token {position} has {int(target[position])} instead."
-        )
-    return target
-
-
-def _count(target: Tensor, options: LossOptions, reduction: str) -> Tensor:
-    """By what the sum of the losses is divided."""
-    if reduction == "sum":
-        return target.new_ones(())
-    return (target != options.ignore_index).sum()
-
-
-def _token_losses(
-    logits: Tensor, target: Tensor, gang: Gang, classes: Partition, options: LossOptions
-) -> tuple[Tensor, Tensor]:
-    """The loss of each token, and its gradient by the logits.
-
-    :param logits: *Shape:* :math:`(N,V_{rank})`. Overwritten if they are fp32 or fp64.
-    :returns: *Shapes:* :math:`(N)`, :math:`(N,V_{rank})`. *Dtype:* fp32, or fp64 for fp64.
-    """
-    epsilon, own = options.label_smoothing, classes.shard(gang.rank)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    highest = logits.new_full((len(logits),), -torch.inf) if not own else logits.amax(-1)
-    if gang.size > 1:
-        gang.all_reduce(highest, ReduceOperation.MAX)
-    logits.sub_(highest[:, None])
-
-    # The column of each target, and whether it is this rank's; found without asking the device.
-    local = target - own.start
-    held = (local >= 0) & (local < len(own))
-    column = local.clamp(0, max(len(own) - 1, 0))[:, None]
-    picked = logits.gather(1, column)[:, 0] if own else logits.new_zeros(len(logits))
-    picked = picked.masked_fill(~held, 0.0)  # Another's may be -inf.
-    parts = [picked] if not epsilon else [picked, logits.sum(-1)]
-    gradient = logits.exp_()
-    sums = torch.stack([gradient.sum(-1), *parts])
-    if gang.size > 1:
-        gang.all_reduce(sums)
-
-    # All logits are less by `highest`, which cancels out but in `log_sum`.
-    losses = sums[0].log() - (1 - epsilon) * sums[1]
-    if epsilon:
-        losses -= epsilon / classes.size * sums[2]
-    factor = sums[0].reciprocal()
-    if options.z_loss:
-        log_sum = sums[0].log() + highest
-        losses += options.z_loss * log_sum.square()
-        factor *= 1 + 2 * options.z_loss * log_sum
-    gradient.mul_(factor[:, None])
-    if epsilon:
-        gradient.sub_(epsilon / classes.size)
-    if own:
-        gradient.scatter_add_(1, column, ((epsilon - 1) * held)[:, None].to(gradient.dtype))
-
-    ignored = target == options.ignore_index
-    return losses.masked_fill_(ignored, 0.0), gradient.masked_fill_(ignored[:, None], 0.0)
+    options.check()
+    return check_target(target, options.ignore_index, classes)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -239,17 +192,21 @@ class _CrossEntropy(torch.autograd.Function):
         gang: Gang,
         classes: Partition,
         options: LossOptions,
+        with_gradient: bool,
     ) -> Tensor:
-        losses, gradient = _token_losses(logits.clone(), target, gang, classes, options)
-        ctx.save_for_backward(gradient)
-        ctx.dtype = logits.dtype
+        gradient = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        needed = with_gradient and ctx.needs_input_grad[0]
+        losses = token_losses(gradient, target, gang, classes, options, gradient=needed)
+        if needed:
+            ctx.save_for_backward(gradient)
+            ctx.dtype = logits.dtype
         return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return _scaled(gradient, grad[:, None], ctx.dtype), None, None, None, None
+        return scaled(gradient, grad[:, None], ctx.dtype), None, None, None, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -265,45 +222,58 @@ class _LinearCrossEntropy(torch.autograd.Function):
         classes: Partition,
         count: Tensor,
         options: LossOptions,
+        num_chunks: int,
         with_gradients: bool,
     ) -> Tensor:
         needs = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        logits_dtype, dtype = _dtypes(x, weight)
+        sum_dtype = torch.promote_types(logits_dtype, torch.float32)
         # Gradients of the sum of the losses: what they are scaled with, in fp32, comes later. Over
         # chunks they are added up in fp32; the one of `x` is complete with each chunk.
-        sum_dtype = torch.promote_types(weight.dtype, torch.float32)
         grad_x = torch.empty_like(x) if needs[0] else None
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs[1] else None
         grad_bias = (
             torch.zeros_like(bias, dtype=sum_dtype) if bias is not None and needs[2] else None
         )
 
-        total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
-        # The largest shard decides, so that all ranks cut alike.
-        step = max(1, _CHUNK_BYTES // (4 * classes.block))
-        for start in range(0, len(x), step):
-            chunk = x[start : start + step]
-            logits = linear(chunk, weight)
+        if dtype.itemsize < weight.itemsize:
+            weight = weight.to(dtype)  # By autocast; a wider one is made block by block.
+        blocks = _blocks(weight)
+        rows, tokens = len(weight), -(-len(x) // max(1, num_chunks))
+        with_slopes = options.soft_cap is not None and any(needs)
+        buffers = x.new_empty(1 + with_slopes, tokens * rows, dtype=sum_dtype)
+        total = x.new_zeros((), dtype=sum_dtype)
+        for start in range(0, len(x), max(1, tokens)):
+            chunk = x[start : start + tokens].to(dtype)  # (n, E)
+            shape = len(buffers), rows, len(chunk)
+            # Class by class, so that products take only tokens transposed, which are fewer.
+            logits, *slopes = buffers[:, : rows * len(chunk)].view(shape)  # (V, n)
+            for block in blocks:
+                _multiply(weight[block].to(dtype), chunk.T, logits[block])
             if sum_over.size > 1:
-                sum_over.all_reduce(logits)
+                partial = logits.to(logits_dtype)
+                sum_over.all_reduce(partial)
+                logits.copy_(partial)
             if bias is not None:
-                logits += bias
-            dtype = logits.dtype
-            losses, gradient = _token_losses(
-                logits, target[start : start + step], gang, classes, options
-            )
-            total += losses.sum()
+                logits += bias[:, None]
+            total += token_losses(
+                logits.T,
+                target[start : start + tokens],
+                gang,
+                classes,
+                options,
+                gradient=any(needs),
+                scratch=slopes[0].T if slopes else None,
+            ).sum()
             if grad_bias is not None:
-                grad_bias += gradient.sum(0)
-            low = gradient.to(dtype)
-            if grad_x is not None:
-                grad_x[start : start + step] = low @ weight
-            if grad_weight is not None and dtype == torch.float16:
-                # The sum over a chunk may be more than fp16 holds, which no loss scale would mend.
-                grad_weight += gradient.T @ chunk.float()
-            elif grad_weight is not None:
-                grad_weight += low.T @ chunk
+                grad_bias += logits.sum(1)
+            sums = torch.zeros_like(chunk, dtype=sum_dtype) if needs[0] else None
+            if needs[0] or needs[1]:
+                _add_gradients(logits, chunk, weight, blocks, sums, grad_weight)
+            if grad_x is not None and sums is not None:
+                grad_x[start : start + tokens] = sums
         ctx.save_for_backward(grad_x, grad_weight, grad_bias, count)
-        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         return total / count
 
     @staticmethod
@@ -312,15 +282,58 @@ class _LinearCrossEntropy(torch.autograd.Function):
         *gradients, count = ctx.saved_tensors
         factor = grad / count.clamp_min(1)
         grads = [
-            None if gradient is None else _scaled(gradient, factor, dtype)
+            None if gradient is None else scaled(gradient, factor, dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return *grads, None, None, None, None, None, None, None
+        return *grads, *[None] * 8
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gradient * factor``, rounded to ``dtype`` once: ``factor`` holds the loss scale of fp16,
-    and what bf16 would round alike for all gradients."""
-    if not factor.ndim:
-        factor = factor[None]  # A scalar would be rounded to the dtype of a gradient on CUDA.
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+def _dtypes(x: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """That of the logits, and the one in which products are done."""
+    device = x.device.type
+    logits = torch.promote_types(x.dtype, weight.dtype)
+    if torch.is_autocast_enabled(device) and logits != torch.float64:
+        logits = torch.get_autocast_dtype(device)
+    if device != "cpu" or logits not in _CPU_PRODUCTS:
+        return logits, logits
+    able = torch.cpu.get_capabilities()
+    fast = any(able.get(name, False) for name in _CPU_PRODUCTS[logits])
+    return logits, logits if fast else torch.float32
+
+
+def _blocks(weight: Tensor) -> list[slice]:
+    """The rows of ``weight`` that are multiplied at once; an accelerator is best given all."""
+    rows, width = weight.shape
+    step = _BLOCK_BYTES // (4 * max(1, width)) if weight.device.type == "cpu" else rows
+    return [slice(start, start + max(1, step)) for start in range(0, rows, max(1, step))]
+
+
+def _add_gradients(
+    gradient: Tensor,
+    chunk: Tensor,
+    weight: Tensor,
+    blocks: list[slice],
+    grad_chunk: Tensor | None,
+    grad_weight: Tensor | None,
+) -> None:
+    """Adds to the gradients of ``chunk``, *Shape:* :math:`(n,E)`, and ``weight``, *Shape:*
+    :math:`(V,E)`, what follows from that of the logits, *Shape:* :math:`(V,n)`."""
+    for block in blocks:
+        low = gradient[block].to(chunk.dtype)
+        if grad_chunk is not None:
+            _multiply(low.T, weight[block].to(chunk.dtype), grad_chunk, add=True)
+        if grad_weight is not None and chunk.dtype == torch.float16:
+            # The sum over tokens may be more than fp16 holds, which no loss scale would mend.
+            _multiply(gradient[block], chunk.to(gradient.dtype), grad_weight[block], add=True)
+        elif grad_weight is not None:
+            _multiply(low, chunk, grad_weight[block], add=True)
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """``out`` becomes ``left @ right``, which may be of a lower precision, or is added to."""
+    if left.dtype == out.dtype:
+        out.addmm_(left, right, beta=float(add))  # With 0.0, what was there does not count.
+    elif add:
+        out.add_(left @ right)
+    else:
+        out.copy_(left @ right)
