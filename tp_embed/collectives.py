@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tp_embed import compiled
 from tp_embed.gang import Gang
 from tp_embed.partition import Partition
 
@@ -90,8 +91,11 @@ def all_gather_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
     # Only trailing blocks are short, so the padding ends up behind column E: one slice removes it.
     if width < block:
         x = torch.nn.functional.pad(x, (0, block - width))
-    blocks = x.new_empty((gang.size, *x.shape))  # (P, *, B)
-    gang.all_gather(blocks, x)
+    if torch.compiler.is_compiling():
+        blocks: Tensor = compiled.all_gather(x, gang.size, gang.handle)
+    else:
+        blocks = x.new_empty((gang.size, *x.shape))  # (P, *, B)
+        gang.all_gather(blocks, x)
     columns = blocks.movedim(0, -2).flatten(-2)  # (*, P x B)
     return columns[..., : partition.size].contiguous()
 
@@ -175,6 +179,9 @@ class _ScatterColumns(torch.autograd.Function):
 class _ReducePartial(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gang: Gang) -> Tensor:
+        if torch.compiler.is_compiling():
+            output: Tensor = compiled.all_reduce(x, gang.handle)
+            return output
         ctx.mark_dirty(x)
         gang.all_reduce(x)
         return x
@@ -194,6 +201,8 @@ class _CopyToGang(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if torch.compiler.is_compiling():
+            return compiled.all_reduce(grad, ctx.gang.handle), None
         # The gradient belongs to autograd, which may hand it to another consumer too.
         grad = grad.clone(memory_format=torch.contiguous_format)
         ctx.gang.all_reduce(grad)

@@ -17,8 +17,9 @@ from torch.nn import Module, Parameter
 from tp_embed import init
 from tp_embed.batch_layout import BatchLayout
 from tp_embed.collectives import gather_table
+from tp_embed.compiled import look_up, register
 from tp_embed.exchange import Dedup, Place, Staging
-from tp_embed.fetch import Lookup, fetch, fetch_own
+from tp_embed.fetch import Lookup, Output, Request, fetch
 from tp_embed.gang import FakeGang, Gang
 from tp_embed.ids import IdCheck, as_indices
 from tp_embed.layer import GangLayer
@@ -27,8 +28,6 @@ from tp_embed.partition import Partition
 from tp_embed.whole_init import fill_from_whole_table
 
 InitFn = Callable[[Any], object]
-
-Output = Literal["replicated", "sequence", "shard"]
 
 
 class Embedding(Module, ABC):
@@ -147,6 +146,7 @@ class _Table(GangLayer, Embedding):
         shape = len(self.rows), len(self.columns)
         if device is None and torch.get_default_device().type == "cpu":
             device = gang.device
+        self._handle = register(self)
         self.weight = Parameter(torch.empty(shape, device=device, dtype=dtype))
         gang.adopt(self)
         self.reset_parameters()
@@ -203,12 +203,12 @@ class _Table(GangLayer, Embedding):
         real = None if layout is None or not layout.padded else _real(ids, layout)
         if real is not None:
             ids = ids.masked_fill(~real, 0)
-        self._id_check(ids, self.num_embeddings, self.gang)
-        if ids.device.type != "cpu":  # Where the error for ids out of range is a step late.
-            ids = ids.clamp(0, self.num_embeddings - 1)
-        if self.sparse:
-            keep_coalesced(self.weight)
-        output = self._look_up(ids, real)
+        if not torch.compiler.is_compiling():
+            output = self._look_up(ids, real)
+        elif self.sparse:
+            output = _look_up_outside(self, ids, real)
+        else:
+            output = look_up(self.weight, ids, real, self._output_shape(ids), self._handle)
         if self.scale is None:
             return output
         if isinstance(self.scale, Tensor):
@@ -216,28 +216,50 @@ class _Table(GangLayer, Embedding):
         return output * self.scale
 
     def _look_up(self, ids: Tensor, real: Tensor | None) -> Tensor:
+        self._id_check(ids, self.num_embeddings, self.gang)
+        if self.sparse:
+            keep_coalesced(self.weight)
+        return fetch(self.weight, self._request(ids, real, self._grad_buffer))
+
+    def _request(
+        self, ids: Tensor, real: Tensor | None, grad_buffer: GradBuffer | None = None
+    ) -> Request:
         """
         :param real: what is no padding; if ``None``, all. *Shape:* that of ``ids``.
-        :returns: *Shape:* :math:`(*,E)`, or what :attr:`output` makes of it.
         """
+        if ids.device.type != "cpu":  # Where the error for ids out of range is a step late.
+            ids = ids.clamp(0, self.num_embeddings - 1)
         place = Place(self.gang, self.partition, self.shard_dim, self.rows, self.columns)
-        how = Lookup(place, self.pad_idx, self.dedup, self.sparse, self._staging, self._grad_buffer)
-        blocks, shape = None, ids.shape
-        if self.output == "sequence" and self.gang.size > 1:
-            blocks = _sequence_blocks(ids, real, self.gang)
-            own = Partition(shape[-1], self.gang.size).shard(self.gang.rank)
-            shape = torch.Size((*shape[:-1], len(own)))
-            real = None if real is None else real[..., own.start : own.stop]
-        elif real is not None:
-            ids = ids[real]
-        if self.gang.size > 1 and self.output != "shard":
-            rows = fetch(self.weight, ids.flatten(), blocks, how)
-        else:
-            rows = fetch_own(self.weight, ids.flatten(), how)
-        if real is not None:
-            output = rows.new_zeros(shape.numel(), rows.size(1))
-            rows = output.index_copy(0, real.flatten().nonzero()[:, 0], rows)
-        return rows.view(*shape, rows.size(1))
+        how = Lookup(
+            place, self.pad_idx, self.output, self.dedup, self.sparse, self._staging, grad_buffer
+        )
+        return Request(ids, real, how)
+
+    def rows_in_graph(self, weight: Tensor, ids: Tensor, real: Tensor | None) -> Tensor:
+        """The forward in a graph of torch.compile; see :mod:`tp_embed.compiled`."""
+        self._id_check(ids, self.num_embeddings, self.gang)
+        return self._request(ids, real).rows(weight)
+
+    def gradient_in_graph(self, grad: Tensor, ids: Tensor, real: Tensor | None) -> Tensor:
+        """The backward. A graph may write to its gradients without torch counting it, so they
+        are always in new memory."""
+        return self._request(ids, real).gradient(grad)
+
+    def _output_shape(self, ids: Tensor) -> list[int]:
+        """The shape of the output. Sizes of ``ids`` may be symbols, which ``range`` does not
+        take."""
+        shape, width = list(ids.shape), self.embed_dim
+        if self.output == "shard":
+            width = len(self.columns)
+        elif self.output == "sequence" and shape:
+            block = -(-shape[-1] // self.gang.size)
+            start = min(self.gang.rank * block, shape[-1])
+            shape[-1] = min(start + block, shape[-1]) - start
+        return [*shape, width]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._handle = register(self)  # A copy is another table.
 
     def check_ids(self) -> None:
         """Waits until the ids of all forwards so far are checked, which on an accelerator is done
@@ -278,21 +300,11 @@ def _real(ids: Tensor, layout: BatchLayout) -> Tensor:
     return positions.to(ids.device) >= 0
 
 
-def _sequence_blocks(ids: Tensor, real: Tensor | None, gang: Gang) -> list[Tensor]:
-    """For each rank its contiguous block of positions along the last dimension, as indices into the
-    flat ids, without padding."""
-    if not ids.ndim:
-        raise ValueError(
-            "`x` must have a dimension to cut for the output 'sequence', but has none."
-        )
-    flat = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
-    partition = Partition(ids.size(-1), gang.size)
-    blocks = []
-    for rank in range(gang.size):
-        own = partition.shard(rank)
-        block = flat[..., own.start : own.stop].flatten()
-        blocks.append(block if real is None else block[real.flatten()[block]])
-    return blocks
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="A graph has no sparse gradients: pass `sparse=False`."
+)
+def _look_up_outside(embed: _Table, ids: Tensor, real: Tensor | None) -> Tensor:
+    return embed._look_up(ids, real)
 
 
 @final
@@ -312,7 +324,9 @@ class StandardEmbedding(_Table):
         which only the rows that the last one had are cleared: the work of the backward no longer
         grows with V. The memory is kept between steps. A gradient that is still referred to is
         left alone, and one that was written to is cleared as a whole; but not if that was done
-        through ``.data``, as DeepSpeed does at ZeRO 0 over several data-parallel ranks.
+        through ``.data``, as DeepSpeed does at ZeRO 0 over several data-parallel ranks, or by a
+        collective such as ``dist.all_reduce(weight.grad)``, neither of which torch counts: call
+        ``torch.autograd.graph.increment_version(weight.grad)`` after it.
     :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
         is first rounded to the dtype of the output, as scaled embeddings of transformers are.
     :raises ValueError: a size is less than 1, or ``pad_idx`` is not a row of the table.
@@ -468,7 +482,9 @@ class ShardedEmbedding(_ShardedTable):
         which only the rows that the last one had are cleared: the work of the backward no longer
         grows with V. The memory is kept between steps. A gradient that is still referred to is
         left alone, and one that was written to is cleared as a whole; but not if that was done
-        through ``.data``, as DeepSpeed does at ZeRO 0 over several data-parallel ranks.
+        through ``.data``, as DeepSpeed does at ZeRO 0 over several data-parallel ranks, or by a
+        collective such as ``dist.all_reduce(weight.grad)``, neither of which torch counts: call
+        ``torch.autograd.graph.increment_version(weight.grad)`` after it.
     :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
         is first rounded to the dtype of the output, as scaled embeddings of transformers are.
     :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or ``output``
@@ -512,7 +528,9 @@ class VocabShardedEmbedding(_ShardedTable):
         which only the rows that the last one had are cleared: the work of the backward no longer
         grows with V. The memory is kept between steps. A gradient that is still referred to is
         left alone, and one that was written to is cleared as a whole; but not if that was done
-        through ``.data``, as DeepSpeed does at ZeRO 0 over several data-parallel ranks.
+        through ``.data``, as DeepSpeed does at ZeRO 0 over several data-parallel ranks, or by a
+        collective such as ``dist.all_reduce(weight.grad)``, neither of which torch counts: call
+        ``torch.autograd.graph.increment_version(weight.grad)`` after it.
     :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
         is first rounded to the dtype of the output, as scaled embeddings of transformers are.
     :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or ``output``

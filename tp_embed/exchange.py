@@ -112,7 +112,7 @@ class Exchange(ABC):
         self.is_deduped = dedup is True or (dedup == "auto" and self.may_ask)
         if self.is_deduped:
             self.distinct = [find_distinct(wanted) for wanted in lists]
-            share = sum(len(d.ids) for d in self.distinct) / max(1, len(ids))
+            share = sum(len(d.ids) for d in self.distinct) / max(1, sum(map(len, lists)))
             self.is_deduped = dedup is True or self._is_worth(share)
 
     def _is_worth(self, share: float) -> bool:

@@ -21,6 +21,8 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
+from tp_embed.compiled import register
+
 CollectiveHook = Callable[[str, Sequence[Tensor]], AbstractContextManager[object]]
 
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -62,6 +64,7 @@ class Gang(ABC):
         self._device = torch.device(device)
         self._timeout = timeout
         self._hooks: OrderedDict[int, CollectiveHook] = OrderedDict()
+        self._handle = register(self)
 
     @property
     def rank(self) -> int:
@@ -225,6 +228,16 @@ class Gang(ABC):
         :param modified: whether the caller changes the values, alike on every rank.
         """
         return nullcontext()
+
+    @property
+    def handle(self) -> int:
+        """The number that names this gang in graphs of this process; see
+        :mod:`tp_embed.compiled`."""
+        return self._handle
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._handle = register(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gang:
         return self  # The processes are not copied with a module that talks to them.

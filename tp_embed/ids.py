@@ -43,7 +43,8 @@ class IdCheck:
     stream at every step, so the answer is copied to the host in the background, and the call that
     comes two calls later raises: on every rank the same one, so that none is left waiting in a
     collective. Until then such an id reads another row of the table. :meth:`flush` raises what
-    is still to come.
+    is still to come. Nothing is checked while a stream is captured: a graph that is replayed calls
+    nothing on the host.
 
     :param lag: how many calls later the answer is looked at; if ``None``, 0 on the CPU, else 2.
     """
@@ -61,6 +62,8 @@ class IdCheck:
         if ids.is_meta or not ids.numel():
             return
         on_cpu = ids.device.type == "cpu"
+        if not on_cpu and torch.accelerator.current_stream(ids.device).is_capturing():
+            return
         lag = self._lag if self._lag is not None else 0 if on_cpu else 2
         if lag == 0 and on_cpu:
             low, high = ids.aminmax()

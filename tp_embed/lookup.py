@@ -82,7 +82,8 @@ class GradBuffer:
     that it had are cleared.
 
     It is taken again when nothing else refers to it, and cleared as a whole if something has
-    written to it since, which torch counts. Writes through ``.data`` are not counted.
+    written to it since, which torch counts. Writes through ``.data``,
+    and by collectives of torch.distributed, are not counted.
     """
 
     def __init__(self) -> None:

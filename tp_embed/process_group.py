@@ -188,8 +188,8 @@ class ProcessGroupGang(Gang):
             raise GangError(
                 f"`{operation}` of {shapes} failed on rank {self._rank} of {self} (timeout "
                 f"{self._timeout}): {e}\nEvery rank of the gang has to call the same collectives "
-                "with the same shapes; look for a rank that stopped, took another branch, or was given "
-                "other ids."
+                "with the same shapes; look for a rank that stopped, took another branch, "
+                "or was given other ids."
             ) from e
 
     def __repr__(self) -> str:

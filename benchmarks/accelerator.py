@@ -1,0 +1,194 @@
+"""The steps of a lookup on one device, against the bandwidth of its memory.
+
+    python benchmarks/accelerator.py --device cuda
+
+It writes a page about the device to `benchmarks/results/`. A step whose share of the bandwidth is
+below 80% is one that a kernel of its own might make faster; sorting is not bound by bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from token_ids import draw
+from torch.utils.benchmark import Timer
+
+from tp_embed import FakeGang, ShardedEmbedding
+from tp_embed.distinct import find_distinct
+from tp_embed.lookup import sum_all, sum_by_id
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# What is copied to find the bandwidth, which is more than caches hold.
+_COPIED_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is timed, and the bytes that it cannot do without reading or writing."""
+
+    name: str
+    run: Callable[[], object]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    name: str
+    seconds: float
+    nbytes: int
+
+    @property
+    def bandwidth(self) -> float:
+        return self.nbytes / self.seconds
+
+
+def measure(step: Step, seconds: float) -> Timing:
+    """The median; the timer waits for the device."""
+    timer = Timer("run()", globals={"run": step.run})
+    median: float = timer.blocked_autorange(min_run_time=seconds).median
+    return Timing(step.name, median, step.nbytes)
+
+
+def copy_step(device: str, nbytes: int = _COPIED_BYTES) -> Step:
+    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    return Step("copy of memory", lambda: target.copy_(source), 2 * nbytes)
+
+
+def steps(
+    device: str, vocab: int, dim: int, tokens: int, size: int, dtype: torch.dtype, distribution: str
+) -> list[Step]:
+    """Those of one of ``size`` ranks, with tables that are cut over the columns."""
+    width = dim // size
+    weight = torch.randn(vocab, width, device=device, dtype=dtype)
+    ids = draw(distribution, vocab, (tokens,)).to(device)
+    distinct = find_distinct(ids)
+    inverse, count = distinct.inverse(), len(distinct.ids)
+    received = torch.randn(size * count, width, device=device, dtype=dtype)
+    plain = torch.randn(size, tokens, width, device=device, dtype=dtype)
+    index = (inverse[:, None] + torch.arange(size, device=device) * count).flatten()
+    grad = torch.randn(tokens, dim, device=device, dtype=dtype)
+    own = grad[:, :width]
+    item, per_id = weight.element_size(), ids.element_size()
+    row, block = dim * item, width * item
+    table = vocab * block
+    steps = [
+        Step(
+            "lookup",
+            lambda: weight.index_select(0, ids),
+            count * block + tokens * (block + per_id),
+        ),
+        Step("find distinct ids", lambda: find_distinct(ids), 2 * (tokens + count) * per_id),
+        Step("inverse", distinct.inverse, (2 * tokens + count) * per_id),
+        Step(
+            "un-duplicate, and put columns together",
+            lambda: received.index_select(0, index).view(tokens, dim),
+            count * row + tokens * (row + size * per_id),
+        ),
+        Step(
+            "put columns together",
+            lambda: plain.transpose(0, 1).clone(memory_format=torch.contiguous_format),
+            2 * tokens * row,
+        ),
+        Step(
+            "gradient, of distinct rows",
+            lambda: sum_by_id(grad, distinct, range(width)),
+            tokens * (block + per_id) + count * block,
+        ),
+    ]
+    if torch.device(device).type != "cpu":
+        steps.append(
+            Step(
+                "gradient, of the table, nothing asked",
+                lambda: sum_all(own, ids, vocab),
+                tokens * (block + per_id) + table,
+            )
+        )
+    embed = ShardedEmbedding(FakeGang(device, size=size), vocab, dim, device=device, dtype=dtype)
+
+    def forward_backward() -> None:
+        embed.weight.grad = None
+        embed(ids).backward(grad)
+
+    # Forward: rows read, sent, and put together. Backward: the gradient, and zeros of the table.
+    nbytes = count * block + tokens * block + 2 * tokens * row + tokens * block + table
+    steps.append(Step("forward and backward of the layer, nothing sent", forward_backward, nbytes))
+    return steps
+
+
+def to_markdown(name: str, options: str, copied: Timing, timings: list[Timing]) -> str:
+    lines = [
+        f"# {name}",
+        "",
+        f"torch {torch.__version__}, {options}. Medians, by `benchmarks/accelerator.py`. A copy of "
+        f"memory reads and writes {copied.bandwidth / 1e9:.0f} GB/s.",
+        "",
+        "| step | us | GB/s | share of the copy |",
+        "|---|---|---|---|",
+    ]
+    for timing in timings:
+        share = timing.bandwidth / copied.bandwidth
+        lines.append(
+            f"| {timing.name} | {timing.seconds * 1e6:.0f} | {timing.bandwidth / 1e9:.1f} | "
+            f"{share:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def name_of(device: str) -> str:
+    kind = torch.device(device).type
+    if kind != "cpu":
+        module: Any = getattr(torch, kind)
+        return str(module.get_device_name(device))
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "CPU"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    parser.add_argument("--device", default=str(accelerator or "cpu"))
+    parser.add_argument("--vocab", type=int, default=1 << 17)
+    parser.add_argument("--dim", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--size", type=int, default=2, help="ranks that the columns are cut over")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--ids", default="zipf", help="a distribution of benchmarks/token_ids.py")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for about how long, each step")
+    parser.add_argument("--markdown", type=Path, help="default: benchmarks/results/<device>.md")
+    args = parser.parse_args()
+    if args.dim % args.size:
+        parser.error(f"--dim must be divisible by --size ({args.size}), but is {args.dim} instead.")
+
+    copied = measure(copy_step(args.device), args.seconds)
+    cases = steps(
+        args.device,
+        args.vocab,
+        args.dim,
+        args.tokens,
+        args.size,
+        DTYPES[args.dtype],
+        args.ids,
+    )
+    timings = [measure(step, args.seconds) for step in cases]
+    name = name_of(args.device)
+    options = (
+        f"V={args.vocab}, E={args.dim}, N={args.tokens}, P={args.size}, {args.dtype}, "
+        f"{args.ids} ids"
+    )
+    text = to_markdown(name, options, copied, timings)
+    path = args.markdown or Path(__file__).parent / "results" / f"{name.replace(' ', '-')}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
