@@ -4,8 +4,8 @@
 
 Trains a table and its head, with nothing between them, with an engine for each case (TP 2 x DP 2),
 and prints what it holds at the end of a backward and what its data-parallel ranks put into
-collectives. Then it times the collectives of each strategy (TP 4), with the latency and bandwidth
-that all-reduces of two sizes show.
+collectives. Then it times the collectives of each strategy (TP 4), with the latencies and
+bandwidths that each collective shows by itself, as `tp-embed plan --measure` takes them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import json
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -30,8 +31,19 @@ from tp_embed import ProcessGroupGang, shard_embeddings
 from tp_embed.integrations.deepspeed import initialize
 from tp_embed.loss import cross_entropy
 from tp_embed.plan import Cost, Network, Setup, Strategy, cost, costs
+from tp_embed.plan.lookups import auto_dedup
+from tp_embed.plan.measure import links_of
+from tp_embed.plan.report import name_of
+from tp_embed.plan.tokens import distinct
 
-RANKS: dict[str, Any] = {"tp_size": 2, "dp_size": 2, "tokens": 300}
+RANKS: dict[str, Any] = {
+    "tp_size": 2,
+    "dp_size": 2,
+    "tokens": 300,  # All distinct, and all of the first shard.
+    "unique_share": 1.0,
+    "owner_share": 1.0,
+    "device": "cpu",
+}
 EVEN: dict[str, Any] = {"vocab_size": 1200, "embed_dim": 64, **RANKS}
 UNEVEN: dict[str, Any] = {"vocab_size": 1201, "embed_dim": 63, **RANKS}
 FP32: dict[str, Any] = {"dtype": "fp32"}
@@ -104,7 +116,7 @@ def config(setup: Setup, strategy: Strategy) -> dict[str, Any]:
 
 def measure_engine(setup: Setup, strategy: Strategy) -> dict[str, Any]:
     """The bytes that a rank holds, and what it puts into DeepSpeed's collectives in a step."""
-    ids = torch.arange(setup.tokens)  # The first shard has all of them.
+    ids = torch.arange(setup.tokens)
     before = tensors()
     known = storages(before)
     torch.manual_seed(0)
@@ -181,6 +193,11 @@ def collectives_of_deepspeed() -> Iterator[dict[str, int]]:
             setattr(backend, name, original)
 
 
+def plan(setup: Setup, strategy: Strategy) -> Cost:
+    """What is planned, with the de-duplication that layers choose."""
+    return cost(setup, strategy, dedup=auto_dedup(setup, strategy))
+
+
 def payloads(planned: Cost) -> dict[str, int]:
     """What is planned for a rank to put into collectives of its data-parallel group."""
     found: dict[str, int] = defaultdict(int)
@@ -205,18 +222,35 @@ class Stopwatch:
 
 
 def measure_network(gang: ProcessGroupGang, runs: int) -> Network:
-    """From all-reduces of a number and of 16 MiB, 2 (P-1) messages of n / P bytes."""
-    messages, times = 2 * (gang.size - 1), []
-    for items in (1, 4 << 20):
-        tensor, found = torch.zeros(items), []
-        for _ in range(runs):
-            dist.barrier()
-            start = time.perf_counter()
-            gang.all_reduce(tensor)
-            found.append(time.perf_counter() - start)
-        times.append(min(found))
-    latency = times[0] / messages
-    return Network(messages / gang.size * (16 << 20) / (times[1] - times[0]), latency)
+    """From each collective with 4 KiB, 1 MiB and 16 MiB."""
+    found: dict[str, list[float]] = {}
+    for nbytes in (1 << 12, 1 << 20, 1 << 24):
+        whole = torch.zeros(gang.size, nbytes // 4 // gang.size)
+        other, piece = torch.zeros_like(whole), whole[0].clone()
+        calls: dict[str, Callable[[], None]] = {
+            "all_gather": partial(gang.all_gather, whole, piece),
+            "all_reduce": partial(gang.all_reduce, whole),
+            "reduce_scatter": partial(gang.reduce_scatter, piece, whole),
+            "all_to_all": partial(gang.all_to_all, other, whole),
+        }
+        for operation, call in calls.items():
+            found[f"{operation} {nbytes}"] = times = []
+            for _ in range(runs):
+                dist.barrier()
+                start = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - start)
+    of_ranks: list[dict[str, list[float]]] = [{} for _ in range(gang.size)]
+    dist.all_gather_object(of_ranks, found)
+    links = links_of(of_ranks, gang.size)
+    return Network(*links["all_reduce"], measured=links)
+
+
+def ids_of(setup: Setup) -> Tensor:
+    """As many distinct ids as are planned for, from all over the table."""
+    count = distinct(setup)
+    rows = torch.linspace(0, setup.vocab_size - 1, count).long()
+    return rows[torch.arange(setup.tokens) % count]
 
 
 def measure_time(gang: ProcessGroupGang, setup: Setup, planned: Cost, runs: int) -> float:
@@ -227,7 +261,10 @@ def measure_time(gang: ProcessGroupGang, setup: Setup, planned: Cost, runs: int)
     head: Any = model.head
     if planned.shard_logits:
         head.output = "shard"
-    ids, found = torch.arange(setup.tokens) % setup.vocab_size, []
+    if planned.strategy != "none":
+        embed: Any = model.embed
+        embed.dedup = planned.dedup
+    ids, found = ids_of(setup), []
     for _ in range(runs):
         watch = Stopwatch()
         handle = gang.register_collective_hook(watch)
@@ -277,7 +314,7 @@ def compare_engines(directory: str | None) -> None:
     if rank == 0:
         print("bytes of a rank, planned / measured")
         for case, row in zip(CASES, found, strict=True):
-            planned = cost(*case)
+            planned = plan(*case)
             sent = sum(payloads(planned).values())
             print(
                 f"  {name(*case)}: held {planned.states} / {row['held']}, "
@@ -291,17 +328,19 @@ def compare_times(runs: int) -> None:
     gang = ProcessGroupGang(None, "cpu")
     network = measure_network(gang, runs)
     if rank == 0:
-        bandwidth, latency = network.bandwidth / 1e9, network.latency * 1e6
-        print(
-            f"ms in collectives, planned / measured, at {bandwidth:.2f} GB/s and {latency:.0f} us"
+        links = (
+            f"{operation} {link.bandwidth / 1e9:.2f} GB/s, {1e6 * link.latency:.0f} us"
+            for operation, link in network.measured.items()
         )
+        print("ms in collectives, planned / measured:", "; ".join(links))
     for tied in (False, True):
-        setup = Setup(16_000, 512, tied=tied, dtype="fp32", tp_size=gang.size, tokens=512)
+        setup = Setup(
+            16_000, 512, tied=tied, dtype="fp32", tp_size=gang.size, tokens=512, unique_share=0.3
+        )
         for planned in costs(setup):
             took = measure_time(gang, setup, planned, runs)
             if rank == 0:
-                label = f"{'tied' if tied else 'untied'}, {planned.strategy}"
-                label += ", local logits" if planned.shard_logits else ""
+                label = f"{'tied' if tied else 'untied'}, {name_of(planned)}"
                 expected = planned.seconds(setup, network)
                 print(f"  {label}: {1e3 * expected:.2f} / {1e3 * took:.2f}")
 

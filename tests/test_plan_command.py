@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import hydra
 import pytest
 from hydra.errors import ConfigCompositionException
+from matplotlib import image
 from transformers import GPT2Config, LlamaConfig
 
+from launch import deepspeed_command, run, torchrun_command
 from tp_embed import cli
-from tp_embed.integrations.hydra.plan import options, register_schema, run
+from tp_embed.integrations.hydra.plan import options, register_schema
+from tp_embed.integrations.hydra.plan import run as run_app
 from tp_embed.plan import Network, Setup, cost, costs
 
 TABLE = ("--vocab-size", "1000", "--embed-dim", "64")
@@ -57,21 +61,196 @@ def test_options_make_the_plan(capsys):
     assert data["strategies"][data["chosen"]]["strategy"] == "vocab"
 
 
-def test_table_has_a_column_for_each_strategy(capsys):
-    assert cli.main(["plan", *TABLE, "--tp", "2", "--tokens", "10"]) == 0
-    heading, names, marks, *lines, best = capsys.readouterr().out.splitlines()
+def printed_plan(capsys, *arguments):
+    """The table that is printed, as rows of cells, and the lines above and below it."""
+    assert cli.main(["plan", *TABLE, *arguments]) == 0
+    heading, *lines = capsys.readouterr().out.splitlines()
+    end = next(i for i, line in enumerate(lines) if line.startswith("best: "))
+    return heading, lines[:end], lines[end:]
+
+
+def test_table_has_a_column_for_each_strategy_and_the_best_one(capsys):
+    heading, rows, below = printed_plan(capsys, "--tp", "2", "--tokens", "10")
     assert heading.startswith("1000 x 64, untied head; TP 2, DP 1, ZeRO 1; bf16, adamw; 10 tokens")
-    assert names.split("  ")[-1] == "vocab, local logits"
-    assert marks.split()[0] == "memory,"
-    assert marks.split()[2:] == ["auto", "best"]
+    assert heading.endswith(", 90% distinct by Zipf's law")
     setup = Setup(1000, 64, tp_size=2, tokens=10)
-    (peaks,) = (line.split()[4:] for line in lines if line.startswith("  peak of a step"))
-    assert [float(peak) for peak in peaks] == [
-        pytest.approx(found.peak / 2**20, abs=1e-3) for found in costs(setup)
+    shown = [
+        cost(setup, "none"),
+        cost(setup, "embed"),
+        cost(setup, "embed", dedup=True),
+        cost(setup, "embed", dedup=True, shard_logits=True),
+        cost(setup, "vocab"),
+        cost(setup, "vocab", dedup=True),
     ]
-    assert (
-        best == "best: embed, local logits: of those that need the least memory it sends the least"
+    assert rows[0].split() == [each.strategy for each in shown]
+    assert rows[1].split() == ["dedup"] * 3
+    assert rows[2].split("  ")[-1] == "local logits"
+    assert rows[3].split()[2:] == ["auto", "best"]
+    (peaks,) = (row.split()[4:] for row in rows if row.startswith("  peak of a step"))
+    assert [float(peak) for peak in peaks] == [
+        pytest.approx(each.peak / 2**20, abs=1e-3) for each in shown
+    ]
+    ends = {rows[0].index("vocab") + 5, rows[3].index("best") + 4}
+    assert ends <= {i for i, c in enumerate(rows[0] + " ") if c == " "}  # Columns are aligned.
+    best, saved = below
+    assert best == (
+        "best: embed, dedup, local logits: of those that need the least memory it sends the least"
     )
+    assert saved.startswith("shard_logits is off: with it, embed would need ")
+
+
+def test_options_choose_the_columns(capsys):
+    _, rows, _ = printed_plan(capsys, "--tp", "2", "--dedup", "never")
+    assert rows[0].split() == ["none", "embed", "embed", "vocab"]
+    assert rows[1].split() == ["local", "logits"]
+    _, rows, below = printed_plan(capsys, "--tp", "2", "--dedup", "always", "--shard-logits")
+    assert rows[0].split() == ["none", "embed", "vocab"]
+    assert rows[1].split() == ["dedup", "dedup"]
+    assert rows[2].split() == ["local", "logits"] * 2
+    assert len(below) == 1  # Nothing more to be saved.
+    heading, rows, _ = printed_plan(
+        capsys, "--tp", "2", "--output", "sequence", "--unique-share", "0.5", "--tokens", "64"
+    )
+    assert heading.endswith("64 tokens in 2 blocks, 50% distinct")
+    assert [row[2:40].rstrip() for row in rows if "of table" in row] == [
+        "forward, TP: all-to-all of table",
+        "forward, TP: reduce-scatter of table",
+        "backward, TP: all-gather of table",
+        "backward, TP: all-to-all of table",
+    ]
+
+
+def test_json_has_all_strategies_whatever_is_shown(capsys):
+    _, data, _ = plan(capsys, *TABLE, "--tp", "2", "--strategy", "vocab", "--dedup", "auto")
+    assert [each["name"] for each in data["strategies"]] == [
+        "none",
+        *("embed", "embed, dedup", "embed, local logits", "embed, dedup, local logits"),
+        *("vocab", "vocab, dedup", "vocab, local logits", "vocab, dedup, local logits"),
+    ]
+    chosen, best = (data["strategies"][data[key]] for key in ("chosen", "recommended"))
+    assert (chosen["name"], best["name"]) == ("vocab", "embed, dedup, local logits")
+    assert data["network"] is None
+    assert data["measured"] is None
+    setup = Setup(1000, 64, tp_size=2)
+    off, on = cost(setup, "vocab"), cost(setup, "vocab", shard_logits=True)
+    assert data["shard_logits_saves"] == {
+        "peak": off.peak - on.peak,
+        "sent": off.sent - on.sent,
+        "seconds": None,
+    }
+    # On a CPU layers de-duplicate by themselves.
+    _, data, _ = plan(capsys, *TABLE, "--tp", "2", "--device", "cpu", "--bandwidth", "1")
+    assert data["strategies"][data["chosen"]]["name"] == "embed, dedup"
+    assert data["shard_logits_saves"]["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--shard-logits",),
+        ("--tied", "--strategy", "embed"),
+        ("--no-head",),
+        ("--strategy", "none"),
+    ],
+    ids=" ".join,
+)
+def test_there_is_not_always_something_to_save(capsys, arguments):
+    _, data, _ = plan(capsys, *TABLE, "--tp", "2", *arguments)
+    assert data["shard_logits_saves"] is None
+
+
+def test_chart_has_the_costs_of_growing_gangs(capsys, tmp_path):
+    path = tmp_path / "costs.svg"
+    arguments = ("--tp", "12", "--dp", "2", "--bandwidth", "1", "--owner-share", "0.25")
+    _, data, _ = plan(capsys, *TABLE, *arguments, "--chart", str(path))
+    chart = data["chart"]
+    assert chart["file"] == str(path)
+    assert chart["tp_sizes"] == [1, 2, 4, 8, 12]
+    setup = Setup(1000, 64, tp_size=4, dp_size=2, owner_share=0.25)
+    assert chart["panels"]["Peak of a step (GiB)"]["embed"][2] == cost(setup, "embed").peak / 2**30
+    planned = cost(setup, "vocab", dedup=True)
+    assert chart["panels"]["Sent in a step (GiB)"]["vocab, dedup"][2] == planned.sent / 2**30
+    seconds = planned.seconds(setup, Network(1e9))
+    assert chart["panels"]["Time to send (ms)"]["vocab, dedup"][2] == pytest.approx(1e3 * seconds)
+    root = ElementTree.parse(path).getroot()
+    svg = "{http://www.w3.org/2000/svg}"
+    assert root.tag == svg + "svg"
+    names = [each["name"] for each in data["strategies"] if not each["shard_logits"]]
+    assert set(names) < {text.text for text in root.iter(svg + "text")}
+    lines = list(root.iter(svg + "polyline"))
+    assert len(lines) == len(chart["panels"]) * len(chart["panels"]["Time to send (ms)"])
+    assert all(len(line.get("points").split()) == 5 for line in lines)
+
+
+def test_chart_may_be_a_png(capsys, tmp_path):
+    path = tmp_path / "costs.PNG"
+    assert plan(capsys, *TABLE, "--chart", str(path))[0] == 0
+    pixels = image.imread(path)
+    assert pixels.shape[0] > 300
+    assert len(set(map(tuple, pixels.reshape(-1, pixels.shape[2])))) > 20
+
+
+def test_chart_as_png_without_matplotlib_says_what_to_install(tmp_path):
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; from tp_embed import cli; "
+        f"sys.exit(cli.main(['plan', *{TABLE}, '--chart', {str(tmp_path / 'a.png')!r}]))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], timeout=60, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == cli.FAILED
+    assert "pip install 'tp-embed[cli]'" in found.stderr
+    assert found.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def measured_plan(command, *arguments):
+    """What ``plan --measure`` prints: one line of JSON, of one rank."""
+    output = run([*command, "plan", *TABLE, *arguments, "--measure", "--json"])
+    (line,) = (line for line in output.splitlines() if line.startswith("{"))
+    return json.loads(line)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_network_is_measured_on_the_ranks_of_a_job(launcher):
+    command = {
+        "torchrun": torchrun_command("-m", "tp_embed", ranks=2),
+        "deepspeed": deepspeed_command("--module", "tp_embed", ranks=2),
+    }[launcher]
+    data = measured_plan(command, "--tp", "2")
+    assert data["measured"] == {"ranks": 2, "nodes": 1, "device": "cpu"}
+    assert data["setup"]["device"] == "cpu"
+    links = data["network"]["measured"]
+    assert set(links) == {"all_gather", "all_reduce", "reduce_scatter", "all_to_all"}
+    for bandwidth, latency in links.values():
+        assert 1e6 < bandwidth < 1e12  # Bytes a second.
+        assert 0 <= latency < 1
+    (gathered, *_) = data["strategies"][1]["transfers"]
+    bandwidth, latency = links["all_gather"]
+    assert gathered["seconds"] == pytest.approx(latency + gathered["sent"] / bandwidth)
+
+
+def test_gangs_are_measured_apart_from_all_ranks():
+    data = measured_plan(torchrun_command("-m", "tp_embed", ranks=4), "--tp", "2", "--dp", "2")
+    assert data["measured"]["ranks"] == 4
+    assert data["network"]["gpus_per_node"] is None
+
+
+def test_alone_nothing_can_be_measured(capsys):
+    code, data, _ = plan(capsys, *TABLE, "--measure")
+    assert code == cli.USAGE
+    assert "--measure must be given on several ranks" in data["error"]
+    code, data, _ = plan(capsys, *TABLE, "--measure", "--bandwidth", "1")
+    assert data["error"] == "--measure must be given without --bandwidth, but is not."
+
+
+def test_only_rank_0_says_what_is_wrong(monkeypatch, capsys):
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert cli.main(["plan", *TABLE, "--tp", "0", "--measure"]) == cli.USAGE
+        assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["flat", "text_config"])
@@ -125,6 +304,8 @@ def test_what_a_config_does_not_say_is_asked_for(tmp_path, capsys):
         ((*TABLE, "--memory", "-1"), cli.USAGE, "`memory` must be greater than 0, but is -1.0"),
         ((*TABLE, "--memory", "nan"), cli.USAGE, "`memory` must be greater than 0, but is nan"),
         ((*TABLE, "--bandwidth", "0"), cli.USAGE, "`bandwidth` must be greater than 0"),
+        ((*TABLE, "--chart", "a.pdf"), cli.USAGE, "--chart must be a file that ends in .svg or"),
+        ((*TABLE, "--chart", "nowhere/a.svg"), cli.FAILED, "nowhere"),
         (("--hf-config", "nowhere"), cli.FAILED, "nowhere"),
     ],
 )
@@ -153,7 +334,8 @@ def test_config_in_fp16_needs_a_dtype(tmp_path, capsys):
 
 def test_warnings_say_what_does_not_fit(capsys):
     _, data, printed = plan(capsys, *TABLE, "--tp", "4", "--memory", "0.001", "--tokens", "10")
-    assert [found["fits"] for found in data["strategies"]] == [False, True, True, True, True]
+    fits = [found["fits"] for found in data["strategies"]]
+    assert fits == [found["strategy"] != "none" for found in data["strategies"]]
     assert data["warnings"] == []
     _, data, printed = plan(capsys, *TABLE, "--memory", "0.001", "--strategy", "none")
     assert data["warnings"][0].startswith("none needs 0.11 GiB at the peak of a step, but there")
@@ -161,7 +343,7 @@ def test_warnings_say_what_does_not_fit(capsys):
     _, data, _ = plan(capsys, "--vocab-size", "3", "--embed-dim", "2", "--tied", "--tp", "4")
     assert data["warnings"] == ["1 of 4 ranks hold nothing of the table."]
     _, data, _ = plan(capsys, "--vocab-size", "3", "--embed-dim", "2", "--tp", "1000000000")
-    assert data["warnings"] == ["999999998 of 1000000000 ranks hold nothing of the table."]
+    assert data["warnings"] == ["999999997 of 1000000000 ranks hold nothing of the table."]
     nodes = ("--bandwidth", "1", "--gpus-per-node", "2")
     _, data, _ = plan(capsys, *TABLE, "--tp", "4", *nodes)
     assert [warning.split()[0] for warning in data["warnings"]] == ["4", "Links"]
@@ -201,7 +383,7 @@ def test_groups_make_the_plan(compose, capsys):
         "dp_size=4",
         "json=true",
     )
-    assert run(config) == 0
+    assert run_app(config) == 0
     data = json.loads(capsys.readouterr().out)
     setup = Setup(
         128256,
@@ -214,6 +396,7 @@ def test_groups_make_the_plan(compose, capsys):
         optimizer="momentum",
         accumulation_steps=2,
     )
+    assert (data["setup"]["output"], data["setup"]["device"]) == ("replicated", "cuda")
     chosen = data["strategies"][data["chosen"]]
     assert chosen["memory"]["peak"] == cost(setup, "vocab", shard_logits=True).peak
     assert chosen["sent"] == cost(setup, "vocab", shard_logits=True).sent
@@ -224,14 +407,40 @@ def test_choices_that_leave_tables_whole(compose, capsys):
         (["model=llama3_2_1b", "head=replicated"], "none"),
         (["model=llama3_8b", "head=replicated", "embedding=sharded"], "embed"),
     ]:
-        assert run(compose("tp_size=2", "json=true", *overrides)) == 0
+        assert run_app(compose("tp_size=2", "json=true", *overrides)) == 0
         data = json.loads(capsys.readouterr().out)
         assert data["strategies"][data["chosen"]]["strategy"] == strategy
         assert data["setup"]["shard_head"] is False
 
 
+def test_own_keys_make_the_plan(compose, capsys, tmp_path):
+    path = tmp_path / "costs.svg"
+    config = compose(
+        "tp_size=4",
+        "embedding.dedup=always",
+        "embedding.output=sequence",
+        "device=cpu",
+        "unique_share=0.2",
+        "block_unique_share=0.3",
+        "owner_share=0.5",
+        f"chart={path}",
+        "json=true",
+    )
+    assert run_app(config) == 0
+    data = json.loads(capsys.readouterr().out)
+    found = data["setup"]
+    assert [found[f"{name}_share"] for name in ("unique", "block_unique", "owner")] == [
+        0.2,
+        0.3,
+        0.5,
+    ]
+    assert (found["output"], found["device"]) == ("sequence", "cpu")
+    assert {each["dedup"] for each in data["strategies"] if each["strategy"] != "none"} == {True}
+    assert path.exists()
+
+
 def test_model_without_a_vocabulary_has_that_of_the_data(compose, capsys):
-    assert run(compose("model=llama_tiny", "precision=fp32", "json=true")) == 0
+    assert run_app(compose("model=llama_tiny", "precision=fp32", "json=true")) == 0
     found = json.loads(capsys.readouterr().out)["setup"]
     assert (found["vocab_size"], found["dtype"]) == (32000, "fp32")
 

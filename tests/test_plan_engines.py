@@ -8,7 +8,6 @@ import plan as benchmark
 import pytest
 
 from launch import ROOT, deepspeed_command, run
-from tp_embed.plan import cost
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def test_engine_holds_and_sends_what_is_planned(measured, case):
     setup, strategy = case
     rows = [rank[benchmark.CASES.index(case)] for rank in measured]
     assert all(row["strategy"] == strategy for row in rows)
-    planned = cost(setup, strategy)
+    planned = benchmark.plan(setup, strategy)
     # ZeRO 1 and 2 pad all Parameters together to twice the ranks, ZeRO 3 pads each to the ranks.
     padding = 0 if setup.vocab_size == benchmark.EVEN["vocab_size"] else 2 * setup.dp_size
     per_item = 4 * 5  # Weight, gradient, master copy and two moments.

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
 from torch import nn
 from torch.nn import Module
 
+from tp_embed.embedding import StandardEmbedding
+from tp_embed.fetch import Output
+from tp_embed.plan.estimate import auto_strategy
+from tp_embed.plan.setup import Setup
 from tp_embed.tables import TableGroup, find_places, find_tables, is_plain_head
 
 Strategy = Literal["auto", "embed", "vocab", "none"]
@@ -24,16 +28,19 @@ def choose_strategies(
     rules: Mapping[str, Strategy] | None,
     tie_head: bool,
     shard_head: bool,
+    tp_size: int = 1,
+    output: Output = "replicated",
 ) -> Choices:
-    """The tables of ``model``, each with what :func:`shard_embeddings` would do with it: a strategy
-    but ``"auto"``."""
+    """The tables of ``model``, each with what :func:`shard_embeddings` would do with it over a gang
+    of ``tp_size`` if embeddings give this ``output``: a strategy but ``"auto"``."""
     rules = dict(rules or {})
     for name, value in [("strategy", strategy), *((f"rules[{k!r}]", v) for k, v in rules.items())]:
         if value not in _STRATEGIES:
             raise ValueError(f"`{name}` must be one of {_STRATEGIES}, but is {value!r} instead.")
     groups = find_tables(model, _untied_heads(model, rules, shard_head))
     _check_rules(rules, groups)
-    return [(group, _choose(group, strategy, rules, tie_head)) for group in groups]
+    found = [(group, _choose(group, strategy, rules, tie_head)) for group in groups]
+    return [(g, _auto(g, tp_size, output) if s == "auto" else s) for g, s in found]
 
 
 def _untied_heads(model: Module, rules: Mapping[str, Strategy], shard_head: bool) -> set[Module]:
@@ -75,9 +82,24 @@ def _choose(
             return "vocab"
         if group.embeddings and group.heads and not tie_head:
             return "none"
-    if strategy != "auto":
-        return strategy
-    return "vocab" if group.heads else "embed"
+    return strategy
+
+
+def _auto(group: TableGroup, tp_size: int, output: Output) -> Strategy:
+    """What the planner takes, by nothing but sizes and ties, so that all ranks take the same."""
+    if not group.embeddings:
+        return "vocab"
+    if output == "shard" and not group.heads:
+        return "embed"  # Which alone gives that.
+    module = next(iter(group.embeddings))
+    # Not those of the weight, which DeepSpeed may have put elsewhere.
+    if isinstance(module, nn.Embedding):
+        sizes = module.num_embeddings, module.embedding_dim
+    else:
+        table = cast(StandardEmbedding, module)
+        sizes = table.num_embeddings, table.embed_dim
+    tied = bool(group.heads)
+    return auto_strategy(Setup(*sizes, tied=tied, head=tied, tp_size=tp_size))
 
 
 def _matches(pattern: str, group: TableGroup) -> bool:

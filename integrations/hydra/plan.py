@@ -8,6 +8,7 @@ The config is ``plan.yaml``. The exit codes are those of the command.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -20,6 +21,13 @@ from .registration import register_schemas
 from .schema import DataConfig, EmbeddingConfig, HeadConfig, ModelConfig, Strategy
 
 
+class Device(Enum):
+    """What it is planned for."""
+
+    cuda = "cuda"
+    cpu = "cpu"
+
+
 @dataclass
 class PlanConfig:
     """What a run chooses of the groups of ``train.yaml``, and the machines."""
@@ -27,13 +35,18 @@ class PlanConfig:
     tp_size: int = MISSING
     dp_size: int = MISSING
     tokens: int = MISSING
-    unique_share: float = MISSING
+    unique_share: float | None = MISSING
+    block_unique_share: float | None = MISSING
+    owner_share: float | None = MISSING
+    device: Device | None = MISSING
     memory: float | None = MISSING
     bandwidth: float | None = MISSING
     latency: float = MISSING
     gpus_per_node: int | None = MISSING
     inter_bandwidth: float | None = MISSING
     inter_latency: float | None = MISSING
+    measure: bool = MISSING
+    chart: str | None = MISSING
     json: bool = MISSING
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -48,6 +61,24 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="tp_embed_plan", node=PlanConfig, provider="tp_embed")
 
 
+# What is called alike, and means the same.
+_SAME = (
+    "json",
+    "tokens",
+    "unique_share",
+    "block_unique_share",
+    "owner_share",
+    "memory",
+    "bandwidth",
+    "latency",
+    "gpus_per_node",
+    "inter_bandwidth",
+    "inter_latency",
+    "measure",
+    "chart",
+)
+
+
 def options(config: DictConfig) -> dict[str, Any]:
     """The options of ``tp-embed plan``, by their names in its parser."""
     model, head, deepspeed = config.model, config.head, config.deepspeed
@@ -58,9 +89,11 @@ def options(config: DictConfig) -> dict[str, Any]:
     if optimizer == "sgd" and deepspeed.optimizer.params.momentum:
         optimizer = "momentum"
     low = [name for name in ("bf16", "fp16") if OmegaConf.select(deepspeed, f"{name}.enabled")]
-    own = ("json", "tokens", "unique_share", "memory", "bandwidth", "latency", "gpus_per_node")
     return {
-        **{name: config[name] for name in (*own, "inter_bandwidth", "inter_latency")},
+        **{name: config[name] for name in _SAME},
+        "dedup": {True: "always", False: "never"}.get(config.embedding.dedup.value, "auto"),
+        "device": config.device and config.device.value,
+        "output": "sequence" if config.embedding.output.value == "sequence" else "replicated",
         "hf_config": None,
         "vocab_size": model.vocab_size or config.data.vocab_size,
         "embed_dim": model.hidden_size,

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from .estimate import Cost, auto_strategy, cost, costs, recommend
 from .setup import Setup, Strategy
-from .traffic import Network, Transfer
+from .traffic import Link, Network, Transfer
 
 __all__ = [
     "Cost",
+    "Link",
     "Network",
     "Setup",
     "Strategy",

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .setup import (
-    ITEM_BYTES,
-    MOMENTS,
-    Setup,
-    Strategy,
-    block,
-    head_cut,
-    refuse,
-    shard,
-    sparse_bytes,
-)
-from .traffic import Network, Transfer, transfers
+from .lookups import lookup_of
+from .setup import ITEM_BYTES, MOMENTS, Setup, Strategy, block, head_cut, refuse, shard
+from .tokens import sparse_bytes
+from .traffic import Network, Transfer
+from .transfers import transfers
+
+# Shards that differ by less than that are alike.
+_ALIKE = 1.1
 
 
 @dataclass(frozen=True)
 class Cost:
     """What one strategy costs the rank with the largest shard, memory in bytes.
 
+    :param dedup: whether an id that occurs several times is sent once.
     :param weight: as ZeRO holds it between uses; ``gradient``, ``master`` (copy in fp32) and
         ``moments`` likewise, at the end of a backward.
     :param gathered: what ZeRO holds of one Parameter for its use on top of that.
-    :param exchange: the most that the lookup takes for a micro-batch, its output included.
+    :param staging: what the lookup keeps from one exchange to the next, on a CPU.
+    :param exchange: the most that the lookup takes for a micro-batch, with that and its output.
     :param logits: the most that head and loss take for it.
     :param init_sharded: the peak as the layers are built and drawn shard by shard.
     :param init_whole: the peak where a model is built first and sharded then.
@@ -35,11 +33,13 @@ class Cost:
 
     strategy: Strategy
     shard_logits: bool
+    dedup: bool
     weight: int
     gradient: int
     master: int
     moments: int
     gathered: int
+    staging: int
     exchange: int
     logits: int
     init_sharded: int
@@ -49,12 +49,12 @@ class Cost:
     @property
     def states(self) -> int:
         """What is held from step to step."""
-        return self.weight + self.gradient + self.master + self.moments
+        return self.weight + self.gradient + self.master + self.moments + self.staging
 
     @property
     def peak(self) -> int:
         """The most in a step. The exchange and the logits come one after the other."""
-        return self.states + self.gathered + max(self.exchange, self.logits)
+        return self.states + self.gathered + max(self.exchange - self.staging, self.logits)
 
     @property
     def sent(self) -> float:
@@ -67,51 +67,69 @@ class Cost:
 
 
 def auto_strategy(setup: Setup) -> Strategy:
-    """What ``"auto"`` of :func:`tp_embed.shard_embeddings` takes."""
-    return "vocab" if setup.tied else "embed"
+    """What ``"auto"`` of :func:`tp_embed.shard_embeddings` takes: of the strategies that cut the
+    table the one with the smaller shards, if the others are larger by more than a tenth; else
+    ``"vocab"`` for a table that is tied to a head, whose logits can then stay sharded, and what
+    sends less for others, which is ``"embed"``. Tokens and the network cancel out."""
+    table = replace(setup, head=setup.tied, output="replicated", device="cuda")
+    usual: tuple[Strategy, ...] = ("vocab", "embed") if setup.tied else ("embed", "vocab")
+    found = [cost(table, strategy) for strategy in usual]
+    least = min(each.states for each in found)
+    alike = [each for each in found if each.states <= _ALIKE * least]
+    if setup.tied:
+        return alike[0].strategy
+    return min(alike, key=lambda each: _sent_over(each, "tp")).strategy
+
+
+def _sent_over(cost: Cost, over: str) -> float:
+    return sum(transfer.sent for transfer in cost.transfers if transfer.over == over)
 
 
 def costs(setup: Setup) -> list[Cost]:
-    """All strategies; with logits that stay sharded where the head is cut over the vocabulary."""
-    found = []
+    """All strategies: with and without de-duplication where a table is cut, and with logits that
+    stay sharded where the head is cut over the vocabulary."""
     strategies: tuple[Strategy, ...] = ("none", "embed", "vocab")
-    for strategy in strategies:
-        cut = head_cut(setup, strategy)
-        found += [cost(setup, strategy, b) for b in ((False, True) if cut == "vocab" else (False,))]
-    return found
+    return [
+        cost(setup, strategy, shard_logits, dedup)
+        for strategy in strategies
+        for shard_logits in (False, True)[: 1 + (head_cut(setup, strategy) == "vocab")]
+        for dedup in (False, True)[: 1 + (strategy != "none")]
+    ]
 
 
-def cost(setup: Setup, strategy: Strategy, shard_logits: bool = False) -> Cost:
+def cost(setup: Setup, strategy: Strategy, shard_logits: bool = False, dedup: bool = False) -> Cost:
     """
-    :raises ValueError: ``shard_logits`` for a head that is not cut over the vocabulary.
+    :raises ValueError: ``shard_logits`` for a head that is not cut over the vocabulary, or
+        ``dedup`` for a table that is not cut.
     """
     head = head_cut(setup, strategy)
     if shard_logits and head != "vocab":
         refuse("shard_logits", "false for a head that is not cut over the vocabulary", True)
+    if dedup and strategy == "none":
+        refuse("dedup", "false for a table that is not cut", True)
     sizes = [shard(setup, strategy)]
     if setup.head and not setup.tied:
         sizes.append(shard(setup, head))
-    item, tokens, columns = ITEM_BYTES[setup.dtype], setup.tokens, setup.embed_dim
-    exchange = tokens * columns * item
-    if strategy == "embed" and setup.tp_size > 1:
-        # This rank's columns, those of all as they were sent, and put together.
-        exchange = tokens * block(setup, "embed") * (1 + 2 * setup.tp_size) * item
+    item, tokens = ITEM_BYTES[setup.dtype], setup.tokens
     if not setup.head:
         logits = 0
     elif shard_logits:  # The logits, a gradient of each in fp32, and that in their dtype.
-        logits = tokens * block(setup, "vocab") * (4 + 2 * item)
+        logits = tokens * block(setup, "vocab") * (8 if item == 4 else 4 + 2 * item)
     else:  # The logits, and in fp32 the log-softmax and the gradients of both.
         logits = tokens * setup.vocab_size * (12 + item)
     whole = setup.vocab_size * setup.embed_dim * len(sizes)
+    lookup = lookup_of(setup, strategy, dedup)
     return Cost(
         strategy,
         shard_logits,
+        dedup,
         *_states(setup, strategy, sizes),
-        exchange,
+        lookup.kept * item if setup.device == "cpu" else 0,
+        lookup.items * item,
         logits,
         sum(sizes) * item,
         (whole if strategy == "none" else whole + sum(sizes)) * item,
-        transfers(setup, strategy, shard_logits, sizes),
+        transfers(setup, strategy, shard_logits, dedup, sizes),
     )
 
 

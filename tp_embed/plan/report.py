@@ -8,6 +8,7 @@ from typing import Any
 
 from .estimate import Cost
 from .setup import GIB, Setup
+from .tokens import distinct
 from .traffic import Network, Transfer
 
 _MEMORY = {
@@ -16,6 +17,7 @@ _MEMORY = {
     "master": "master copy, fp32",
     "moments": "moments, fp32",
     "gathered": "gathered by ZeRO",
+    "staging": "kept for the next lookup",
     "exchange": "lookup",
     "logits": "logits and loss",
     "peak": "peak of a step",
@@ -40,7 +42,9 @@ def as_data(
         return {} if network is None else {"seconds": network.seconds(setup, transfer)}
 
     return {
+        "name": name_of(cost),
         "strategy": cost.strategy,
+        "dedup": cost.dedup,
         "shard_logits": cost.shard_logits,
         "memory": {name: getattr(cost, name) for name in _MEMORY},
         "fits": None if memory is None else cost.peak <= memory,
@@ -52,17 +56,36 @@ def as_data(
 
 def name_of(cost: Cost) -> str:
     """What people call a strategy."""
-    return f"{cost.strategy}, local logits" if cost.shard_logits else cost.strategy
+    return ", ".join(filter(None, _names(cost)))
+
+
+def _names(cost: Cost) -> tuple[str, str, str]:
+    return (
+        cost.strategy,
+        "dedup" if cost.dedup else "",
+        "local logits" if cost.shard_logits else "",
+    )
+
+
+def size(nbytes: float) -> str:
+    """A number of bytes, for people."""
+    for unit, name in ((GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.2f} {name}"
+    return f"{nbytes:.0f} bytes"
 
 
 def _heading(setup: Setup) -> str:
     head = f"{'tied' if setup.tied else 'untied'} head" if setup.head else "no head"
     sums = f" (gradients {setup.grad_dtype})" if setup.grad_dtype else ""
     steps = f" x {setup.accumulation_steps}" if setup.accumulation_steps > 1 else ""
+    share = distinct(setup) / setup.tokens
+    law = " by Zipf's law" if setup.unique_share is None else ""
+    blocks = f" in {setup.tp_size} blocks" if setup.output == "sequence" else ""
     return (
         f"{setup.vocab_size} x {setup.embed_dim}, {head}; TP {setup.tp_size}, DP {setup.dp_size}, "
         f"ZeRO {setup.zero_stage}; {setup.dtype}{sums}, {setup.optimizer}; "
-        f"{setup.tokens}{steps} tokens"
+        f"{setup.tokens}{steps} tokens{blocks}, {100 * share:.0f}% distinct{law}"
     )
 
 
@@ -77,7 +100,8 @@ def _rows(
     def amount(nbytes: float) -> str:
         return f"{nbytes / unit:.3f}" if unit > 1 else f"{nbytes:.0f}"
 
-    yield ["", *map(name_of, found)]
+    names = [list(names) for names in zip(*map(_names, found), strict=True)]
+    yield from (["", *row] for row in names if any(row))
     yield [f"memory, {name}", *marks]
     for field, label in _MEMORY.items():
         if any(getattr(cost, field) for cost in found):

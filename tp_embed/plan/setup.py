@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,6 +9,8 @@ from tp_embed.partition import Partition
 
 Strategy = Literal["none", "embed", "vocab"]
 Dtype = Literal["fp32", "bf16"]
+Device = Literal["cuda", "cpu"]
+Output = Literal["replicated", "sequence"]
 
 GIB = 1 << 30
 ITEM_BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2}
@@ -29,8 +30,16 @@ class Setup:
     :param tokens: N, on each rank in one micro-batch.
     :param accumulation_steps: micro-batches of a step.
     :param sparse: whether the gradient of the table is sparse.
-    :param unique_share: how many of the tokens of a micro-batch are distinct, in (0, 1]; it matters
-        where gradients are sparse.
+    :param unique_share: how many of the tokens of a micro-batch are distinct, in (0, 1]; if
+        ``None``, what it would be by Zipf's law. It matters where ids are de-duplicated, and where
+        gradients are sparse.
+    :param block_unique_share: likewise of the tokens of a rank's block of the sequence; if
+        ``None``, by Heaps' law from that of all.
+    :param owner_share: of the distinct ones, the share whose rows are on the rank that holds the
+        most of them, in [1/P, 1], for a table that is cut over its rows; if ``None``, 1/P.
+    :param output: what each rank gets of the lookup: all tokens, or a block of the sequence, which
+        the tokens of a micro-batch are taken to be.
+    :param device: an accelerator is not waited for to de-duplicate.
     :raises ValueError: a value is out of its range, or DeepSpeed does not take such a combination.
     """
 
@@ -48,7 +57,11 @@ class Setup:
     tokens: int = 8192
     accumulation_steps: int = 1
     sparse: bool = False
-    unique_share: float = 1.0
+    unique_share: float | None = None
+    block_unique_share: float | None = None
+    owner_share: float | None = None
+    output: Output = "replicated"
+    device: Device = "cuda"
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "embed_dim", "tp_size", "dp_size", "tokens", "accumulation_steps")
@@ -61,11 +74,16 @@ class Setup:
             ("dtype", get_args(Dtype)),
             ("grad_dtype", (None, *get_args(Dtype))),
             ("optimizer", tuple(MOMENTS)),
+            ("output", get_args(Output)),
+            ("device", get_args(Device)),
         ):
             if getattr(self, name) not in choices:
                 refuse(name, f"one of {choices}", getattr(self, name))
-        if not 0 < self.unique_share <= 1:
-            refuse("unique_share", "in (0, 1]", self.unique_share)
+        for name in ("unique_share", "block_unique_share"):
+            if (share := getattr(self, name)) is not None and not 0 < share <= 1:
+                refuse(name, "in (0, 1]", share)
+        if self.owner_share is not None and not 1 / self.tp_size <= self.owner_share <= 1:
+            refuse("owner_share", f"in [1/{self.tp_size}, 1]", self.owner_share)
         if self.tied and not self.head:
             refuse("tied", "false where there is no head", True)
         if self.dtype == "fp32" and self.grad_dtype == "bf16":
@@ -101,12 +119,3 @@ def shard(setup: Setup, strategy: Strategy) -> int:
         return setup.vocab_size * setup.embed_dim
     other = setup.embed_dim if strategy == "vocab" else setup.vocab_size
     return block(setup, strategy) * other
-
-
-def sparse_bytes(setup: Setup, strategy: Strategy) -> int:
-    """Of the sparse gradient of a micro-batch; the largest shard may have rows for all tokens."""
-    rows = math.ceil(setup.unique_share * min(setup.tokens, setup.vocab_size))
-    if strategy == "vocab":
-        rows = min(rows, block(setup, "vocab"))
-    width = block(setup, "embed") if strategy == "embed" else setup.embed_dim
-    return rows * (8 + width * ITEM_BYTES[setup.dtype])

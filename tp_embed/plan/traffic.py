@@ -1,27 +1,24 @@
-"""What the ranks send in a step, and how long that takes.
-
-What tensor-parallel ranks send is that of the docstrings of :mod:`tp_embed.embedding`,
-:mod:`tp_embed.head` and :mod:`tp_embed.loss`; what data-parallel ranks do, that of the ZeRO of
-DeepSpeed 0.19.8.
-"""
+"""What a collective sends, and how long it takes on a network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
-from .setup import ITEM_BYTES, Setup, Strategy, block, head_cut, refuse, sparse_bytes
+from .setup import Setup, refuse
 
-Operation = Literal["all_gather", "all_reduce", "reduce_scatter"]
+Operation = Literal["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
+Phase = Literal["forward", "backward", "step"]
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """A collective of ``ranks`` ranks, which put in ``payload`` bytes each; ``count`` of them."""
+    """A collective of ``ranks`` ranks, ``count`` times. ``payload`` is what the rank that puts in
+    the most does put in, in bytes; of an all-to-all, what is for other ranks."""
 
     name: str
-    phase: Literal["forward", "backward", "step"]
+    phase: Phase
     operation: Operation
     over: Literal["tp", "dp"]
     ranks: int
@@ -31,13 +28,35 @@ class Transfer:
     @property
     def sent(self) -> float:
         """The bytes that a rank sends, by the ring algorithms that :mod:`tp_embed.gang` cites."""
-        share = {"all_gather": 1.0, "all_reduce": 2 / self.ranks, "reduce_scatter": 1 / self.ranks}
-        return self.count * share[self.operation] * (self.ranks - 1) * self.payload
+        return self.count * self.payload * sent_of(self.operation, self.ranks)
 
     @property
     def messages(self) -> int:
         """How many messages a rank sends one after the other."""
-        return self.count * (self.ranks - 1) * (2 if self.operation == "all_reduce" else 1)
+        return self.count * messages(self.operation, self.ranks)
+
+
+def sent_of(operation: Operation, ranks: int) -> float:
+    """How many times what it puts into one collective a rank sends."""
+    times: dict[Operation, float] = {
+        "all_gather": ranks - 1,
+        "all_reduce": 2 * (ranks - 1) / ranks,
+        "all_to_all": 1,
+        "reduce_scatter": (ranks - 1) / ranks,
+    }
+    return times[operation]
+
+
+def messages(operation: Operation, ranks: int) -> int:
+    """The messages of one collective that a rank sends one after the other."""
+    return (ranks - 1) * (2 if operation == "all_reduce" else 1)
+
+
+class Link(NamedTuple):
+    """:math:`\\beta` in bytes a second, and :math:`\\alpha` in seconds."""
+
+    bandwidth: float
+    latency: float
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,8 @@ class Network:
     :param gpus_per_node: if ``None``, there is one node.
     :param inter_bandwidth: of a GPU between nodes; if ``None``, as inside of one.
     :param inter_latency: likewise.
+    :param measured: what goes before that for some operations, inside a node.
+    :param inter_measured: likewise between nodes.
     """
 
     bandwidth: float
@@ -59,6 +80,8 @@ class Network:
     gpus_per_node: int | None = None
     inter_bandwidth: float | None = None
     inter_latency: float | None = None
+    measured: Mapping[Operation, Link] = field(default_factory=dict)
+    inter_measured: Mapping[Operation, Link] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("bandwidth", "inter_bandwidth", "gpus_per_node"):
@@ -75,75 +98,10 @@ class Network:
 
     def seconds(self, setup: Setup, transfer: Transfer) -> float:
         """How long a transfer takes if nothing overlaps with it."""
-        bandwidth, latency = self.bandwidth, self.latency
+        link, measured = Link(self.bandwidth, self.latency), self.measured
         if self.crosses_nodes(setup, transfer.over):
-            bandwidth = self.inter_bandwidth or bandwidth
-            latency = latency if self.inter_latency is None else self.inter_latency
-        return transfer.messages * latency + transfer.sent / bandwidth
-
-
-def transfers(
-    setup: Setup, strategy: Strategy, shard_logits: bool, sizes: Sequence[int]
-) -> tuple[Transfer, ...]:
-    """All of a step, for the Parameters of a rank, which have ``sizes`` items."""
-    found = (
-        *_exchange(setup, strategy),
-        *_project(setup, head_cut(setup, strategy), shard_logits),
-        *_data_parallel(setup, strategy, sizes),
-    )
-    return tuple(transfer for transfer in found if transfer.ranks > 1)
-
-
-def _exchange(setup: Setup, strategy: Strategy) -> Iterator[Transfer]:
-    """What the lookup sends."""
-    item, count = ITEM_BYTES[setup.dtype], setup.accumulation_steps
-    if strategy == "embed":
-        payload = setup.tokens * block(setup, "embed") * item
-        yield Transfer("table", "forward", "all_gather", "tp", setup.tp_size, payload, count)
-    elif strategy == "vocab":
-        payload = setup.tokens * setup.embed_dim * item
-        yield Transfer("table", "forward", "all_reduce", "tp", setup.tp_size, payload, count)
-
-
-def _project(setup: Setup, cut: Strategy, shard_logits: bool) -> Iterator[Transfer]:
-    """What the head and the loss send."""
-    item, count, ranks = ITEM_BYTES[setup.dtype], setup.accumulation_steps, setup.tp_size
-    tokens, hidden = setup.tokens, setup.tokens * setup.embed_dim * item
-    if cut == "embed":
-        logits, columns = tokens * setup.vocab_size * item, tokens * block(setup, "embed") * item
-        yield Transfer("logits", "forward", "all_reduce", "tp", ranks, logits, count)
-        yield Transfer("hidden states", "backward", "all_gather", "tp", ranks, columns, count)
-    elif cut == "vocab":
-        if shard_logits:
-            for numbers in (1, 2):  # The highest logit; the sum of the others, and the target's.
-                payload = 4 * numbers * tokens
-                yield Transfer("loss", "forward", "all_reduce", "tp", ranks, payload, count)
-        else:
-            logits = tokens * block(setup, "vocab") * item
-            yield Transfer("logits", "forward", "all_gather", "tp", ranks, logits, count)
-        yield Transfer("hidden states", "backward", "all_reduce", "tp", ranks, hidden, count)
-
-
-def _data_parallel(setup: Setup, strategy: Strategy, sizes: Sequence[int]) -> Iterator[Transfer]:
-    """What ZeRO sends. DeepSpeed all-reduces gradients at the stages 1 and 2 too."""
-    item, ranks, count = ITEM_BYTES[setup.dtype], setup.dp_size, setup.accumulation_steps
-    if setup.zero_stage == 3:
-        uses = [*sizes, *sizes[: setup.tied]]  # The head uses a tied table again.
-        gathered = sum(-(-size // ranks) for size in uses) * item
-        # The Parameters are gathered for each use, unless they are still there from the last one.
-        yield Transfer("weight", "forward", "all_gather", "dp", ranks, gathered, count)
-        yield Transfer("weight", "backward", "all_gather", "dp", ranks, gathered, count)
-        whole = sum(-(-size // ranks) * ranks for size in sizes) * item
-        yield Transfer("gradient", "backward", "reduce_scatter", "dp", ranks, whole, count)
-        return
-    dense = sum(sizes) * item
-    if setup.sparse:
-        dense -= sizes[0] * item
-        rows = sparse_bytes(setup, strategy)
-        yield Transfer("gradient", "backward", "all_gather", "dp", ranks, rows)
-    if dense:  # ZeRO 2 does not wait for the last micro-batch.
-        times = count if setup.zero_stage == 2 else 1
-        yield Transfer("gradient", "backward", "all_reduce", "dp", ranks, dense, times)
-    if setup.zero_stage:
-        share = -(-sum(sizes) // ranks) * item
-        yield Transfer("weight", "step", "all_gather", "dp", ranks, share)
+            latency = link.latency if self.inter_latency is None else self.inter_latency
+            link = Link(self.inter_bandwidth or link.bandwidth, latency)
+            measured = self.inter_measured
+        link = measured.get(transfer.operation, link)
+        return transfer.messages * link.latency + transfer.sent / link.bandwidth

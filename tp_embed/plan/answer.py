@@ -1,0 +1,122 @@
+"""What the planner answers: which strategies there are, what is chosen, and what would be best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tp_embed.command import Report
+
+from .advice import logits_line, saved_by_local_logits, warnings_of
+from .chart import chart_of, check_path, write_chart
+from .estimate import Cost, auto_strategy, costs, recommend
+from .lookups import auto_dedup
+from .report import as_data, as_lines, name_of
+from .setup import Setup, Strategy
+from .traffic import Network
+
+if TYPE_CHECKING:
+    from .measure import Measured
+
+Dedup = Literal["auto", "always", "never"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for, beside the setup.
+
+    :param memory: what a rank has for table, head and logits, in bytes.
+    :param dedup: ``"always"`` and ``"never"`` leave out the other columns of tables that are cut.
+    :param chart: the file to draw a chart into.
+    """
+
+    memory: float | None = None
+    strategy: Strategy | Literal["auto"] = "auto"
+    dedup: Dedup = "auto"
+    shard_logits: bool = False
+    chart: Path | None = None
+
+
+def check(setup: Setup, options: Options) -> None:
+    """
+    :raises ValueError: the strategy does not go with the setup.
+    :raises CommandError: the chart cannot be drawn.
+    """
+    _choose(setup, options, _costs(setup, options))
+    if options.chart is not None:
+        check_path(options.chart)
+
+
+def make_report(
+    setup: Setup, options: Options, network: Network | None, measured: Measured | None = None
+) -> Report:
+    """The whole answer; writes the chart, if there is to be one.
+
+    :raises ValueError: as :func:`check`.
+    """
+    found = _costs(setup, options)
+    chosen = _choose(setup, options, found)
+    best, reason = recommend(setup, found, network, options.memory)
+    shown = list(_shown(options, found, best))
+    saved = saved_by_local_logits(setup, chosen, network)
+    warnings = list(warnings_of(setup, chosen, network, options.memory))
+    data = {
+        "setup": asdict(setup),
+        "network": None if network is None else asdict(network),
+        "measured": None if measured is None else measured.data(),
+        "strategies": [as_data(cost, setup, network, options.memory) for cost in found],
+        "chosen": found.index(chosen),
+        "recommended": found.index(best),
+        "reason": reason,
+        "shard_logits_saves": saved,
+        "warnings": warnings,
+    }
+    auto = "auto" if options.strategy == "auto" else "yours"
+    marks = [
+        " ".join(mark for mark, of in ((auto, chosen), ("best", best)) if of is cost)
+        for cost in shown
+    ]
+    lines = [] if measured is None else list(measured.lines())
+    lines += [*as_lines(setup, shown, marks, network), f"best: {name_of(best)}: {reason}"]
+    if saved is not None:
+        lines.append(logits_line(chosen, saved))
+    if options.chart is not None:
+        chart = chart_of(setup, network, shown)
+        write_chart(chart, options.chart)
+        data["chart"] = {"file": str(options.chart)} | chart.data()
+        lines.append(f"chart: {options.chart}")
+    return Report(data, lines, warnings)
+
+
+def _costs(setup: Setup, options: Options) -> list[Cost]:
+    only = {"always": True, "never": False}.get(options.dedup)
+    return [
+        cost
+        for cost in costs(setup)
+        if only is None or cost.strategy == "none" or cost.dedup == only
+    ]
+
+
+def _choose(setup: Setup, options: Options, found: Sequence[Cost]) -> Cost:
+    strategy = auto_strategy(setup) if options.strategy == "auto" else options.strategy
+    dedup = auto_dedup(setup, strategy) if options.dedup == "auto" else options.dedup == "always"
+    wanted = strategy, options.shard_logits, dedup and strategy != "none"
+    for cost in found:
+        if (cost.strategy, cost.shard_logits, cost.dedup) == wanted:
+            return cost
+    raise ValueError(
+        "`shard_logits` must be false for a head that is not cut over the vocabulary, but is "
+        f"true instead, and the strategy is {strategy!r}. "
+        + ("Take 'vocab'." if setup.head else "There is no head: leave it out.")
+    )
+
+
+def _shown(options: Options, found: Sequence[Cost], best: Cost) -> Iterator[Cost]:
+    """Each strategy with sharded logits or without, as asked for, and the best one."""
+    with_logits = {cost.strategy for cost in found if cost.shard_logits}
+    for cost in found:
+        wanted = options.shard_logits and cost.strategy in with_logits
+        if cost.shard_logits == wanted or cost is best:
+            yield cost

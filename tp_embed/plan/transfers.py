@@ -1,0 +1,71 @@
+"""What the ranks send in a step.
+
+What tensor-parallel ranks send is that of the docstrings of :mod:`tp_embed.exchange`,
+:mod:`tp_embed.head` and :mod:`tp_embed.loss`; what data-parallel ranks do, that of the ZeRO of
+DeepSpeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from .lookups import lookup_of
+from .setup import ITEM_BYTES, Setup, Strategy, block, head_cut
+from .tokens import sparse_bytes
+from .traffic import Transfer
+
+
+def transfers(
+    setup: Setup, strategy: Strategy, shard_logits: bool, dedup: bool, sizes: Sequence[int]
+) -> tuple[Transfer, ...]:
+    """All of a step, for the Parameters of a rank, which have ``sizes`` items."""
+    found = (
+        *lookup_of(setup, strategy, dedup).transfers(),
+        *_project(setup, head_cut(setup, strategy), shard_logits),
+        *_data_parallel(setup, strategy, sizes),
+    )
+    return tuple(transfer for transfer in found if transfer.ranks > 1)
+
+
+def _project(setup: Setup, cut: Strategy, shard_logits: bool) -> Iterator[Transfer]:
+    """What the head and the loss send."""
+    item, count, ranks = ITEM_BYTES[setup.dtype], setup.accumulation_steps, setup.tp_size
+    tokens, hidden = setup.tokens, setup.tokens * setup.embed_dim * item
+    if cut == "embed":
+        logits, columns = tokens * setup.vocab_size * item, tokens * block(setup, "embed") * item
+        yield Transfer("logits", "forward", "all_reduce", "tp", ranks, logits, count)
+        yield Transfer("hidden states", "backward", "all_gather", "tp", ranks, columns, count)
+    elif cut == "vocab":
+        if shard_logits:
+            for numbers in (1, 2):  # The highest logit; the sum of the others, and the target's.
+                payload = 4 * numbers * tokens
+                yield Transfer("loss", "forward", "all_reduce", "tp", ranks, payload, count)
+        else:
+            logits = tokens * block(setup, "vocab") * item
+            yield Transfer("logits", "forward", "all_gather", "tp", ranks, logits, count)
+        yield Transfer("hidden states", "backward", "all_reduce", "tp", ranks, hidden, count)
+
+
+def _data_parallel(setup: Setup, strategy: Strategy, sizes: Sequence[int]) -> Iterator[Transfer]:
+    """What ZeRO sends. DeepSpeed all-reduces gradients at the stages 1 and 2 too."""
+    item, ranks, count = ITEM_BYTES[setup.dtype], setup.dp_size, setup.accumulation_steps
+    if setup.zero_stage == 3:
+        uses = [*sizes, *sizes[: setup.tied]]  # The head uses a tied table again.
+        gathered = sum(-(-size // ranks) for size in uses) * item
+        # The Parameters are gathered for each use, unless they are still there from the last one.
+        yield Transfer("weight", "forward", "all_gather", "dp", ranks, gathered, count)
+        yield Transfer("weight", "backward", "all_gather", "dp", ranks, gathered, count)
+        whole = sum(-(-size // ranks) * ranks for size in sizes) * item
+        yield Transfer("gradient", "backward", "reduce_scatter", "dp", ranks, whole, count)
+        return
+    dense = sum(sizes) * item
+    if setup.sparse:
+        dense -= sizes[0] * item
+        rows = sparse_bytes(setup, strategy)
+        yield Transfer("gradient", "backward", "all_gather", "dp", ranks, rows)
+    if dense:  # ZeRO 2 does not wait for the last micro-batch.
+        times = count if setup.zero_stage == 2 else 1
+        yield Transfer("gradient", "backward", "all_reduce", "dp", ranks, dense, times)
+    if setup.zero_stage:
+        share = -(-sum(sizes) // ranks) * item
+        yield Transfer("weight", "step", "all_gather", "dp", ranks, share)
