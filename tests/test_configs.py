@@ -145,7 +145,8 @@ def test_init_options_reach_the_table():
         ("init=normal init.std=abc", "Value 'abc' of type 'str' could not be converted to Float"),
         ("init=kaiming_normal init.mode=fan", r"expected one of \[fan_in, fan_out\]"),
         ("init=kaiming_normal init.nonlinearity=gelu", r"expected one of \[linear, sigmoid, tanh"),
-        ("embedding.output=whole", r"expected one of \[replicated, shard\]"),
+        ("embedding.output=whole", r"expected one of \[replicated, sequence, shard\]"),
+        ("embedding.dedup=on", r"expected one of \[auto, always, never\]"),
         ("+embedding.rules={lm_head:rows}", r"expected one of \[auto, embed, vocab, none\]"),
         ("head.tied=true", "Key 'tied' not in 'HeadConfig'"),
         ("deepspeed.optimizer.params.weight_decay=x", "could not be converted to Float"),
@@ -175,12 +176,18 @@ def test_unknown_choice_lists_the_choices(group):
 
 
 def test_the_embedding_and_the_head_are_arguments_of_shard_embeddings():
-    defaults = {"rules": {}, "output": "replicated", "sparse": None}
+    defaults = {"rules": {}, "output": "replicated", "dedup": "auto"}
+    defaults |= {"sparse": None, "reuse_grad": None}
     whole = {"tie_head": False, "shard_head": False}
     config = train_config("embedding=vocab_sharded", "head=replicated", "init=zeros")
     options = shard_options(config)
     assert init.is_blockwise(options.pop("init_fn"))
     assert options == {"strategy": "vocab", **defaults, **whole}
+    given = [
+        f"embedding.{option}" for option in ("output=sequence", "dedup=never", "reuse_grad=true")
+    ]
+    options = shard_options(train_config(*given))
+    assert (options["output"], options["dedup"], options["reuse_grad"]) == ("sequence", False, True)
     rules = "+embedding.rules={model.wpe:none,lm_head:vocab}"
     assert shard_options(train_config(rules))["rules"] == {"model.wpe": "none", "lm_head": "vocab"}
 

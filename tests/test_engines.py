@@ -9,6 +9,7 @@ import torch
 
 import engines_job as job
 from launch import ROOT, deepspeed_command, run
+from parity import assert_same_bits
 
 PARITY = ROOT / "benchmarks" / "engine_parity.py"
 
@@ -110,6 +111,46 @@ def test_sparse_gradients(seen):
         assert seen[rank]["sparse"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_data_parallel_ranks_exchange_the_rows_that_were_used(seen):
+    """Of which DeepSpeed gathers the ids and the rows, each after its number."""
+    width = job.E // 2
+    for rank in range(4):
+        found = seen[rank]["sparse volumes"]
+        dense, sparse = found["dense"], found["sparse"]
+        assert sparse["losses"] == pytest.approx(dense["losses"], rel=1e-6)
+        gathered = [(8, 2 * job.STEPS)]
+        gathered += [(n * size, 1) for n in found["rows"] for size in (8, width * 4)]
+        assert sparse["bytes"]["all_gather"] == sorted(gathered)
+        assert "all_gather" not in dense["bytes"]
+        # The rest is reduced as it was, in one bucket that the table is not in.
+        reduced = {kind: set(found[kind]["bytes"]["all_reduce"]) for kind in ("dense", "sparse")}
+        ((whole, steps),) = reduced["dense"] - reduced["sparse"]
+        assert reduced["sparse"] - reduced["dense"] == {(whole - 500 * width * 4, steps)}
+        assert steps == job.STEPS
+
+
+def test_deepspeed_does_not_clip_sparse_gradients(seen):
+    """What is refused: it can be allowed once this fails."""
+    for rank in range(4):
+        unclipped, clipped = seen[rank]["sparse clipped unchecked"]
+        assert clipped == unclipped > 100 * 1e-3 * job.LR
+
+
+@pytest.mark.parametrize("name", job.REUSE)
+def test_gradients_in_the_same_memory(seen, name):
+    for rank in range(4):
+        (losses, table), (reused_losses, reused_table) = seen[rank]["reuse_grad"][name]
+        assert losses == reused_losses
+        assert_same_bits(reused_table, table, "tables")
+
+
+def test_gradients_in_the_same_memory_at_zero_0_with_data_parallel_ranks(seen):
+    """What is refused: it can be allowed once this fails."""
+    for rank in range(4):
+        (_, table), (_, reused) = seen[rank]["reuse_grad unchecked"]
+        assert not torch.equal(table, reused)
+
+
 def test_init_does_not_depend_on_the_engine(seen):
     autotp, two, one = seen[0]["init"]
     assert autotp == pytest.approx(two, rel=1e-6)
@@ -124,6 +165,14 @@ def test_init_does_not_depend_on_the_engine(seen):
         "bf16": "ValueError: `zero_optimization.stage` must be 1, 2 or 3 for `bf16` with tensor",
         "local storage": "ValueError: `checkpoint.use_node_local_storage` must be false with ten",
         "sparse": "ValueError: `zero_optimization.stage` must be 0 for sparse gradients, which",
+        "sparse clipped": "ValueError: `gradient_clipping`, which is 1.0 by default, must be",
+        "sparse clipped by default": "ValueError: `gradient_clipping`, which is 1.0 by",
+        "reuse": "ValueError: `zero_optimization.stage` must be 1, 2 or 3 for `reuse_grad` with",
+        "reuse alone": "ValueError: `zero_optimization.stage` must be 1, 2 or 3 for `reuse_grad`",
+        "reuse pipeline": "ValueError: `zero_optimization.stage` must be 1, 2 or 3 for `reuse_gr",
+        "reuse sparse": "ValueError: `tp_embed.reuse_grad` of the DeepSpeed config is True: must",
+        "reuse tied": "ValueError: `reuse_grad` must be False for the tables of pipeline stages",
+        "dedup": "ValueError: `tp_embed.dedup` of the DeepSpeed config is 'on': Input should be",
         "spec": "ValueError: The table 'embed' must not match `tensor_parallel.partition_config`",
         "head": "ValueError: `tensor_parallel.vocab_parallel_lm_head` must not be true where `tp_",
         "parsed": "ValueError: `model` must not have passed AutoTP, which may have sliced its",

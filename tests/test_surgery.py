@@ -16,13 +16,14 @@ from parity import assert_same_bits, whole
 from tp_embed import (
     FakeGang,
     OutputHead,
+    Partition,
     ShardedEmbedding,
     StandardEmbedding,
     VocabShardedEmbedding,
     init,
     shard_embeddings,
 )
-from tp_embed.collectives import all_gather_columns
+from tp_embed.collectives import all_gather_columns, copy_to_gang, gather_columns
 
 SIZES = [1, 2, 3, 4]
 MIDDLE = FakeGang("cpu", rank=1, size=3)
@@ -333,7 +334,7 @@ def test_bad_table_can_be_left_out_but_not_initialised(name):
     BAD_TABLES[name][0](model)
     bad = model.bad
     shard_embeddings(model, MIDDLE, rules={"bad": "none"})
-    assert isinstance(model.good, ShardedEmbedding)
+    assert isinstance(model.good, VocabShardedEmbedding)  # Of 3 x 4 items, not 7 x 2.
     assert model.bad is bad
 
     if name in ("narrow", "integers", "parametrized"):
@@ -395,6 +396,77 @@ def test_options_of_the_embeddings():
     embed = model.get_input_embeddings()
     assert (embed.sparse, embed.output) == (True, "shard")
     assert_refused(tied_llama(), ValueError, "`output` must be one of", output="shard")
+    model = build("llama")
+    shard_embeddings(model, MIDDLE, reuse_grad=True, dedup=False, output="sequence")
+    embed = model.get_input_embeddings()
+    assert (embed.reuse_grad, embed.dedup, embed.output) == (True, False, "sequence")
+    assert_refused(build("llama"), ValueError, "`dedup` must be 'auto'", dedup="on")
+
+
+def test_kind_of_gradient_is_what_it_was_or_what_is_asked_for():
+    def kinds(**options):
+        model = nn.ModuleDict(
+            {
+                "dense": nn.Embedding(7, 6),
+                "sparse": nn.Embedding(7, 6, sparse=True),
+                "reused": StandardEmbedding(7, 6, reuse_grad=True, init_fn=init.zeros),
+            }
+        )
+        shard_embeddings(model, MIDDLE, **options)
+        assert model["reused"].init_fn is (options.get("init_fn") or init.zeros)
+        return [(table.sparse, table.reuse_grad) for table in model.values()]
+
+    for init_fn in (None, init.normal):
+        assert kinds(init_fn=init_fn) == [(False, False), (True, False), (False, True)]
+        assert kinds(init_fn=init_fn, sparse=False, reuse_grad=True) == 3 * [(False, True)]
+        assert kinds(init_fn=init_fn, sparse=True, reuse_grad=False) == 3 * [(True, False)]
+    for options in ({"sparse": True, "reuse_grad": True}, {"sparse": True}, {"reuse_grad": True}):
+        model = nn.Module()
+        model.good = nn.Embedding(7, 6)
+        model.bad = StandardEmbedding(
+            7, 6, sparse="sparse" not in options, reuse_grad="sparse" in options
+        )
+        assert_refused(model, ValueError, "`reuse_grad` must be False with `sparse`", **options)
+
+
+class SequenceTower(Tower):
+    """The same, written for tables of which each rank gets a part of the positions."""
+
+    gang = None
+
+    def forward(self, ids):
+        first, second = self.kinds
+        x = self.source(ids) + self.target(ids.flip(1)) + first(ids % 7) * second(ids % 5)
+        x = torch.tanh(linear_of_part(self.mix, x, self.gang))
+        return self.head(gather_sequence(x, ids.size(1), self.gang))
+
+
+def linear_of_part(linear, x, gang):
+    """A layer of which each rank sees a part of the positions: its gradients are added up."""
+    weight, bias = copy_to_gang(linear.weight, gang), copy_to_gang(linear.bias, gang)
+    return nn.functional.linear(x, weight, bias)
+
+
+def gather_sequence(x, length, gang):
+    return gather_columns(x.mT.contiguous(), gang, Partition(length, gang.size)).mT
+
+
+def run_sequence_tower(gang, strategy):
+    torch.manual_seed(0)
+    model = SequenceTower()
+    model.gang = gang
+    shard_embeddings(model, gang, strategy=strategy, output="sequence")
+    return seen(model)
+
+
+@pytest.mark.parametrize("strategy", ["embed", "vocab"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_tied_tables_with_sequence_output(pool, strategy, size):
+    """The table gets the gradients of all positions, those of the head included."""
+    expected = seen(build("tower"))
+    for logits, gradients in pool(size, run_sequence_tower, strategy):
+        torch.testing.assert_close(logits, expected[0])
+        torch.testing.assert_close(gradients, expected[1])
 
 
 class OwnLinear(nn.Linear):

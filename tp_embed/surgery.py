@@ -6,7 +6,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, cast
 
@@ -18,11 +18,12 @@ from torch.optim import Optimizer
 from tp_embed.agreement import check_agreement, raise_together
 from tp_embed.embedding import (
     InitFn,
-    Output,
     ShardedEmbedding,
     StandardEmbedding,
     VocabShardedEmbedding,
 )
+from tp_embed.exchange import Dedup
+from tp_embed.fetch import Output
 from tp_embed.gang import Gang
 from tp_embed.head import OutputHead
 from tp_embed.repoint import (
@@ -106,7 +107,9 @@ def shard_embeddings(
     tie_head: bool = True,
     shard_head: bool = True,
     output: Output = "replicated",
+    dedup: Dedup = "auto",
     sparse: bool | None = None,
+    reuse_grad: bool | None = None,
     init_fn: InitFn | None = None,
     optimizer: Optimizer | None = None,
     parameters: Groups | None = None,
@@ -135,15 +138,21 @@ def shard_embeddings(
         they are left whole unless a rule names them.
     :param shard_head: whether the output head that ``model.get_output_embeddings()`` names is
         sharded if it is tied to no table: over the vocabulary, unless a rule names it.
-    :param output: the layout of what the embeddings give, see :class:`ShardedEmbedding`.
+    :param output: the layout of what all embeddings give, those of positions too, see
+        :class:`ShardedEmbedding`. For anything but ``"replicated"`` the model has to be written for
+        it. Heads, tied or not, take hidden states that are whole and the same on every rank.
+    :param dedup: whether a row is sent once that several positions want, see
+        :class:`ShardedEmbedding`.
     :param sparse: whether gradients are sparse; if ``None``, where they were.
+    :param reuse_grad: whether dense gradients are put into the same memory, one after the other,
+        see :class:`ShardedEmbedding`, which also says when not to; if ``None``, where they were.
     :param init_fn: initializes every table anew, those that are not sharded too, to the same values
         for each strategy. Heads that are tied to no table keep their values.
     :param optimizer: an optimizer over the Parameters of ``model``; it gets the new ones, with its
         states cut to the shards.
     :param parameters: a list of Parameters or parameter groups; likewise, in place.
-    :raises ValueError: a strategy or rule is unknown, a rule matches no table, or a table cannot
-        be sharded: it has options or ties that would be lost.
+    :raises ValueError: a strategy, rule or option is unknown, a rule matches no table, or a table
+        cannot be sharded: it has options or ties that would be lost.
     :raises TypeError: a table is of a class with a ``forward`` of its own, which would be lost.
         ``parameters`` is no list.
     :raises GangError: the ranks disagree on strategies, sizes, dtypes, or the values of a table.
@@ -154,17 +163,19 @@ def shard_embeddings(
             check_groups("optimizer.param_groups", optimizer.param_groups, model)
         if parameters is not None:
             check_groups("parameters", parameters, model)
-        return choose_strategies(model, strategy, rules, tie_head, shard_head)
+        return choose_strategies(model, strategy, rules, tie_head, shard_head, gang.size, output)
 
     choices = raise_together(gang, check)
-    facts = {"`output`": output, "`sparse`": sparse}
-    check_agreement(gang, facts | _facts(gang, choices, init_fn))
+    options = _Options(output, dedup, sparse, reuse_grad, init_fn)
+    check_agreement(gang, options.facts() | _facts(gang, choices, init_fn))
 
     def check_tables() -> None:
         for group, chosen in choices:
             with gang.whole(*group.parameters):
                 if chosen != "none":
                     check_shardable(group)
+                    for embedding in group.embeddings:
+                        _as_standard(embedding, options)
                 elif init_fn is not None:
                     check_weight(group)
         if integration := _of_transformers():
@@ -179,7 +190,7 @@ def shard_embeddings(
         changes = []
         for group, chosen in choices:
             with gang.whole(*group.parameters):
-                changes.append(_Change.plan(group, chosen, gang, init_fn, output, sparse))
+                changes.append(_Change.plan(group, chosen, gang, options))
         shards = {change.group.weight: change.shard for change in changes if change.shard}
         report = ShardingReport(tuple(change.carry_out(gang) for change in changes))
     if optimizer is not None:
@@ -226,6 +237,23 @@ def _checksum(table: Tensor) -> str | None:
 
 
 @dataclass(frozen=True)
+class _Options:
+    """What the new tables are made with; of ``sparse`` and ``reuse_grad``, ``None`` is what they
+    were made with."""
+
+    output: Output = "replicated"
+    dedup: Dedup = "auto"
+    sparse: bool | None = None
+    reuse_grad: bool | None = None
+    init_fn: InitFn | None = None
+
+    def facts(self) -> dict[str, object]:
+        """What has to be the same on every rank of the gang."""
+        names = "output", "dedup", "sparse", "reuse_grad"
+        return {f"`{name}`": getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
 class _Change:
     """What is to become of a table: new modules for old ones, or, if there are none, new values."""
 
@@ -237,35 +265,30 @@ class _Change:
     values: Tensor | None = None
 
     @staticmethod
-    def plan(
-        group: TableGroup,
-        strategy: Strategy,
-        gang: Gang,
-        init_fn: InitFn | None,
-        output: Output,
-        sparse: bool | None,
-    ) -> _Change:
+    def plan(group: TableGroup, strategy: Strategy, gang: Gang, options: _Options) -> _Change:
         num_rows, dim = group.weight.shape
         if strategy == "none":
             values = None
-            if init_fn is not None and group.embeddings:
+            if options.init_fn is not None and group.embeddings:
                 # Over the gang, so that its ranks agree.
-                table = _as_standard(next(iter(group.embeddings)), sparse)
-                values = _shard(table, "embed", gang, init_fn).to_embedding().weight.detach()
+                drawn = _Options(init_fn=options.init_fn)
+                table = _as_standard(next(iter(group.embeddings)), drawn)
+                values = _shard(table, "embed", gang, drawn).to_embedding().weight.detach()
             return _Change(group, strategy, (num_rows, dim), None, [], values)
 
         first: ShardedEmbedding | VocabShardedEmbedding | None = None
         modules: list[tuple[Module, Module, list[Place]]] = []
         for embedding, places in group.embeddings.items():
-            table = _as_standard(embedding, sparse)
+            table = _as_standard(embedding, options)
             if first is None:
-                new = first = _shard(table, strategy, gang, init_fn, output)
+                new = first = _shard(table, strategy, gang, options)
             else:
-                new = _shard(table, strategy, gang, None, output)
+                new = _shard(table, strategy, gang, replace(options, init_fn=None))
                 new.weight = first.weight
             modules.append((embedding, new, places))
         if first is None:  # A head that is tied to no table.
-            first = _shard(_as_standard(next(iter(group.heads)), False), strategy, gang, None)
+            table = _as_standard(next(iter(group.heads)), _Options())
+            first = _shard(table, strategy, gang, _Options())
         for head, places in group.heads.items():
             modules.append((head, OutputHead(first, bias=head.bias), places))
         shard = Shard(first.weight, first.rows, first.columns)
@@ -294,49 +317,49 @@ class _Change:
 
 
 def _shard(
-    table: StandardEmbedding,
-    strategy: Strategy,
-    gang: Gang,
-    init_fn: InitFn | None,
-    output: Output = "replicated",
+    table: StandardEmbedding, strategy: Strategy, gang: Gang, options: _Options
 ) -> ShardedEmbedding | VocabShardedEmbedding:
     kind = VocabShardedEmbedding if strategy == "vocab" else ShardedEmbedding
-    if init_fn is None:
-        return kind.from_embedding(table, gang, output=output)
+    if options.init_fn is None:
+        return kind.from_embedding(table, gang, output=options.output, dedup=options.dedup)
     new = kind(
         gang,
         table.num_embeddings,
         table.embed_dim,
         table.pad_idx,
-        init_fn=init_fn,
+        init_fn=options.init_fn,
         device=table.weight.device,
         dtype=table.weight.dtype,
-        output=output,
+        output=options.output,
+        dedup=options.dedup,
         sparse=table.sparse,
+        reuse_grad=table.reuse_grad,
         scale=table.scale,
     )
     new.weight.requires_grad_(table.weight.requires_grad)
     return new
 
 
-def _as_standard(module: Module, sparse: bool | None) -> StandardEmbedding:
-    """The table of ``module`` as a :class:`StandardEmbedding`, with the same Parameter."""
-    if isinstance(module, StandardEmbedding) and sparse in (None, module.sparse):
-        return module
-    weight = cast(Parameter, module.weight)
-    pad_idx, was_sparse, scale = None, False, None
+def _as_standard(module: Module, options: _Options) -> StandardEmbedding:
+    """The table of ``module`` as a :class:`StandardEmbedding` of these options, with the same
+    Parameter."""
+    pad_idx, init_fn, sparse, reuse_grad, scale = None, None, False, False, None
     if isinstance(module, StandardEmbedding):
-        pad_idx, was_sparse, scale = module.pad_idx, module.sparse, module.scale
+        pad_idx, init_fn, scale = module.pad_idx, module.init_fn, module.scale
+        sparse, reuse_grad = module.sparse, module.reuse_grad
     elif isinstance(module, nn.Embedding):
-        pad_idx, was_sparse, scale = module.padding_idx, module.sparse, output_scale(module)
+        pad_idx, sparse, scale = module.padding_idx, module.sparse, output_scale(module)
+    weight = cast(Parameter, module.weight)
     num_rows, dim = weight.shape
     standard = StandardEmbedding(
         num_rows,
         dim,
         pad_idx,
+        init_fn=init_fn,
         device="meta",
         dtype=weight.dtype,
-        sparse=was_sparse if sparse is None else sparse,
+        sparse=sparse if options.sparse is None else options.sparse,
+        reuse_grad=reuse_grad if options.reuse_grad is None else options.reuse_grad,
         scale=scale,
     )
     standard.weight = weight

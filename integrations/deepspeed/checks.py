@@ -8,7 +8,7 @@ from typing import Any
 from deepspeed.module_inject.autotp_config import PartitionType
 from deepspeed.module_inject.layers import TensorParallel_Layer, is_autotp_training_mode
 from deepspeed.runtime.config import get_gradient_clipping
-from deepspeed.runtime.pipe import PipelineModule
+from deepspeed.runtime.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.tensor_parallel import get_tensor_parallel_config
 from torch.nn import Module
 
@@ -63,7 +63,7 @@ def check_clipping(config: Mapping[str, Any]) -> None:
 
 def check_sparse(config: Mapping[str, Any]) -> None:
     """
-    :raises ValueError: DeepSpeed's optimizer takes no sparse gradients.
+    :raises ValueError: DeepSpeed's optimizer takes no sparse gradients, or clips dense ones only.
     """
     stage = _stage(config)
     if stage > 0:
@@ -71,6 +71,42 @@ def check_sparse(config: Mapping[str, Any]) -> None:
             "`zero_optimization.stage` must be 0 for sparse gradients, which ZeRO has no room for "
             f"in its flat buffers, but is {stage} instead. Set it to 0, or `tp_embed.sparse` to "
             "false."
+        )
+    clipping: Any = get_gradient_clipping(config)
+    if clipping == "auto" or clipping > 0.0:
+        raise ValueError(
+            "`gradient_clipping`, which is 1.0 by default, must be 0 for sparse gradients, but is "
+            f"{clipping!r} instead: DeepSpeed counts them in the norm, and scales only the dense "
+            "ones. Set it to 0, or `tp_embed.sparse` to false."
+        )
+
+
+def check_reuse_grad(config: Mapping[str, Any], dp_size: int) -> None:
+    """
+    :param dp_size: the number of data-parallel ranks.
+    :raises ValueError: DeepSpeed writes to gradients in a way that their memory, which is taken
+        again, does not notice.
+    """
+    stage = _stage(config)
+    if stage == 0 and dp_size > 1:
+        raise ValueError(
+            "`zero_optimization.stage` must be 1, 2 or 3 for `reuse_grad` with data-parallel "
+            "ranks, but is 0 instead: there DeepSpeed writes the rows of other ranks to a gradient "
+            "through `.data`, which torch does not count, and the next gradient would still have "
+            "them. Set it to 1, or `tp_embed.reuse_grad` to false."
+        )
+
+
+def check_tied_stages(model: PipelineModule) -> None:
+    """
+    :raises ValueError: as :func:`check_reuse_grad`, of a model with tables of that kind.
+    """
+    tied = [spec.key for spec in model._layer_specs if isinstance(spec, TiedLayerSpec)]
+    if tied and model.num_stages > 1:
+        raise ValueError(
+            f"`reuse_grad` must be False for the tables of pipeline stages with tied layers, "
+            f"{sorted(set(tied))}, but is True instead: DeepSpeed all-reduces their gradients in "
+            "place, which torch does not count, and the next gradient would have rows of this one."
         )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from tp_embed import init as init_functions
-from tp_embed.embedding import InitFn, Output
+from tp_embed.embedding import InitFn
+from tp_embed.fetch import Output
 from tp_embed.init import is_blockwise
 from tp_embed.strategies import Strategy
 
@@ -48,9 +49,18 @@ class EmbedConfig(BaseModel):
     shard_head: bool = True
     shard_logits: bool = False
     output: Output = "replicated"
+    dedup: Literal["auto", True, False] = "auto"
     sparse: bool | None = None
+    reuse_grad: bool | None = None
     init: str | dict[str, Any] | None = None
     watchdog: WatchdogConfig | None = None
+
+    @field_validator("reuse_grad")
+    @classmethod
+    def _check_reuse_grad(cls, value: bool | None, info: ValidationInfo) -> bool | None:
+        if value and info.data.get("sparse"):
+            raise ValueError("must be false with `sparse`, since it is about dense gradients")
+        return value
 
     @field_validator("init")
     @classmethod

@@ -16,12 +16,21 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from tp_embed.agreement import check_agreement, raise_together
+from tp_embed.embedding import ShardedEmbedding, VocabShardedEmbedding
 from tp_embed.gang import FakeGang, Gang
-from tp_embed.strategies import choose_strategies
+from tp_embed.strategies import Choices, choose_strategies
 from tp_embed.surgery import ShardingReport, shard_embeddings
 from tp_embed.watchdog import Watchdog
 
-from .checks import PIPELINE, check_choices, check_clipping, check_config, check_sparse
+from .checks import (
+    PIPELINE,
+    check_choices,
+    check_clipping,
+    check_config,
+    check_reuse_grad,
+    check_sparse,
+    check_tied_stages,
+)
 from .config import SECTION, EmbedConfig
 from .gang import DeepSpeedGang
 
@@ -50,6 +59,7 @@ def shard_model(
     """
     autotp_size = (ds_config.get("tensor_parallel") or {}).get("autotp_size", 0)
     gang = _find_gang(model, autotp_size, mpu)
+    dp_size = _dp_size(model, gang, mpu)
     check_agreement(
         gang,
         {
@@ -59,14 +69,13 @@ def shard_model(
     )
 
     def check_all() -> None:
-        _check(model, gang, section, ds_config)
+        _check(model, gang, section, ds_config, dp_size)
         check(gang)
 
     raise_together(gang, check_all)
     report = ShardingReport(())
     if isinstance(model, PipelineModule):
-        if gang.size > 1:
-            _check_stages(model)
+        _check_stages(model, gang, ds_config, dp_size)
     elif not _is_out_of_reach(model, gang):
         report = _shard(model, gang, section, optimizer, parameters)
     log_dist(f"tp_embed over {gang}:\n{report}", ranks=[0])
@@ -90,7 +99,17 @@ def _find_gang(model: Module, autotp_size: int, mpu: Any) -> Gang:
     return DeepSpeedGang.from_mpu(mpu)
 
 
-def _check(model: Module, gang: Gang, section: EmbedConfig, ds_config: dict[str, Any]) -> None:
+def _dp_size(model: Module, gang: Gang, mpu: Any) -> int:
+    if isinstance(model, PipelineModule):
+        mpu = model.mpu()
+    size = getattr(mpu, "get_data_parallel_world_size", None)
+    # AutoTP has no pipeline stages.
+    return dist.get_world_size() // gang.size if size is None else int(size())
+
+
+def _check(
+    model: Module, gang: Gang, section: EmbedConfig, ds_config: dict[str, Any], dp_size: int
+) -> None:
     """Finds out what would be refused before anything is changed."""
     if gang.size > 1:
         check_config(ds_config)
@@ -106,12 +125,16 @@ def _check(model: Module, gang: Gang, section: EmbedConfig, ds_config: dict[str,
             )
         return
     choices = choose_strategies(
-        model, section.strategy, section.rules, section.tie_head, section.shard_head
+        model,
+        section.strategy,
+        section.rules,
+        section.tie_head,
+        section.shard_head,
+        gang.size,
+        section.output,
     )
     check_choices(model, ds_config, choices)
-    tables = [table for group, _ in choices for table in group.embeddings]
-    if section.sparse or (section.sparse is None and any(table.sparse for table in tables)):
-        check_sparse(ds_config)
+    _check_gradients(model, choices, section, ds_config, dp_size)
     if section.shard_logits:
         from tp_embed.integrations.transformers import check_loss  # An optional dependency.
 
@@ -124,6 +147,36 @@ def _check(model: Module, gang: Gang, section: EmbedConfig, ds_config: dict[str,
                 f"but is {chosen!r} instead. Set `{SECTION}.strategy` to 'vocab', or "
                 f"`{SECTION}.shard_logits` to false."
             )
+
+
+def _check_gradients(
+    model: Module,
+    choices: Choices,
+    section: EmbedConfig,
+    ds_config: dict[str, Any],
+    dp_size: int,
+) -> None:
+    """Checks that the engine can do with the kinds of gradients that the tables give, those that
+    are sharded already included."""
+    sharded = _sharded_tables(model)
+
+    def is_asked(option: str) -> bool:
+        wanted = getattr(section, option)
+        return any(getattr(table, option) for table in sharded) or any(
+            getattr(table, option, False) if wanted is None or chosen == "none" else wanted
+            for group, chosen in choices
+            for table in group.embeddings
+        )
+
+    if is_asked("sparse"):
+        check_sparse(ds_config)
+    if is_asked("reuse_grad"):
+        check_reuse_grad(ds_config, dp_size)
+
+
+def _sharded_tables(model: Module) -> list[ShardedEmbedding | VocabShardedEmbedding]:
+    kinds = ShardedEmbedding, VocabShardedEmbedding
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def _is_out_of_reach(model: Module, gang: Gang) -> bool:
@@ -147,7 +200,9 @@ def _shard(
         tie_head=section.tie_head,
         shard_head=section.shard_head,
         output=section.output,
+        dedup=section.dedup,
         sparse=section.sparse,
+        reuse_grad=section.reuse_grad,
         init_fn=section.init_fn,
         optimizer=optimizer if isinstance(optimizer, Optimizer) else None,
         parameters=parameters,
@@ -159,11 +214,19 @@ def _shard(
     return report
 
 
-def _check_stages(model: PipelineModule) -> None:
-    """Checks that no stage has a table that is not sharded. Each rank sees those of its own."""
-    own = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+def _check_stages(
+    model: PipelineModule, gang: Gang, ds_config: dict[str, Any], dp_size: int
+) -> None:
+    """Checks the tables of all stages, of which each rank sees those of its own: that there is none
+    that is not sharded, and that the engine can do with their gradients."""
+    modules = dict(model.named_modules())
+    own = [name for name, m in modules.items() if isinstance(m, nn.Embedding) and gang.size > 1]
+    own_reuse = any(table.reuse_grad for table in _sharded_tables(model))
     of_all: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_all, own)
-    tables = sorted({name for names in of_all for name in names})
+    dist.all_gather_object(of_all, (own, own_reuse))
+    tables = sorted({name for names, _ in of_all for name in names})
     if tables:
         raise ValueError(f"{PIPELINE} Not sharded are {tables}.")
+    if any(reuse for _, reuse in of_all):
+        check_reuse_grad(ds_config, dp_size)
+        check_tied_stages(model)

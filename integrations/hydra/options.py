@@ -19,7 +19,9 @@ def shard_options(config: DictConfig) -> dict[str, Any]:
         "strategy": embedding.strategy.value,
         "rules": {pattern: strategy.value for pattern, strategy in embedding.rules.items()},
         "output": embedding.output.value,
+        "dedup": embedding.dedup.value,
         "sparse": embedding.sparse,
+        "reuse_grad": embedding.reuse_grad,
         "init_fn": instantiate(embedding.init_fn),
     }
     if head is not None:

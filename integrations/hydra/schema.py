@@ -32,7 +32,16 @@ class Output(Enum):
     """The layouts of what an embedding gives."""
 
     replicated = "replicated"
+    sequence = "sequence"
     shard = "shard"
+
+
+class Dedup(Enum):
+    """Whether a row is sent once that several positions want."""
+
+    auto = "auto"
+    always = True
+    never = False
 
 
 @dataclass
@@ -44,7 +53,11 @@ class EmbeddingConfig:
         "strategies by patterns of names, such as `*.wpe`; patterns only in files"
     )
     output: Output = _key("the layout of what the embeddings give; models want `replicated`")
+    dedup: Dedup = _key("whether a row is sent once that several positions want")
     sparse: bool | None = _key("whether gradients are sparse; null: where they were")
+    reuse_grad: bool | None = _key(
+        "whether dense gradients are put into the same memory; null: where they were"
+    )
     init_fn: Any = _key("the choice of the group `init`; null: tables keep their values")
 
 
