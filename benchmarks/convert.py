@@ -4,9 +4,7 @@ Each conversion and each copy ends with the bytes on the disk (`sync`), and begi
 last one have just been removed; which of the two comes first alternates. The memory is the peak of
 the process above what it has after its imports and a conversion of a small checkpoint.
 
-A virtual machine gets a page of memory from its host when it first touches it, at some 10 us each:
-a conversion that is the first to use that much of the page cache takes twice as long. So all memory
-is touched before anything is measured, which can take a minute.
+All memory is touched before anything is measured, which can take a minute: see `machine.py`.
 
     python benchmarks/convert.py                # 262144 x 4096 in bf16, 2 GiB
     python benchmarks/convert.py --rows 524288 --rounds 5
@@ -15,7 +13,6 @@ is touched before anything is measured, which can take a minute.
 from __future__ import annotations
 
 import argparse
-import mmap
 import os
 import shutil
 import statistics
@@ -29,6 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from machine import forget_peak, peak, touch_memory
 
 from tp_embed.checkpoint import Request, convert
 
@@ -83,13 +81,6 @@ def main() -> None:
             )
 
 
-def touch_memory() -> None:
-    """Has the host give this machine all memory that is free."""
-    nbytes = int(0.9 * os.sysconf("SC_AVPHYS_PAGES")) * mmap.PAGESIZE
-    with mmap.mmap(-1, nbytes) as memory:
-        torch.frombuffer(memory, dtype=torch.uint8)[:: mmap.PAGESIZE].fill_(1)
-
-
 def make_sources(root: Path, rows: int, columns: int) -> dict[str, Path]:
     """The same table as one file, and cut over two ranks along either dimension."""
     root.mkdir(exist_ok=True)
@@ -129,7 +120,7 @@ def measure(
     torch.set_num_threads(1)
     convert(small, output.with_name("small-out.pt"), request, overwrite=True)
     copied = copy_seconds(source, output) if copy_first else 0.0
-    Path("/proc/self/clear_refs").write_text("5")  # The peak begins anew.
+    forget_peak()
     before = peak()
     seconds = timed(lambda: convert(source, output, request), output)
     grown = (peak() - before) / 1024
@@ -153,12 +144,6 @@ def timed(write: Callable[[], object], output: Path) -> float:
     seconds = time.perf_counter() - start
     shutil.rmtree(output) if output.is_dir() else output.unlink()
     return seconds
-
-
-def peak() -> int:
-    """The largest resident set of this process so far, in KiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0])
 
 
 if __name__ == "__main__":
