@@ -119,13 +119,20 @@ class ProcessGroupGang(Gang):
             return
         # gloo's own one copies all of it once more, and takes two to three times as long as this:
         # in round i each rank sends to the i-th one after it. No part has to be copied.
-        if outputs[self._rank].data_ptr() != input.data_ptr():
-            outputs[self._rank].copy_(input)
+        rounds = []
         for step in range(1, self._size):
             to, source = (self._rank + step) % self._size, (self._rank - step) % self._size
             sent, received = [0] * self._size, [0] * self._size
             sent[to], received[source] = sizes[self._rank], sizes[source]
-            dist.all_to_all_single(outputs[source], input, received, sent, self._group)
+            rounds.append(
+                dist.all_to_all_single(
+                    outputs[source], input, received, sent, self._group, async_op=True
+                )
+            )
+        if outputs[self._rank].data_ptr() != input.data_ptr():
+            outputs[self._rank].copy_(input)
+        for work in rounds:
+            work.wait()
 
     def reduce_scatter(
         self,
