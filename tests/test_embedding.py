@@ -131,9 +131,10 @@ def test_what_does_not_fit_together_is_named():
         embed = SHARDED[kind](MIDDLE, 5, 4, output="sequence")
         with pytest.raises(ValueError, match=r"a dimension to cut for the output 'sequence'"):
             embed(torch.tensor(1))
-        layout = BatchLayout((2, 3), [1, 2])
-        with pytest.raises(ValueError, match=r"of the shape of `x`, \(2, 4\), but is of \(2, 3\)"):
-            embed(torch.ones(2, 4, dtype=torch.int64), layout)
+        message = r"of the shape of `x`, \(2, 4\), but is of \(2, 3\)"
+        for layout in (BatchLayout((2, 3), [1, 2]), BatchLayout((2, 3), None)):
+            with pytest.raises(ValueError, match=message):
+                embed(torch.ones(2, 4, dtype=torch.int64), layout)
 
 
 def test_only_a_standard_embedding_is_sharded():

@@ -200,7 +200,7 @@ class _Table(GangLayer, Embedding):
 
     def forward(self, x: Tensor, layout: BatchLayout | None = None) -> Tensor:
         ids = as_indices(x)
-        real = None if layout is None or not layout.padded else _real(ids, layout)
+        real = None if layout is None else _real(ids, layout)
         if real is not None:
             ids = ids.masked_fill(~real, 0)
         if not torch.compiler.is_compiling():
@@ -289,15 +289,15 @@ class _Table(GangLayer, Embedding):
         return ", ".join(parts)
 
 
-def _real(ids: Tensor, layout: BatchLayout) -> Tensor:
-    """Where there is no padding. *Shape:* that of ``ids``. *Dtype:* bool."""
+def _real(ids: Tensor, layout: BatchLayout) -> Tensor | None:
+    """Where there is no padding, if there is any. *Shape:* that of ``ids``. *Dtype:* bool."""
     positions = layout.position_indices
     if positions.shape != ids.shape:
         raise ValueError(
             f"`layout` must be of the shape of `x`, {tuple(ids.shape)}, but is of "
             f"{tuple(positions.shape)} instead. Make it with `BatchLayout.of(x, ...)`."
         )
-    return positions.to(ids.device) >= 0
+    return positions.to(ids.device) >= 0 if layout.padded else None
 
 
 @torch.compiler.disable(  # type: ignore[untyped-decorator]
