@@ -462,3 +462,11 @@ def test_app_has_the_exit_codes_of_the_command_and_leaves_no_files(tmp_path):
     assert app("tp_size=0").returncode == cli.USAGE
     assert app("tpsize=2").returncode == cli.USAGE
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_have_short_names_too(capsys):
+    printed = []
+    for vocab, dim, zero in (("--vocab", "--dim", "--zero"), (*TABLE[::2], "--zero-stage")):
+        assert cli.main(["plan", vocab, "1000", dim, "64", zero, "2"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]

@@ -32,8 +32,10 @@ the buckets of ZeRO. docs/planning.md has the formulas.
 def _add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("the table")
     group.add_argument("--hf-config", metavar="PATH", help="a config.json, or its directory")
-    group.add_argument("--vocab-size", type=int, metavar="V", help="rows; goes before the config")
-    group.add_argument("--embed-dim", type=int, metavar="E", help="columns")
+    group.add_argument(
+        "--vocab-size", "--vocab", type=int, metavar="V", help="rows; goes before the config"
+    )
+    group.add_argument("--embed-dim", "--dim", type=int, metavar="E", help="columns")
     group.add_argument(
         "--tied", action=BooleanOptionalAction, help="whether the output head shares the table"
     )
@@ -52,7 +54,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("how it is trained")
     group.add_argument("--tp", type=int, default=1, metavar="P", help="tensor-parallel ranks")
     group.add_argument("--dp", type=int, default=1, metavar="D", help="data-parallel ranks")
-    group.add_argument("--zero-stage", type=int, choices=range(4), default=1)
+    group.add_argument("--zero-stage", "--zero", type=int, choices=range(4), default=1)
     group.add_argument("--dtype", choices=tuple(ITEM_BYTES), help="of weights; by default bf16")
     group.add_argument(
         "--grad-dtype", choices=tuple(ITEM_BYTES), help="`grad_accum_dtype`; as the weights"
