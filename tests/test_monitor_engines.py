@@ -160,11 +160,18 @@ def test_example(tmp_path):
     for line in (
         r"Train/Samples/tp_embed/grad_norm/model\.embed_tokens +[\d.e-]+ +[\d.e-]+",
         r"Train/Samples/tp_embed/exchange_ms/all_gather +[\d.e-]+ +[\d.e-]+",
-        r"tp_embed\.all_gather +20 x   32768",  # 256 ids, 32 columns, 4 bytes
         r"tp_embed\.all_gather +[\d.]+ ms",
         r"tp_embed\.all_gather +\d+\n",
     ):
         assert re.search(line, output), line
+    messages = {
+        int(size): int(count)
+        for count, size in re.findall(r"tp_embed\.all_gather +(\d+) x +(\d+)", output)
+    }
+    assert messages.pop(1_024_000) == 20  # The logits.
+    row = 32 * 4  # Columns, bytes: of the distinct ones of 256 ids.
+    assert sum(messages.values()) == 20
+    assert all(size % row == 0 and size <= 0.85 * 256 * row for size in messages)
     page = (tmp_path / "report.html").read_text()
     assert "Gradient norm of each table" in page
     assert "model.embed_tokens" in page
