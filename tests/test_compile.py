@@ -10,7 +10,7 @@ import pickle
 import pytest
 import torch
 import torch._dynamo
-from torch import nn
+from torch import library, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from parity import SHARDED, assert_same_bits
@@ -231,7 +231,7 @@ def test_torch_finds_the_operators_sound(real):
     embed = VocabShardedEmbedding(FakeGang("cpu", rank=1, size=2), V, E)
     ids = torch.tensor([[2, 20, 2]])
     args = embed.weight, ids, real, [1, 3, E], embed._handle
-    torch.library.opcheck(torch.ops.tp_embed.look_up.default, args)
+    library.opcheck(torch.ops.tp_embed.look_up.default, args)
     grad = torch.randn(1, 3, E)
     args = grad, ids, real, list(embed.weight.shape), embed._handle
-    torch.library.opcheck(torch.ops.tp_embed.look_up_backward.default, args)
+    library.opcheck(torch.ops.tp_embed.look_up_backward.default, args)

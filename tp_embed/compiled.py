@@ -14,9 +14,8 @@ from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._library.effects import EffectType
-from torch.library import custom_op
 
 
 class Table(Protocol):
@@ -44,7 +43,7 @@ def register(named: Table | _Gang) -> int:
     return handle
 
 
-@custom_op("tp_embed::look_up", mutates_args=())
+@library.custom_op("tp_embed::look_up", mutates_args=())
 def look_up(
     weight: Tensor, ids: Tensor, real: Tensor | None, shape: Sequence[int], handle: int
 ) -> Tensor:
@@ -57,7 +56,7 @@ def look_up(
     return table.rows_in_graph(weight, ids, real)
 
 
-@custom_op("tp_embed::look_up_backward", mutates_args=())
+@library.custom_op("tp_embed::look_up_backward", mutates_args=())
 def _look_up_backward(
     grad: Tensor, ids: Tensor, real: Tensor | None, shape: Sequence[int], handle: int
 ) -> Tensor:
@@ -66,7 +65,7 @@ def _look_up_backward(
     return table.gradient_in_graph(grad, ids, real)
 
 
-@custom_op("tp_embed::all_gather", mutates_args=())
+@library.custom_op("tp_embed::all_gather", mutates_args=())
 def all_gather(x: Tensor, size: int, handle: int) -> Tensor:
     """The ``x`` of all ranks of the gang of ``handle``, which has ``size`` of them. *Shape:*
     :math:`(P,*)`."""
@@ -76,7 +75,7 @@ def all_gather(x: Tensor, size: int, handle: int) -> Tensor:
     return output
 
 
-@custom_op("tp_embed::all_reduce", mutates_args=())
+@library.custom_op("tp_embed::all_reduce", mutates_args=())
 def all_reduce(x: Tensor, handle: int) -> Tensor:
     """The sum of the ``x`` of all ranks of the gang of ``handle``."""
     gang: _Gang = _NAMED[handle]
