@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,9 @@ from tp_embed.partition import Partition
 
 Dedup = Literal["auto"] | bool
 
-# With a larger share of distinct ids, columns cost as much to put in their places as to send.
-_WORTH_SHARE = 0.85
+# With a larger share of distinct ids, columns cost as much to put in their places as to send. Rows
+# never do: they are U E where the all-reduce has 2 N E.
+_COLUMNS_WORTH_SHARE = 0.85
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,9 @@ class Exchange(ABC):
         every rank wants all.
     """
 
+    # The share of distinct ids up to which it is worth to de-duplicate.
+    worth_share: ClassVar[float] = 1.0
+
     def __init__(
         self,
         place: Place,
@@ -113,11 +117,7 @@ class Exchange(ABC):
         if self.is_deduped:
             self.distinct = [find_distinct(wanted) for wanted in lists]
             share = sum(len(d.ids) for d in self.distinct) / max(1, sum(map(len, lists)))
-            self.is_deduped = dedup is True or self._is_worth(share)
-
-    def _is_worth(self, share: float) -> bool:
-        """Whether to de-duplicate, given the share of the ids that are distinct."""
-        return share <= _WORTH_SHARE
+            self.is_deduped = dedup is True or share <= self.worth_share
 
     @abstractmethod
     def fetch(self, weight: Tensor) -> Tensor:
@@ -150,8 +150,18 @@ class Exchange(ABC):
         return joined if joined.size(1) == dim else joined[:, :dim].contiguous()
 
 
-class ColumnsToAll(Exchange):
+class _ToAll(Exchange):
+    """Every rank has all gradients, and takes what is of its block."""
+
+    def give_back(self, grad: Tensor) -> Returned:
+        distinct = self.distinct[0] if self.distinct else None
+        return Returned(grad, self.ids, None, self.place.columns, distinct)
+
+
+class ColumnsToAll(_ToAll):
     """Forward: one all-gather, (P-1) U B with :math:`B=\\lceil E/P\\rceil`. Backward: nothing."""
+
+    worth_share = _COLUMNS_WORTH_SHARE
 
     def fetch(self, weight: Tensor) -> Tensor:
         wanted = self.distinct[0].ids if self.is_deduped else self.ids
@@ -167,15 +177,13 @@ class ColumnsToAll(Exchange):
         self.gang.all_gather(blocks, own)
         return self._put_together(blocks, self.distinct[0].inverse() if self.is_deduped else None)
 
-    def give_back(self, grad: Tensor) -> Returned:
-        distinct = self.distinct[0] if self.distinct else None
-        return Returned(grad, self.ids, None, self.place.columns, distinct)
-
 
 class ColumnsToBlocks(Exchange):
     """Forward: one all-to-all, :math:`U_q E_{rank}` to each rank q. Backward: one all-to-all,
     :math:`N_{rank} E_q` to each rank q: gradients of one id are not added up before they are sent,
     so that the order of the sum does not depend on the gang."""
+
+    worth_share = _COLUMNS_WORTH_SHARE
 
     def fetch(self, weight: Tensor) -> Tensor:
         wanted = [d.ids for d in self.distinct] if self.is_deduped else self.lists
@@ -215,14 +223,11 @@ class ColumnsToBlocks(Exchange):
         )
 
 
-class RowsToAll(Exchange):
+class RowsToAll(_ToAll):
     """Forward: each distinct row from its owner to all, (P-1) :math:`U_{rank}` E. If one owner has
     more than U/(P-1) of them they are spread first, by an all-to-all, and what a rank sends is at
     most (P-1)/P :math:`U_{rank}` E + (P-1) :math:`\\lceil U/P\\rceil` E. Without de-duplication one
     all-reduce, 2 (P-1)/P N E. Backward: nothing."""
-
-    def _is_worth(self, share: float) -> bool:
-        return True  # It sends U E where the all-reduce sends 2 N E.
 
     def fetch(self, weight: Tensor) -> Tensor:
         if not self.is_deduped:
@@ -257,19 +262,12 @@ class RowsToAll(Exchange):
         self.gang.all_to_all(part, own, received, sent)
         return part, [len(part) for part in parts]
 
-    def give_back(self, grad: Tensor) -> Returned:
-        distinct = self.distinct[0] if self.distinct else None
-        return Returned(grad, self.ids, None, range(grad.size(1)), distinct)
-
 
 class RowsToBlocks(Exchange):
     """Forward: one all-to-all, to each rank q those of its :math:`U_q` rows that this rank holds.
     Without de-duplication one reduce-scatter, (P-1)/P N E. Backward: one all-to-all, to each rank
     the gradients of those of the own :math:`N_{rank}` positions whose rows it holds, each of E. (On
     an accelerator, without de-duplication: one all-gather, (P-1) :math:`N_{rank}` E.)"""
-
-    def _is_worth(self, share: float) -> bool:
-        return True
 
     def fetch(self, weight: Tensor) -> Tensor:
         if not self.is_deduped:

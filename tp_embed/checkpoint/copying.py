@@ -14,14 +14,11 @@ from torch import Tensor
 
 from .arrays import CHUNK_BYTES, Array, Index, boxes
 from .errors import CheckpointError
-from .hashes import page_aligned
+from .hashes import SMALL_BYTES, page_aligned
 
 Name = TypeVar("Name")
 Item = TypeVar("Item")
 Copied = tuple[Name, Index, Index, int]
-
-# Reading fewer bytes takes less time than handing that to the other thread.
-_SMALL_BYTES = 2**18
 
 
 def copy(
@@ -60,7 +57,7 @@ def _begin(
             box = next(buffers)[:nbytes].view(source.dtype).view(shape)
             if skip(name, start, shape):
                 yield copied, lambda: None
-            elif nbytes < _SMALL_BYTES:
+            elif nbytes < SMALL_BYTES:
                 source.read(start, box)
                 yield copied, partial(target.write, start, box)
             else:

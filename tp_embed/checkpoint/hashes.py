@@ -16,8 +16,8 @@ from .errors import CheckpointError
 
 _BLOCK_BYTES = 2**20
 
-# Hashing fewer bytes takes less time than handing them to another thread.
-_SMALL_BYTES = 2**18
+# To read or to hash fewer bytes takes less time than handing that to another thread.
+SMALL_BYTES = 2**18
 
 
 def page_aligned(nbytes: int) -> mmap.mmap:
@@ -49,7 +49,7 @@ class RunningHash:
             return
         self._read(offset)
         self._end += len(written)
-        if len(written) < _SMALL_BYTES:
+        if len(written) < SMALL_BYTES:
             self._found.update(written)
             yield
             return
