@@ -314,6 +314,7 @@ from functools import partial
 from pathlib import Path
 import tp_embed
 from tp_embed import FakeGang, init
+from tp_embed.sharded_parameter import local
 
 def mib(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
@@ -324,7 +325,8 @@ kind, gang = getattr(tp_embed, kind), FakeGang("cpu", rank=1, size=size)
 kind(gang, 8, 8, init_fn=init.scaled)
 before = mib("VmRSS")
 embed = kind(gang, 1 << 18, 1 << 10, init_fn=init_fn)
-print(mib("VmHWM") - before, embed.weight.nbytes / 2**20, embed.weight.count_nonzero().item())
+weight = local(embed.weight)
+print(mib("VmHWM") - before, weight.nbytes / 2**20, weight.count_nonzero().item())
 """
 
 

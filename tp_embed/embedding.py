@@ -25,6 +25,7 @@ from tp_embed.ids import IdCheck, as_indices
 from tp_embed.layer import GangLayer
 from tp_embed.lookup import GradBuffer, keep_coalesced
 from tp_embed.partition import Partition
+from tp_embed.sharded_parameter import local, unguarded
 from tp_embed.whole_init import fill_from_whole_table
 
 InitFn = Callable[[Any], object]
@@ -148,7 +149,7 @@ class _Table(GangLayer, Embedding):
             device = gang.device
         self._handle = register(self)
         self.weight = Parameter(torch.empty(shape, device=device, dtype=dtype))
-        gang.adopt(self)
+        self._adopt()
         self.reset_parameters()
 
     @property
@@ -208,7 +209,8 @@ class _Table(GangLayer, Embedding):
         elif self.sparse:
             output = _look_up_outside(self, ids, real)
         else:
-            output = look_up(self.weight, ids, real, self._output_shape(ids), self._handle)
+            with unguarded():
+                output = look_up(self.weight, ids, real, self._output_shape(ids), self._handle)
         if self.scale is None:
             return output
         if isinstance(self.scale, Tensor):
@@ -444,7 +446,9 @@ class _ShardedTable(_Table):
             return _empty_like(self)
         whole = _empty_like(self, device)
         with torch.no_grad():
-            gather_table(whole.weight, self.weight, self.shard_dim, self.gang, self.partition)
+            gather_table(
+                whole.weight, local(self.weight), self.shard_dim, self.gang, self.partition
+            )
         return whole
 
 

@@ -25,6 +25,7 @@ from tp_embed.exchange import (
 from tp_embed.gang import Gang
 from tp_embed.lookup import GradBuffer, as_sparse, sum_all, sum_by_id
 from tp_embed.partition import Partition
+from tp_embed.sharded_parameter import local
 
 Output = Literal["replicated", "sequence", "shard"]
 
@@ -126,7 +127,7 @@ class _Fetch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, request: Request) -> Tensor:
         ctx.request = request
-        return request.rows(weight)
+        return request.rows(local(weight))
 
     @staticmethod
     @once_differentiable

@@ -13,6 +13,7 @@ from tp_embed.collectives import copy_to_gang, gather_columns, reduce_partial, s
 from tp_embed.embedding import ShardedEmbedding, VocabShardedEmbedding
 from tp_embed.layer import GangLayer
 from tp_embed.loss import linear_cross_entropy
+from tp_embed.sharded_parameter import unguarded
 from tp_embed.token_loss import check_soft_cap
 
 
@@ -71,14 +72,14 @@ class OutputHead(GangLayer):
                 f"rank, but has {tuple(bias.shape)} instead."
             )
         check_soft_cap(soft_cap)
-        self.weight = embed.weight
-        self.bias = bias
         self.gang = embed.gang
         self.partition = embed.partition
         self.shard_dim = embed.shard_dim
+        self.weight = embed.weight
+        self.bias = bias
         self.soft_cap = soft_cap
         self.output = output
-        self.gang.adopt(self)
+        self._adopt()
 
     def forward(self, x: Tensor) -> Tensor:
         """
@@ -86,12 +87,12 @@ class OutputHead(GangLayer):
         :returns: the logits. *Shape:* :math:`(*,V)`, or :math:`(*,V_{rank})` for ``"shard"``.
         """
         if self.output == "shard":
-            return self._capped(linear(copy_to_gang(x, self.gang), self.weight, self._own_bias()))
+            return self._capped(self._product(copy_to_gang(x, self.gang), self._own_bias()))
         if self.shard_dim == 0:
-            logits = linear(copy_to_gang(x, self.gang), self.weight)
+            logits = self._product(copy_to_gang(x, self.gang))
             logits = gather_columns(logits, self.gang, self.partition)
         else:
-            logits = linear(scatter_columns(x, self.gang, self.partition), self.weight)
+            logits = self._product(scatter_columns(x, self.gang, self.partition))
             logits = reduce_partial(logits, self.gang)
         return self._capped(logits if self.bias is None else logits + self.bias)
 
@@ -119,6 +120,10 @@ class OutputHead(GangLayer):
             **{"soft_cap": self.soft_cap, **options},
         )
         return loss
+
+    def _product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        with unguarded():
+            return linear(x, self.weight, bias)
 
     def _capped(self, logits: Tensor) -> Tensor:
         cap = self.soft_cap

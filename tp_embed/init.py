@@ -26,6 +26,7 @@ from torch.nn import Parameter
 from torch.nn import init as torch_init
 
 from tp_embed.gang import Gang
+from tp_embed.sharded_parameter import local, unguarded
 
 _TILE_ROWS, _TILE_COLUMNS = 256, 128
 
@@ -63,7 +64,7 @@ def blockwise(fn: Callable[..., object]) -> Callable[..., None]:
 
     @wraps(fn)
     def fill_block(embed: Table, *args: Any, **kwargs: Any) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), unguarded():
             if not embed.weight.is_meta:
                 fn(embed, *args, **kwargs)
                 zero_pad_row(embed)
@@ -89,7 +90,7 @@ def is_blockwise(fn: Callable[..., object]) -> bool:
 def zero_pad_row(embed: Table) -> None:
     """Zeroes the row of ``embed.pad_idx``, if there is one and this block holds it."""
     if embed.pad_idx is not None and embed.pad_idx in embed.rows:
-        embed.weight.detach()[embed.pad_idx - embed.rows.start].zero_()
+        local(embed.weight)[embed.pad_idx - embed.rows.start].zero_()
 
 
 def agree_on_seed(gang: Gang) -> int:
@@ -111,7 +112,7 @@ def fill(embed: Table, draw: Draw) -> None:
     :param draw: fills a tile, a CPU tensor of 256 x 128, from the generator that it is given.
     """
     seed = agree_on_seed(embed.gang)
-    weight, rows, columns = embed.weight.detach(), embed.rows, embed.columns
+    weight, rows, columns = local(embed.weight), embed.rows, embed.columns
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     tile = torch.empty(_TILE_ROWS, _TILE_COLUMNS, dtype=dtype, device="cpu")
     generator = Generator("cpu")
@@ -249,7 +250,7 @@ def from_tensor(embed: Table, *, source: Tensor | str | Path, key: str | None = 
     if embed.weight.is_meta:
         return
     rows, columns = embed.rows, embed.columns
-    with torch.no_grad():
+    with torch.no_grad(), unguarded():
         if isinstance(source, Tensor):
             _check_shape(embed, "source", source.shape)
             block = source[rows.start : rows.stop, columns.start : columns.stop]

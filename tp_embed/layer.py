@@ -6,20 +6,22 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from tp_embed.gang import Gang
 from tp_embed.partition import Partition
+from tp_embed.sharded_parameter import local, mark_shard
 
 
 class GangLayer(Module):
-    """A module with Parameters that are sharded over ``gang``.
+    """A module with a ``weight`` that is cut over ``gang``, by ``partition`` along ``shard_dim``.
 
     The gang adopts it when its Parameters exist, which is for the subclass to see to, and again
     whenever they may have been replaced by others, which the gang has not marked.
     """
 
     gang: Gang
+    weight: Parameter
 
     def _shard_repr(self, dim: int, partition: Partition) -> str:
         """What this rank holds, for ``extra_repr()``."""
@@ -27,15 +29,33 @@ class GangLayer(Module):
         name = "columns" if dim else "rows"
         return f"{name}={own.start}:{own.stop}, shard={self.gang.rank}/{self.gang.size}"
 
+    def _adopt(self) -> None:
+        self._mark()
+        self.gang.adopt(self)
+
+    def _mark(self) -> None:
+        layer: Any = self
+        mark_shard(self.weight, self.gang, layer.partition, layer.shard_dim)
+
+    def register_parameter(self, name: str, param: Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if name == "weight" and param is not None:
+            self._mark()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            destination[f"{prefix}weight"] = local(self.weight)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self.gang.adopt(self)  # `to_empty()` and the like replace Parameters.
+        self._adopt()  # `to_empty()` and the like replace Parameters.
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.gang.adopt(self)  # A copied Parameter has lost the marks of its gang.
+        self._adopt()  # A copied Parameter has lost the marks of its gang.
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.gang.adopt(self)  # `assign=True` replaces Parameters.
+        self._adopt()  # `assign=True` replaces Parameters.

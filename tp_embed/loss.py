@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from tp_embed.gang import FakeGang, Gang
 from tp_embed.partition import Partition
+from tp_embed.sharded_parameter import unguarded
 from tp_embed.token_loss import LossOptions, check_target, scaled, token_losses
 
 __all__ = ["LossOptions", "Reduction", "cross_entropy", "linear_cross_entropy"]
@@ -156,19 +157,20 @@ def linear_cross_entropy(
         x, flat_target = x.index_select(0, index), flat_target[index]
     # The largest shard decides, so that all ranks cut alike.
     most = max(_CHUNK_BYTES // 4, len(x) * width) // classes.block
-    loss: Tensor = _LinearCrossEntropy.apply(
-        x,
-        weight,
-        bias,
-        flat_target,
-        sum_over,
-        loss_gang,
-        classes,
-        count,
-        options,
-        -(-len(x) // max(1, most)),
-        torch.is_grad_enabled(),
-    )
+    with unguarded():
+        loss: Tensor = _LinearCrossEntropy.apply(
+            x,
+            weight,
+            bias,
+            flat_target,
+            sum_over,
+            loss_gang,
+            classes,
+            count,
+            options,
+            -(-len(x) // max(1, most)),
+            torch.is_grad_enabled(),
+        )
     return loss
 
 

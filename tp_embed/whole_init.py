@@ -9,6 +9,7 @@ import torch
 
 from tp_embed.gang import FakeGang, GangError
 from tp_embed.init import Table, agree_on_seed, zero_pad_row
+from tp_embed.sharded_parameter import local
 
 # How much of the table travels at once.
 _CHUNK_BYTES = 16 << 20
@@ -76,7 +77,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _receive_block(embed: Table, whole: Table | None) -> None:
-    gang, weight, rows, columns = embed.gang, embed.weight, embed.rows, embed.columns
+    gang, weight, rows, columns = embed.gang, local(embed.weight), embed.rows, embed.columns
     step = max(1, _CHUNK_BYTES // (embed.embed_dim * weight.element_size()))
     for first in range(0, embed.num_embeddings, step):
         last = min(first + step, embed.num_embeddings)

@@ -9,6 +9,7 @@ from torch.nn import Module
 
 from tp_embed.collectives import gather_table
 from tp_embed.head import ShardedLayer
+from tp_embed.sharded_parameter import local
 
 
 def sharded_layers(model: Module) -> Iterator[tuple[str, ShardedLayer]]:
@@ -32,4 +33,4 @@ def table_shape(layer: ShardedLayer) -> tuple[int, int]:
 def gather_into(output: Tensor, layer: ShardedLayer) -> None:
     """Puts the whole table into ``output``, on any device. All ranks of the gang call it; where
     ``output`` is on meta, the rank only takes part."""
-    gather_table(output, layer.weight.detach(), layer.shard_dim, layer.gang, layer.partition)
+    gather_table(output, local(layer.weight), layer.shard_dim, layer.gang, layer.partition)

@@ -20,6 +20,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from tp_embed.agreement import raise_together
 from tp_embed.gang import Gang, GangError
 from tp_embed.head import ShardedLayer
+from tp_embed.sharded_parameter import local
 from tp_embed.surgery import shard_embeddings
 
 from .layers import sharded_layers, table_shape
@@ -177,7 +178,7 @@ def _as_dtensors(model: Any) -> None:
             mesh = DeviceMesh.from_group(layer.gang.as_process_group(), layer.gang.device.type)
             shape = table_shape(layer)
             tensor = DTensor.from_local(
-                layer.weight.detach(),
+                local(layer.weight),
                 mesh,
                 [Shard(layer.shard_dim)],
                 run_check=False,

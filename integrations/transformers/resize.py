@@ -14,6 +14,7 @@ from tp_embed.collectives import all_gather_columns
 from tp_embed.gang import Gang
 from tp_embed.head import OutputHead, ShardedLayer
 from tp_embed.partition import Partition
+from tp_embed.sharded_parameter import local
 
 from .layers import sharded_layers, table_shape
 
@@ -126,7 +127,7 @@ def resize_table(model: Any, layer: ShardedLayer, num_rows: int, mean_resizing: 
 
 def _resize_block(layer: ShardedLayer, num_rows: int, new: Tensor) -> Tensor:
     """This rank's block of the table with ``num_rows`` rows, of which the last are ``new``."""
-    gang, old, block = layer.gang, layer.partition, layer.weight.detach()
+    gang, old, block = layer.gang, layer.partition, local(layer.weight)
     if layer.shard_dim == 1:
         own = old.shard(gang.rank)
         return torch.cat([block[:num_rows], new[:, own.start : own.stop]])
@@ -188,7 +189,7 @@ def _like_the_old(layer: ShardedLayer, count: int) -> Tensor:
 
 def _moments(layer: ShardedLayer) -> tuple[Tensor, Tensor]:
     """The mean and the covariance of the rows, in fp32. *Shapes:* :math:`(E)`, :math:`(E,E)`."""
-    block, gang = layer.weight.detach(), layer.gang
+    block, gang = local(layer.weight), layer.gang
     size, dim = table_shape(layer)
     by_rows = layer.shard_dim == 0
     step = max(1, _CHUNK_BYTES // (4 * dim))

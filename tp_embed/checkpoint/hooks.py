@@ -16,6 +16,7 @@ from torch.nn import Module
 from tp_embed.collectives import whole_table
 from tp_embed.gang import Gang
 from tp_embed.head import ShardedLayer
+from tp_embed.sharded_parameter import local
 
 Mode = Literal["full", "sharded", "dtensor"]
 
@@ -123,7 +124,7 @@ def _before_load(
             state[key] = _cut(layer, state[key], metadata.get(key.rpartition(".")[0], {}))
         except ValueError as e:
             error_msgs.append(f"`{key}` {e}")
-            state[key] = layer.weight.detach()  # So that torch does not complain as well.
+            state[key] = local(layer.weight)  # So that torch does not complain as well.
 
 
 def _layers(model: Module) -> Iterator[tuple[str, ShardedLayer]]:
@@ -150,18 +151,18 @@ def _record(layer: ShardedLayer) -> dict[str, int]:
 
 
 def _gathered(layer: ShardedLayer, device: torch.device | str | None = None) -> Tensor:
-    weight = layer.weight.detach()
+    weight = local(layer.weight)
     if layer.gang.size == 1:
         return weight if device is None else weight.to(device)
     return whole_table(weight, layer.shard_dim, layer.gang, layer.partition, device)
 
 
 def _own_shard(layer: ShardedLayer) -> Tensor:
-    return layer.weight.detach()
+    return local(layer.weight)
 
 
 def _as_dtensor(layer: ShardedLayer) -> Tensor:
-    weight, shape = layer.weight.detach(), _shape(layer)
+    weight, shape = local(layer.weight), _shape(layer)
     group = layer.gang.as_process_group()
     mesh = DeviceMesh.from_group(group, weight.device.type)
     tensor: Tensor = DTensor.from_local(

@@ -1,0 +1,254 @@
+"""The weight of a sharded table: a Parameter that is never mistaken for the whole table.
+
+To other code the weight of a sharded layer looks like a Parameter of a smaller shape. A product
+with it, or a row taken out of it, would give a part of the right answer, in silence. So the weight
+knows its gang and its place in the table, and raises when it is read as a table. What works item by
+item goes through: optimizers, copies, casts, flat buffers.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OperatorBase
+from torch.nn import Parameter
+from torch.utils._pytree import tree_leaves
+
+from tp_embed.collectives import whole_table
+from tp_embed.gang import Gang
+from tp_embed.partition import Partition
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Read no value of the table, or work on each item alone.
+_PASSED = _names(
+    """
+    __dir__ __format__ __hash__ __len__ __repr__ __setstate__ _has_compatible_shallow_copy_type
+    _is_view _typed_storage allclose as_subclass backward can_cast chunk data_ptr dim dim_order
+    element_size empty_like equal flatten_dense_tensors full_like get_device grad is_complex
+    is_conj is_contiguous is_floating_point is_inference is_neg is_pinned is_same_size is_set_to
+    is_shared is_signed ndimension nelement new new_empty new_empty_strided new_full new_ones
+    new_tensor new_zeros numel ones_like rand_like randn_like record_stream register_hook
+    register_post_accumulate_grad_hook requires_grad_ result_type retain_grad share_memory_ size
+    storage storage_offset storage_type stride untyped_storage zeros_like
+    """
+)
+
+# Give a tensor of the shape of the shard, which is a shard as well.
+_KEPT = _names(
+    """
+    __add__ __and__ __div__ __eq__ __ge__ __gt__ __invert__ __le__ __lt__ __mul__ __ne__ __neg__
+    __or__ __pos__ __pow__ __radd__ __rdiv__ __rmul__ __rpow__ __rsub__ __rtruediv__ __sub__
+    __truediv__ abs add addcdiv addcmul alias bfloat16 ceil clamp clamp_max clamp_min clip clone
+    contiguous copysign cpu cuda detach div divide double eq exp expm1 float float_power floor
+    fmod frac ge greater greater_equal gt half isclose isfinite isinf isnan le lerp less
+    less_equal log log1p log2 logical_and logical_not logical_or lt masked_fill maximum minimum
+    mul multiply nan_to_num ne neg negative not_equal pin_memory positive pow reciprocal
+    remainder round rsqrt rsub sgn sigmoid sign sqrt square sub subtract tanh to true_divide
+    trunc type type_as view_as where xpu
+    """
+)
+
+# Change the shard itself, item by item.
+_IN_PLACE = _names(
+    """
+    __iadd__ __idiv__ __imul__ __ipow__ __isub__ __itruediv__ abs_ add_ addcdiv_ addcmul_ clamp_
+    clamp_max_ clamp_min_ clip_ constant_ copy_ detach_ div_ divide_ exp_ fill_ float_power_
+    lerp_ masked_fill_ mul_ multiply_ nan_to_num_ neg_ ones_ pow_ reciprocal_ resize_as_ round_
+    rsqrt_ set_ sign_ sqrt_ square_ sub_ subtract_ true_divide_ zero_ zeros_
+    """
+)
+
+# Memory of other shapes, as flat buffers have it: one dimension, or the same two.
+_FLAT = _names("flatten ravel reshape view")
+
+_TRANSPOSED = _names("H T mH mT")
+_REDUCTIONS = _names("_foreach_max _foreach_norm _foreach_powsum")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a tensor is a shard of: a table that is cut along ``dim`` over ``gang``."""
+
+    gang: Gang
+    partition: Partition
+    dim: int
+
+    @property
+    def table(self) -> str:
+        own = self.partition.shard(self.gang.rank)
+        axis = "columns" if self.dim else "rows"
+        return f"{axis} {own.start}:{own.stop} of {self.partition.size}, on {self.gang}"
+
+
+def unguarded() -> AbstractContextManager[object]:
+    """In this context shards are plain tensors: for code that knows that it has a shard."""
+    context: AbstractContextManager[object] = torch._C.DisableTorchFunctionSubclass()
+    return context
+
+
+def local(tensor: Tensor) -> Tensor:
+    """``tensor.detach()``, a plain tensor that shares its memory."""
+    with unguarded():
+        return tensor.detach()
+
+
+def mark_shard(weight: Tensor, gang: Gang, partition: Partition, dim: int) -> None:
+    """Makes ``weight``, this rank's shard, a :class:`ShardedParameter`, in place: references to it
+    stay valid. A gang of one rank holds the whole table, so its weight stays a Parameter."""
+    if gang.size > 1 and isinstance(weight, Parameter):
+        if type(weight) in (Parameter, ShardedTensor):  # What `.to(device)` makes is one of these.
+            weight.__class__ = ShardedParameter
+        if isinstance(weight, ShardedParameter):
+            weight._shard = Shard(gang, partition, dim)
+
+
+class _Guarded:
+    """Refuses what would take a shard for the table."""
+
+    _shard: Shard
+
+    @property
+    def gang(self) -> Gang:
+        """The gang that the table is sharded over."""
+        return self._shard.gang
+
+    @property
+    def partition(self) -> Partition:
+        """How the sharded dimension is cut over the gang."""
+        return self._shard.partition
+
+    @property
+    def shard_dim(self) -> int:
+        """The dimension that is cut: 0 for the rows, 1 for the columns."""
+        return self._shard.dim
+
+    def to_local(self: Any) -> Tensor:
+        """This rank's shard as a plain tensor, which shares its memory and its gradient.
+
+        :returns: *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
+        """
+        with unguarded():
+            return self.view_as(self)  # type: ignore[no-any-return]
+
+    def full_tensor(self: Any, device: torch.device | str | None = None) -> Tensor:
+        """The whole table, without its gradient. All ranks of the gang have to call it; it sends
+        (P-1) times the largest shard, in chunks of 16 MiB.
+
+        :param device: the device of the table; if ``None``, the device of the shard.
+        :returns: *Shape:* :math:`(V,E)`.
+        """
+        shard = self._shard
+        return whole_table(local(self), shard.dim, shard.gang, shard.partition, device)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, OperatorBase):  # In a graph, which was checked when it was traced.
+            with unguarded():
+                return func(*args, **kwargs)
+        name = func.__name__
+        if name in ("__get__", "__set__", "__delete__"):
+            name = func.__self__.__name__
+            is_passed, is_kept = name not in _TRANSPOSED, name == "data"
+            is_kept = is_kept and func.__name__ == "__get__"
+        else:
+            is_kept = name in _KEPT or name in _FLAT
+            is_passed = is_kept or _passes(name)
+        if not is_passed and torch._C._current_graph_task_id() == -1:
+            raise TypeError(_refusal(name, args, kwargs))
+        with unguarded():
+            result = func(*args, **kwargs)
+        return _kept(result, name, args, kwargs) if is_kept else result
+
+
+def _passes(name: str) -> bool:
+    if name.startswith(("_foreach_", "_fused_", "_amp_")):
+        return name not in _REDUCTIONS
+    return name in _PASSED or name in _IN_PLACE
+
+
+def _kept(result: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """``result`` as a shard, if it has the shape of one."""
+    if type(result) is not Tensor:
+        return result
+    origin = _origin(args, kwargs)
+    if result.shape == origin.shape:
+        shard = result.as_subclass(ShardedTensor)
+        shard._shard = origin._shard
+        return shard
+    if name in _FLAT and result.ndim == 1:
+        return result
+    raise TypeError(_refusal(name, args, kwargs))
+
+
+def _origin(args: Any, kwargs: Any) -> Any:
+    return next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, _Guarded))
+
+
+def _refusal(name: str, args: Any, kwargs: Any) -> str:
+    origin = _origin(args, kwargs)
+    with unguarded():
+        shape = tuple(origin.shape)
+    return (
+        f"`{name}` must be given the whole table, but is given a shard of it instead: a tensor of "
+        f"the shape {shape}, with the {origin._shard.table}. Call the layer that holds it: "
+        "`embed(ids)`, `head(x)`, `head.loss(x, target)`. Or take `weight.full_tensor()`, on all "
+        "ranks, or, for this rank's part on purpose, `weight.to_local()`. To leave the table "
+        "whole, pass `rules={name: 'none'}` to `shard_embeddings()`, or `shard_head=False` for an "
+        "output head."
+    )
+
+
+class ShardedTensor(_Guarded, Tensor):
+    """What is made of a :class:`ShardedParameter` item by item: a copy, a cast, ``weight.data``. It
+    is saved as a plain tensor."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return local(self).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedTensor:
+        with unguarded():
+            copied = self.detach().clone().requires_grad_(self.requires_grad)
+        result = copied.as_subclass(ShardedTensor)
+        result._shard = self._shard
+        memo[id(self)] = result
+        return result
+
+
+class ShardedParameter(_Guarded, Parameter):
+    """This rank's shard of a table, the ``weight`` of a sharded layer over more than one rank.
+
+    It is saved as a plain Parameter; the layer that it is loaded into makes it a shard again.
+    """
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        with unguarded():
+            return f"{super().__repr__()}\n({self._shard.table})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedParameter:
+        if id(self) not in memo:
+            with unguarded():
+                copied = Parameter(self.detach().clone(), self.requires_grad)
+            mark_shard(copied, self.gang, self.partition, self.shard_dim)
+            memo[id(self)] = copied
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with unguarded():
+            data, requires_grad = self.detach(), self.requires_grad
+        state = {key: value for key, value in vars(self).items() if key != "_shard"}
+        if not state:
+            return torch._utils._rebuild_parameter, (data, requires_grad, OrderedDict())
+        rebuild = torch._utils._rebuild_parameter_with_state
+        return rebuild, (data, requires_grad, OrderedDict(), state)
