@@ -16,6 +16,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, library
 from torch._library.effects import EffectType
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 class Table(Protocol):
@@ -24,6 +27,8 @@ class Table(Protocol):
     def rows_in_graph(self, weight: Tensor, ids: Tensor, real: Tensor | None) -> Tensor: ...
 
     def gradient_in_graph(self, grad: Tensor, ids: Tensor, real: Tensor | None) -> Tensor: ...
+
+    def without_pad_row(self, block: Tensor) -> Tensor: ...
 
 
 class _Gang(Protocol):
@@ -41,6 +46,28 @@ def register(named: Table | _Gang) -> int:
     handle = next(_HANDLES)
     _NAMED[handle] = named
     return handle
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether a graph is recorded, by torch.compile, torch.export or ``make_fx``, or tensors are
+    fake. Then values can't be read, and lookups have to be operators."""
+    if torch.compiler.is_compiling() or any(isinstance(x, FakeTensor) for x in tensors):
+        return True
+    modes = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else []
+    if any(isinstance(mode, ProxyTorchDispatchMode) for mode in modes):
+        _check_inputs(tensors)
+        return True
+    return any(isinstance(mode, FakeTensorMode) for mode in modes)
+
+
+def _check_inputs(tensors: Sequence[Tensor]) -> None:
+    kinds = {type(x).__name__ for x in tensors} - {"Tensor", "Parameter", "FakeTensor"}
+    if kinds:
+        raise TypeError(
+            f"`make_fx` must be given the weights of sharded tables as inputs, but records a "
+            f"`{kinds.pop()}`. Trace `lambda weights, ids: torch.func.functional_call(model, "
+            "weights, ids)` with `weight.to_local()` of each, or use `torch.export`."
+        )
 
 
 @library.custom_op("tp_embed::look_up", mutates_args=())
@@ -101,7 +128,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return gradient, None, None, None, None
 
 
+def _keep_for_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, ids, real, _, ctx.handle = inputs
+    ctx.shape = grad.shape
+    ctx.save_for_backward(ids, real)
+
+
+def _backward_to_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    table: Table = _NAMED[ctx.handle]
+    rows = look_up(table.without_pad_row(grad), *ctx.saved_tensors, ctx.shape, ctx.handle)
+    return rows, None, None, None, None
+
+
 look_up.register_autograd(_backward, setup_context=_keep)
+_look_up_backward.register_autograd(_backward_to_rows, setup_context=_keep_for_rows)
 look_up.register_fake(_empty)
 _look_up_backward.register_fake(_empty)
 all_gather.register_fake(lambda x, size, handle: x.new_empty((size, *x.shape)))

@@ -17,9 +17,9 @@ from torch.nn import Module, Parameter
 from tp_embed import init
 from tp_embed.batch_layout import BatchLayout
 from tp_embed.collectives import gather_table
-from tp_embed.compiled import look_up, register
+from tp_embed.compiled import is_traced, look_up, register
 from tp_embed.exchange import Dedup, Place, Staging
-from tp_embed.fetch import Lookup, Output, Request, fetch
+from tp_embed.fetch import Lookup, Output, Request, fetch, without_pad
 from tp_embed.gang import FakeGang, Gang
 from tp_embed.ids import IdCheck, as_indices
 from tp_embed.layer import GangLayer
@@ -200,11 +200,12 @@ class _Table(GangLayer, Embedding):
         return self._grad_buffer is not None
 
     def forward(self, x: Tensor, layout: BatchLayout | None = None) -> Tensor:
+        self._check_input(x)
         ids = as_indices(x)
         real = None if layout is None else _real(ids, layout)
         if real is not None:
             ids = ids.masked_fill(~real, 0)
-        if not torch.compiler.is_compiling():
+        if not is_traced(ids, self.weight):
             output = self._look_up(ids, real)
         elif self.sparse:
             output = _look_up_outside(self, ids, real)
@@ -218,34 +219,34 @@ class _Table(GangLayer, Embedding):
         return output * self.scale
 
     def _look_up(self, ids: Tensor, real: Tensor | None) -> Tensor:
-        self._id_check(ids, self.num_embeddings, self.gang)
         if self.sparse:
             keep_coalesced(self.weight)
-        return fetch(self.weight, self._request(ids, real, self._grad_buffer))
+        return fetch(self.weight, ids, real, self._lookup(self._grad_buffer))
 
-    def _request(
-        self, ids: Tensor, real: Tensor | None, grad_buffer: GradBuffer | None = None
-    ) -> Request:
-        """
-        :param real: what is no padding; if ``None``, all. *Shape:* that of ``ids``.
-        """
-        if ids.device.type != "cpu":  # Where the error for ids out of range is a step late.
-            ids = ids.clamp(0, self.num_embeddings - 1)
+    def _lookup(self, grad_buffer: GradBuffer | None = None) -> Lookup:
         place = Place(self.gang, self.partition, self.shard_dim, self.rows, self.columns)
-        how = Lookup(
-            place, self.pad_idx, self.output, self.dedup, self.sparse, self._staging, grad_buffer
+        return Lookup(
+            place,
+            self.pad_idx,
+            self.output,
+            self.dedup,
+            self.sparse,
+            self._staging,
+            grad_buffer,
+            self._id_check,
         )
-        return Request(ids, real, how)
 
     def rows_in_graph(self, weight: Tensor, ids: Tensor, real: Tensor | None) -> Tensor:
         """The forward in a graph of torch.compile; see :mod:`tp_embed.compiled`."""
-        self._id_check(ids, self.num_embeddings, self.gang)
-        return self._request(ids, real).rows(weight)
+        return Request(ids, real, self._lookup()).rows(local(weight))
 
     def gradient_in_graph(self, grad: Tensor, ids: Tensor, real: Tensor | None) -> Tensor:
         """The backward. A graph may write to its gradients without torch counting it, so they
         are always in new memory."""
-        return self._request(ids, real).gradient(grad)
+        return Request(ids, real, self._lookup()).gradient(grad)
+
+    def without_pad_row(self, block: Tensor) -> Tensor:
+        return without_pad(block, self._lookup())
 
     def _output_shape(self, ids: Tensor) -> list[int]:
         """The shape of the output. Sizes of ``ids`` may be symbols, which ``range`` does not

@@ -43,6 +43,11 @@ class Place:
     rows: range
     columns: range
 
+    @property
+    def num_rows(self) -> int:
+        """V."""
+        return len(self.rows) if self.dim else self.partition.size
+
 
 class Staging:
     """Memory for what is sent and received, which the next step takes again: on a CPU it costs more

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from tp_embed.backward import is_needed_again
 from tp_embed.distinct import find_distinct
 from tp_embed.exchange import (
     ColumnsToAll,
@@ -23,6 +24,7 @@ from tp_embed.exchange import (
     Staging,
 )
 from tp_embed.gang import Gang
+from tp_embed.ids import IdCheck
 from tp_embed.lookup import GradBuffer, as_sparse, sum_all, sum_by_id
 from tp_embed.partition import Partition
 from tp_embed.sharded_parameter import local
@@ -47,6 +49,7 @@ class Lookup:
     :param sparse: whether the gradient is a coalesced sparse tensor of the rows that were used; see
         :func:`~tp_embed.lookup.keep_coalesced`.
     :param grad_buffer: where to put dense gradients, if not into new memory.
+    :param id_check: raises for ids out of range.
     """
 
     place: Place
@@ -56,17 +59,23 @@ class Lookup:
     sparse: bool
     staging: Staging
     grad_buffer: GradBuffer | None
+    id_check: IdCheck
 
 
 class Request:
     """One lookup of a batch, in two steps without autograd.
 
-    :param ids: rows of the whole table, all in range, the same on every rank. *Shape:* any.
-        *Dtype:* int32, int64.
+    :param ids: rows of the whole table, the same on every rank. *Shape:* any. *Dtype:* int32,
+        int64.
     :param real: what is no padding; if ``None``, all. *Shape:* that of ``ids``. *Dtype:* bool.
+    :raises IndexError: an id is out of range.
     """
 
     def __init__(self, ids: Tensor, real: Tensor | None, how: Lookup) -> None:
+        self.memory = ids.data_ptr()
+        how.id_check(ids, how.place.num_rows, how.place.gang)
+        if ids.device.type != "cpu":  # Where the error for ids out of range is a step late.
+            ids = ids.clamp(0, how.place.num_rows - 1)
         gang, shape, blocks = how.place.gang, ids.shape, None
         if how.output == "sequence" and gang.size > 1:
             blocks = _sequence_blocks(ids, real, gang)
@@ -84,7 +93,7 @@ class Request:
             self._exchange = kind(how.place, ids, blocks, how.dedup, how.staging)
 
     def rows(self, weight: Tensor) -> Tensor:
-        """The rows that this rank wants of the table, in new memory.
+        """The rows that this rank wants of the table, in new memory, and no view.
 
         :param weight: this rank's block. *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
         :returns: *Shape:* :math:`(*,E)`, or what the output makes of it.
@@ -93,7 +102,9 @@ class Request:
         if self._kept is not None:
             output = rows.new_zeros(self._shape.numel(), rows.size(1))
             rows = output.index_copy_(0, self._kept, rows)
-        return rows.view(*self._shape, rows.size(1))
+        # A view that an autograd function returns could not be written to in place.
+        output: Tensor = torch.ops.aten._unsafe_view(rows, [*self._shape, rows.size(1)])
+        return output
 
     def gradient(self, grad: Tensor) -> Tensor:
         """The gradient of this rank's block, given that of :meth:`rows`."""
@@ -117,22 +128,118 @@ class _OwnBlock:
         return Returned(grad, self._ids, None, range(grad.size(1)))
 
 
-def fetch(weight: Tensor, request: Request) -> Tensor:
-    """:meth:`Request.rows`, with its gradient."""
-    output: Tensor = _Fetch.apply(weight, request)
+class _Call:
+    """A lookup for autograd. Its request is kept from the forward to the last backward."""
+
+    def __init__(self, how: Lookup) -> None:
+        self.how = how
+        self._request: Request | None = None
+
+    def request(self, ids: Tensor, real: Tensor | None) -> Request:
+        """For ``ids``, which autograd has kept, or a hook has made anew."""
+        request = self._request
+        if request is None or request.memory != ids.data_ptr():
+            request = Request(ids, real, self.how)
+        self._request = request if is_needed_again() else None
+        return request
+
+
+def fetch(weight: Tensor, ids: Tensor, real: Tensor | None, how: Lookup) -> Tensor:
+    """The rows of the table that this rank wants, with their gradients of any order.
+
+    :param weight: this rank's block. *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
+    :param ids: as for :class:`Request`; ``real`` likewise.
+    """
+    output: Tensor = _Fetch.apply(weight, ids, real, _Call(how))
     return output
 
 
-class _Fetch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, request: Request) -> Tensor:
-        ctx.request = request
-        return request.rows(local(weight))
+class _Saving(torch.autograd.Function):
+    """Keeps the ids, so that autograd raises if they are changed before the backward."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.request.gradient(grad), None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ids, real, ctx.call = inputs
+        ctx.save_for_backward(ids, real)
+        ctx.save_for_forward(ids, real)
+
+
+class _Fetch(_Saving):
+    """Rows for ids. Its backward sums gradients per id: each is the transpose of the other."""
+
+    @staticmethod
+    def forward(weight: Tensor, ids: Tensor, real: Tensor | None, call: _Call) -> Tensor:
+        return call.request(ids, real).rows(local(weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.call.how.sparse and torch.is_grad_enabled():
+            raise RuntimeError(
+                "`sparse` must be False for derivatives of a gradient (`create_graph=True`) and "
+                "for `torch.func`, but is True instead. Make the table with `sparse=False`."
+            )
+        return _SumById.apply(grad, *ctx.saved_tensors, ctx.call), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, weight: Tensor, *_: Any) -> Tensor:
+        ids, real = ctx.saved_tensors
+        return fetch(weight, ids, real, ctx.call.how)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
+        weight, ids, real, call = inputs
+        if in_dims[0] is not None:
+            return _one_by_one(_Fetch, info, in_dims, inputs)
+        if call.how.output == "sequence" and ids.ndim == 1:
+            raise _no_sequence()
+        # More ids of one table are one lookup.
+        ids, real = _batched(ids, in_dims[1], info), _batched(real, in_dims[2], info)
+        return fetch(weight, ids, real, call.how), 0
+
+
+class _SumById(_Saving):
+    @staticmethod
+    def forward(grad: Tensor, ids: Tensor, real: Tensor | None, call: _Call) -> Tensor:
+        return call.request(ids, real).gradient(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        how = ctx.call.how
+        ids, real = ctx.saved_tensors
+        return fetch(without_pad(grad, how), ids, real, how), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, grad: Tensor, *_: Any) -> Tensor:
+        output: Tensor = _SumById.apply(grad, *ctx.saved_tensors, _Call(ctx.call.how))
+        return output
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
+        return _one_by_one(_SumById, info, in_dims, inputs)
+
+
+def without_pad(block: Tensor, how: Lookup) -> Tensor:
+    """``block`` of a table with zeros in the pad row, which gets no gradient."""
+    if how.pad_idx is None or how.pad_idx not in how.place.rows:
+        return block
+    row = torch.tensor([how.pad_idx - how.place.rows.start], device=block.device)
+    return block.index_fill(0, row, 0)
+
+
+def _one_by_one(
+    function: type[_Saving], info: Any, in_dims: Any, inputs: tuple[Any, ...]
+) -> tuple[Tensor, int]:
+    """The function of each item of a batch, as for tables of an ensemble."""
+    parts = [_batched(x, dim, info) for x, dim in zip(inputs[:3], in_dims[:3], strict=True)]
+    items = zip(*(repeat(None) if part is None else part for part in parts), strict=False)
+    return torch.stack([function.apply(*item, _Call(inputs[3].how)) for item in items]), 0
+
+
+def _batched(x: Any, dim: int | None, info: Any) -> Any:
+    """``x`` with a batch in the first dimension; ``None`` stays."""
+    if x is None:
+        return None
+    return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
 def _gradient(returned: Returned, how: Lookup) -> Tensor:
@@ -159,13 +266,15 @@ def _gradient(returned: Returned, how: Lookup) -> Tensor:
     return sums.new_zeros(len(rows), sums.size(1)).index_copy_(0, used, sums)
 
 
+def _no_sequence() -> ValueError:
+    return ValueError("`x` must have a dimension to cut for the output 'sequence', but has none.")
+
+
 def _sequence_blocks(ids: Tensor, real: Tensor | None, gang: Gang) -> list[Tensor]:
     """For each rank its contiguous block of positions along the last dimension, as indices into the
     flat ids, without padding."""
     if not ids.ndim:
-        raise ValueError(
-            "`x` must have a dimension to cut for the output 'sequence', but has none."
-        )
+        raise _no_sequence()
     flat = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
     partition = Partition(ids.size(-1), gang.size)
     blocks = []

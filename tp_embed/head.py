@@ -86,6 +86,7 @@ class OutputHead(GangLayer):
         :param x: the hidden states, the same on every rank. *Shape:* :math:`(*,E)`.
         :returns: the logits. *Shape:* :math:`(*,V)`, or :math:`(*,V_{rank})` for ``"shard"``.
         """
+        self._check_input(x)
         if self.output == "shard":
             return self._capped(self._product(copy_to_gang(x, self.gang), self._own_bias()))
         if self.shard_dim == 0:

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Self
 
+import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import Module, Parameter
 
 from tp_embed.gang import Gang
 from tp_embed.partition import Partition
 from tp_embed.sharded_parameter import local, mark_shard
+
+
+def _unsupported(layer: Module, name: str) -> TypeError:
+    return TypeError(
+        f"`{name}` must be given modules of plain operators, but is given a "
+        f"`{type(layer).__name__}`, whose collectives it can't record. Use `torch.compile` or "
+        "`torch.export`, or shard the tables of the model afterwards."
+    )
 
 
 class GangLayer(Module):
@@ -46,6 +56,19 @@ class GangLayer(Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:
             destination[f"{prefix}weight"] = local(self.weight)
+
+    def _check_input(self, x: object) -> None:
+        """
+        :raises TypeError: ``x`` is of a recorder that would not see what is sent.
+        """
+        name = "torch.jit.trace" if torch.jit.is_tracing() else None  # type: ignore[attr-defined]
+        if isinstance(x, Proxy):
+            name = "torch.fx.symbolic_trace"
+        if name is not None:
+            raise _unsupported(self, name)
+
+    def __prepare_scriptable__(self) -> Self:
+        raise _unsupported(self, "torch.jit.script")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

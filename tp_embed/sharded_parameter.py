@@ -19,7 +19,8 @@ from torch._ops import OperatorBase
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
 
-from tp_embed.collectives import whole_table
+from tp_embed import backward
+from tp_embed.collectives import reduce_partial, whole_table
 from tp_embed.gang import Gang
 from tp_embed.partition import Partition
 
@@ -67,7 +68,7 @@ _IN_PLACE = _names(
     """
 )
 
-# Memory of other shapes, as flat buffers have it: one dimension, or the same two.
+# Give the same memory in another shape, as flat buffers have it.
 _FLAT = _names("flatten ravel reshape view")
 
 _TRANSPOSED = _names("H T mH mT")
@@ -165,9 +166,11 @@ class _Guarded:
         else:
             is_kept = name in _KEPT or name in _FLAT
             is_passed = is_kept or _passes(name)
-        if not is_passed and torch._C._current_graph_task_id() == -1:
-            raise TypeError(_refusal(name, args, kwargs))
         with unguarded():
+            if name in ("sum", "mean") and len(args) == 1 and not kwargs:
+                return _over_table(name, args[0])
+            if not is_passed and not backward.is_running():
+                raise TypeError(_refusal(name, args, kwargs))
             result = func(*args, **kwargs)
         return _kept(result, name, args, kwargs) if is_kept else result
 
@@ -176,6 +179,14 @@ def _passes(name: str) -> bool:
     if name.startswith(("_foreach_", "_fused_", "_amp_")):
         return name not in _REDUCTIONS
     return name in _PASSED or name in _IN_PLACE
+
+
+def _over_table(name: str, shard: Any) -> Tensor:
+    """The sum or mean of all items of the table, with its gradient. All ranks of the gang have to
+    call it; one number is all-reduced."""
+    total = reduce_partial(shard.sum(), shard.gang)
+    other = shard.shape[1 - shard.shard_dim]
+    return total if name == "sum" else total / (shard.partition.size * other)
 
 
 def _kept(result: Any, name: str, args: Any, kwargs: Any) -> Any:
@@ -187,8 +198,8 @@ def _kept(result: Any, name: str, args: Any, kwargs: Any) -> Any:
         shard = result.as_subclass(ShardedTensor)
         shard._shard = origin._shard
         return shard
-    if name in _FLAT and result.ndim == 1:
-        return result
+    if name in _FLAT and (result.ndim == 1 or result.dtype != origin.dtype):
+        return result  # A flat buffer, or bytes.
     raise TypeError(_refusal(name, args, kwargs))
 
 
@@ -198,8 +209,7 @@ def _origin(args: Any, kwargs: Any) -> Any:
 
 def _refusal(name: str, args: Any, kwargs: Any) -> str:
     origin = _origin(args, kwargs)
-    with unguarded():
-        shape = tuple(origin.shape)
+    shape = tuple(origin.shape)
     return (
         f"`{name}` must be given the whole table, but is given a shard of it instead: a tensor of "
         f"the shape {shape}, with the {origin._shard.table}. Call the layer that holds it: "
@@ -228,6 +238,10 @@ class ShardedTensor(_Guarded, Tensor):
 
 class ShardedParameter(_Guarded, Parameter):
     """This rank's shard of a table, the ``weight`` of a sharded layer over more than one rank.
+
+    What works item by item works on the shard. ``sum()`` and ``mean()`` of all items are those of
+    the table, for penalties; all ranks of the gang have to call them. What would take the shard for
+    the table, such as products, rows and transposes, is a :class:`TypeError`.
 
     It is saved as a plain Parameter; the layer that it is loaded into makes it a shard again.
     """

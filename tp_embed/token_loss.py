@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tp_embed.backward import is_needed_again
 from tp_embed.gang import Gang, ReduceOperation
 from tp_embed.ids import as_indices
 from tp_embed.partition import Partition
@@ -153,13 +154,6 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if not factor.ndim:
         factor = factor[None]  # A scalar would be rounded to the dtype of a gradient on CUDA.
-    if gradient.dtype == dtype and not _needed_again():
+    if gradient.dtype == dtype and not is_needed_again():
         return gradient.mul_(factor)
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
-
-
-def _needed_again() -> bool:
-    """Whether the backward that runs may run again (``retain_graph=True``)."""
-    if torch.compiler.is_compiling():
-        return True  # Not known yet.
-    return torch._C._autograd._get_current_graph_task_keep_graph()
