@@ -100,8 +100,8 @@ class Request:
         """
         rows = self._exchange.fetch(weight)
         if self._kept is not None:
-            output = rows.new_zeros(self._shape.numel(), rows.size(1))
-            rows = output.index_copy_(0, self._kept, rows)
+            padded = rows.new_zeros(self._shape.numel(), rows.size(1))
+            rows = padded.index_copy_(0, self._kept, rows)
         # A view that an autograd function returns could not be written to in place.
         output: Tensor = torch.ops.aten._unsafe_view(rows, [*self._shape, rows.size(1)])
         return output
