@@ -170,7 +170,8 @@ class _Guarded:
             if name in ("sum", "mean") and len(args) == 1 and not kwargs:
                 return _over_table(name, args[0])
             if not is_passed and not backward.is_running():
-                raise TypeError(_refusal(name, args, kwargs))
+                # No TypeError, which torch's operators take for an operand they don't know.
+                raise ValueError(_refusal(name, args, kwargs))
             result = func(*args, **kwargs)
         return _kept(result, name, args, kwargs) if is_kept else result
 
@@ -200,7 +201,7 @@ def _kept(result: Any, name: str, args: Any, kwargs: Any) -> Any:
         return shard
     if name in _FLAT and (result.ndim == 1 or result.dtype != origin.dtype):
         return result  # A flat buffer, or bytes.
-    raise TypeError(_refusal(name, args, kwargs))
+    raise ValueError(_refusal(name, args, kwargs))
 
 
 def _origin(args: Any, kwargs: Any) -> Any:
@@ -241,7 +242,7 @@ class ShardedParameter(_Guarded, Parameter):
 
     What works item by item works on the shard. ``sum()`` and ``mean()`` of all items are those of
     the table, for penalties; all ranks of the gang have to call them. What would take the shard for
-    the table, such as products, rows and transposes, is a :class:`TypeError`.
+    the table, such as products, rows and transposes, is a :class:`ValueError`.
 
     It is saved as a plain Parameter; the layer that it is loaded into makes it a shard again.
     """
