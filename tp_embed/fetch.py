@@ -25,7 +25,7 @@ from tp_embed.exchange import (
 )
 from tp_embed.gang import Gang
 from tp_embed.ids import IdCheck
-from tp_embed.lookup import GradBuffer, as_sparse, sum_all, sum_by_id
+from tp_embed.lookup import GradBuffer, as_sparse, rows_to_sum, sum_all, sum_by_id
 from tp_embed.partition import Partition
 from tp_embed.sharded_parameter import local
 
@@ -222,8 +222,9 @@ def without_pad(block: Tensor, how: Lookup) -> Tensor:
     """``block`` of a table with zeros in the pad row, which gets no gradient."""
     if how.pad_idx is None or how.pad_idx not in how.place.rows:
         return block
-    row = torch.tensor([how.pad_idx - how.place.rows.start], device=block.device)
-    return block.index_fill(0, row, 0)
+    row = how.pad_idx - how.place.rows.start
+    # Made on the device: from a list it would be copied there, for which CUDA waits.
+    return block.index_fill(0, torch.arange(row, row + 1, device=block.device), 0)
 
 
 def _one_by_one(
@@ -246,12 +247,8 @@ def _gradient(returned: Returned, how: Lookup) -> Tensor:
     """The gradient of this rank's block."""
     rows, columns = how.place.rows, returned.columns
     if returned.grad.device.type != "cpu" and not how.sparse and returned.distinct is None:
-        local = returned.ids - rows.start
-        unused = (local < 0) | (local >= len(rows))
-        if how.pad_idx is not None:
-            unused |= returned.ids == how.pad_idx
         grad = returned.grad[:, columns.start : columns.stop]
-        return sum_all(grad, local.masked_fill(unused, -1), len(rows))
+        return sum_all(grad, rows_to_sum(returned.ids, rows, how.pad_idx), len(rows))
     distinct = returned.distinct or find_distinct(returned.ids, returned.positions)
     if how.place.dim == 0:
         distinct = distinct.within(rows)
@@ -261,7 +258,7 @@ def _gradient(returned: Returned, how: Lookup) -> Tensor:
     used = (distinct.ids - rows.start).long()
     if how.sparse:
         return as_sparse(used, sums, len(rows))
-    if how.grad_buffer is not None:
+    if how.grad_buffer is not None and sums.device.type == "cpu":
         return how.grad_buffer.fill(used, sums, len(rows))
     return sums.new_zeros(len(rows), sums.size(1)).index_copy_(0, used, sums)
 

@@ -13,6 +13,11 @@ from torch.nn.functional import embedding_bag
 
 from tp_embed.distinct import Distinct
 
+_embedding_backward = torch.ops.aten.embedding_dense_backward
+
+# Up to as many ids CUDA's kernel adds to a gradient in its own dtype, 32 ids at a time.
+_ROUNDED_OFTEN = 3072
+
 
 def sum_by_id(grad: Tensor, distinct: Distinct, columns: range) -> Tensor:
     """Adds up the rows of ``grad`` for each id, in the order of ``distinct``.
@@ -26,28 +31,59 @@ def sum_by_id(grad: Tensor, distinct: Distinct, columns: range) -> Tensor:
     if not len(distinct.ids) or not width:
         return grad.new_zeros(len(distinct.ids), width)
     order = distinct.order
-    if width == dim:
-        pass
-    elif grad.is_contiguous() and dim % width == 0 and columns.start % width == 0:
+    if grad.is_contiguous() and dim % width == 0 and columns.start % width == 0:
         # The columns of a block are every so many'th row of a narrower matrix: none is copied.
         count = dim // width
-        grad, order = grad.view(-1, width), order * count + columns.start // width
+        order = order if count == 1 else order * count + columns.start // width
     else:
         grad = grad[:, columns.start : columns.stop].contiguous()
+    if grad.stride() != (width, 1):  # With other strides torch adds bf16 up in bf16.
+        grad = grad.view(-1).view(-1, width)
     return embedding_bag(order, grad, distinct.starts, mode="sum")
+
+
+def rows_to_sum(ids: Tensor, rows: range, pad_idx: int | None) -> Tensor:
+    """The row of a block that each id belongs to, or ``len(rows)`` if none, as :func:`sum_all`
+    takes them. *Shape:* :math:`(N)`."""
+    local = ids - rows.start
+    unused = (local < 0) | (local >= len(rows))
+    if pad_idx is not None:
+        unused |= ids == pad_idx
+    return local.masked_fill(unused, len(rows))
 
 
 def sum_all(grad: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """The gradient of a whole block on an accelerator, without asking it for anything.
 
+    It is a part of memory that has one more row: CUDA's kernel counts the distinct ``rows``, and
+    has room for as many as there are rows.
+
     :param grad: *Shape:* :math:`(N,E)`.
-    :param rows: the row of the block that each row of ``grad`` belongs to; -1 for none.
-        *Shape:* :math:`(N)`.
+    :param rows: the row of the block that each row of ``grad`` belongs to; ``num_rows`` for none.
+        *Shape:* :math:`(N)`. *Dtype:* int32 or int64.
+    :returns: *Shape:* :math:`(num\\_rows,E)`.
     """
-    if not grad.size(1):
-        return grad.new_zeros(num_rows, 0)  # The CUDA kernel looks at the strides.
-    sums: Tensor = torch.ops.aten.embedding_dense_backward(grad, rows, num_rows, -1, False)
-    return sums
+    if not num_rows or not grad.numel():
+        return grad.new_zeros(num_rows, grad.size(1))  # CUDA launches no empty grid.
+    if len(rows) <= _ROUNDED_OFTEN and grad.dtype.itemsize < 4:
+        sums = _sum_few(grad, rows, num_rows)
+    else:
+        sums = _embedding_backward(grad, rows, num_rows + 1, num_rows, False)
+    return sums[:num_rows].detach()  # Views can't be written to in place.
+
+
+def _sum_few(grad: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """:func:`sum_all` in fp32, before the last row is cut off: the rows that occur are summed, and
+    then put into their places."""
+    in_order, order = rows.sort(stable=True)
+    is_first = torch.ones_like(in_order, dtype=torch.bool)
+    torch.ne(in_order[1:], in_order[:-1], out=is_first[1:])
+    segment = is_first.cumsum(0) - 1
+    sums = _embedding_backward(grad[order].float(), segment, len(rows), -1, False)
+    places = rows.new_full(rows.shape, num_rows, dtype=torch.long)
+    places.scatter_(0, segment, in_order.long())
+    output = grad.new_zeros(num_rows + 1, grad.size(1))
+    return output.index_copy_(0, places, sums.to(grad.dtype))
 
 
 def as_sparse(rows: Tensor, sums: Tensor, num_rows: int) -> Tensor:
@@ -84,6 +120,10 @@ class GradBuffer:
     It is taken again when nothing else refers to it, and cleared as a whole if something has
     written to it since, which torch counts. Writes through ``.data``,
     and by collectives of torch.distributed, are not counted.
+
+    It is for the CPU. On an accelerator another stream may still read a gradient that nothing
+    refers to any more: that only its allocator knows, which waits for the streams that memory
+    was recorded on, and a graph owns the memory that was taken while it was captured.
     """
 
     def __init__(self) -> None:
