@@ -329,7 +329,8 @@ class StandardEmbedding(_Table):
         left alone, and one that was written to is cleared as a whole; but not if that was done
         through ``.data``, as DeepSpeed does at ZeRO 0 over several data-parallel ranks, or by a
         collective such as ``dist.all_reduce(weight.grad)``, neither of which torch counts: call
-        ``torch.autograd.graph.increment_version(weight.grad)`` after it.
+        ``torch.autograd.graph.increment_version(weight.grad)`` after it. On an accelerator it has
+        no effect: another stream may still read the last gradient.
     :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
         is first rounded to the dtype of the output, as scaled embeddings of transformers are.
     :raises ValueError: a size is less than 1, or ``pad_idx`` is not a row of the table.
@@ -489,7 +490,8 @@ class ShardedEmbedding(_ShardedTable):
         left alone, and one that was written to is cleared as a whole; but not if that was done
         through ``.data``, as DeepSpeed does at ZeRO 0 over several data-parallel ranks, or by a
         collective such as ``dist.all_reduce(weight.grad)``, neither of which torch counts: call
-        ``torch.autograd.graph.increment_version(weight.grad)`` after it.
+        ``torch.autograd.graph.increment_version(weight.grad)`` after it. On an accelerator it has
+        no effect: another stream may still read the last gradient.
     :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
         is first rounded to the dtype of the output, as scaled embeddings of transformers are.
     :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or ``output``
@@ -535,7 +537,8 @@ class VocabShardedEmbedding(_ShardedTable):
         left alone, and one that was written to is cleared as a whole; but not if that was done
         through ``.data``, as DeepSpeed does at ZeRO 0 over several data-parallel ranks, or by a
         collective such as ``dist.all_reduce(weight.grad)``, neither of which torch counts: call
-        ``torch.autograd.graph.increment_version(weight.grad)`` after it.
+        ``torch.autograd.graph.increment_version(weight.grad)`` after it. On an accelerator it has
+        no effect: another stream may still read the last gradient.
     :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
         is first rounded to the dtype of the output, as scaled embeddings of transformers are.
     :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or ``output``
