@@ -37,6 +37,7 @@ class Traffic:
 
     On a CPU the time is that of the clock. On an accelerator it is the time between two events of
     the stream, before and after: nothing waits for the device until the figures are asked for.
+    What is captured into a graph counts once, without its time.
     Bytes are what the docstrings of :class:`Gang` say that one rank sends. Objects that are
     broadcast and barriers count as calls only.
 
@@ -88,6 +89,8 @@ class Traffic:
                 yield
             finally:
                 entry.seconds += time.perf_counter() - started
+        elif torch.accelerator.current_stream(gang.device).is_capturing():
+            yield  # A graph that is replayed calls nothing, and no event may be asked meanwhile.
         else:
             start, end = (torch.Event(gang.device, enable_timing=True) for _ in range(2))
             start.record()
