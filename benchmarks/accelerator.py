@@ -1,14 +1,11 @@
-"""The steps of a lookup on one device, against the bandwidth of its memory.
+"""The steps of a lookup on one device, against the bandwidth of its memory, for `gpu.py`.
 
-    python benchmarks/accelerator.py --device cuda
-
-It writes a page about the device to `benchmarks/results/`. A step whose share of the bandwidth is
-below 80% is one that a kernel of its own might make faster; sorting is not bound by bandwidth.
+A step whose share of the bandwidth is below 80% is one that a kernel of its own might make faster;
+sorting is not bound by bandwidth.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 
 import torch
 from token_ids import draw
+from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from tp_embed import FakeGang, ShardedEmbedding
@@ -110,23 +108,29 @@ def steps(
             )
         )
     embed = ShardedEmbedding(FakeGang(device, size=size), vocab, dim, device=device, dtype=dtype)
-
-    def forward_backward() -> None:
-        embed.weight.grad = None
-        embed(ids).backward(grad)
-
     # Forward: rows read, sent, and put together. Backward: the gradient, and zeros of the table.
     nbytes = count * block + tokens * block + 2 * tokens * row + tokens * block + table
-    steps.append(Step("forward and backward of the layer, nothing sent", forward_backward, nbytes))
+    name = "forward and backward of the layer, nothing sent"
+    steps.append(Step(name, training(embed, ids, grad), nbytes))
     return steps
+
+
+def training(embed: torch.nn.Module, ids: Tensor, grad: Tensor) -> Callable[[], None]:
+    """A forward and a backward into a new gradient."""
+
+    def forward_backward() -> None:
+        embed.zero_grad()
+        embed(ids).backward(grad)
+
+    return forward_backward
 
 
 def to_markdown(name: str, options: str, copied: Timing, timings: list[Timing]) -> str:
     lines = [
         f"# {name}",
         "",
-        f"torch {torch.__version__}, {options}. Medians, by `benchmarks/accelerator.py`. A copy of "
-        f"memory reads and writes {copied.bandwidth / 1e9:.0f} GB/s.",
+        f"{options}. Medians, by `benchmarks/gpu.py`. A copy of memory "
+        f"reads and writes {copied.bandwidth / 1e9:.0f} GB/s.",
         "",
         "| step | us | GB/s | share of the copy |",
         "|---|---|---|---|",
@@ -149,46 +153,3 @@ def name_of(device: str) -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return "CPU"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    parser.add_argument("--device", default=str(accelerator or "cpu"))
-    parser.add_argument("--vocab", type=int, default=1 << 17)
-    parser.add_argument("--dim", type=int, default=4096)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--size", type=int, default=2, help="ranks that the columns are cut over")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--ids", default="zipf", help="a distribution of benchmarks/token_ids.py")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for about how long, each step")
-    parser.add_argument("--markdown", type=Path, help="default: benchmarks/results/<device>.md")
-    args = parser.parse_args()
-    if args.dim % args.size:
-        parser.error(f"--dim must be divisible by --size ({args.size}), but is {args.dim} instead.")
-
-    copied = measure(copy_step(args.device), args.seconds)
-    cases = steps(
-        args.device,
-        args.vocab,
-        args.dim,
-        args.tokens,
-        args.size,
-        DTYPES[args.dtype],
-        args.ids,
-    )
-    timings = [measure(step, args.seconds) for step in cases]
-    name = name_of(args.device)
-    options = (
-        f"V={args.vocab}, E={args.dim}, N={args.tokens}, P={args.size}, {args.dtype}, "
-        f"{args.ids} ids"
-    )
-    text = to_markdown(name, options, copied, timings)
-    path = args.markdown or Path(__file__).parent / "results" / f"{name.replace(' ', '-')}.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    print(text)
-
-
-if __name__ == "__main__":
-    main()
