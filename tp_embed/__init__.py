@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tp_embed.batch_layout import BatchLayout
+    from tp_embed.carry import shardwise
     from tp_embed.embedding import (
         Embedding,
         ShardedEmbedding,
@@ -39,6 +40,7 @@ _MODULE_OF = {
     "blockwise": "init",
     "init_scaled_embedding": "init",
     "shard_embeddings": "surgery",
+    "shardwise": "carry",
 }
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "blockwise",
     "init_scaled_embedding",
     "shard_embeddings",
+    "shardwise",
 ]
 
 

@@ -26,6 +26,7 @@ from tp_embed.layer import GangLayer
 from tp_embed.lookup import GradBuffer, keep_coalesced
 from tp_embed.partition import Partition
 from tp_embed.sharded_parameter import local, unguarded
+from tp_embed.train_rows import Rows, as_rows
 from tp_embed.whole_init import fill_from_whole_table
 
 InitFn = Callable[[Any], object]
@@ -68,6 +69,13 @@ class Embedding(Module, ABC):
         self.embed_dim = embed_dim
         self.pad_idx = pad_idx
 
+    # As `torch.nn.Embedding` calls them.
+    max_norm = property(lambda self: None)
+    norm_type = property(lambda self: 2.0)
+    scale_grad_by_freq = property(lambda self: False)
+    embedding_dim = property(lambda self: self.embed_dim)
+    padding_idx = property(lambda self: self.pad_idx)
+
     @abstractmethod
     def forward(self, x: Tensor, layout: BatchLayout | None = None) -> Tensor:
         """
@@ -108,6 +116,7 @@ class _Table(GangLayer, Embedding):
         sparse: bool = False,
         reuse_grad: bool = False,
         scale: float | Tensor | None = None,
+        train_rows: Rows | None = None,
     ) -> None:
         super().__init__(num_embeddings, embed_dim, pad_idx)
         if not isinstance(gang, Gang):
@@ -141,6 +150,8 @@ class _Table(GangLayer, Embedding):
         self.dedup = dedup
         self.sparse = sparse
         self.scale = scale
+        if train_rows is not None:
+            self.train_rows = as_rows(train_rows, num_embeddings)
         self._id_check = IdCheck()
         self._staging = Staging()
         self._grad_buffer = GradBuffer() if reuse_grad else None
@@ -201,6 +212,7 @@ class _Table(GangLayer, Embedding):
 
     def forward(self, x: Tensor, layout: BatchLayout | None = None) -> Tensor:
         self._check_input(x)
+        self._mask_gradient()
         ids = as_indices(x)
         real = None if layout is None else _real(ids, layout)
         if real is not None:
@@ -288,6 +300,8 @@ class _Table(GangLayer, Embedding):
             parts.append("reuse_grad=True")
         if self.scale is not None:
             parts.append(f"scale={float(self.scale):g}")
+        if self.train_rows is not None:
+            parts.append(f"train_rows={len(self.train_rows)}")
         parts.append(f"dtype={self.weight.dtype}, device='{self.weight.device}'")
         return ", ".join(parts)
 
@@ -333,6 +347,7 @@ class StandardEmbedding(_Table):
         no effect: another stream may still read the last gradient.
     :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
         is first rounded to the dtype of the output, as scaled embeddings of transformers are.
+    :param train_rows: the rows that get a gradient; see :mod:`tp_embed.train_rows`.
     :raises ValueError: a size is less than 1, or ``pad_idx`` is not a row of the table.
     """
 
@@ -351,6 +366,7 @@ class StandardEmbedding(_Table):
         sparse: bool = False,
         reuse_grad: bool = False,
         scale: float | Tensor | None = None,
+        train_rows: Rows | None = None,
     ) -> None:
         super().__init__(
             FakeGang("cpu"),  # Its size is 1, so nothing ever travels.
@@ -363,6 +379,7 @@ class StandardEmbedding(_Table):
             sparse=sparse,
             reuse_grad=reuse_grad,
             scale=scale,
+            train_rows=train_rows,
         )
 
 
@@ -378,6 +395,7 @@ def _empty_like(embed: _Table, device: torch.device | str | None = None) -> Stan
         sparse=embed.sparse,
         reuse_grad=embed.reuse_grad,
         scale=embed.scale,
+        train_rows=embed.train_rows,
     )
     whole.requires_grad_(embed.weight.requires_grad).train(embed.training)
     return whole.to_empty(device=device or embed.weight.device)
@@ -421,6 +439,7 @@ class _ShardedTable(_Table):
             sparse=embed.sparse,
             reuse_grad=embed.reuse_grad,
             scale=embed.scale,
+            train_rows=embed.train_rows,
         )
         sharded.requires_grad_(weight.requires_grad).train(embed.training)
         if weight.is_meta:
@@ -494,6 +513,7 @@ class ShardedEmbedding(_ShardedTable):
         no effect: another stream may still read the last gradient.
     :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
         is first rounded to the dtype of the output, as scaled embeddings of transformers are.
+    :param train_rows: the rows that get a gradient; see :mod:`tp_embed.train_rows`.
     :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or ``output``
         is something else.
     """
@@ -541,6 +561,7 @@ class VocabShardedEmbedding(_ShardedTable):
         no effect: another stream may still read the last gradient.
     :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
         is first rounded to the dtype of the output, as scaled embeddings of transformers are.
+    :param train_rows: the rows that get a gradient; see :mod:`tp_embed.train_rows`.
     :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or ``output``
         is something else.
     """

@@ -75,11 +75,21 @@ class OutputHead(GangLayer):
         self.gang = embed.gang
         self.partition = embed.partition
         self.shard_dim = embed.shard_dim
+        self.in_features = embed.embed_dim
+        self.out_features = num_classes
+        self.train_rows = embed.train_rows
         self.weight = embed.weight
         self.bias = bias
         self.soft_cap = soft_cap
         self.output = output
         self._adopt()
+
+    @property
+    def rows(self) -> range:
+        """The classes whose rows of the table ``weight`` holds."""
+        if self.shard_dim:
+            return range(self.out_features)
+        return self.partition.shard(self.gang.rank)
 
     def forward(self, x: Tensor) -> Tensor:
         """
@@ -87,6 +97,7 @@ class OutputHead(GangLayer):
         :returns: the logits. *Shape:* :math:`(*,V)`, or :math:`(*,V_{rank})` for ``"shard"``.
         """
         self._check_input(x)
+        self._mask_gradient()
         if self.output == "shard":
             return self._capped(self._product(copy_to_gang(x, self.gang), self._own_bias()))
         if self.shard_dim == 0:
@@ -106,6 +117,7 @@ class OutputHead(GangLayer):
         :param x: the hidden states, the same on every rank. *Shape:* :math:`(*,E)`.
         :param target: the classes, the same on every rank. *Shape:* :math:`(*)`.
         """
+        self._mask_gradient()
         if self.shard_dim == 0:
             x, bias = copy_to_gang(x, self.gang), self._own_bias()
         else:

@@ -13,6 +13,7 @@ from torch.nn import Module, Parameter
 from tp_embed.gang import Gang
 from tp_embed.partition import Partition
 from tp_embed.sharded_parameter import local, mark_shard
+from tp_embed.train_rows import mask_gradient
 
 
 def _unsupported(layer: Module, name: str) -> TypeError:
@@ -32,6 +33,7 @@ class GangLayer(Module):
 
     gang: Gang
     weight: Parameter
+    train_rows: Tensor | None = None
 
     def _shard_repr(self, dim: int, partition: Partition) -> str:
         """What this rank holds, for ``extra_repr()``."""
@@ -46,6 +48,13 @@ class GangLayer(Module):
     def _mark(self) -> None:
         layer: Any = self
         mark_shard(self.weight, self.gang, layer.partition, layer.shard_dim)
+        self._mask_gradient()
+
+    def _mask_gradient(self) -> None:
+        """Called by the forward too, since a frozen weight takes no hook until it is thawed."""
+        if self.train_rows is not None and not torch.compiler.is_compiling():
+            layer: Any = self
+            mask_gradient(self.weight, self.train_rows, layer.rows)
 
     def register_parameter(self, name: str, param: Parameter | None) -> None:
         super().register_parameter(name, param)

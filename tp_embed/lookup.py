@@ -101,8 +101,13 @@ def keep_coalesced(weight: Tensor) -> None:
     """Sees to it that sparse gradients are coalesced in ``weight.grad`` too, as the optimizers want
     them: where autograd takes over the first one, it loses the mark."""
     hooks = weight._post_accumulate_grad_hooks or {}
-    if weight.is_leaf and weight.requires_grad and _mark_coalesced not in hooks.values():
+    if weight.is_leaf and weight.requires_grad and not any(map(keeps_coalesced, hooks.values())):
         weight.register_post_accumulate_grad_hook(_mark_coalesced)
+
+
+def keeps_coalesced(hook: object) -> bool:
+    """Whether it is that of :func:`keep_coalesced`."""
+    return hook is _mark_coalesced
 
 
 def _mark_coalesced(weight: Tensor) -> None:

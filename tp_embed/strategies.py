@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Module
 
-from tp_embed.embedding import StandardEmbedding
 from tp_embed.fetch import Output
 from tp_embed.plan.estimate import auto_strategy
 from tp_embed.plan.setup import Setup
 from tp_embed.tables import TableGroup, find_places, find_tables, is_plain_head
+from tp_embed.train_rows import Rows, as_rows
 
 Strategy = Literal["auto", "embed", "vocab", "none"]
 
@@ -38,7 +38,7 @@ def choose_strategies(
         if value not in _STRATEGIES:
             raise ValueError(f"`{name}` must be one of {_STRATEGIES}, but is {value!r} instead.")
     groups = find_tables(model, _untied_heads(model, rules, shard_head))
-    _check_rules(rules, groups)
+    _check_patterns("rules", rules, groups)
     found = [(group, _choose(group, strategy, rules, tie_head)) for group in groups]
     return [(g, _auto(g, tp_size, output) if s == "auto" else s) for g, s in found]
 
@@ -91,25 +91,67 @@ def _auto(group: TableGroup, tp_size: int, output: Output) -> Strategy:
         return "vocab"
     if output == "shard" and not group.heads:
         return "embed"  # Which alone gives that.
-    module = next(iter(group.embeddings))
-    # Not those of the weight, which DeepSpeed may have put elsewhere.
-    if isinstance(module, nn.Embedding):
-        sizes = module.num_embeddings, module.embedding_dim
-    else:
-        table = cast(StandardEmbedding, module)
-        sizes = table.num_embeddings, table.embed_dim
+    sizes = _sizes(group)
     tied = bool(group.heads)
     return auto_strategy(Setup(*sizes, tied=tied, head=tied, tp_size=tp_size))
+
+
+def _sizes(group: TableGroup) -> tuple[int, int]:
+    """V and E, not those of the weight, which DeepSpeed may have put elsewhere."""
+    if not group.embeddings:
+        head = next(iter(group.heads))
+        return head.out_features, head.in_features
+    module = cast(nn.Embedding, next(iter(group.embeddings)))
+    return module.num_embeddings, module.embedding_dim  # As StandardEmbedding has them too.
 
 
 def _matches(pattern: str, group: TableGroup) -> bool:
     return any(fnmatchcase(name, pattern) for name in group.names)
 
 
-def _check_rules(rules: dict[str, Strategy], groups: list[TableGroup]) -> None:
-    unmatched = [p for p in rules if not any(_matches(p, group) for group in groups)]
+def choose_rows(choices: Choices, train_rows: Mapping[str, Rows] | None) -> list[Tensor | None]:
+    """For each table the rows that train, if not all do: those of the first pattern that matches.
+
+    :raises TypeError: ``train_rows`` is no mapping, or maps to something else than rows.
+    :raises ValueError: a pattern matches no table, or one that is left whole.
+    :raises IndexError: a row is not one of the table.
+    """
+    if train_rows is not None and not isinstance(train_rows, Mapping):
+        raise TypeError(
+            "`train_rows` must map names of tables to rows, but is a "
+            f"`{type(train_rows).__name__}` instead: `train_rows={{'*.embed_tokens': [0, 1]}}`."
+        )
+    patterns = dict(train_rows or {})
+    _check_patterns("train_rows", patterns, [group for group, _ in choices])
+    return [_rows_of(group, chosen, patterns) for group, chosen in choices]
+
+
+def _rows_of(group: TableGroup, chosen: Strategy, patterns: dict[str, Rows]) -> Tensor | None:
+    name = group.names[0]
+    for pattern, rows in patterns.items():
+        if not _matches(pattern, group):
+            continue
+        if chosen == "none":
+            raise ValueError(
+                f"The table '{name}' must be sharded to be given `train_rows`, but has the "
+                "strategy 'none'. Leave it out, and mask its gradient: "
+                "`weight.register_hook(lambda grad: grad * mask)`."
+            )
+        try:
+            return as_rows(rows, _sizes(group)[0])
+        except (IndexError, TypeError, ValueError) as e:
+            raise type(e)(f"For the table '{name}': {e}") from None
+    given = (getattr(module, "train_rows", None) for module in group.embeddings)
+    return next((rows for rows in given if rows is not None), None)
+
+
+def _check_patterns(
+    argument: str, patterns: Mapping[str, object], groups: list[TableGroup]
+) -> None:
+    unmatched = [p for p in patterns if not any(_matches(p, group) for group in groups)]
     if unmatched:
         names = [name for group in groups for name in group.names]
         raise ValueError(
-            f"`rules` must match the name of a table each, but {unmatched} match none of {names}."
+            f"`{argument}` must match the name of a table each, but {unmatched} match none of "
+            f"{names}."
         )

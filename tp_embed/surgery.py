@@ -16,6 +16,7 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from tp_embed.agreement import check_agreement, raise_together
+from tp_embed.carry import carry_module, carry_parameter, check_module, check_parameter, retire
 from tp_embed.embedding import (
     InitFn,
     ShardedEmbedding,
@@ -33,19 +34,9 @@ from tp_embed.repoint import (
     repoint_groups,
     repoint_optimizer,
 )
-from tp_embed.strategies import Choices, Strategy, choose_strategies
-from tp_embed.tables import Place, TableGroup, check_shardable, check_weight, output_scale
-
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_is_full_backward_hook",
-)
+from tp_embed.strategies import Choices, Strategy, choose_rows, choose_strategies
+from tp_embed.tables import Place, TableGroup, check_shardable, check_weight, output_scale, skip
+from tp_embed.train_rows import Rows
 
 
 @dataclass(frozen=True)
@@ -111,14 +102,16 @@ def shard_embeddings(
     sparse: bool | None = None,
     reuse_grad: bool | None = None,
     init_fn: InitFn | None = None,
+    train_rows: Mapping[str, Rows] | None = None,
     optimizer: Optimizer | None = None,
     parameters: Groups | None = None,
 ) -> ShardingReport:
     """Replaces every ``nn.Embedding`` and :class:`StandardEmbedding` of ``model``, in place, by one
     that is sharded over ``gang``; a ``nn.Linear`` that shares the table becomes an
-    :class:`OutputHead`. ``requires_grad``, dtype, device and the hooks of the modules stay. So do
-    the values, unless there is an ``init_fn``: every rank cuts its block out of the table that it
-    has.
+    :class:`OutputHead`. ``requires_grad``, dtype, device, the hooks and attributes of the modules
+    and the plain attributes of the Parameter stay. So do the values, unless there is an
+    ``init_fn``: every rank cuts its block out of the table that it has. A module that was replaced
+    raises when it is called.
 
     All ranks of the gang have to call it: they compare, with a broadcast of about a kilobyte each,
     what they are about to do. Call it before an engine is built, which would keep the old
@@ -148,32 +141,38 @@ def shard_embeddings(
         see :class:`ShardedEmbedding`, which also says when not to; if ``None``, where they were.
     :param init_fn: initializes every table anew, those that are not sharded too, to the same values
         for each strategy. Heads that are tied to no table keep their values.
+    :param train_rows: the rows that get a gradient, for tables of which a name matches a pattern:
+        ``{"*.embed_tokens": slice(32000, None)}``; see :class:`StandardEmbedding`.
     :param optimizer: an optimizer over the Parameters of ``model``; it gets the new ones, with its
         states cut to the shards.
     :param parameters: a list of Parameters or parameter groups; likewise, in place.
     :raises ValueError: a strategy, rule or option is unknown, a rule matches no table, or a table
-        cannot be sharded: it has options or ties that would be lost.
+        cannot be sharded: it has options, ties, or hooks and attributes of its Parameter that
+        would be lost; see :func:`tp_embed.shardwise` for hooks.
     :raises TypeError: a table is of a class with a ``forward`` of its own, which would be lost.
         ``parameters`` is no list.
+    :raises IndexError: ``train_rows`` names a row that a table does not have.
     :raises GangError: the ranks disagree on strategies, sizes, dtypes, or the values of a table.
     """
 
-    def check() -> Choices:
+    def check() -> tuple[Choices, list[Tensor | None]]:
         if optimizer is not None:
             check_groups("optimizer.param_groups", optimizer.param_groups, model)
         if parameters is not None:
             check_groups("parameters", parameters, model)
-        return choose_strategies(model, strategy, rules, tie_head, shard_head, gang.size, output)
+        found = choose_strategies(model, strategy, rules, tie_head, shard_head, gang.size, output)
+        return found, choose_rows(found, train_rows)
 
-    choices = raise_together(gang, check)
+    choices, rows = raise_together(gang, check)
     options = _Options(output, dedup, sparse, reuse_grad, init_fn)
-    check_agreement(gang, options.facts() | _facts(gang, choices, init_fn))
+    check_agreement(gang, options.facts() | _facts(gang, choices, rows, init_fn))
 
     def check_tables() -> None:
         for group, chosen in choices:
             with gang.whole(*group.parameters):
                 if chosen != "none":
                     check_shardable(group)
+                    _check_carried(group, gang)
                     for embedding in group.embeddings:
                         _as_standard(embedding, options)
                 elif init_fn is not None:
@@ -188,9 +187,10 @@ def shard_embeddings(
     with gang.sharding(model):
         # All that can fail comes before all that changes the model.
         changes = []
-        for group, chosen in choices:
+        for (group, chosen), train in zip(choices, rows, strict=True):
             with gang.whole(*group.parameters):
-                changes.append(_Change.plan(group, chosen, gang, options))
+                of_group = replace(options, train_rows=train)
+                changes.append(_Change.plan(group, chosen, gang, of_group))
         shards = {change.group.weight: change.shard for change in changes if change.shard}
         report = ShardingReport(tuple(change.carry_out(gang) for change in changes))
     if optimizer is not None:
@@ -210,11 +210,22 @@ def _of_transformers() -> Any:
     return import_module("tp_embed.integrations.transformers")
 
 
-def _facts(gang: Gang, choices: Choices, init_fn: InitFn | None) -> dict[str, object]:
+def _check_carried(group: TableGroup, gang: Gang) -> None:
+    name = group.names[0]
+    if gang.size > 1:  # Else the block is the whole table.
+        check_parameter(group.weight, name, skip(name))
+    for module in (*group.embeddings, *group.heads):
+        check_module(module, name, skip(name))
+
+
+def _facts(
+    gang: Gang, choices: Choices, rows: list[Tensor | None], init_fn: InitFn | None
+) -> dict[str, object]:
     """What has to be the same on every rank of ``gang``."""
     facts: dict[str, object] = {"whether there is an `init_fn`": init_fn is not None}
-    for group, chosen in choices:
+    for (group, chosen), train in zip(choices, rows, strict=True):
         name = group.names[0]
+        facts[f"the rows of '{name}' that train"] = "all" if train is None else _digest(train)
         facts[f"the strategy for '{name}'"] = chosen
         facts[f"the classes at '{name}'"] = [
             type(module).__name__ for module in (*group.embeddings, *group.heads)
@@ -231,8 +242,11 @@ def _checksum(table: Tensor) -> str | None:
     """Of some items: tables that were drawn from different seeds differ in all of them."""
     if table.is_meta or not table.numel():
         return None
-    sample = table.detach().flatten()[:: max(1, table.numel() // 256)].cpu()
-    data = sample.contiguous().view(torch.uint8).tolist()
+    return _digest(table.detach().flatten()[:: max(1, table.numel() // 256)].cpu())
+
+
+def _digest(items: Tensor) -> str:
+    data = items.contiguous().view(torch.uint8).tolist()
     return hashlib.blake2b(bytes(data), digest_size=8).hexdigest()
 
 
@@ -246,6 +260,7 @@ class _Options:
     sparse: bool | None = None
     reuse_grad: bool | None = None
     init_fn: InitFn | None = None
+    train_rows: Tensor | None = None
 
     def facts(self) -> dict[str, object]:
         """What has to be the same on every rank of the gang."""
@@ -287,7 +302,8 @@ class _Change:
                 new.weight = first.weight
             modules.append((embedding, new, places))
         if first is None:  # A head that is tied to no table.
-            table = _as_standard(next(iter(group.heads)), _Options())
+            of_head = _Options(train_rows=options.train_rows)
+            table = _as_standard(next(iter(group.heads)), of_head)
             first = _shard(table, strategy, gang, _Options())
         for head, places in group.heads.items():
             modules.append((head, OutputHead(first, bias=head.bias), places))
@@ -296,12 +312,13 @@ class _Change:
 
     def carry_out(self, gang: Gang) -> TableReport:
         for old, new, places in self.modules:
-            for hooks in _HOOKS:
-                setattr(new, hooks, getattr(old, hooks))
-            new.train(old.training)
+            carry_module(old, new)
             for place in places:
                 setattr(place.parent, place.attribute, new)
+            retire(old, new, places[0].name)
         weight = self.group.weight
+        if self.shard is not None:
+            carry_parameter(weight, self.shard, 0 if self.strategy == "vocab" else 1)
         if self.values is not None:
             with torch.no_grad(), gang.whole(weight, modified=True):
                 weight.copy_(self.values)
@@ -335,6 +352,7 @@ def _shard(
         sparse=table.sparse,
         reuse_grad=table.reuse_grad,
         scale=table.scale,
+        train_rows=table.train_rows,
     )
     new.weight.requires_grad_(table.weight.requires_grad)
     return new
@@ -361,6 +379,7 @@ def _as_standard(module: Module, options: _Options) -> StandardEmbedding:
         sparse=sparse if options.sparse is None else options.sparse,
         reuse_grad=reuse_grad if options.reuse_grad is None else options.reuse_grad,
         scale=scale,
+        train_rows=options.train_rows,
     )
     standard.weight = weight
     return standard.train(module.training)

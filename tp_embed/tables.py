@@ -114,12 +114,12 @@ def check_weight(group: TableGroup) -> None:
     if group.computed:
         raise ValueError(
             f"The table '{name}' must hold its `weight` as a Parameter, but computes it (a "
-            f"parametrization?) instead. {_skip(name)}"
+            f"parametrization?) instead. {skip(name)}"
         )
     if not group.weight.is_floating_point():
         raise ValueError(
             f"The table '{name}' must have a floating-point dtype, "
-            f"but has {group.weight.dtype} instead. {_skip(name)}"
+            f"but has {group.weight.dtype} instead. {skip(name)}"
         )
     for module in group.embeddings:
         if not isinstance(module, nn.Embedding):
@@ -148,7 +148,7 @@ def check_shardable(group: TableGroup) -> None:
         raise ValueError(
             f"The table '{name}' must be shared with embeddings and `torch.nn.Linear` heads only, "
             f"but {' and '.join(group.others)} is the same Parameter, and the tie would break. "
-            f"{_skip(name)}"
+            f"{skip(name)}"
         )
 
 
@@ -165,13 +165,13 @@ def _check_embedding(module: Module, name: str) -> None:
         raise TypeError(
             f"The table '{name}' must be a `torch.nn.Embedding`, or one that multiplies its output "
             f"with its `embed_scale`, but is a `{type(module).__name__}` with a `forward` of its "
-            f"own instead, which a sharded table would not run. {_skip(name)}"
+            f"own instead, which a sharded table would not run. {skip(name)}"
         )
     for option in ("max_norm", "scale_grad_by_freq"):
         if getattr(module, option):
             raise ValueError(
                 f"The table '{name}' must not use `{option}`, which sharded tables do not "
-                f"have, but it is {getattr(module, option)} instead. {_skip(name)}"
+                f"have, but it is {getattr(module, option)} instead. {skip(name)}"
             )
 
 
@@ -180,14 +180,14 @@ def _check_state(module: Module, name: str) -> None:
     if any(getattr(module, hooks) for hooks in _STATE_DICT_HOOKS):
         raise ValueError(
             f"The table '{name}' must not have hooks of its state dict, which know the whole table "
-            f"only, but has some. Remove them first. {_skip(name)}"
+            f"only, but has some. Remove them first. {skip(name)}"
         )
     others = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
     others -= module._non_persistent_buffers_set  # Such as `embed_scale`.
     if others:
         raise ValueError(
             f"The table '{name}' must have no Parameters, buffers and modules but its weight, "
-            f"since they would be lost, but has {sorted(others)}. {_skip(name)}"
+            f"since they would be lost, but has {sorted(others)}. {skip(name)}"
         )
 
 
@@ -238,5 +238,5 @@ def _only_scales(module: nn.Embedding) -> bool:
     return torch.equal(forward(small, ids), weight[ids] * factor)
 
 
-def _skip(name: str) -> str:
+def skip(name: str) -> str:
     return f"Leave it as it is with `rules={{{name!r}: 'none'}}` and no `init_fn`."

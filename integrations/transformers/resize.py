@@ -61,6 +61,12 @@ class ResizesShards:
                 f"`new_num_tokens` must be greater than or equal to 1, but is {new_num_tokens}."
             )
         _check_no_engine(self)
+        if any(layer.train_rows is not None for _, layer in sharded_layers(self)):
+            raise ValueError(
+                "The tables must have no `train_rows` when the vocabulary is resized, since these "
+                "are rows of the old one, but have some. Resize the model first, then call "
+                "`shard_embeddings()` with `train_rows`."
+            )
         super().resize_token_embeddings(new_num_tokens, None, mean_resizing)  # type: ignore[misc]
         # It has read them off a shard.
         self.config.get_text_config().vocab_size = self.vocab_size = new_num_tokens
@@ -113,6 +119,7 @@ def resize_table(model: Any, layer: ShardedLayer, num_rows: int, mean_resizing: 
     tied = [other for _, other in sharded_layers(model) if other.weight is old_weight]
     for other in dict.fromkeys(tied):
         if isinstance(other, OutputHead):
+            other.out_features = num_rows
             if other.shard_dim == 0:
                 other.partition = Partition(num_rows, other.gang.size)
             if other.bias is not None:
