@@ -16,6 +16,7 @@ from torch.nn import Module
 from tp_embed.embedding import StandardEmbedding
 from tp_embed.lookup import keeps_coalesced
 from tp_embed.repoint import Shard
+from tp_embed.sharded_parameter import ShardedParameter
 from tp_embed.train_rows import RowMask
 
 _F = TypeVar("_F", bound=Callable[..., object])
@@ -70,6 +71,8 @@ def check_parameter(weight: Tensor, name: str, fix: str) -> None:
                     f"{fix}"
                 )
     for attribute, value in _attributes(weight):
+        if hasattr(ShardedParameter, attribute):
+            raise ValueError(_collides(f"The weight of the table '{name}'", attribute, value, fix))
         if not _is_plain(value):
             raise ValueError(
                 f"The weight of the table '{name}' must have plain values as attributes, which "
@@ -150,10 +153,14 @@ def check_module(module: Module, name: str, fix: str) -> None:
                 f"another, which a sharded table would not run. {fix}"
             )
         if attribute in _OURS or attribute in _PROPERTIES:
-            raise ValueError(
-                f"The table '{name}' must have no attribute `{attribute}`, which means something "
-                f"else on a sharded table, but has {value!r}. Give it another name. {fix}"
-            )
+            raise ValueError(_collides(f"The table '{name}'", attribute, value, fix))
+
+
+def _collides(what: str, attribute: str, value: object, fix: str) -> str:
+    return (
+        f"{what} must have no attribute `{attribute}`, which means something else if it is "
+        f"sharded, but has {value!r}. Give it another name. {fix}"
+    )
 
 
 def _own_attributes(module: Module) -> Iterator[tuple[str, Any]]:
@@ -174,6 +181,19 @@ def carry_module(old: Module, new: Module) -> None:
     for name in old._non_persistent_buffers_set:
         if not hasattr(new, name):
             new.register_buffer(name, old._buffers[name], persistent=False)
+
+
+class LostInit:
+    """The ``init_fn`` of a table whose class has a ``reset_parameters`` of its own."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __call__(self, embed: object) -> NoReturn:
+        raise ValueError(
+            f"A table that was a `{self._kind}` must have an `init_fn` to be initialized anew, "
+            "since the `reset_parameters` of that class is lost. Pass one to `shard_embeddings()`."
+        )
 
 
 class _Retired:

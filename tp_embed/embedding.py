@@ -206,6 +206,17 @@ class _Table(GangLayer, Embedding):
             fill_from_whole_table(self, init_fn, lambda: whole or _empty_like(self))
 
     @property
+    def embed_scale(self) -> float | Tensor:
+        """``scale``, if there is one, as transformers calls it."""
+        if self.scale is None:
+            raise AttributeError(f"This `{type(self).__name__}` has no `scale`.")
+        return self.scale
+
+    @embed_scale.setter
+    def embed_scale(self, scale: float | Tensor) -> None:
+        self.scale = scale
+
+    @property
     def reuse_grad(self) -> bool:
         """Whether dense gradients are put into the same memory, one after the other."""
         return self._grad_buffer is not None

@@ -16,7 +16,14 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from tp_embed.agreement import check_agreement, raise_together
-from tp_embed.carry import carry_module, carry_parameter, check_module, check_parameter, retire
+from tp_embed.carry import (
+    LostInit,
+    carry_module,
+    carry_parameter,
+    check_module,
+    check_parameter,
+    retire,
+)
 from tp_embed.embedding import (
     InitFn,
     ShardedEmbedding,
@@ -367,6 +374,8 @@ def _as_standard(module: Module, options: _Options) -> StandardEmbedding:
         sparse, reuse_grad = module.sparse, module.reuse_grad
     elif isinstance(module, nn.Embedding):
         pad_idx, sparse, scale = module.padding_idx, module.sparse, output_scale(module)
+        if type(module).reset_parameters is not nn.Embedding.reset_parameters:
+            init_fn = LostInit(type(module).__name__)
     weight = cast(Parameter, module.weight)
     num_rows, dim = weight.shape
     standard = StandardEmbedding(

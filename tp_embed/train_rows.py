@@ -1,4 +1,19 @@
-"""Lets only some rows of a table train: the gradient of the others is zero."""
+"""Lets only some rows of a table train: ``train_rows`` of the embeddings.
+
+The gradient of all other rows is zero, as with ``torch.nn.Embedding`` and
+``weight.register_hook(lambda grad: grad * mask)``: bit for bit the same, but for NaN and infinities
+in rows that do not train, which become zero too. It is the gradient of the weight that is masked,
+so it includes what an output head adds that shares the weight.
+
+An optimizer has states for the whole shard, and sees zeros in the other rows. They keep their
+values, but for what an optimizer does without a gradient: weight decay. Put the weight into a
+parameter group with ``weight_decay=0``. The mask survives copies, pickling, ``to_empty()``, casts,
+``load_state_dict(assign=True)`` and another weight; a sparse gradient has only rows that train, and
+a dense one is in new memory, with ``reuse_grad`` too.
+
+Rows are a slice or a range, integers in any order, of which negative ones count from the end, or a
+mask: a bool for each row of the table.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +31,7 @@ Rows = slice | range | Sequence[int] | Sequence[bool] | Tensor
 
 def as_rows(train_rows: Rows, num_embeddings: int) -> Tensor:
     """
-    :param train_rows: the rows, of which negative ones count from the end, in any order; or a bool
-        for each row of the table.
+    :param train_rows: the rows, as above.
     :returns: the rows, ascending. *Shape:* :math:`(n)`. *Dtype:* int64.
     :raises TypeError: ``train_rows`` is something else.
     :raises ValueError: it is not one-dimensional, a mask of another length, or names no row.
@@ -50,8 +64,9 @@ def as_rows(train_rows: Rows, num_embeddings: int) -> Tensor:
                 f"`train_rows` must have the shape {(num_embeddings,)} (num_embeddings) as a mask "
                 f"of bools, but has {tuple(rows.shape)} instead."
             )
-        rows = rows.nonzero()[:, 0]
-        return rows if len(rows) else as_rows([], num_embeddings)
+        if not rows.any():
+            return as_rows([], num_embeddings)
+        return rows.nonzero()[:, 0]
     if rows.ndim != 1:
         raise ValueError(
             f"`train_rows` must be one-dimensional, but has the shape {tuple(rows.shape)} instead."
@@ -63,7 +78,8 @@ def as_rows(train_rows: Rows, num_embeddings: int) -> Tensor:
             f"`train_rows` must be in [-{num_embeddings}, {num_embeddings}) (num_embeddings), "
             f"but has {int(wrong[0])}."
         )
-    return (rows % num_embeddings).unique()
+    found: Tensor = (rows % num_embeddings).unique()
+    return found
 
 
 class RowMask:
