@@ -123,11 +123,6 @@ class _Guarded:
         return self._shard.gang
 
     @property
-    def partition(self) -> Partition:
-        """How the sharded dimension is cut over the gang."""
-        return self._shard.partition
-
-    @property
     def shard_dim(self) -> int:
         """The dimension that is cut: 0 for the rows, 1 for the columns."""
         return self._shard.dim
@@ -255,7 +250,7 @@ class ShardedParameter(_Guarded, Parameter):
         if id(self) not in memo:
             with unguarded():
                 copied = Parameter(self.detach().clone(), self.requires_grad)
-            mark_shard(copied, self.gang, self.partition, self.shard_dim)
+            mark_shard(copied, self.gang, self._shard.partition, self.shard_dim)
             memo[id(self)] = copied
         return memo[id(self)]  # type: ignore[no-any-return]
 
