@@ -14,6 +14,7 @@ from tp_embed.embedding import InitFn
 from tp_embed.fetch import Output
 from tp_embed.init import is_blockwise
 from tp_embed.strategies import Strategy
+from tp_embed.train_rows import Rows
 
 SECTION = "tp_embed"
 
@@ -35,6 +36,8 @@ class EmbedConfig(BaseModel):
 
     :param init: the name of a function of :mod:`tp_embed.init`, or ``"package.module.function"``,
         or a mapping of such a ``name`` and keyword arguments, ``{"name": "normal", "std": 0.1}``.
+    :param train_rows: for names of tables, the rows that get a gradient: a list of rows, or a
+        slice as Python writes it, ``{"*.embed_tokens": "32000:"}``.
     :param shard_logits: whether a model of transformers computes its loss from the logits of each
         rank, see :func:`tp_embed.integrations.transformers.shard_logits`. Then ``outputs.logits``
         are rank-local wherever labels are given.
@@ -53,6 +56,7 @@ class EmbedConfig(BaseModel):
     sparse: bool | None = None
     reuse_grad: bool | None = None
     init: str | dict[str, Any] | None = None
+    train_rows: dict[str, str | list[int]] = {}
     watchdog: WatchdogConfig | None = None
 
     @field_validator("reuse_grad")
@@ -69,9 +73,33 @@ class EmbedConfig(BaseModel):
             _init_function(value)
         return value
 
+    @field_validator("train_rows")
+    @classmethod
+    def _check_train_rows(cls, value: dict[str, str | list[int]]) -> dict[str, str | list[int]]:
+        for rows in value.values():
+            _rows(rows)
+        return value
+
+    @property
+    def rows(self) -> dict[str, Rows]:
+        """``train_rows``, for :func:`tp_embed.shard_embeddings`."""
+        return {name: _rows(rows) for name, rows in self.train_rows.items()}
+
     @property
     def init_fn(self) -> InitFn | None:
         return None if self.init is None else _init_function(self.init)
+
+
+def _rows(rows: str | list[int]) -> Rows:
+    if isinstance(rows, list):
+        return rows
+    try:
+        bounds = [int(bound) if bound.strip() else None for bound in rows.split(":")]
+    except ValueError:
+        bounds = []
+    if len(bounds) not in (2, 3):
+        raise ValueError(f"rows must be a list, or a slice such as '32000:', but are {rows!r}")
+    return slice(*bounds)
 
 
 def read_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], EmbedConfig]:

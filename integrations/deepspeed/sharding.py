@@ -204,6 +204,7 @@ def _shard(
         sparse=section.sparse,
         reuse_grad=section.reuse_grad,
         init_fn=section.init_fn,
+        train_rows=section.rows,
         optimizer=optimizer if isinstance(optimizer, Optimizer) else None,
         parameters=parameters,
     )
