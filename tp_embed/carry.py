@@ -16,7 +16,7 @@ from torch.nn import Module
 from tp_embed.embedding import StandardEmbedding
 from tp_embed.lookup import keeps_coalesced
 from tp_embed.repoint import Shard
-from tp_embed.sharded_parameter import ShardedParameter
+from tp_embed.sharded_parameter import ShardedParameter, name_shard
 from tp_embed.train_rows import RowMask
 
 _F = TypeVar("_F", bound=Callable[..., object])
@@ -109,9 +109,11 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, kinds) or (isinstance(value, Tensor) and not value.ndim)
 
 
-def carry_parameter(old: Tensor, shard: Shard, shard_dim: int) -> None:
-    """Gives the Parameter of ``shard`` what ``old`` has. The handles of hooks stay good."""
+def carry_parameter(old: Tensor, shard: Shard, shard_dim: int, table: str) -> None:
+    """Gives the Parameter of ``shard`` what ``old`` has, and the name of the table for errors. The
+    handles of hooks stay good."""
     new = shard.parameter
+    name_shard(new, table)
     for name in _PARAMETER_HOOKS:
         theirs, ours = getattr(old, name), getattr(new, name)
         if theirs:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,11 +77,13 @@ _REDUCTIONS = _names("_foreach_max _foreach_norm _foreach_powsum")
 
 @dataclass(frozen=True)
 class Shard:
-    """What a tensor is a shard of: a table that is cut along ``dim`` over ``gang``."""
+    """What a tensor is a shard of: a table that is cut along ``dim`` over ``gang``, and what the
+    model calls it, if that is known."""
 
     gang: Gang
     partition: Partition
     dim: int
+    name: str | None = None
 
     @property
     def table(self) -> str:
@@ -109,7 +111,14 @@ def mark_shard(weight: Tensor, gang: Gang, partition: Partition, dim: int) -> No
         if type(weight) in (Parameter, ShardedTensor):  # What `.to(device)` makes is one of these.
             weight.__class__ = ShardedParameter
         if isinstance(weight, ShardedParameter):
-            weight._shard = Shard(gang, partition, dim)
+            name = weight._shard.name if hasattr(weight, "_shard") else None
+            weight._shard = Shard(gang, partition, dim, name)
+
+
+def name_shard(weight: Tensor, name: str) -> None:
+    """Lets errors of ``weight``, if it is a shard, say which table of the model it belongs to."""
+    if isinstance(weight, ShardedParameter):
+        weight._shard = replace(weight._shard, name=name)
 
 
 class _Guarded:
@@ -206,13 +215,14 @@ def _origin(args: Any, kwargs: Any) -> Any:
 def _refusal(name: str, args: Any, kwargs: Any) -> str:
     origin = _origin(args, kwargs)
     shape = tuple(origin.shape)
+    table = "name" if origin._shard.name is None else repr(origin._shard.name)
     return (
         f"`{name}` must be given the whole table, but is given a shard of it instead: a tensor of "
         f"the shape {shape}, with the {origin._shard.table}. Call the layer that holds it: "
         "`embed(ids)`, `head(x)`, `head.loss(x, target)`. Or take `weight.full_tensor()`, on all "
         "ranks, or, for this rank's part on purpose, `weight.to_local()`. To leave the table "
-        "whole, pass `rules={name: 'none'}` to `shard_embeddings()`, or `shard_head=False` for an "
-        "output head."
+        f"whole, pass `rules={{{table}: 'none'}}` to `shard_embeddings()`, or "
+        "`shard_head=False` for an output head."
     )
 
 

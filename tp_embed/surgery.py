@@ -325,7 +325,8 @@ class _Change:
             retire(old, new, places[0].name)
         weight = self.group.weight
         if self.shard is not None:
-            carry_parameter(weight, self.shard, 0 if self.strategy == "vocab" else 1)
+            shard_dim = 0 if self.strategy == "vocab" else 1
+            carry_parameter(weight, self.shard, shard_dim, self.group.names[0])
         if self.values is not None:
             with torch.no_grad(), gang.whole(weight, modified=True):
                 weight.copy_(self.values)
