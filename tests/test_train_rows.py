@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from parity import SHARDED, whole
 from tp_embed import FakeGang, OutputHead, StandardEmbedding, shard_embeddings
@@ -294,3 +295,27 @@ def test_functional_call(sparse):
     leaf = torch.ones(V, E, requires_grad=True)
     torch.func.functional_call(embed, {"weight": leaf * 2}, (ALL,)).sum().backward()
     assert leaf.grad.to_dense().eq(2).all()  # As a hook of the Parameter, which has no part in it.
+
+
+def compiled(gang, kind):
+    embed = SHARDED[kind](gang, V, E, train_rows=ROWS)
+    torch.compile(embed, fullgraph=True, backend="aot_eager")(ALL).sum().backward()
+    return whole(embed, embed.weight.grad).any(1).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("kind", ["embed", "vocab"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_compiled_over_a_gang(pool, size, kind):
+    assert pool(size, compiled, kind) == [ROWS] * size
+
+
+def test_the_vocabulary_is_resized_first():
+    sizes = {"vocab_size": V, "n_embd": 4, "n_layer": 1, "n_head": 1, "n_positions": 8}
+    model = GPT2LMHeadModel(GPT2Config(**sizes))
+    model.resize_token_embeddings(V + 2)
+    shard_embeddings(model, FakeGang("cpu"), train_rows={"*.wte": slice(V, None)})
+    model(IDS, labels=IDS).loss.backward()
+    assert model.get_input_embeddings().weight.grad.any(1).nonzero()[:, 0].tolist() == [V, V + 1]
+    with pytest.raises(ValueError, match="must have no `train_rows` when the vocabulary"):
+        model.resize_token_embeddings(V + 4)
+    assert model.get_input_embeddings().num_embeddings == V + 2
