@@ -95,7 +95,7 @@ def read(gang, name, strategy, rules):
 
 
 def refused(gang, name, strategy, rules, table):
-    with pytest.raises(TypeError, match="must be given the whole table") as raised:
+    with pytest.raises(ValueError, match="must be given the whole table") as raised:
         read(gang, name, strategy, rules)
     return f"rules={{{table!r}: 'none'}}" in str(raised.value)
 
