@@ -17,6 +17,7 @@ from tp_embed import FakeGang, GangError, shard_embeddings
 from tp_embed.checkpoint import full_state_dict
 from tp_embed.head import ShardedLayer
 from tp_embed.integrations.transformers import from_pretrained
+from tp_embed.sharded_parameter import ShardedParameter
 
 # Rank 0 of the job, which writes, is in no smaller gang of the pool.
 SIZE = 4
@@ -62,7 +63,7 @@ def test_saved_models_are_those_of_transformers(pool, tmp_path, name, strategy):
 def load(gang, kind, directory, sharding, options):
     model = from_pretrained(kind, directory, gang, sharding=sharding, **options)
     tables = [m for m in model.modules() if isinstance(m, ShardedLayer)]
-    assert all(type(table.weight) is torch.nn.Parameter for table in tables)
+    assert all(type(table.weight) is ShardedParameter for table in tables)
     assert not any(parameter.is_meta for parameter in model.parameters())
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embed.weight

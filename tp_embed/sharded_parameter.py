@@ -260,7 +260,8 @@ class ShardedParameter(_Guarded, Parameter):
         if id(self) not in memo:
             with unguarded():
                 copied = Parameter(self.detach().clone(), self.requires_grad)
-            mark_shard(copied, self.gang, self._shard.partition, self.shard_dim)
+            shard = self._shard
+            mark_shard(copied, shard.gang, shard.partition, shard.dim)
             memo[id(self)] = copied
         return memo[id(self)]  # type: ignore[no-any-return]
 

@@ -28,6 +28,7 @@ from torch.nn import Module, Parameter
 
 from tp_embed.checkpoint.staging import staged
 from tp_embed.gang import GangError
+from tp_embed.sharded_parameter import local
 
 from .layout import has_mixed_up_masters, local_shape, logical_shape, map_of
 
@@ -200,7 +201,7 @@ def _shard(param: Parameter, dtype: torch.dtype | None) -> Tensor:
     if master is not None:
         return master.reshape(local_shape(param)).contiguous()
     with deepspeed.zero.GatheredParameters([param]):
-        return param.detach().to(dtype or param.dtype, copy=True).contiguous()
+        return local(param).to(dtype or param.dtype, copy=True).contiguous()
 
 
 def _on_rank_0(action: Callable[[], Any]) -> Any:

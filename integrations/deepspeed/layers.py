@@ -22,6 +22,7 @@ from tp_embed.collectives import whole_table
 from tp_embed.gang import Gang
 from tp_embed.head import ShardedLayer
 from tp_embed.partition import Partition
+from tp_embed.sharded_parameter import local
 
 from .layout import local_shape
 
@@ -88,14 +89,14 @@ class _Shard:
     def gather_params(self, params: list[Parameter]) -> None:
         """All ranks have to call it. Sends (P-1) times the largest shard."""
         for param in filter(_is_sharded, params):
-            self._shard = param.data
+            self._shard = local(param)
             param.data = whole_table(self._shard, self._dim, self._gang, self._partition)
 
     @torch.no_grad()
     def partition_params(self, params: list[Parameter]) -> None:
         for param in filter(_is_sharded, params):
             own = self._partition.shard(self._gang.rank)
-            shard = param.data.narrow(self._dim, own.start, len(own))
+            shard = local(param).narrow(self._dim, own.start, len(own))
             if self._shard is None:
                 param.data = shard.clone()
             else:
