@@ -49,7 +49,8 @@ from tp_embed.train_rows import Rows
 @dataclass(frozen=True)
 class TableReport:
     """What became of one table: its name in the model, logical sizes, the strategy, the names of
-    the heads and tables that share it, and its bytes on one rank now and before."""
+    the heads and tables that share it, its bytes on one rank now and before, and what else there
+    is to say."""
 
     name: str
     num_embeddings: int
@@ -58,12 +59,14 @@ class TableReport:
     tied: tuple[str, ...]
     bytes_per_rank: int
     bytes_replicated: int
+    note: str = ""
 
     def __str__(self) -> str:
         tied = f", tied to {', '.join(self.tied)}" if self.tied else ""
+        note = f" ({self.note})" if self.note else ""
         return (
             f"{self.name} ({self.num_embeddings} x {self.embed_dim}): strategy '{self.strategy}'"
-            f"{tied}; {self.bytes_per_rank / 2**20:.2f} MiB on this rank, "
+            f"{note}{tied}; {self.bytes_per_rank / 2**20:.2f} MiB on this rank, "
             f"{self.bytes_replicated / 2**20:.2f} MiB if replicated"
         )
 

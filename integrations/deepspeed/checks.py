@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from deepspeed.module_inject.autotp_config import PartitionType
@@ -22,6 +23,108 @@ PIPELINE = (
 )
 
 
+def _is_on(value: Any) -> bool:
+    return bool(value.get("enabled", False)) if isinstance(value, Mapping) else bool(value)
+
+
+def _above_1(value: Any) -> bool:
+    return isinstance(value, int) and value > 1
+
+
+def _sees_whole_matrices(name: Any) -> bool:
+    return str(name).lower() in ("lamb", "adafactor")
+
+
+@dataclass(frozen=True)
+class _Option:
+    """What a DeepSpeed config must not say with tensor parallelism: ``key``, with its sections,
+    where ``is_wrong`` finds its value so. The rest completes the sentences of the error."""
+
+    key: str
+    is_wrong: Callable[[Any], bool]
+    expected: str
+    reason: str
+    fix: str
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        value: Any = config
+        for part in self.key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None and self.is_wrong(value):
+            raise ValueError(
+                f"`{self.key}` must be {self.expected} with tensor parallelism, but is {value!r} "
+                f"instead: {self.reason}. {self.fix}."
+            )
+
+
+# Each is read in the source of DeepSpeed 0.19.8; the tests run those that run on the CPU.
+_OPTIONS = (
+    _Option(
+        "checkpoint.use_node_local_storage",
+        _is_on,
+        "false",
+        "DeepSpeed would save the model states of the first rank of each node only",
+        "Set it to false and save to a directory that all nodes share, or to one on each node, and "
+        "join these before loading",
+    ),
+    _Option(
+        "zero_optimization.zero_hpz_partition_size",
+        _above_1,
+        "1",
+        "hpZ keeps its second copies over neighbouring ranks, which are the tensor-parallel ones, "
+        "and would mix their shards",
+        "Set it to 1, or leave it out",
+    ),
+    _Option(
+        "zero_optimization.zero_quantized_gradients",
+        _is_on,
+        "false",
+        "qgZ reduces gradients over the ranks of a node and over nodes, tensor-parallel ones too, "
+        "and would sum those of different shards",
+        "Set it to false; `zero_quantized_weights` gathers over data-parallel ranks and may stay",
+    ),
+    _Option(
+        "zero_optimization.zenflow",
+        lambda value: True,
+        "left out",
+        "ZenFlow chooses the columns of a Parameter that it updates at once by the norms of their "
+        "gradients, and would choose others for each shard",
+        "Leave it out; `offload_optimizer` without it works",
+    ),
+    _Option(
+        "sequence_parallel_size",
+        _above_1,
+        "1",
+        "DeepSpeed makes groups for sequence parallelism of neighbouring ranks, which are the "
+        "tensor-parallel ones, and averages gradients over others",
+        'Leave it out, with `data_parallel_size`; `"output": "sequence"` of `tp_embed` gives each '
+        "tensor-parallel rank its positions",
+    ),
+    _Option(
+        "compile.passes",
+        lambda value: "autosp" in value,
+        "without 'autosp'",
+        "AutoSP cuts sequences over neighbouring ranks, which are the tensor-parallel ones",
+        "Take it out",
+    ),
+    _Option(
+        "hybrid_engine",
+        _is_on,
+        "left out",
+        "the hybrid engine hands the weights of layers to kernels for inference, which take a "
+        "shard of a table for all of it",
+        "Leave it out, and generate with the engine itself",
+    ),
+    _Option(
+        "optimizer.type",
+        _sees_whole_matrices,
+        "an optimizer that works item by item, such as 'AdamW',",
+        "its steps depend on norms or means over a whole matrix, of which each rank has a part",
+        "Take 'AdamW'",
+    ),
+)
+
+
 def check_config(config: Mapping[str, Any]) -> None:
     """Checks a DeepSpeed config for an engine with tensor parallelism. ``initialize()`` does so by
     itself.
@@ -37,13 +140,8 @@ def check_config(config: Mapping[str, Any]) -> None:
                 "parallelism, but is 0 instead: there DeepSpeed's norm of the gradients leaves out "
                 "shards, and clips by a wrong norm. Set it to 1."
             )
-    if (config.get("checkpoint") or {}).get("use_node_local_storage", False):
-        raise ValueError(
-            "`checkpoint.use_node_local_storage` must be false with tensor parallelism, but is "
-            "true instead: DeepSpeed would save the model states of the first rank of each node "
-            "only. Set it to false and save to a directory that all nodes share, or to one on "
-            "each node, and join these before loading."
-        )
+    for option in _OPTIONS:
+        option.check(config)
 
 
 def check_clipping(config: Mapping[str, Any]) -> None:
@@ -136,12 +234,24 @@ def check_model(model: Module) -> None:
         )
 
 
-def check_choices(model: Module, config: Mapping[str, Any], choices: Choices) -> None:
+def check_choices(
+    model: Module, config: Mapping[str, Any], choices: Choices, per_head: Collection[str] = ()
+) -> None:
     """Checks what is about to become of each table, against what AutoTP is told to do.
 
-    :raises ValueError: AutoTP is told to shard an output head too, or a ``partition_config``
-        matches a table that is left whole, of which AutoTP would keep some columns and gather none.
+    :param per_head: the names of tables that AutoTP cuts over the attention heads.
+    :raises ValueError: AutoTP is told to shard an output head too, a ``partition_config`` matches a
+        table that is left whole, of which AutoTP would keep some columns and gather none, or a rule
+        shards one of ``per_head``, of which the heads need some columns.
     """
+    for group, chosen in choices:
+        for name in group.names if chosen != "none" else []:
+            if name in per_head:
+                raise ValueError(
+                    f"The strategy for '{name}' must be 'none', but is {chosen!r} instead: AutoTP "
+                    "cuts its columns with the attention heads, each rank of which would get all "
+                    "of them. Leave it out of `tp_embed.rules`."
+                )
     tensor_parallel = get_tensor_parallel_config(config)
     heads = [group.names[0] for group, chosen in choices if group.heads and chosen != "none"]
     if heads and tensor_parallel.vocab_parallel_lm_head:
@@ -155,7 +265,8 @@ def check_choices(model: Module, config: Mapping[str, Any], choices: Choices) ->
         return
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     for group, chosen in choices:
-        for name in group.names if group.embeddings and chosen == "none" else []:
+        left = group.names if group.embeddings and chosen == "none" else []
+        for name in [name for name in left if name not in per_head]:
             spec = partition.find_matching_spec(f"{name}.weight", model_type)
             if spec is not None and spec.partition_type != PartitionType.SKIP:
                 raise ValueError(
@@ -164,6 +275,24 @@ def check_choices(model: Module, config: Mapping[str, Any], choices: Choices) ->
                     "gather nothing. Let `tp_embed` shard it, or give it "
                     '`"partition_type": "skip"`.'
                 )
+
+
+def check_muon(config: Mapping[str, Any], choices: Choices) -> None:
+    """
+    :raises ValueError: DeepSpeed would orthogonalize shards of a table. It gives Muon all matrices
+        but those with "embed" or "lm_head" in their names.
+    """
+    if str((config.get("optimizer") or {}).get("type")).lower() != "muon":
+        return
+    for group, chosen in choices:
+        name = f"{group.names[0]}.weight"
+        if chosen != "none" and not any(part in name.lower() for part in ("embed", "lm_head")):
+            raise ValueError(
+                f"`optimizer.type` must not be 'Muon' where '{name}' is sharded: DeepSpeed takes "
+                "it for a matrix of a hidden layer, since there is no 'embed' in its name, and "
+                "would orthogonalize each shard by itself. Leave it whole, "
+                f"`tp_embed.rules: {{{group.names[0]!r}: 'none'}}`, or take 'AdamW'."
+            )
 
 
 def _stage(config: Mapping[str, Any]) -> int:

@@ -64,8 +64,15 @@ def initialize(
         # Before the tables change: a generator may have begun to give old ones.
         model_parameters = list(model_parameters)
 
+    # What a config says in the place of `mesh_param`.
+    sizes = {} if mesh_param is None else {"sequence_parallel_size": mesh_param[1]}
     report = shard_model(
-        model, ds_config, section, mpu=mpu, optimizer=optimizer, parameters=model_parameters
+        model,
+        ds_config | sizes,
+        section,
+        mpu=mpu,
+        optimizer=optimizer,
+        parameters=model_parameters,
     )
 
     items = deepspeed.initialize(

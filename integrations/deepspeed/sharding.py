@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -18,15 +19,17 @@ from torch.optim import Optimizer
 from tp_embed.agreement import check_agreement, raise_together
 from tp_embed.embedding import ShardedEmbedding, VocabShardedEmbedding
 from tp_embed.gang import FakeGang, Gang
-from tp_embed.strategies import Choices, choose_strategies
+from tp_embed.strategies import Choices, Strategy, choose_strategies
 from tp_embed.surgery import ShardingReport, shard_embeddings
 from tp_embed.watchdog import Watchdog
 
+from .autotp import NOTE, per_head_tables
 from .checks import (
     PIPELINE,
     check_choices,
     check_clipping,
     check_config,
+    check_muon,
     check_reuse_grad,
     check_sparse,
     check_tied_stages,
@@ -68,16 +71,17 @@ def shard_model(
         },
     )
 
-    def check_all() -> None:
-        _check(model, gang, section, ds_config, dp_size)
+    def check_all() -> list[str]:
+        left = _check(model, gang, section, ds_config, dp_size)
         check(gang)
+        return left
 
-    raise_together(gang, check_all)
+    left = raise_together(gang, check_all)
     report = ShardingReport(())
     if isinstance(model, PipelineModule):
         _check_stages(model, gang, ds_config, dp_size)
     elif not _is_out_of_reach(model, gang):
-        report = _shard(model, gang, section, optimizer, parameters)
+        report = _shard(model, gang, section, left, optimizer, parameters)
     log_dist(f"tp_embed over {gang}:\n{report}", ranks=[0])
     return report
 
@@ -109,31 +113,30 @@ def _dp_size(model: Module, gang: Gang, mpu: Any) -> int:
 
 def _check(
     model: Module, gang: Gang, section: EmbedConfig, ds_config: dict[str, Any], dp_size: int
-) -> None:
-    """Finds out what would be refused before anything is changed."""
+) -> list[str]:
+    """Finds out what would be refused before anything is changed.
+
+    :returns: the names of tables that are left to AutoTP.
+    """
     if gang.size > 1:
         check_config(ds_config)
     if isinstance(model, PipelineModule):
         if model.num_stages > 1:
             check_clipping(ds_config)
-        return
+        return []
     if _is_out_of_reach(model, gang):
         if section.init is not None:
             raise ValueError(
                 f"`{SECTION}.init` must be left out for a model of `deepspeed.zero.Init` without "
                 f"tensor parallelism, but is {section.init!r}. Initialize it where it is built."
             )
-        return
-    choices = choose_strategies(
-        model,
-        section.strategy,
-        section.rules,
-        section.tie_head,
-        section.shard_head,
-        gang.size,
-        section.output,
-    )
-    check_choices(model, ds_config, choices)
+        return []
+    choices = _choose(model, gang, section, section.rules)
+    left = per_head_tables(model, ds_config, choices)
+    choices = _choose(model, gang, section, _rules(section, left))
+    check_choices(model, ds_config, choices, left)
+    if gang.size > 1:
+        check_muon(ds_config, choices)
     _check_gradients(model, choices, section, ds_config, dp_size)
     if section.shard_logits:
         from tp_embed.integrations.transformers import check_loss  # An optional dependency.
@@ -147,6 +150,23 @@ def _check(
                 f"but is {chosen!r} instead. Set `{SECTION}.strategy` to 'vocab', or "
                 f"`{SECTION}.shard_logits` to false."
             )
+    return left
+
+
+def _choose(model: Module, gang: Gang, section: EmbedConfig, rules: dict[str, Strategy]) -> Choices:
+    return choose_strategies(
+        model,
+        section.strategy,
+        rules,
+        section.tie_head,
+        section.shard_head,
+        gang.size,
+        section.output,
+    )
+
+
+def _rules(section: EmbedConfig, left: list[str]) -> dict[str, Strategy]:
+    return section.rules | {name: "none" for name in left if name not in section.rules}
 
 
 def _check_gradients(
@@ -189,6 +209,7 @@ def _shard(
     model: Module,
     gang: Gang,
     section: EmbedConfig,
+    left: list[str],
     optimizer: Any,
     parameters: list[Any] | None,
 ) -> ShardingReport:
@@ -196,7 +217,7 @@ def _shard(
         model,
         gang,
         strategy=section.strategy,
-        rules=section.rules,
+        rules=_rules(section, left),
         tie_head=section.tie_head,
         shard_head=section.shard_head,
         output=section.output,
@@ -212,7 +233,8 @@ def _shard(
         from tp_embed.integrations.transformers import shard_logits
 
         shard_logits(model)
-    return report
+    tables = [replace(table, note=NOTE) if table.name in left else table for table in report.tables]
+    return ShardingReport(tuple(tables))
 
 
 def _check_stages(
