@@ -45,7 +45,7 @@ def ways(embed: VocabShardedEmbedding) -> dict[str, Loss]:
     def by_deepspeed(x: Tensor, target: Tensor) -> Tensor:
         loss: Tensor = vocab_parallel_linear_cross_entropy(
             x,
-            embed.weight,
+            embed.weight.to_local(),  # type: ignore[attr-defined]
             target,
             tp_group=gang.as_process_group(),
             vocab_start_index=embed.rows.start,

@@ -8,12 +8,14 @@ item goes through: optimizers, copies, casts, flat buffers.
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._ops import OperatorBase
 from torch.nn import Parameter
@@ -170,6 +172,8 @@ class _Guarded:
         else:
             is_kept = name in _KEPT or name in _FLAT
             is_passed = is_kept or _passes(name)
+        if getattr(func, "__module__", None) == dist.distributed_c10d.__name__:
+            is_passed = not _reaches_gang(func, args, kwargs)
         with unguarded():
             if name in ("sum", "mean") and len(args) == 1 and not kwargs:
                 return _over_table(name, args[0])
@@ -191,7 +195,15 @@ def _over_table(name: str, shard: Any) -> Tensor:
     call it; one number is all-reduced."""
     total = reduce_partial(shard.sum(), shard.gang)
     other = shard.shape[1 - shard.shard_dim]
-    return total if name == "sum" else total / (shard.partition.size * other)
+    return total if name == "sum" else total / (shard._shard.partition.size * other)
+
+
+def _reaches_gang(collective: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a collective of torch puts shards of other ranks of the gang in the place of this
+    one, or adds them to it. Data-parallel ranks, which hold the same shard, may exchange it."""
+    group = inspect.signature(collective).bind(*args, **kwargs).arguments.get("group")
+    others = set(getattr(_origin(args, kwargs).gang, "global_ranks", ())) - {dist.get_rank()}
+    return not others.isdisjoint(dist.get_process_group_ranks(group))
 
 
 def _kept(result: Any, name: str, args: Any, kwargs: Any) -> Any:
