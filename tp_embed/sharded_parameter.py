@@ -55,8 +55,8 @@ _KEPT = _names(
     fmod frac ge greater greater_equal gt half isclose isfinite isinf isnan le lerp less
     less_equal log log1p log2 logical_and logical_not logical_or lt masked_fill maximum minimum
     mul multiply nan_to_num ne neg negative not_equal pin_memory positive pow reciprocal
-    remainder round rsqrt rsub sgn sigmoid sign sqrt square sub subtract tanh to true_divide
-    trunc type type_as view_as where xpu
+    remainder reshape_as round rsqrt rsub sgn sigmoid sign sqrt square sub subtract tanh to
+    true_divide trunc type type_as view_as where xpu
     """
 )
 
