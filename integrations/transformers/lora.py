@@ -1,13 +1,15 @@
-"""LoRA of PEFT on models with sharded tables."""
+"""PEFT on models with sharded tables."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import peft
 import torch
 from peft.tuners.lora import layer as lora
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor
 from torch.nn import Linear, Module
 from torch.nn import functional as F  # noqa: N812 (its usual name)
@@ -15,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 from tp_embed.embedding import ShardedEmbedding, VocabShardedEmbedding
 from tp_embed.head import OutputHead, ShardedLayer
 
-from .layers import has_shards, table_shape
+from .layers import has_shards, sharded_layers, table_shape
 from .save import SavesShards
 
 
@@ -27,9 +29,14 @@ def get_peft_model(model: Module, peft_config: peft.PeftConfig, *args: Any, **op
     Without either, :func:`peft.get_peft_model` itself does as well. A model of PEFT of which the
     tables are sharded later, by :func:`tp_embed.shard_embeddings`, needs neither.
 
-    :raises ValueError: LoRA is asked for something that needs the whole table, such as DoRA, or for
-        an adapter of a sharded output head.
+    Prompt tuning and p-tuning read the table by calling it, and need it from the beginning: of a
+    table that is sharded over the vocabulary, plain PEFT does not find it.
+
+    :raises ValueError: PEFT is asked for something that needs the whole table, such as DoRA,
+        ``trainable_token_indices`` of it, ``ensure_weight_tying`` for a copy of it, or for an
+        adapter of a sharded output head.
     """
+    _check_tables(model, peft_config)
     if isinstance(peft_config, peft.LoraConfig):
         peft_config._register_custom_module(
             {
@@ -38,9 +45,53 @@ def get_peft_model(model: Module, peft_config: peft.PeftConfig, *args: Any, **op
                 OutputHead: _refuse_head,  # type: ignore[dict-item]
             }
         )
-    wrapped = peft.get_peft_model(model, peft_config, *args, **options)
+    with _showing_sizes(model):
+        wrapped = peft.get_peft_model(model, peft_config, *args, **options)
     adapt_lora(wrapped)
     return wrapped
+
+
+def _check_tables(model: Module, config: peft.PeftConfig) -> None:
+    layers = {name.removesuffix(".weight"): layer for name, layer in sharded_layers(model)}
+    named: Any = getattr(config, "trainable_token_indices", None)
+    has_tokens = named is not None
+    if isinstance(config, peft.TrainableTokensConfig):
+        named, has_tokens = config.target_modules, True
+    if isinstance(named, str):
+        named = [named]
+    if has_tokens and not (named and isinstance(next(iter(named)), str)):
+        # Ids alone are those of the input embedding.
+        table: Any = model.get_input_embeddings()  # type: ignore[operator]
+        named = [name for name, layer in layers.items() if layer is table]
+    for name in _matching(layers, named or []):
+        _refuse_tokens(f"'{name}'")
+    tied = [layer.weight for layer in layers.values()]
+    copied = _matching(layers, getattr(config, "modules_to_save", None) or [])
+    is_tied = any(sum(w is layers[name].weight for w in tied) > 1 for name in copied)
+    if is_tied and getattr(config, "ensure_weight_tying", False):
+        _refuse_option("ensure_weight_tying", True)
+
+
+def _matching(layers: Mapping[str, ShardedLayer], patterns: Iterable[str]) -> list[str]:
+    """Names that PEFT takes for one of ``patterns``: those that end with it."""
+    return [n for n in layers for p in patterns if n == p or n.endswith(f".{p}")]
+
+
+@contextmanager
+def _showing_sizes(model: Module) -> Iterator[None]:
+    """Lets PEFT find the table of the input by its number of rows. It looks at that which ZeRO 3
+    notes on a Parameter, too."""
+    shown: dict[Any, tuple[int, int]] = {}
+    for _, layer in sharded_layers(model):
+        if not hasattr(layer.weight, "ds_shape"):
+            shown[layer.weight] = table_shape(layer)
+    for weight, shape in shown.items():
+        weight.ds_shape = shape
+    try:
+        yield
+    finally:
+        for weight in shown:
+            del weight.ds_shape
 
 
 def adapt_lora(model: Module) -> None:
@@ -57,10 +108,12 @@ def adapt_lora(model: Module) -> None:
 
 def check_adapters(model: Module, tables: Collection[Module]) -> None:
     """
-    :raises ValueError: an adapter of LoRA on one of the ``tables``, which are about to be sharded,
+    :raises ValueError: an adapter of PEFT on one of the ``tables``, which are about to be sharded,
         would not fit its shard.
     """
     for module in model.modules():
+        if isinstance(module, TrainableTokensLayer) and module.get_base_layer() in tables:
+            _refuse_tokens("a table that is to be sharded")
         if isinstance(module, lora.LoraLayer) and module.get_base_layer() in tables:
             if isinstance(module.get_base_layer(), Linear):
                 _refuse_head(module)
@@ -112,6 +165,14 @@ def _refuse_option(name: str, value: object) -> None:
         f"`{name}` must be left as it is for LoRA of sharded tables, which it would have to see "
         f"whole, but is {value!r}. Take the tables out of `target_modules`, or leave them whole: "
         "`rules={NAME: 'none'}`."
+    )
+
+
+def _refuse_tokens(table: str) -> None:
+    raise ValueError(
+        f"`trainable_token_indices` must name tables that are whole, but name {table}, of which "
+        "each rank has a part: PEFT puts the new rows into the whole weight. Name it in "
+        "`modules_to_save` to train all of its rows, or leave it whole: `rules={NAME: 'none'}`."
     )
 
 
