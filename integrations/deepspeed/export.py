@@ -199,7 +199,7 @@ def _shard(param: Parameter, dtype: torch.dtype | None) -> Tensor:
     """What this tensor-parallel rank holds of ``param``, gathered over the data-parallel group."""
     master = safe_get_full_fp32_param(param) if _wants_master(param, dtype) else None
     if master is not None:
-        return master.reshape(local_shape(param)).contiguous()
+        return local(master).reshape(local_shape(param)).contiguous()
     with deepspeed.zero.GatheredParameters([param]):
         return local(param).to(dtype or param.dtype, copy=True).contiguous()
 
