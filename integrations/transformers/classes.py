@@ -9,6 +9,7 @@ from typing import Any
 from torch.nn import Module
 from transformers import PreTrainedModel
 
+from .forward import check_forward
 from .layers import has_shards
 from .resize import ResizesShards
 from .save import SavesShards
@@ -31,7 +32,9 @@ def adapt(model: Module) -> None:
 
 
 def check_adapters(model: Module, tables: Collection[Module]) -> None:
-    """Checks that what PEFT has put around ``tables`` of ``model`` works on shards of them."""
+    """Checks that what others have put around ``tables`` of ``model``, or in the place of its
+    ``forward``, works on shards of them."""
+    check_forward(model, tables)
     if _has_peft(model):
         from . import lora
 

@@ -12,6 +12,7 @@ from tp_embed.integrations.deepspeed.sharding import start_watchdog
 from tp_embed.surgery import ShardingReport
 from tp_embed.watchdog import Watchdog
 
+from .forward import check_forward
 from .shard import shard_by_config
 
 logger = logging.get_logger(__name__)
@@ -52,6 +53,8 @@ class ShardTables(TrainerCallback):
         logger.info(f"tp_embed:\n{self.report}")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Trainers of TRL replace the `forward` after their constructor has called this one's.
+        check_forward(kwargs["model"])
         if self.watchdog is None:
             _, section = read_section(args.hf_deepspeed_config.config)
             self.watchdog = start_watchdog(section)

@@ -1,0 +1,68 @@
+"""Finds models whose ``forward`` was replaced by one that reads the weight of the output head."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch.nn import Module
+from transformers import PreTrainedModel
+
+from tp_embed.head import OutputHead
+
+# Packages whose fused losses multiply by the weight of the head themselves.
+_FUSED = frozenset({"cut_cross_entropy", "liger_kernel", "trl", "unsloth", "unsloth_zoo"})
+
+
+def check_forward(model: Module, heads: Collection[Module] = ()) -> None:
+    """Checks the models of transformers in ``model`` whose output head is sharded, or is one of
+    ``heads``, which are to be.
+
+    :raises ValueError: the ``forward`` of one was replaced, for the class or for the object, by one
+        that multiplies by the weight of the head, of which each rank has a part.
+    """
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        head = module.get_output_embeddings()
+        is_sharded = isinstance(head, OutputHead) and head.gang.size > 1
+        function = _replaced_forward(module)
+        if function is not None and (is_sharded or head in heads) and _reads_head(function):
+            raise ValueError(
+                f"The `forward` of a `{type(module).__name__}` must call its output head if that "
+                f"is sharded, but was replaced by `{function.__globals__['__name__']}."
+                f"{function.__code__.co_name}`, which multiplies by the weight of the head itself. "
+                "Leave the head whole, `shard_head=False`, or, where it is tied to a table, "
+                "`tie_head=False`; or turn off that loss, and take `shard_logits()` of "
+                "`tp_embed.integrations.transformers`."
+            )
+
+
+def _replaced_forward(module: Any) -> Any:
+    """The function that ``module`` calls in the place of the ``forward`` that its class was written
+    with, or None."""
+    function = vars(module).get("forward")
+    if function is None:
+        owner = next(base for base in type(module).__mro__ if "forward" in vars(base))
+        function = vars(owner)["forward"]
+        while getattr(function, "__wrapped__", None) is not None and not _is_fused(function):
+            function = function.__wrapped__  # Decorators of transformers.
+        if _home(function) == owner.__module__:
+            return None
+    function = getattr(function, "__func__", function)
+    return function if hasattr(function, "__code__") else None
+
+
+def _reads_head(function: Any) -> bool:
+    names = {*function.__code__.co_names, *function.__code__.co_freevars}
+    names_head = not names.isdisjoint({"lm_head", "get_output_embeddings"})
+    return _is_fused(function) or (names_head and "weight" in names)
+
+
+def _is_fused(function: Any) -> bool:
+    return _home(function).partition(".")[0] in _FUSED
+
+
+def _home(function: Any) -> str:
+    """The module that the code is in: `functools.wraps` copies `__module__`."""
+    return str(getattr(function, "__globals__", {}).get("__name__", ""))
