@@ -57,9 +57,31 @@ class GangLayer(Module):
             mask_gradient(self.weight, self.train_rows, layer.rows)
 
     def register_parameter(self, name: str, param: Parameter | None) -> None:
+        if name == "weight" and param is not None:
+            self._check_weight(param)
         super().register_parameter(name, param)
         if name == "weight" and param is not None:
             self._mark()
+
+    def _check_weight(self, param: Parameter) -> None:
+        """
+        :raises ValueError: ``param`` is the whole table, or a shard of one that is cut otherwise.
+        """
+        layer: Any = self
+        dim, own = layer.shard_dim, len(layer.partition.shard(self.gang.rank))
+        of = getattr(param, "_shard", None)
+        is_cut_otherwise = of and (of.dim, of.partition.size) != (dim, layer.partition.size)
+        # ZeRO 3 leaves one dimension; transformers reads files into DTensors.
+        is_whole = type(param) is Parameter and param.dim() == 2 and param.shape[dim] != own
+        if is_cut_otherwise or is_whole:
+            axis = "columns" if dim else "rows"
+            found = f"the {of.table}" if of else f"a tensor of the shape {tuple(param.shape)}"
+            raise ValueError(
+                f"`weight` of a `{type(self).__name__}` must hold {own} {axis}, this rank's shard, "
+                f"but is given {found}. Tie tables and heads before they are sharded, by "
+                "`shard_embeddings()`; make a layer of a whole table by `from_embedding()`, or "
+                "leave it whole: `rules={name: 'none'}`, `shard_head=False`."
+            )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
