@@ -41,7 +41,7 @@ def test_options_that_mix_shards_up_are_refused(seen):
         "hybrid engine": "`hybrid_engine` must be left out with",
         "LAMB": "`optimizer.type` must be an optimizer that works item by item",
         "Adafactor": "`optimizer.type` must be an optimizer that works item by item",
-        "Muon": "`optimizer.type` must not be 'Muon' where 'wte.weight' is sharded",
+        "Muon": "`optimizer.type` must not be 'Muon' where 'head.weight' is sharded",
         "rule": "must be 'none', but is 'embed' instead: AutoTP cuts its columns",
     }
     for of_rank in seen:
