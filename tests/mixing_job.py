@@ -11,6 +11,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
 
 from engines_job import AUTOTP, batches, build, config, step
 from tp_embed.integrations.deepspeed import DeepSpeedGang, initialize
@@ -129,12 +135,41 @@ def train_right(name: str) -> list[float]:
     return [step(engine, ids) for ids in batches(0)]
 
 
+def fragments(strategy: str) -> dict[str, Any]:
+    """What `safe_get_full_*` and `safe_set_full_*` do with a table at ZeRO 1."""
+    adam = {"type": "AdamW", "params": {"lr": LR, "torch_adam": True}}
+    engine, *_ = initialize(
+        model=build(), config=config(**AUTOTP, optimizer=adam, tp_embed={"strategy": strategy})
+    )
+    step(engine, batches(0)[0])
+    weight = engine.module.embed.weight
+    table = torch.arange(1.0, 185.0).view(23, 8)
+    seen: dict[str, Any] = {}
+    for name in ("exp_avg", "exp_avg_sq"):
+        safe_set_full_optimizer_state(weight, table, name)
+        seen[name] = safe_get_full_optimizer_state(weight, name).full_tensor()
+    safe_set_full_fp32_param(weight, table)
+    found = safe_get_full_fp32_param(weight)
+    seen["fp32"] = found.full_tensor()
+    for name, action in {
+        "read": lambda: torch.mv(found, torch.ones(found.shape[1])),
+        "shape": lambda: safe_set_full_fp32_param(weight, torch.ones(3, 3)),
+    }.items():
+        try:
+            action()
+            seen[name] = "no error"
+        except (TypeError, ValueError) as e:
+            seen[name] = str(e)
+    return seen
+
+
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed()
     DeepSpeedGang.from_groups(tp_size=2)
     seen: dict[str, Any] = {"refusals": refusals()}
     seen["right"] = {name: train_right(name) for name in RIGHT}
+    seen["fragments"] = [fragments(strategy) for strategy in ("embed", "vocab")]
     for stage in (1, 3):
         for name in MODELS:
             for how in (None, {}, {"strategy": "vocab"}):

@@ -16,6 +16,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from .config import read_section
+from .setters import guard_setters
 from .sharding import shard_model, start_watchdog
 from .timing import time_collectives
 
@@ -90,6 +91,7 @@ def initialize(
         mesh_param=mesh_param,
     )
     items[0].tp_embed_report = report
+    guard_setters(items[0].module)
     time_collectives(items[0])
     items[0].tp_embed_watchdog = start_watchdog(section)
     return cast(tuple[Any, Any, Any, Any], items)
