@@ -90,7 +90,7 @@ def _train_sharded(gang: Any, whole: Whole, strategy: Any) -> Outcome:
         except Exception as error:
             # As a user would, follow what the message says.
             advised = re.search(r"`rules=\{'(.+?)': 'none'\}`", str(error))
-            if not _is_ours(error):
+            if not is_ours(error):
                 return Outcome("failed", _short(error))
             if advised is None or advised[1] in rules:
                 return Outcome("refused", _short(error))
@@ -134,7 +134,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).masked_fill(same, 0.0).abs().max()) if a.numel() else 0.0
 
 
-def _is_ours(error: Exception) -> bool:
+def is_ours(error: Exception) -> bool:
     """Whether our code has raised it on purpose, and not because a rank did not come."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     on_purpose = last.filename.startswith(OURS) and "raise" in (last.line or "")
@@ -143,7 +143,7 @@ def _is_ours(error: Exception) -> bool:
 
 def _short(error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
-    where = "" if _is_ours(error) else f" ({Path(last.filename).name}:{last.lineno})"
+    where = "" if is_ours(error) else f" ({Path(last.filename).name}:{last.lineno})"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}{where}"
 
 

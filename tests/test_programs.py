@@ -1,0 +1,191 @@
+"""Random programs around a table come to what they do with `nn.Embedding` and `nn.Linear`, or are
+refused by one of our errors.
+
+    python tests/test_programs.py "Program(...)"    runs one again
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model_matrix import is_ours
+from parity import bits
+from programs import OPTIMIZERS, Machine, Op, Program, Spec
+
+TOLERANCES = {"float32": 2e-5, "float64": 1e-10, "bfloat16": 5e-2}
+
+
+def run(gang: Any, program: Program) -> str:
+    """What became of ``program`` on this rank: "same", "both raised", "refused: ..." or
+    "FAILED ..."."""
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    expected, found = Machine(program.spec), Machine(program.spec, gang)
+    for step, op in enumerate(program.ops):
+        where = f"at {step}, {op}: "
+        reference, reference_error = _attempt(expected, op)
+        ours, error = _attempt(found, op)
+        if error is not None and reference_error is not None:
+            return "both raised"
+        if reference_error is not None:
+            return f"FAILED {where}torch raises {_text(reference_error)}, ours does not"
+        if error is not None:
+            kind = "refused: " if is_ours(error) else "FAILED " + where
+            return f"{kind}{_text(error)}"
+        assert reference is not None
+        assert ours is not None
+        if different := _different(program, found, ours, reference):
+            return f"FAILED {where}{different}"
+    return "same"
+
+
+def _attempt(machine: Machine, op: Op) -> tuple[dict[str, Tensor | None] | None, Exception | None]:
+    try:
+        return machine.run(op), None
+    except Exception as error:
+        return None, error
+
+
+def _text(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({last.filename[-40:]})"
+
+
+def _different(program: Program, ours: Machine, found: Any, expected: Any) -> str:
+    for name, whole in expected.items():
+        value = found[name]
+        if whole is None or value is None:
+            if whole is not value:
+                return f"{name} is {value} for {whole}"
+            continue
+        whole = ours.part(whole) if name.startswith("part") else whole
+        whole = whole.to_dense()
+        value = value.to_dense().as_subclass(Tensor)
+        if (value.shape, value.dtype) != (whole.shape, whole.dtype):
+            return f"{name} is {value.shape} {value.dtype} for {whole.shape} {whole.dtype}"
+        if program.exact and torch.equal(bits(value), bits(whole)):
+            continue
+        tolerance = 0.0 if program.exact else TOLERANCES[program.spec.dtype]
+        largest = max([1.0, *whole.abs().flatten().tolist()])
+        if program.exact or not torch.allclose(value, whole, tolerance, tolerance * largest):
+            return f"{name} is\n{value} for\n{whole}"
+    return ""
+
+
+@st.composite
+def specs(draw: Any) -> Spec:
+    kind = draw(st.sampled_from(["standard", "embed", "vocab"]))
+    rows = draw(st.integers(1, 9))
+    sparse, reuse_grad = draw(st.sampled_from([(False, False), (True, False), (False, True)]))
+    outputs = {"standard": [], "embed": ["sequence", "shard"], "vocab": ["sequence"]}[kind]
+    output = draw(st.sampled_from(["replicated", "replicated", *outputs]))
+    heads = [None] if sparse or output != "replicated" else [None, "tied", "biased"]
+    optimizers = ["SparseAdam", "SGD", "Adagrad"] if sparse else list(OPTIMIZERS)[:-1]
+    return Spec(
+        kind,
+        rows,
+        draw(st.integers(1, 7)),
+        pad_idx=draw(st.none() | st.integers(-rows, rows - 1)),
+        dtype=draw(st.sampled_from(["float32", "float32", "float64", "bfloat16"])),
+        sparse=sparse,
+        reuse_grad=reuse_grad,
+        scale=draw(st.sampled_from([None, None, 2.0, 0.3])),
+        output=output,
+        dedup=draw(st.sampled_from(["auto", True, False])),
+        head=draw(st.sampled_from(heads)),
+        optimizer=draw(st.sampled_from(optimizers)),
+    )
+
+
+def _ops(name: str, **arguments: Any) -> st.SearchStrategy[Op]:
+    return st.tuples(st.just(name), st.fixed_dictionaries({}, optional=arguments))
+
+
+def _of(*values: Any) -> st.SearchStrategy[Any]:
+    return st.sampled_from(values)
+
+
+INPLACE = _of("mul_", "+=", "masked", "relu_", "of a view", "copy_")
+LOOK_UP = st.tuples(
+    st.just("look_up"),
+    st.fixed_dictionaries(
+        {"shape": st.lists(st.integers(0, 4), min_size=1, max_size=3).map(tuple)},
+        optional={
+            "seed": st.integers(0, 5),
+            "ids": _of("int32", "uint8", "int16"),
+            "layout": _of("strided", "transposed"),
+            "mode": _of(
+                "no_grad",
+                "inference_mode",
+                "checkpoint",
+                "autocast",
+                "functional_call",
+                "functional_call of the same",
+            ),
+            "hook": _of("tensor", "retained", "forward", "forward pre", "full backward"),
+            "inplace": INPLACE,
+            "arrives": _of("expanded", "transposed", "every other", "split", "squared"),
+        },
+    ),
+)
+BACKWARD = _ops(
+    "backward",
+    mode=_of("autograd.grad", "second order", "ids changed", "retained twice", "twice"),
+)
+STEP = _ops("step")
+OTHERS = st.one_of(
+    _ops("zero_grad", set_to_none=st.booleans()),
+    _ops("clip", by=_of("torch", "tp_embed"), norm=_of(1.0, 2.0, float("inf"))),
+    _ops("copy", how=_of("pickle", "state dict", "assigned state dict")),
+    _ops("hook_weight"),
+    _ops("freeze", frozen=st.booleans()),
+)
+OPS = st.one_of(LOOK_UP, BACKWARD, LOOK_UP, STEP, OTHERS, BACKWARD)
+PROGRAMS = st.builds(
+    Program, specs(), st.integers(1, 3), st.lists(OPS, min_size=1, max_size=10).map(tuple)
+)
+
+
+def check(pool: Any, examples: int) -> None:
+    @settings(max_examples=examples, print_blob=True)
+    @given(PROGRAMS)
+    def any_program(program: Program) -> None:
+        outcomes = pool(program.size, run, program, timeout=30)
+        event(outcomes[0].split("(")[0][:120])
+        if any("failed on rank" in outcome for outcome in outcomes):
+            pool.stop()  # The ranks may be at different collectives.
+        assert not any(o.startswith("FAILED") for o in outcomes), f"{program}\n{outcomes}"
+        assert len(set(outcomes)) == 1, f"{program}\n{outcomes}"
+
+    any_program()
+
+
+def test_any_program_comes_to_the_same_or_is_refused(pool):
+    check(pool, 100)
+
+
+@pytest.mark.nightly
+def test_thousands_of_programs_come_to_the_same_or_are_refused(pool):
+    check(pool, 2000)
+
+
+def main() -> None:
+    from pool import Pool
+
+    program = eval(sys.argv[1])
+    pool = Pool()
+    print(*pool(program.size, run, program), sep="\n")
+    pool.stop()
+
+
+if __name__ == "__main__":
+    main()
