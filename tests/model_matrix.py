@@ -121,7 +121,9 @@ def _differences(losses: list[float], state: dict[str, Tensor] | None, whole: Wh
         if ours.shape != expected.shape:
             found.append(f"{key} is of {tuple(ours.shape)} for {tuple(expected.shape)}")
             continue
-        size = float(expected.abs().max()) if expected.isfinite().all() and len(expected) else 0.0
+        size = (
+            float(expected.abs().max()) if expected.isfinite().all() and expected.numel() else 0.0
+        )
         tolerance = OF_VALUES * max(size, most) + OF_CHANGES * moved[key]
         if not _difference(ours, expected) <= tolerance:
             found.append(f"{key} differs by {_difference(ours, expected):.1e}")
