@@ -1,0 +1,128 @@
+"""Writes docs/compatibility.md from what the cases come to.
+
+python tests/compatibility_page.py
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+
+import compatibility_autograd
+import compatibility_tools
+import compatibility_weight
+from compatibility import KINDS, SIZES, Case, cases_of, outcome
+from pool import Pool, RankError
+
+PAGE = Path(__file__).parent.parent / "docs" / "compatibility.md"
+
+CASES = [
+    *cases_of("Outputs, gradients and transforms", vars(compatibility_autograd)),
+    *cases_of("The weight, its gradient and its state", vars(compatibility_weight)),
+    *compatibility_tools.optimizer_cases(),
+    *cases_of("Tools around a model", vars(compatibility_tools)),
+]
+
+NAMES = {
+    "standard": "`StandardEmbedding`",
+    "embed": "`ShardedEmbedding`",
+    "vocab": "`VocabShardedEmbedding`",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What other tests show: the file and the name of one, such as ``test_x.py::test_y``."""
+
+    users_do: str
+    happens: str
+    sizes: str
+    test: str
+
+
+ELSEWHERE: list[Row] = []
+
+HEAD = """# What works as with nn.Embedding and nn.Linear
+
+Made by `python tests/compatibility_page.py`. Each row is a case that is run with `nn.Embedding` and
+`nn.Linear` in one process, and with `StandardEmbedding`, `ShardedEmbedding`,
+`VocabShardedEmbedding` and `OutputHead` at P = 1, 2 and 3 (P is the size of the gang). *Same*: the
+numbers are the same, with a relative tolerance of 1e-5 in fp32. *Refused*: it raises the error.
+*Error as in torch*: it raises with torch's layers too.
+"""
+
+
+@cache
+def find_outcomes(pool: Pool, case: Case, kind: str, size: int) -> str:
+    """What became of a case on all ranks; see :func:`compatibility.outcome`."""
+    try:
+        ranks = pool(size, outcome, kind, case, timeout=30)
+    except RankError as error:
+        return f"FAILED: {error}"
+    if any("failed on rank" in rank for rank in ranks):
+        pool.stop()  # The ranks may be at different collectives.
+    if len({rank.split(":")[0] for rank in ranks}) > 1:
+        return f"FAILED: the ranks differ: {ranks}"
+    return next((rank for rank in ranks if rank.startswith("FAILED")), ranks[0])
+
+
+def page(pool: Pool) -> str:
+    lines = [HEAD]
+    for topic, cases in groupby(CASES, lambda case: case.topic):
+        lines += [f"## {topic}", "", "| What users do | What happens | Case |", "|---|---|---|"]
+        lines += [f"| {c.users_do} | {_cell(pool, c)} | `{c.name}` |" for c in cases]
+        lines.append("")
+    if ELSEWHERE:
+        lines += ["## Engines, models and launchers", ""]
+        lines += ["| What users do | What happens | P | Test |", "|---|---|---|---|"]
+        lines += [f"| {r.users_do} | {r.happens} | {r.sizes} | `{r.test}` |" for r in ELSEWHERE]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cell(pool: Pool, case: Case) -> str:
+    """By outcome the classes and sizes that it holds for."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for kind in KINDS:
+        for size in SIZES:
+            text = _without_places(find_outcomes(pool, case, kind, size))
+            found.setdefault(text, []).append((kind, size))
+    if len(found) == 1:
+        return next(iter(found)).capitalize() if "refused" not in found else next(iter(found))
+    return "<br>".join(f"{_where(where)}: {text}" for text, where in found.items())
+
+
+def _where(where: list[tuple[str, int]]) -> str:
+    if {size for _, size in where} == {2, 3} and {kind for kind, _ in where} == {"embed", "vocab"}:
+        return "P > 1"
+    if len(where) == len(KINDS) * len(SIZES) - 4:
+        return "P = 1"
+    by_kind = {kind: [size for k, size in where if k == kind] for kind, _ in where}
+    return ", ".join(
+        NAMES[kind] + ("" if len(sizes) == len(SIZES) else f" at P = {', '.join(map(str, sizes))}")
+        for kind, sizes in by_kind.items()
+    )
+
+
+def _without_places(text: str) -> str:
+    """An outcome without what differs from rank to rank and from machine to machine."""
+    text = re.sub(r",? on (rank \d+ of )?\w*Gang\([^)]*\)", "", text)
+    text = re.sub(r"shape \(\d*,? ?\d*\)", "shape (...)", text)
+    text = re.sub(r"(rows|columns) \d+:\d+ of \d+", "rows or columns ...", text)
+    text = re.sub(r"`\w+Embedding`", "`...Embedding`", text)
+    kind, colon, message = text.partition(": ")
+    return f"*{kind}*: {message.replace('|', '/')}" if colon else kind
+
+
+def main() -> None:
+    pool = Pool()
+    PAGE.write_text(page(pool))
+    failed = [line for line in PAGE.read_text().splitlines() if "FAILED" in line]
+    print(*failed, f"{len(failed)} of {len(CASES)} cases fail", sep="\n")
+    pool.stop()
+
+
+if __name__ == "__main__":
+    main()
