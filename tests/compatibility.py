@@ -100,9 +100,7 @@ class World:
 
     def whole(self, embed: Any, block: Tensor | None = None) -> Tensor:
         """``block``, shaped as the weight of ``embed``, put together over the gang."""
-        if block is None:
-            block = embed.weight
-        block = block.detach().to_dense().as_subclass(Tensor)
+        block = plain(embed.weight if block is None else block)
         if self.is_torch or not isinstance(embed, tuple(SHARDED.values())):
             return block.clone()
         whole = block.new_empty(ROWS, DIM)
@@ -128,6 +126,13 @@ class Model(nn.Module):
         return nn.functional.cross_entropy(self(ids).flatten(0, -2), ids.flatten())
 
 
+def plain(block: Tensor) -> Tensor:
+    """A shard as a plain dense tensor, without its gradient."""
+    if hasattr(block, "to_local"):
+        block = block.to_local()
+    return block.detach().to_dense()
+
+
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -149,11 +154,13 @@ def outcome(gang: Any, kind: str, case: Case) -> str:
         return f"refused: {_text(error)}" if is_ours(error) else f"FAILED: {_text(error)}"
     assert found is not None
     assert expected is not None
+    if len(found) != len(expected):
+        return f"FAILED: {len(found)} results for {len(expected)}"
     for i, (ours, torchs) in enumerate(zip(found, expected, strict=True)):
         try:
             torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-5)
         except AssertionError:
-            return f"FAILED: result {i} is {ours} for {torchs}"
+            return f"FAILED: result {i} is {_numbers(ours)} for {_numbers(torchs)}"
     return "same"
 
 
@@ -163,6 +170,10 @@ def _attempt(case: Case, world: World) -> tuple[Seen | None, Exception | None]:
         return case.function(world), None
     except Exception as error:
         return None, error
+
+
+def _numbers(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {[round(x, 4) for x in tensor.flatten()[:6].tolist()]}"
 
 
 def _text(error: Exception) -> str:

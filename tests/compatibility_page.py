@@ -61,7 +61,7 @@ def find_outcomes(pool: Pool, case: Case, kind: str, size: int) -> str:
     try:
         ranks = pool(size, outcome, kind, case, timeout=30)
     except RankError as error:
-        return f"FAILED: {error}"
+        return f"FAILED: {str(error)[-300:]}"
     if any("failed on rank" in rank for rank in ranks):
         pool.stop()  # The ranks may be at different collectives.
     if len({rank.split(":")[0] for rank in ranks}) > 1:
@@ -90,7 +90,8 @@ def _cell(pool: Pool, case: Case) -> str:
             text = _without_places(find_outcomes(pool, case, kind, size))
             found.setdefault(text, []).append((kind, size))
     if len(found) == 1:
-        return next(iter(found)).capitalize() if "refused" not in found else next(iter(found))
+        text = next(iter(found))
+        return text[0].upper() + text[1:]
     return "<br>".join(f"{_where(where)}: {text}" for text, where in found.items())
 
 
@@ -112,8 +113,8 @@ def _without_places(text: str) -> str:
     text = re.sub(r"shape \(\d*,? ?\d*\)", "shape (...)", text)
     text = re.sub(r"(rows|columns) \d+:\d+ of \d+", "rows or columns ...", text)
     text = re.sub(r"`\w+Embedding`", "`...Embedding`", text)
-    kind, colon, message = text.partition(": ")
-    return f"*{kind}*: {message.replace('|', '/')}" if colon else kind
+    kind, colon, message = " ".join(text.split()).partition(": ")
+    return f"*{kind}*: {message.replace('|', '/')[:500]}" if colon else kind
 
 
 def main() -> None:

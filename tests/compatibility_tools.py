@@ -135,7 +135,12 @@ def symbolically_traced(world: World) -> Seen:
 def made_fx(world: World) -> Seen:
     """Trace operators: `make_fx`"""
     embed = world.embedding()
-    return (make_fx(embed.forward)(ids())(ids().flip(0)),)
+
+    def rows(weight, x):
+        return torch.func.functional_call(embed, {"weight": weight}, (x,))
+
+    weight = embed.weight.detach()
+    return (make_fx(rows)(weight, ids())(weight, ids().flip(0)),)
 
 
 def fake_tensors(world: World) -> Seen:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import tp_embed
+from compatibility import plain
 from parity import SHARDED
 from tp_embed import OutputHead, Partition, StandardEmbedding
 from tp_embed.collectives import gather_table
@@ -159,7 +160,7 @@ class Machine:
     def _whole(self, block: Tensor | None) -> Tensor | None:
         if block is None:
             return None
-        block = block.detach().to_dense().as_subclass(Tensor).clone()
+        block = plain(block).clone()
         if self.gang is None or self.spec.kind == "standard":
             return block
         whole = block.new_empty(self.spec.rows, self.spec.dim)

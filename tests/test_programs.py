@@ -17,6 +17,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compatibility import plain
 from model_matrix import is_ours
 from parity import bits
 from programs import OPTIMIZERS, Machine, Op, Program, Spec
@@ -69,7 +70,7 @@ def _different(program: Program, ours: Machine, found: Any, expected: Any) -> st
             continue
         whole = ours.part(whole) if name.startswith("part") else whole
         whole = whole.to_dense()
-        value = value.to_dense().as_subclass(Tensor)
+        value = plain(value)
         if (value.shape, value.dtype) != (whole.shape, whole.dtype):
             return f"{name} is {value.shape} {value.dtype} for {whole.shape} {whole.dtype}"
         if program.exact and torch.equal(bits(value), bits(whole)):
