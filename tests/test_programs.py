@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -142,18 +143,31 @@ BACKWARD = _ops(
     "backward",
     mode=_of("autograd.grad", "second order", "ids changed", "retained twice", "twice"),
 )
+CLIP = _ops("clip", by=_of("torch", "tp_embed"), norm=_of(1.0, 2.0, float("inf")))
 STEP = _ops("step")
+ZERO = _ops("zero_grad", set_to_none=st.booleans())
 OTHERS = st.one_of(
-    _ops("zero_grad", set_to_none=st.booleans()),
-    _ops("clip", by=_of("torch", "tp_embed"), norm=_of(1.0, 2.0, float("inf"))),
     _ops("copy", how=_of("pickle", "state dict", "assigned state dict")),
     _ops("hook_weight"),
     _ops("freeze", frozen=st.booleans()),
 )
-OPS = st.one_of(LOOK_UP, BACKWARD, LOOK_UP, STEP, OTHERS, BACKWARD)
-PROGRAMS = st.builds(
-    Program, specs(), st.integers(1, 3), st.lists(OPS, min_size=1, max_size=10).map(tuple)
-)
+
+
+def _some(ops: st.SearchStrategy[Op], at_least: int, at_most: int) -> st.SearchStrategy[list[Op]]:
+    return st.lists(ops, min_size=at_least, max_size=at_most)
+
+
+# What most loops do, with something left out or put in.
+TURN = st.tuples(
+    _some(OTHERS, 0, 1),
+    _some(LOOK_UP, 1, 3),
+    _some(BACKWARD, 1, 1),
+    _some(CLIP, 0, 1),
+    _some(STEP, 0, 1),
+    _some(ZERO, 0, 1),
+).map(lambda parts: [*chain(*parts)])
+OPS = st.lists(TURN, min_size=1, max_size=4).map(lambda turns: tuple(chain(*turns)))
+PROGRAMS = st.builds(Program, specs(), st.integers(1, 3), OPS)
 
 
 def check(pool: Any, examples: int) -> None:
