@@ -207,17 +207,18 @@ class Machine:
 
     def _forward(self, x: Tensor, mode: str) -> Tensor:
         embed: Any = self.model.embed
+        scale = 1.0 if self.gang is not None else self.spec.scale or 1.0
         if mode == "checkpoint":
-            output = checkpoint(lambda x: embed(x) * 1.5, x, use_reentrant=False)
+            output = checkpoint(lambda x: embed(x) * scale * 1.5, x, use_reentrant=False)
         elif mode == "functional_call":
             weights = {"weight": embed.weight * 1.5}
-            output = torch.func.functional_call(embed, weights, (x,))
+            output = torch.func.functional_call(embed, weights, (x,)) * scale
         elif mode == "functional_call of the same":
-            output = torch.func.functional_call(embed, {"weight": embed.weight}, (x,))
+            output = torch.func.functional_call(embed, {"weight": embed.weight}, (x,)) * scale
         else:
             output = embed(x)
-        if self.gang is None and self.spec.scale is not None:
-            output = output * self.spec.scale
+            if self.gang is None and self.spec.scale is not None:
+                output = output * scale
         result: Tensor = output
         return result
 

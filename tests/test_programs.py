@@ -38,6 +38,8 @@ def run(gang: Any, program: Program) -> str:
         ours, error = _attempt(found, op)
         if error is not None and reference_error is not None:
             return "both raised"
+        if isinstance(reference_error, NotImplementedError):
+            return "torch cannot"  # Add up sparse gradients in bf16.
         if reference_error is not None:
             return f"FAILED {where}torch raises {_text(reference_error)}, ours does not"
         if error is not None:
@@ -47,6 +49,8 @@ def run(gang: Any, program: Program) -> str:
         assert ours is not None
         if different := _different(program, found, ours, reference):
             return f"FAILED {where}{different}"
+        if op[0] == "step" and program.spec.dtype == "bfloat16":
+            break  # From here on roundings grow.
     return "same"
 
 
