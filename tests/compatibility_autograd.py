@@ -69,7 +69,7 @@ def autograd_grad(world: World) -> Seen:
 
 def second_derivatives(world: World) -> Seen:
     """Take second derivatives by `create_graph=True`: Hessian products, gradient penalties"""
-    embed, mix = world.embedding(), nn.Linear(5, 1)
+    embed, mix = world.embedding(), nn.Linear(5, 1, bias=False)
     with torch.no_grad():
         mix.weight.copy_(noise(1, 5))
     loss = mix(embed(ids())).tanh().sum()
@@ -80,7 +80,7 @@ def second_derivatives(world: World) -> Seen:
 
 def penalty_on_the_gradient_of_the_table(world: World) -> Seen:
     """Take the second derivative through the gradient of the weight itself"""
-    embed, mix = world.embedding(), nn.Linear(5, 1)
+    embed, mix = world.embedding(), nn.Linear(5, 1, bias=False)
     with torch.no_grad():
         mix.weight.copy_(noise(1, 5))
     (grad,) = torch.autograd.grad(mix(embed(ids())).tanh().sum(), embed.weight, create_graph=True)
