@@ -182,6 +182,7 @@ class Machine:
         """Looks up ids, does ``inplace`` work on the output, and keeps a term of the next loss,
         whose gradient ``arrives`` in some layout."""
         x = make_ids(self.spec, shape, ids, layout, seed)
+        self.ids.append(x)
         if self.gang is None and ids in ("uint8", "int16"):
             x = x.long()  # Which torch does not look up.
         with _context(mode), _hooked(self.model.embed, hook):
@@ -201,7 +202,6 @@ class Machine:
             factors = noise(seed + 2, *shape, self.spec.rows).to(output.dtype)
             seen["logits"] = output.detach().clone()
             output = _in_place(inplace, output, factors)
-        self.ids.append(x)
         self.terms.append(_term(arrives, output, factors))
         return seen
 
