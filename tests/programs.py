@@ -334,7 +334,7 @@ def _in_place(name: str, output: Tensor, factors: Tensor) -> Tensor:
     elif name == "of a view":
         output.view(-1).mul_(2)
     elif name == "copy_":
-        output[..., :1].copy_(factors[..., :1])
+        output.copy_(factors)
     return output
 
 
