@@ -3,15 +3,20 @@
 The convention is that of Megatron-LM (Shoeybi et al., 2019): a *replicated* activation is the same
 on every rank of the gang, and so is its gradient. Bytes are what one rank sends, for a gang of P
 ranks; with P = 1 nothing is sent and the input is returned as it is.
+
+All are linear, so derivatives of any order are right, as are forward-mode AD and the transforms of
+:mod:`torch.func`, as long as every rank does the same.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from tp_embed import compiled
 from tp_embed.gang import Gang
@@ -34,8 +39,7 @@ def gather_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
     """
     if gang.size == 1:
         return x
-    output: Tensor = _GatherColumns.apply(x, gang, partition)
-    return output
+    return _apply(_Gather(gang, partition), x)
 
 
 def scatter_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
@@ -49,8 +53,7 @@ def scatter_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
     """
     if gang.size == 1:
         return x
-    output: Tensor = _ScatterColumns.apply(x, gang, partition)
-    return output
+    return _apply(_Scatter(gang, partition), x)
 
 
 def reduce_partial(x: Tensor, gang: Gang) -> Tensor:
@@ -59,13 +62,13 @@ def reduce_partial(x: Tensor, gang: Gang) -> Tensor:
     Forward: one all-reduce, 2 (P-1)/P n bytes, n being the size of ``x``.
     Backward: the identity, nothing is sent.
 
-    :param x: the part of this rank; it is overwritten. *Shape:* :math:`(*)`.
+    :param x: the part of this rank; it is overwritten, but not by transforms of :mod:`torch.func`,
+        forward-mode AD or a compiler. *Shape:* :math:`(*)`.
     :returns: the same on every rank. *Shape:* :math:`(*)`.
     """
     if gang.size == 1:
         return x
-    output: Tensor = _ReducePartial.apply(x, gang)
-    return output
+    return _apply(_Sum(gang, in_place=not transformed()), x)
 
 
 def copy_to_gang(x: Tensor, gang: Gang) -> Tensor:
@@ -79,8 +82,7 @@ def copy_to_gang(x: Tensor, gang: Gang) -> Tensor:
     """
     if gang.size == 1:
         return x
-    output: Tensor = _CopyToGang.apply(x, gang)
-    return output
+    return _apply(_Same(gang), x)
 
 
 def all_gather_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
@@ -91,13 +93,15 @@ def all_gather_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
     # Only trailing blocks are short, so the padding ends up behind column E: one slice removes it.
     if width < block:
         x = torch.nn.functional.pad(x, (0, block - width))
-    if torch.compiler.is_compiling():
+    if in_graph(x):
         blocks: Tensor = compiled.all_gather(x, gang.size, gang.handle)
     else:
         blocks = x.new_empty((gang.size, *x.shape))  # (P, *, B)
         gang.all_gather(blocks, x)
-    columns = blocks.movedim(0, -2).flatten(-2)  # (*, P x B)
-    return columns[..., : partition.size].contiguous()
+    columns = blocks.movedim(0, -2).flatten(-2)[..., : partition.size].contiguous()
+    # It may be a view of `blocks`, which nobody else has: autograd lets nobody write to views.
+    output: Tensor = torch.ops.aten._unsafe_view(columns, columns.shape)
+    return output
 
 
 def gather_table(output: Tensor, block: Tensor, dim: int, gang: Gang, partition: Partition) -> None:
@@ -147,63 +151,124 @@ def whole_table(
     return output
 
 
-def _own_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
-    own = partition.shard(gang.rank)
-    return x.narrow(-1, own.start, len(own)).contiguous()
+def in_graph(x: Tensor) -> bool:
+    """Whether what is done with ``x`` is recorded, or only its shape is known: by
+    :func:`torch.compile`, ``make_fx``, a ``FakeTensorMode``, or the device ``meta``."""
+    mode, key = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+    return (
+        torch.compiler.is_compiling()
+        or x.is_meta
+        or isinstance(x, FakeTensor)
+        or mode(key.PROXY) is not None
+        or mode(key.FAKE) is not None
+    )
 
 
-class _GatherColumns(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gang: Gang, partition: Partition) -> Tensor:
-        ctx.gang, ctx.partition = gang, partition
-        return all_gather_columns(x, gang, partition)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _own_columns(grad, ctx.gang, ctx.partition), None, None
+def transformed() -> bool:
+    """Whether a transform of :mod:`torch.func` or forward-mode AD is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-class _ScatterColumns(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gang: Gang, partition: Partition) -> Tensor:
-        ctx.gang, ctx.partition = gang, partition
-        return _own_columns(x, gang, partition)
+@dataclass(frozen=True)
+class _Gather:
+    gang: Gang
+    partition: Partition
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return all_gather_columns(grad, ctx.gang, ctx.partition), None, None
+    def __call__(self, x: Tensor) -> Tensor:
+        return all_gather_columns(x, self.gang, self.partition)
+
+    def conjugate(self) -> _Map:
+        return _Scatter(self.gang, self.partition)
 
 
-class _ReducePartial(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gang: Gang) -> Tensor:
-        if torch.compiler.is_compiling():
-            output: Tensor = compiled.all_reduce(x, gang.handle)
+@dataclass(frozen=True)
+class _Scatter:
+    gang: Gang
+    partition: Partition
+
+    def __call__(self, x: Tensor) -> Tensor:
+        own = self.partition.shard(self.gang.rank)
+        # Always a copy, if only of one token: autograd lets nobody write to views.
+        return x.narrow(-1, own.start, len(own)).clone(memory_format=torch.contiguous_format)
+
+    def conjugate(self) -> _Map:
+        return _Gather(self.gang, self.partition)
+
+
+@dataclass(frozen=True)
+class _Sum:
+    gang: Gang
+    in_place: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if in_graph(x):
+            output: Tensor = compiled.all_reduce(x, self.gang.handle)
             return output
-        ctx.mark_dirty(x)
-        gang.all_reduce(x)
-        return x
+        # A gradient belongs to autograd, which may hand it to another consumer too.
+        output = x if self.in_place else x.clone(memory_format=torch.contiguous_format)
+        self.gang.all_reduce(output)
+        return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def conjugate(self) -> _Map:
+        return _Same(self.gang)
 
 
-class _CopyToGang(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gang: Gang) -> Tensor:
-        ctx.gang = gang
+@dataclass(frozen=True)
+class _Same:
+    gang: Gang
+
+    def __call__(self, x: Tensor) -> Tensor:
         return x.view_as(x)
 
+    def conjugate(self) -> _Map:
+        return _Sum(self.gang)
+
+
+_Map = _Gather | _Scatter | _Sum | _Same
+
+
+def _apply(function: _Map, x: Tensor) -> Tensor:
+    # A Function for transforms takes 30 us more, and the compiler takes none that has a `jvp`.
+    plain = torch.compiler.is_compiling() or not transformed()
+    output: Tensor = (_Linear if plain else _LinearTransformed).apply(x, function)
+    return output
+
+
+class _Linear(torch.autograd.Function):
+    """A linear function, with its conjugate as the backward."""
+
     @staticmethod
-    @once_differentiable
+    def forward(ctx: Any, x: Tensor, function: _Map) -> Tensor:
+        ctx.function = function
+        output = function(x)
+        if output is x:
+            ctx.mark_dirty(x)
+        return output
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        if torch.compiler.is_compiling():
-            return compiled.all_reduce(grad, ctx.gang.handle), None
-        # The gradient belongs to autograd, which may hand it to another consumer too.
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        ctx.gang.all_reduce(grad)
-        return grad, None
+        return _apply(ctx.function.conjugate(), grad), None
+
+
+class _LinearTransformed(torch.autograd.Function):
+    """:class:`_Linear` for :mod:`torch.func` and forward-mode AD."""
+
+    @staticmethod
+    def forward(x: Tensor, function: _Map) -> Tensor:
+        return function(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, _Map], output: Tensor) -> None:
+        _, ctx.function = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _apply(ctx.function.conjugate(), grad), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return _apply(ctx.function, tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, function: _Map) -> tuple[Tensor, int]:
+        return _apply(function, x.movedim(in_dims[0], 0)), 0
