@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.amp import is_autocast_available as _has_autocast
+from torch.nn.functional import linear
 
+from tp_embed.collectives import in_graph, reduce_partial, transformed
 from tp_embed.gang import FakeGang, Gang
 from tp_embed.partition import Partition
 from tp_embed.sharded_parameter import unguarded
-from tp_embed.token_loss import LossOptions, check_target, scaled, token_losses
+from tp_embed.token_loss import (
+    LossOptions,
+    check_target,
+    composed_losses,
+    differentiable_losses,
+    scaled,
+    token_losses,
+    widened,
+)
 
 __all__ = ["LossOptions", "Reduction", "cross_entropy", "linear_cross_entropy"]
 
@@ -51,7 +62,8 @@ def cross_entropy(
 
     Two all-reduces of N and of 2 N (with label smoothing 3 N) fp32 numbers, N being the number of
     tokens; the backward sends nothing. An fp32 number for each logit of this rank is kept for it,
-    where a gradient is needed.
+    where a gradient is needed; with ``soft_cap`` the logits too. Second derivatives, transforms of
+    :mod:`torch.func` and graphs are right too, and take more memory and messages.
 
     :param logits: this rank's part. *Shape:* :math:`(*,V_{rank})`. Any floating dtype; the loss is
         computed in fp32, or in fp64 for fp64.
@@ -76,22 +88,13 @@ def cross_entropy(
             f"`logits` must have the {held} columns of this rank, but has {logits.size(-1)} "
             "instead. For whole logits use `torch.nn.functional.cross_entropy()`."
         )
-    losses: Tensor = _CrossEntropy.apply(
-        logits.reshape(len(flat_target), held),
-        flat_target,
-        gang,
-        partition,
-        options,
-        torch.is_grad_enabled(),
-    )
+    logits = logits.reshape(len(flat_target), held)
+    losses = differentiable_losses(logits, flat_target, gang, partition, options)
     if reduction == "none":
         return losses.view(target.shape)
     if reduction == "sum":
         return losses.sum()
-    count = (flat_target != ignore_index).sum()
-    # As in torch, the mean over no token at all is NaN, and the gradient is zero.
-    nan = losses.new_zeros(()).masked_fill(count == 0, torch.nan)
-    return losses.sum() / count.clamp_min(1) + nan
+    return _mean(losses.sum(), (flat_target != ignore_index).sum())
 
 
 # Its loops would be unrolled to hundreds of products.
@@ -119,7 +122,8 @@ def linear_cross_entropy(
 
     The gradients of all inputs that need one are computed in the forward and kept for the backward,
     that of the weight in fp32, so that a chunk of logits is computed once (Liger Kernel; Hsu et
-    al., 2024). What is sent depends on ``shard_dim``: for 0, what :func:`cross_entropy` sends; for
+    al., 2024). The inputs are kept too, for second derivatives, which hold all logits, as do
+    transforms of :mod:`torch.func` and graphs. What is sent depends on ``shard_dim``: for 0, what :func:`cross_entropy` sends; for
     1, an all-reduce of all N V logits in their dtype, chunk by chunk. For 0 the gradient of ``x``
     is this rank's part: pass it through :func:`~tp_embed.collectives.copy_to_gang`, as
     :class:`~tp_embed.OutputHead` does.
@@ -152,6 +156,9 @@ def linear_cross_entropy(
     x = x.reshape(len(flat_target), x.size(-1))
     kept = flat_target != ignore_index
     count = kept.sum() if reduction == "mean" else kept.new_ones((), dtype=torch.long)
+    if transformed() or in_graph(x):
+        how = sum_over, loss_gang, classes, options, _dtypes(x, weight)
+        return _mean(_composed_sum(x, weight, bias, flat_target, *how), count)
     if x.device.type == "cpu" and not kept.all():
         index = kept.nonzero()[:, 0]
         x, flat_target = x.index_select(0, index), flat_target[index]
@@ -174,6 +181,12 @@ def linear_cross_entropy(
     return loss
 
 
+def _mean(total: Tensor, count: Tensor) -> Tensor:
+    """As in torch, the mean over no token at all is NaN, and the gradient is zero."""
+    nan = total.new_zeros(()).masked_fill(count == 0, torch.nan)
+    return total / count.clamp_min(1) + nan
+
+
 def _check(tokens: Tensor, target: Tensor, classes: Partition, options: LossOptions) -> Tensor:
     """``target``, flat and checked, as are the options."""
     if tokens.shape[:-1] != target.shape:
@@ -183,32 +196,6 @@ def _check(tokens: Tensor, target: Tensor, classes: Partition, options: LossOpti
         )
     options.check()
     return check_target(target, options.ignore_index, classes)
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        gang: Gang,
-        classes: Partition,
-        options: LossOptions,
-        with_gradient: bool,
-    ) -> Tensor:
-        gradient = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-        needed = with_gradient and ctx.needs_input_grad[0]
-        losses = token_losses(gradient, target, gang, classes, options, gradient=needed)
-        if needed:
-            ctx.save_for_backward(gradient)
-            ctx.dtype = logits.dtype
-        return losses
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return scaled(gradient, grad[:, None], ctx.dtype), None, None, None, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -228,8 +215,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with_gradients: bool,
     ) -> Tensor:
         needs = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
+        inputs = x, weight, bias, target
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        logits_dtype, dtype = _dtypes(x, weight)
+        logits_dtype, dtype = dtypes = _dtypes(x, weight)
+        ctx.how = sum_over, gang, classes, options, dtypes
         sum_dtype = torch.promote_types(logits_dtype, torch.float32)
         # Gradients of the sum of the losses: what they are scaled with, in fp32, comes later. Over
         # chunks they are added up in fp32; the one of `x` is complete with each chunk.
@@ -259,7 +248,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits.copy_(partial)
             if bias is not None:
                 logits += bias[:, None]
-            total += token_losses(
+            losses, _ = token_losses(
                 logits.T,
                 target[start : start + tokens],
                 gang,
@@ -267,7 +256,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 options,
                 gradient=any(needs),
                 scratch=slopes[0].T if slopes else None,
-            ).sum()
+            )
+            total += losses.sum()
             if grad_bias is not None:
                 grad_bias += logits.sum(1)
             sums = torch.zeros_like(chunk, dtype=sum_dtype) if needs[0] else None
@@ -275,26 +265,61 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _add_gradients(logits, chunk, weight, blocks, sums, grad_weight)
             if grad_x is not None and sums is not None:
                 grad_x[start : start + tokens] = sums
-        ctx.save_for_backward(grad_x, grad_weight, grad_bias, count)
+        if any(needs):
+            ctx.save_for_backward(grad_x, grad_weight, grad_bias, *inputs, count)
         return total / count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *gradients, count = ctx.saved_tensors
-        factor = grad / count.clamp_min(1)
-        grads = [
-            None if gradient is None else scaled(gradient, factor, dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        ]
-        return *grads, *[None] * 8
+        *saved, target, count = ctx.saved_tensors
+        gradients, (x, weight, bias) = saved[:3], saved[3:]
+        if not torch.is_grad_enabled():
+            factor = grad / count.clamp_min(1)
+            grads = [
+                None if gradient is None else scaled(gradient, factor, dtype)
+                for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+            ]
+            return *grads, *[None] * 8
+        # Somebody will differentiate it (`create_graph=True`).
+        with unguarded():
+            # Views, since `x` may depend on `weight`: a part of its gradient would be there twice.
+            x, weight = x.view_as(x), weight.view_as(weight)
+            bias = None if bias is None else bias.view_as(bias)
+        pairs = zip((x, weight, bias), gradients, strict=True)
+        inputs = [tensor for tensor, gradient in pairs if tensor is not None is not gradient]
+        loss = _composed_sum(x, weight, bias, target, *ctx.how) / count.clamp_min(1)
+        found = iter(torch.autograd.grad(loss, inputs, grad, create_graph=True))
+        return *(None if g is None else next(found) for g in gradients), *[None] * 8
+
+
+def _composed_sum(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    sum_over: Gang,
+    gang: Gang,
+    classes: Partition,
+    options: LossOptions,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> Tensor:
+    """The sum of the losses by operations that autograd knows, which holds all logits."""
+    logits_dtype, dtype = dtypes
+    device = x.device.type
+    exact = torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
+    with exact, unguarded():
+        logits = linear(x.to(dtype), weight.to(dtype)).to(logits_dtype)
+        logits = widened(reduce_partial(logits, sum_over))
+        if bias is not None:
+            logits = logits + bias
+        return composed_losses(logits, target, gang, classes, options).sum()
 
 
 def _dtypes(x: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """That of the logits, and the one in which products are done."""
     device = x.device.type
     logits = torch.promote_types(x.dtype, weight.dtype)
-    if torch.is_autocast_enabled(device) and logits != torch.float64:
+    if _has_autocast(device) and torch.is_autocast_enabled(device) and logits != torch.float64:
         logits = torch.get_autocast_dtype(device)
     if device != "cpu" or logits not in _CPU_PRODUCTS:
         return logits, logits
