@@ -98,6 +98,8 @@ class OutputHead(GangLayer):
         """
         self._check_input(x)
         self._mask_gradient()
+        if self.gang.size == 1:
+            return self._capped(self._product(x, self.bias))
         if self.output == "shard":
             return self._capped(self._product(copy_to_gang(x, self.gang), self._own_bias()))
         if self.shard_dim == 0:
@@ -106,7 +108,8 @@ class OutputHead(GangLayer):
         else:
             logits = self._product(scatter_columns(x, self.gang, self.partition))
             logits = reduce_partial(logits, self.gang)
-        return self._capped(logits if self.bias is None else logits + self.bias)
+        # In the dtype of the product, which autocast chooses.
+        return self._capped(logits if self.bias is None else logits + self.bias.to(logits.dtype))
 
     def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
         """The cross entropy of the logits of ``x``, which are never held: see
