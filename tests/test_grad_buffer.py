@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from parity import SHARDED, assert_same_bits
 from tp_embed import FakeGang, StandardEmbedding
+from tp_embed.sharded_parameter import local
 
 V, E, STEPS = 61, 6, 6
 
@@ -45,12 +46,12 @@ def clipped(embed, step):
 
 def written_to(embed, step):
     backward(embed, step)
-    embed.weight.grad[step] = 5.0
+    local(embed.weight.grad)[step] = 5.0
 
 
 def written_to_by_a_view(embed, step):
     backward(embed, step)
-    embed.weight.grad.view(-1)[step].add_(1.0)
+    local(embed.weight.grad).view(-1)[step].add_(1.0)
 
 
 def used_twice(embed, step):

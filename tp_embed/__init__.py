@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tp_embed.gang import FakeGang, Gang, GangError, ReduceOperation
     from tp_embed.head import OutputHead
     from tp_embed.init import blockwise, init_scaled_embedding
+    from tp_embed.norms import clip_grad_norm_, get_total_norm
     from tp_embed.partition import Partition
     from tp_embed.process_group import ProcessGroupGang
     from tp_embed.surgery import shard_embeddings
@@ -38,6 +39,8 @@ _MODULE_OF = {
     "OutputHead": "head",
     "VocabShardedEmbedding": "embedding",
     "blockwise": "init",
+    "clip_grad_norm_": "norms",
+    "get_total_norm": "norms",
     "init_scaled_embedding": "init",
     "shard_embeddings": "surgery",
     "shardwise": "carry",
@@ -57,6 +60,8 @@ __all__ = [
     "StandardEmbedding",
     "VocabShardedEmbedding",
     "blockwise",
+    "clip_grad_norm_",
+    "get_total_norm",
     "init_scaled_embedding",
     "shard_embeddings",
     "shardwise",

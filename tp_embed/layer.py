@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn import Module, Parameter
 
+import tp_embed.optimizers  # noqa: F401 (looks at optimizers before they step)
 from tp_embed.gang import Gang
 from tp_embed.partition import Partition
 from tp_embed.sharded_parameter import local, mark_shard

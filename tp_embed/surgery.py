@@ -34,6 +34,7 @@ from tp_embed.exchange import Dedup
 from tp_embed.fetch import Output
 from tp_embed.gang import Gang
 from tp_embed.head import OutputHead
+from tp_embed.optimizers import check_optimizer, forget, mark_replaced
 from tp_embed.repoint import (
     Groups,
     Shard,
@@ -158,7 +159,8 @@ def shard_embeddings(
     :param parameters: a list of Parameters or parameter groups; likewise, in place.
     :raises ValueError: a strategy, rule or option is unknown, a rule matches no table, or a table
         cannot be sharded: it has options, ties, or hooks and attributes of its Parameter that
-        would be lost; see :func:`tp_embed.shardwise` for hooks.
+        would be lost; see :func:`tp_embed.shardwise` for hooks. ``optimizer`` looks at whole
+        matrices, as Adafactor, LAMB and Muon do, or has states that cannot be cut.
     :raises TypeError: a table is of a class with a ``forward`` of its own, which would be lost.
         ``parameters`` is no list.
     :raises IndexError: ``train_rows`` names a row that a table does not have.
@@ -171,6 +173,8 @@ def shard_embeddings(
         if parameters is not None:
             check_groups("parameters", parameters, model)
         found = choose_strategies(model, strategy, rules, tie_head, shard_head, gang.size, output)
+        if optimizer is not None and gang.size > 1:
+            check_optimizer(optimizer, [g.weight for g, chosen in found if chosen != "none"])
         return found, choose_rows(found, train_rows)
 
     choices, rows = raise_together(gang, check)
@@ -203,6 +207,10 @@ def shard_embeddings(
                 changes.append(_Change.plan(group, chosen, gang, of_group))
         shards = {change.group.weight: change.shard for change in changes if change.shard}
         report = ShardingReport(tuple(change.carry_out(gang) for change in changes))
+    for whole, shard in shards.items():
+        if shard.parameter is not whole:
+            mark_replaced(whole)
+    forget()
     if optimizer is not None:
         repoint_optimizer(optimizer, shards)
     if parameters is not None:
