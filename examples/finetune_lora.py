@@ -19,6 +19,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tp_embed import clip_grad_norm_
 from tp_embed.integrations.deepspeed import DeepSpeedGang
 from tp_embed.integrations.transformers import from_pretrained, get_peft_model
 
@@ -76,7 +77,7 @@ def train(model: Any, optimizer: Any) -> list[float]:
             model.step()
         else:
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
     return losses

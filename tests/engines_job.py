@@ -436,6 +436,10 @@ def refusals(directory: Path) -> dict[str, str]:
         "reuse pipeline": error(reused, config(0)),
         "reuse tied": error(PipelineModule([tied, tied], num_stages=2), config(1)),
         "dedup": error(build(), section(dedup="on")),
+        "lamb": error(build(), config(1, **AUTOTP, optimizer={"type": "Lamb"})),
+        "adafactor": error(
+            build(), config(1, **AUTOTP, optimizer={"type": "Adafactor", "params": {"lr": 1.0}})
+        ),
         "spec": error(build(), config(**spec, tp_embed={"strategy": "none"})),
         "head": error(build(), config(tensor_parallel=both)),
         "parsed": error(parsed, config() | AUTOTP),

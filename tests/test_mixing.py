@@ -39,9 +39,9 @@ def test_options_that_mix_shards_up_are_refused(seen):
         "mesh": "`sequence_parallel_size` must be 1 with",
         "AutoSP": "`compile.passes` must be without 'autosp' with",
         "hybrid engine": "`hybrid_engine` must be left out with",
-        "LAMB": "`optimizer.type` must be an optimizer that works item by item",
-        "Adafactor": "`optimizer.type` must be an optimizer that works item by item",
-        "Muon": "`optimizer.type` must not be 'Muon' where 'head.weight' is sharded",
+        "LAMB": "must treat each item by itself, but is `Lamb` instead",
+        "Adafactor": "must treat each item by itself, but is `Adafactor` instead",
+        "Muon": "must treat each item by itself, but is `Muon` instead",
         "rule": "must be 'none', but is 'embed' instead: AutoTP cuts its columns",
     }
     for of_rank in seen:

@@ -181,12 +181,12 @@ def test_unknown_optimizers_are_named_once():
         Quiet(embed.parameters()).step()
     with (
         pytest.warns(UserWarning, match="`Rows` trains sharded tables"),
-        pytest.raises(TypeError, match="`mean` must be given the whole table"),
+        pytest.raises(ValueError, match="`mean` must be given the whole table"),
     ):
         Rows(embed.parameters()).step()
     with (
         pytest.warns(UserWarning, match="`Spectral` trains sharded tables"),
-        pytest.raises(TypeError, match="`T` must be given the whole table"),
+        pytest.raises(ValueError, match="`T` must be given the whole table"),
     ):
         Spectral(embed.parameters()).step()
 

@@ -17,9 +17,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
-from tp_embed.sharded_parameter import ShardedParameter
+from tp_embed.sharded_parameter import ShardedParameter, ShardedTensor
 
 
 def _names(text: str) -> frozenset[str]:
@@ -59,7 +62,8 @@ _ELEMENTWISE = (
     torch.optim.SparseAdam,
 )
 
-_checked: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+# How many Parameters an optimizer had when it was checked, and the shards among them.
+_checked: WeakKeyDictionary[Optimizer, tuple[int, list[Tensor]]] = WeakKeyDictionary()
 _warned: set[type] = set()
 
 
@@ -121,7 +125,7 @@ def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
     count = sum(len(group["params"]) for group in optimizer.param_groups)
-    if _checked.get(optimizer) == count:
+    if optimizer in _checked and _checked[optimizer][0] == count:
         return
     trained, kind = _trained(optimizer), type(optimizer)
     if any(hasattr(p, "_replaced_by_tp_embed") and p.grad is None for p in trained):
@@ -130,10 +134,10 @@ def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             "table that `shard_embeddings()` has replaced. Make the optimizer afterwards, or pass "
             "it: `shard_embeddings(..., optimizer=optimizer)`."
         )
-    is_sharded = any(isinstance(p, ShardedParameter) for p in trained)
-    if is_sharded and needs_matrix(optimizer):
+    shards = [p for p in trained if isinstance(p, ShardedParameter)]
+    if shards and needs_matrix(optimizer):
         raise refuse(kind.__name__, "a sharded table")
-    if is_sharded and kind not in _warned and not _is_elementwise(kind):
+    if shards and kind not in _warned and not _is_elementwise(kind):
         _warned.add(kind)
         warnings.warn(
             f"`{kind.__name__}` trains sharded tables, and is not known to tp_embed. If it treats "
@@ -142,7 +146,19 @@ def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             "optimizer of their own, such as `torch.optim.AdamW`.",
             stacklevel=4,
         )
-    _checked[optimizer] = count
+    _checked[optimizer] = count, list[Tensor](shards)
+
+
+def _clean_states(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Runs after each step: copies of gradients that became states, as of SGD, are plain."""
+    if torch.compiler.is_compiling() or optimizer not in _checked:
+        return
+    for shard in _checked[optimizer][1]:
+        for state in optimizer.state.get(shard, {}).values():
+            if isinstance(state, ShardedTensor):
+                plain: Any = state
+                plain.__class__ = Tensor
+                del plain._shard
 
 
 def _trained(optimizer: Any) -> set[Tensor]:
@@ -162,3 +178,4 @@ def _key(name: str) -> str:
 
 
 register_optimizer_step_pre_hook(_check_step)
+register_optimizer_step_post_hook(_clean_states)

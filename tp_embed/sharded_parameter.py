@@ -19,12 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._ops import OperatorBase
 from torch.nn import Parameter
+from torch.utils._foreach_utils import _foreach_supported_types
 from torch.utils._pytree import tree_leaves
 
 from tp_embed import backward
-from tp_embed.collectives import reduce_partial, whole_table
+from tp_embed.collectives import whole_table
 from tp_embed.gang import Gang
 from tp_embed.partition import Partition
+from tp_embed.reductions import OF_GRADIENTS, REDUCTIONS, reduce_table
 
 
 def _names(text: str) -> frozenset[str]:
@@ -72,6 +74,10 @@ _IN_PLACE = _names(
 
 # Give the same memory in another shape, as flat buffers have it.
 _FLAT = _names("flatten ravel reshape view")
+
+# Of sparse gradients: what reads no items, and what has the items of the gradient.
+_SPARSE = _names("_coalesced_ _indices _nnz dense_dim indices is_coalesced sparse_dim sparse_mask")
+_VALUES = _names("_values coalesce to_dense values")
 
 _TRANSPOSED = _names("H T mH mT")
 _REDUCTIONS = _names("_foreach_max _foreach_norm _foreach_powsum")
@@ -144,7 +150,7 @@ class _Guarded:
         :returns: *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
         """
         with unguarded():
-            return self.view_as(self)  # type: ignore[no-any-return]
+            return self.detach() if self.is_sparse else self.view_as(self)  # type: ignore[no-any-return]
 
     def full_tensor(self: Any, device: torch.device | str | None = None) -> Tensor:
         """The whole table, without its gradient. All ranks of the gang have to call it; it sends
@@ -165,37 +171,35 @@ class _Guarded:
             with unguarded():
                 return func(*args, **kwargs)
         name = func.__name__
+        if name in REDUCTIONS:
+            reduced = reduce_table(name, args, kwargs)
+            if reduced is not NotImplemented:
+                return reduced
         if name in ("__get__", "__set__", "__delete__"):
             name = func.__self__.__name__
             is_passed, is_kept = name not in _TRANSPOSED, name == "data"
             is_kept = is_kept and func.__name__ == "__get__"
         else:
-            is_kept = name in _KEPT or name in _FLAT
-            is_passed = is_kept or _passes(name)
+            is_kept = name in _KEPT or name in _FLAT or name in _VALUES
+            is_passed = is_kept or _passes(func, name, args)
         if getattr(func, "__module__", None) == dist.distributed_c10d.__name__:
             is_passed = not _reaches_gang(func, args, kwargs)
         with unguarded():
-            if name in ("sum", "mean") and len(args) == 1 and not kwargs:
-                return _over_table(name, args[0])
             if not is_passed and not backward.is_running():
                 # No TypeError, which torch's operators take for an operand they don't know.
                 raise ValueError(_refusal(name, args, kwargs))
             result = func(*args, **kwargs)
+        if name == "grad":
+            _mark_grads(func, args, result)
         return _kept(result, name, args, kwargs) if is_kept else result
 
 
-def _passes(name: str) -> bool:
+def _passes(func: Any, name: str, args: tuple[Any, ...]) -> bool:
+    if name == "__setitem__":  # Where a mask says so, as in `grad[grad.isnan()] = 0.0`.
+        return isinstance(args[1], _Guarded) and not isinstance(args[2], Tensor)
     if name.startswith(("_foreach_", "_fused_", "_amp_")):
         return name not in _REDUCTIONS
-    return name in _PASSED or name in _IN_PLACE
-
-
-def _over_table(name: str, shard: Any) -> Tensor:
-    """The sum or mean of all items of the table, with its gradient. All ranks of the gang have to
-    call it; one number is all-reduced."""
-    total = reduce_partial(shard.sum(), shard.gang)
-    other = shard.shape[1 - shard.shard_dim]
-    return total if name == "sum" else total / (shard._shard.partition.size * other)
+    return name in _PASSED or name in _IN_PLACE or name in _SPARSE
 
 
 def _reaches_gang(collective: Any, args: Any, kwargs: Any) -> bool:
@@ -211,8 +215,15 @@ def _kept(result: Any, name: str, args: Any, kwargs: Any) -> Any:
     if type(result) is not Tensor:
         return result
     origin = _origin(args, kwargs)
-    if result.shape == origin.shape:
-        shard = result.as_subclass(ShardedTensor)
+    is_grad = isinstance(origin, ShardedGrad)
+    of_grad = is_grad and (name in _VALUES or (name in _FLAT and result.ndim == 1))
+    if result.shape == origin.shape or of_grad:
+        kind: Any = ShardedGrad if is_grad else ShardedTensor
+        if result.is_sparse:  # There is no other view of it.
+            shard: Any = result
+            shard.__class__ = kind
+        else:
+            shard = result.as_subclass(kind)
         shard._shard = origin._shard
         return shard
     if name in _FLAT and (result.ndim == 1 or result.dtype != origin.dtype):
@@ -252,6 +263,46 @@ class ShardedTensor(_Guarded, Tensor):
         result._shard = self._shard
         memo[id(self)] = result
         return result
+
+
+class ShardedGrad(ShardedTensor):
+    """What ``grad`` of a :class:`ShardedParameter` gives: the gradient itself, a plain tensor whose
+    class is changed in place, so that its norm is the norm of the whole gradient."""
+
+
+class FrameworkGrad(ShardedGrad):
+    """A gradient that a framework knows to be sharded, by the mark on its Parameter: it combines
+    norms itself, and reads gradients through ``data`` and ``detach()``."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        reduced: Any = NotImplemented
+        if func.__name__ in OF_GRADIENTS:
+            reduced = reduce_table(func.__name__, args, kwargs)
+        if reduced is not NotImplemented:
+            return reduced
+        with unguarded():
+            return func(*args, **kwargs)
+
+
+def _mark_grads(func: Any, args: tuple[Any, ...], result: Any) -> None:
+    """Marks what ``weight.grad`` or :func:`torch.autograd.grad` gives."""
+    weights, grads = args[:1], (result,)
+    if func is torch.autograd.grad:
+        weights, grads = args[1], result
+    for weight, grad in zip(weights, grads, strict=True):
+        if isinstance(weight, ShardedParameter) and type(grad) is Tensor:
+            is_known = getattr(weight, "tensor_model_parallel", False)
+            shard: Any = grad
+            shard.__class__ = FrameworkGrad if is_known else ShardedGrad
+            shard._shard = weight._shard
+
+
+# Their gradients take the fast paths of torch's norms, as DTensors do.
+_foreach_supported_types.extend((ShardedGrad, FrameworkGrad))
 
 
 class ShardedParameter(_Guarded, Parameter):

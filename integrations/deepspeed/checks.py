@@ -14,6 +14,7 @@ from deepspeed.runtime.tensor_parallel import get_tensor_parallel_config
 from torch.nn import Module
 
 from tp_embed.head import ShardedLayer
+from tp_embed.optimizers import needs_matrix, refuse
 from tp_embed.strategies import Choices
 
 PIPELINE = (
@@ -29,10 +30,6 @@ def _is_on(value: Any) -> bool:
 
 def _above_1(value: Any) -> bool:
     return isinstance(value, int) and value > 1
-
-
-def _sees_whole_matrices(name: Any) -> bool:
-    return str(name).lower() in ("lamb", "adafactor")
 
 
 @dataclass(frozen=True)
@@ -114,13 +111,6 @@ _OPTIONS = (
         "the hybrid engine hands the weights of layers to kernels for inference, which take a "
         "shard of a table for all of it",
         "Leave it out, and generate with the engine itself",
-    ),
-    _Option(
-        "optimizer.type",
-        _sees_whole_matrices,
-        "an optimizer that works item by item, such as 'AdamW',",
-        "its steps depend on norms or means over a whole matrix, of which each rank has a part",
-        "Take 'AdamW'",
     ),
 )
 
@@ -234,6 +224,20 @@ def check_model(model: Module) -> None:
         )
 
 
+def check_optimizer_type(config: Mapping[str, Any], choices: Choices) -> None:
+    """Checks the optimizer that DeepSpeed makes by its config, or is given, for sharded tables.
+
+    :raises ValueError: it looks at whole matrices, as LAMB, Muon and Adafactor do.
+    """
+    name = str((config.get("optimizer") or {}).get("type"))
+    for group, chosen in choices:
+        # DeepSpeed hands what has one of these in its name from Muon to Adam.
+        left_to_adam = any(part in group.names[0].lower() for part in ("embed", "lm_head"))
+        is_fit = not needs_matrix(name) or (name.lower() == "muon" and left_to_adam)
+        if chosen != "none" and not is_fit:
+            raise refuse(name, f"the table '{group.names[0]}'")
+
+
 def check_choices(
     model: Module, config: Mapping[str, Any], choices: Choices, per_head: Collection[str] = ()
 ) -> None:
@@ -275,24 +279,6 @@ def check_choices(
                     "gather nothing. Let `tp_embed` shard it, or give it "
                     '`"partition_type": "skip"`.'
                 )
-
-
-def check_muon(config: Mapping[str, Any], choices: Choices) -> None:
-    """
-    :raises ValueError: DeepSpeed would orthogonalize shards of a table. It gives Muon all matrices
-        but those with "embed" or "lm_head" in their names.
-    """
-    if str((config.get("optimizer") or {}).get("type")).lower() != "muon":
-        return
-    for group, chosen in choices:
-        name = f"{group.names[0]}.weight"
-        if chosen != "none" and not any(part in name.lower() for part in ("embed", "lm_head")):
-            raise ValueError(
-                f"`optimizer.type` must not be 'Muon' where '{name}' is sharded: DeepSpeed takes "
-                "it for a matrix of a hidden layer, since there is no 'embed' in its name, and "
-                "would orthogonalize each shard by itself. Leave it whole, "
-                f"`tp_embed.rules: {{{group.names[0]!r}: 'none'}}`, or take 'AdamW'."
-            )
 
 
 def _stage(config: Mapping[str, Any]) -> int:

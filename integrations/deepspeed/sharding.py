@@ -29,7 +29,7 @@ from .checks import (
     check_choices,
     check_clipping,
     check_config,
-    check_muon,
+    check_optimizer_type,
     check_reuse_grad,
     check_sparse,
     check_tied_stages,
@@ -136,7 +136,7 @@ def _check(
     choices = _choose(model, gang, section, _rules(section, left))
     check_choices(model, ds_config, choices, left)
     if gang.size > 1:
-        check_muon(ds_config, choices)
+        check_optimizer_type(ds_config, choices)
     _check_gradients(model, choices, section, ds_config, dp_size)
     if section.shard_logits:
         from tp_embed.integrations.transformers import check_loss  # An optional dependency.
