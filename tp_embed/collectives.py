@@ -115,6 +115,8 @@ def gather_table(output: Tensor, block: Tensor, dim: int, gang: Gang, partition:
     :param dim: the dimension that is cut over the gang: 0, the rows, or 1, the columns.
     :param partition: how it is cut.
     """
+    with torch._C.DisableTorchFunctionSubclass():
+        block = block.detach()  # It may be a shard that refuses to be indexed.
     num_rows, width = output.shape
     step = max(1, _CHUNK_BYTES // (width * output.element_size()))
     if dim == 1:
