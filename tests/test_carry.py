@@ -111,9 +111,7 @@ def test_hooks_for_the_whole_table_are_refused(register, place):
     model = Model()
     getattr(getattr(model, place).weight, register)(hook)
     modules = dict(model.named_modules())
-    message = (
-        rf"'embed' must have no hook .* has `test_carry.hook` by `{register}`.*`train_rows`"
-    )
+    message = rf"'embed' must have no hook .* has `test_carry.hook` by `{register}`.*`train_rows`"
     for strategy in ("embed", "vocab"):
         with pytest.raises(ValueError, match=message):
             shard_embeddings(model, MIDDLE, strategy=strategy)
