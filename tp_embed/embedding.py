@@ -25,6 +25,7 @@ from tp_embed.ids import IdCheck, as_indices
 from tp_embed.layer import GangLayer
 from tp_embed.lookup import GradBuffer, keep_coalesced
 from tp_embed.partition import Partition
+from tp_embed.same_ids import SameIds, check_interval
 from tp_embed.sharded_parameter import local, unguarded
 from tp_embed.train_rows import Rows, as_rows
 from tp_embed.whole_init import fill_from_whole_table
@@ -117,6 +118,7 @@ class _Table(GangLayer, Embedding):
         reuse_grad: bool = False,
         scale: float | Tensor | None = None,
         train_rows: Rows | None = None,
+        check_ids: int | None = None,
     ) -> None:
         super().__init__(num_embeddings, embed_dim, pad_idx)
         if not isinstance(gang, Gang):
@@ -153,6 +155,7 @@ class _Table(GangLayer, Embedding):
         if train_rows is not None:
             self.train_rows = as_rows(train_rows, num_embeddings)
         self._id_check = IdCheck()
+        self._same_ids = SameIds(check_interval(check_ids))
         self._staging = Staging()
         self._grad_buffer = GradBuffer() if reuse_grad else None
         shape = len(self.rows), len(self.columns)
@@ -242,9 +245,15 @@ class _Table(GangLayer, Embedding):
         return output * self.scale
 
     def _look_up(self, ids: Tensor, real: Tensor | None) -> Tensor:
+        self._compare(ids, real)
         if self.sparse:
             keep_coalesced(self.weight)
         return fetch(self.weight, ids, real, self._lookup(self._grad_buffer))
+
+    def _compare(self, ids: Tensor, real: Tensor | None) -> None:
+        """Raises on all ranks if the ids of one differ, before any looks at its own."""
+        where = f"{type(self).__name__}({self.num_embeddings}, {self.embed_dim}, {self.output!r})"
+        self._same_ids(ids, real, self.gang, where)
 
     def _lookup(self, grad_buffer: GradBuffer | None = None) -> Lookup:
         place = Place(self.gang, self.partition, self.shard_dim, self.rows, self.columns)
@@ -261,6 +270,7 @@ class _Table(GangLayer, Embedding):
 
     def rows_in_graph(self, weight: Tensor, ids: Tensor, real: Tensor | None) -> Tensor:
         """The forward in a graph of torch.compile; see :mod:`tp_embed.compiled`."""
+        self._compare(ids, real)
         return Request(ids, real, self._lookup()).rows(local(weight))
 
     def gradient_in_graph(self, grad: Tensor, ids: Tensor, real: Tensor | None) -> Tensor:
@@ -291,8 +301,9 @@ class _Table(GangLayer, Embedding):
         """Waits until the ids of all forwards so far are checked, which on an accelerator is done
         in the background; see :class:`tp_embed.ids.IdCheck`.
 
-        :raises IndexError: as the forward.
+        :raises IndexError, GangError: as the forward.
         """
+        self._same_ids.flush()
         self._id_check.flush()
 
     def extra_repr(self) -> str:
@@ -423,13 +434,14 @@ class _ShardedTable(_Table):
         *,
         output: Output = "replicated",
         dedup: Dedup = "auto",
+        check_ids: int | None = None,
     ) -> Self:
         """Shards ``embed`` over ``gang``. Nothing is sent: each rank cuts its block out of the
         table that it has. The block is a copy, on the device of the table.
 
         :param embed: the embedding to shard, the same on every rank.
         :param gang: the gang over which to shard it.
-        :param output: as in the constructor; ``dedup`` likewise.
+        :param output: as in the constructor; ``dedup`` and ``check_ids`` likewise.
         """
         if not isinstance(embed, StandardEmbedding):
             raise TypeError(
@@ -451,6 +463,7 @@ class _ShardedTable(_Table):
             reuse_grad=embed.reuse_grad,
             scale=embed.scale,
             train_rows=embed.train_rows,
+            check_ids=check_ids,
         )
         sharded.requires_grad_(weight.requires_grad).train(embed.training)
         if weight.is_meta:
@@ -525,7 +538,10 @@ class ShardedEmbedding(_ShardedTable):
     :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
         is first rounded to the dtype of the output, as scaled embeddings of transformers are.
     :param train_rows: the rows that get a gradient; see :mod:`tp_embed.train_rows`.
-    :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or ``output``
+    :param check_ids: at which lookups ranks compare their ids: the first one and each n-th after
+        it, ``False`` for none; if ``None``, n = 32. See :class:`~tp_embed.same_ids.SameIds` for
+        what is sent, and :func:`~tp_embed.same_ids.check_interval`.
+    :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or an option
         is something else.
     """
 
@@ -573,7 +589,10 @@ class VocabShardedEmbedding(_ShardedTable):
     :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
         is first rounded to the dtype of the output, as scaled embeddings of transformers are.
     :param train_rows: the rows that get a gradient; see :mod:`tp_embed.train_rows`.
-    :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or ``output``
+    :param check_ids: at which lookups ranks compare their ids: the first one and each n-th after
+        it, ``False`` for none; if ``None``, n = 32. See :class:`~tp_embed.same_ids.SameIds` for
+        what is sent, and :func:`~tp_embed.same_ids.check_interval`.
+    :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or an option
         is something else.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,22 +36,81 @@ def as_indices(ids: Tensor) -> Tensor:
     )
 
 
-class IdCheck:
-    """Raises :class:`IndexError` for ids outside ``[0, num_embeddings)``.
+class Check(Protocol):
+    """A check whose answer is there, or on the way."""
 
-    On the CPU it raises at once. On an accelerator reading the answer at once would stall the
-    stream at every step, so the answer is copied to the host in the background, and the call that
-    comes two calls later raises: on every rank the same one, so that none is left waiting in a
-    collective. Until then such an id reads another row of the table. :meth:`flush` raises what
-    is still to come. Nothing is checked while a stream is captured: a graph that is replayed calls
-    nothing on the host.
+    def report(self) -> None:
+        """Raises what the check has found, if it has found anything."""
 
-    :param lag: how many calls later the answer is looked at; if ``None``, 0 on the CPU, else 2.
+
+class LateCheck:
+    """Looks at the answers of checks: at once on the CPU. On an accelerator that would stall the
+    stream at every step, so they are copied to the host in the background, and the call that comes
+    two calls later raises: on every rank the same one, so that none is left waiting in a
+    collective.
+
+    :param lag: how many calls later an answer is looked at; if ``None``, 0 on the CPU, else 2.
     """
 
     def __init__(self, lag: int | None = None) -> None:
         self._lag = lag
-        self._pending: deque[_Answer] = deque()
+        self._pending: deque[Check] = deque()
+
+    def flush(self) -> None:
+        """Waits for the answers to all calls so far.
+
+        :raises Exception: as a call.
+        """
+        while self._pending:
+            self._pending.popleft().report()
+
+    def lag_on(self, device: torch.device) -> int:
+        """How many calls later the answer of a check on ``device`` is looked at."""
+        if self._lag is not None:
+            return self._lag
+        return 0 if device.type == "cpu" else 2
+
+    def _look(self, check: Check, lag: int) -> None:
+        if not lag:
+            check.report()  # Not by way of the others, which may be of another thread.
+            return
+        self._pending.append(check)
+        while len(self._pending) > lag:
+            self._pending.popleft().report()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pending": deque()}  # Events belong to this process.
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether work on ``device`` is recorded for a graph, which calls nothing on the host."""
+    return device.type != "cpu" and bool(torch.accelerator.current_stream(device).is_capturing())
+
+
+class ToHost:
+    """Numbers on the way to the host."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers = numbers
+        self._event: torch.Event | None = None
+        if numbers.device.type != "cpu":
+            host = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self._numbers = host.copy_(numbers, non_blocking=True)
+            self._event = torch.accelerator.current_stream(numbers.device).record_event()
+
+    def read(self) -> Any:
+        """The numbers as a list. Waits for them."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._numbers.tolist()
+
+
+class IdCheck(LateCheck):
+    """Raises :class:`IndexError` for ids outside ``[0, num_embeddings)``.
+
+    Until the answer is looked at, such an id reads another row of the table. Nothing is checked
+    while a stream is captured: a graph that is replayed calls nothing on the host.
+    """
 
     def __call__(self, ids: Tensor, num_embeddings: int, where: object) -> None:
         """
@@ -59,30 +118,14 @@ class IdCheck:
         :param where: printed as the place that the ids were given to.
         :raises IndexError: it names the smallest bad id, its first position, and the range.
         """
-        if ids.is_meta or not ids.numel():
+        if ids.is_meta or not ids.numel() or is_capturing(ids.device):
             return
-        on_cpu = ids.device.type == "cpu"
-        if not on_cpu and torch.accelerator.current_stream(ids.device).is_capturing():
-            return
-        lag = self._lag if self._lag is not None else 0 if on_cpu else 2
-        if lag == 0 and on_cpu:
+        lag = self.lag_on(ids.device)
+        if lag == 0 and ids.device.type == "cpu":
             low, high = ids.aminmax()
             if low >= 0 and high < num_embeddings:
                 return
-        self._pending.append(_Answer(ids, num_embeddings, where))
-        while len(self._pending) > lag:
-            self._pending.popleft().report()
-
-    def flush(self) -> None:
-        """Waits for the answers to all calls so far.
-
-        :raises IndexError: as a call.
-        """
-        while self._pending:
-            self._pending.popleft().report()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_lag": self._lag, "_pending": deque()}  # Events belong to this process.
+        self._look(_Answer(ids, num_embeddings, where), lag)
 
 
 class _Answer:
@@ -95,20 +138,15 @@ class _Answer:
         smallest = flat.masked_fill(~bad, torch.iinfo(torch.int64).max).min()
         positions = torch.arange(len(flat), device=ids.device)
         first = positions.masked_fill(~bad | (flat != smallest), len(flat)).min()
-        self._answer = torch.stack([bad.any(), smallest, first])
-        self._event: torch.Event | None = None
-        if ids.device.type != "cpu":
-            host = torch.empty_like(self._answer, device="cpu", pin_memory=True)
-            self._answer = host.copy_(self._answer, non_blocking=True)
-            self._event = torch.accelerator.current_stream(ids.device).record_event()
+        self._answer = ToHost(torch.stack([bad.any(), smallest, first]))
 
     def report(self) -> None:
-        if self._event is not None:
-            self._event.synchronize()
-        any_bad, bad_id, index = self._answer.tolist()
+        any_bad, bad_id, index = self._answer.read()
         if not any_bad:
             return
-        position = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), self._shape))
+        position = tuple(
+            int(i) for i in torch.unravel_index(torch.tensor(index, device="cpu"), self._shape)
+        )
         raise IndexError(
             f"All ids in `x` must be in [0, {self._num_embeddings}) (num_embeddings), but the id "
             f"at position {position} is {bad_id} instead, on {self._where}. Check the tokenizer "

@@ -42,6 +42,7 @@ from tp_embed.repoint import (
     repoint_groups,
     repoint_optimizer,
 )
+from tp_embed.same_ids import check_interval
 from tp_embed.strategies import Choices, Strategy, choose_rows, choose_strategies
 from tp_embed.tables import Place, TableGroup, check_shardable, check_weight, output_scale, skip
 from tp_embed.train_rows import Rows
@@ -112,6 +113,7 @@ def shard_embeddings(
     dedup: Dedup = "auto",
     sparse: bool | None = None,
     reuse_grad: bool | None = None,
+    check_ids: int | None = None,
     init_fn: InitFn | None = None,
     train_rows: Mapping[str, Rows] | None = None,
     optimizer: Optimizer | None = None,
@@ -150,6 +152,7 @@ def shard_embeddings(
     :param sparse: whether gradients are sparse; if ``None``, where they were.
     :param reuse_grad: whether dense gradients are put into the same memory, one after the other,
         see :class:`ShardedEmbedding`, which also says when not to; if ``None``, where they were.
+    :param check_ids: at which lookups ranks compare their ids, see :class:`ShardedEmbedding`.
     :param init_fn: initializes every table anew, those that are not sharded too, to the same values
         for each strategy. Heads that are tied to no table keep their values.
     :param train_rows: the rows that get a gradient, for tables of which a name matches a pattern:
@@ -178,7 +181,7 @@ def shard_embeddings(
         return found, choose_rows(found, train_rows)
 
     choices, rows = raise_together(gang, check)
-    options = _Options(output, dedup, sparse, reuse_grad, init_fn)
+    options = _Options(output, dedup, sparse, reuse_grad, init_fn, check_ids)
     check_agreement(gang, options.facts() | _facts(gang, choices, rows, init_fn))
 
     def check_tables() -> None:
@@ -278,12 +281,14 @@ class _Options:
     sparse: bool | None = None
     reuse_grad: bool | None = None
     init_fn: InitFn | None = None
+    check_ids: int | None = None
     train_rows: Tensor | None = None
 
     def facts(self) -> dict[str, object]:
         """What has to be the same on every rank of the gang."""
         names = "output", "dedup", "sparse", "reuse_grad"
-        return {f"`{name}`": getattr(self, name) for name in names}
+        facts: dict[str, object] = {f"`{name}`": getattr(self, name) for name in names}
+        return facts | {"`check_ids`": check_interval(self.check_ids)}
 
 
 @dataclass(frozen=True)
@@ -357,7 +362,9 @@ def _shard(
 ) -> ShardedEmbedding | VocabShardedEmbedding:
     kind = VocabShardedEmbedding if strategy == "vocab" else ShardedEmbedding
     if options.init_fn is None:
-        return kind.from_embedding(table, gang, output=options.output, dedup=options.dedup)
+        return kind.from_embedding(
+            table, gang, output=options.output, dedup=options.dedup, check_ids=options.check_ids
+        )
     new = kind(
         gang,
         table.num_embeddings,
@@ -371,6 +378,7 @@ def _shard(
         sparse=table.sparse,
         reuse_grad=table.reuse_grad,
         scale=table.scale,
+        check_ids=options.check_ids,
         train_rows=table.train_rows,
     )
     new.weight.requires_grad_(table.weight.requires_grad)
