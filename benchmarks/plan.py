@@ -110,7 +110,7 @@ def config(setup: Setup, strategy: Strategy) -> dict[str, Any]:
                 "layer_specs": [{"patterns": ["^$"], "partition_type": "skip"}],
             },
         },
-        "tp_embed": {"strategy": strategy},
+        "tp_embed": {"strategy": strategy, "check_ids": False},
     }
 
 

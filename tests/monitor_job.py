@@ -152,7 +152,8 @@ def main(out: Path) -> None:
     timed = config(
         1, "embed", out / "timed", wall_clock_breakdown=True, comms_logger={"enabled": True}
     )
-    timed["tp_embed"]["dedup"] = False  # Each message is as large as the one before.
+    # Each message is as large as the one before.
+    timed["tp_embed"] |= {"dedup": False, "check_ids": False}
     engine, *_ = initialize(model=build(), config=timed)
     monitor = EngineMonitor(engine)
     train(engine)

@@ -169,6 +169,7 @@ def test_example(tmp_path):
         for count, size in re.findall(r"tp_embed\.all_gather +(\d+) x +(\d+)", output)
     }
     assert messages.pop(1_024_000) == 20  # The logits.
+    assert messages.pop(112) == 1  # The ids of the first lookup are compared.
     row = 32 * 4  # Columns, bytes: of the distinct ones of 256 ids.
     assert sum(messages.values()) == 20
     assert all(size % row == 0 and size <= 0.85 * 256 * row for size in messages)

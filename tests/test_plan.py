@@ -47,7 +47,7 @@ class Model(nn.Module):
 def sharded(gang, setup, strategy, shard_logits, dedup):
     """The model, and what gives logits and loss, as those of transformers do."""
     model = Model(setup)
-    shard_embeddings(model, gang, strategy=strategy, output=setup.output)
+    shard_embeddings(model, gang, strategy=strategy, output=setup.output, check_ids=False)
     if strategy != "none":
         model.embed.dedup = dedup
     if shard_logits:
@@ -229,7 +229,8 @@ def sent_by_itself(gang, setup):
     """The bytes of a forward with what ``dedup`` is by default, by strategy."""
     found = {}
     for name, kind in (("embed", ShardedEmbedding), ("vocab", VocabShardedEmbedding)):
-        embed = kind(gang, setup.vocab_size, setup.embed_dim, output=setup.output)
+        sizes = setup.vocab_size, setup.embed_dim
+        embed = kind(gang, *sizes, output=setup.output, check_ids=False)
         lengths = Partition(setup.tokens, gang.size).sizes if setup.output == "sequence" else None
         with Traffic(gang) as traffic:
             embed(ids_of(setup, lengths))

@@ -7,7 +7,15 @@ from functools import partial
 from importlib import import_module
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from tp_embed import init as init_functions
 from tp_embed.embedding import InitFn
@@ -55,6 +63,7 @@ class EmbedConfig(BaseModel):
     dedup: Literal["auto", True, False] = "auto"
     sparse: bool | None = None
     reuse_grad: bool | None = None
+    check_ids: bool | NonNegativeInt | None = None
     init: str | dict[str, Any] | None = None
     train_rows: dict[str, str | list[int]] = {}
     watchdog: WatchdogConfig | None = None

@@ -224,6 +224,7 @@ def _shard(
         dedup=section.dedup,
         sparse=section.sparse,
         reuse_grad=section.reuse_grad,
+        check_ids=section.check_ids,
         init_fn=section.init_fn,
         train_rows=section.rows,
         optimizer=optimizer if isinstance(optimizer, Optimizer) else None,
