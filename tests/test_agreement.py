@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
 from tp_embed import GangError, StandardEmbedding, init, shard_embeddings
+from tp_embed.agreement import check_agreement, raise_together
 
 
 def shard_differently(gang, what):
@@ -76,3 +80,99 @@ def test_error_of_one_rank_ends_all(pool, what, message):
     for rank in (0, 2):
         assert "Rank 1 of ProcessGroupGang(" in found[rank][1]
     assert all(message in text for _, text in found)
+
+
+class OddError(Exception):
+    """Neither its message nor itself can be passed on as it is."""
+
+    def __init__(self, lock):
+        super().__init__(lock)
+
+    def __str__(self):
+        raise RuntimeError("no message")
+
+
+EXCEPTIONS = {
+    "MemoryError: no memory": lambda: MemoryError("no memory"),
+    "OutOfMemoryError: 20 GiB": lambda: torch.OutOfMemoryError("20 GiB"),
+    "RuntimeError: [enforce fail] can't allocate": None,
+    "KeyboardInterrupt": lambda: KeyboardInterrupt(),
+    "SystemExit: 3": lambda: SystemExit(3),
+    "AssertionError: x": lambda: AssertionError("x"),
+    "KeyError: 'x'": lambda: KeyError("x"),
+    "OSError: [Errno 28] No space": lambda: OSError(28, "No space"),
+    "ZeroDivisionError: integer division": lambda: 1 // 0,
+    "OddError: its message can't be shown": lambda: OddError(threading.Lock()),
+    f"ValueError: {'x' * 2000}... (1000000 characters)": lambda: ValueError("x" * 1_000_000),
+    "ValueError: caf\u00e9 \udcff\n": lambda: ValueError("caf\u00e9 \udcff\n"),
+}
+
+
+def fail_with(gang, what, failing):
+    """What comes of an exception of the ranks in `failing`, and of a collective after it."""
+
+    def action():
+        if gang.rank in failing:
+            if EXCEPTIONS[what] is None:
+                torch.empty(1 << 60)
+            raise EXCEPTIONS[what]()
+        return "done"
+
+    try:
+        outcome = raise_together(gang, action)
+    except BaseException as e:
+        kind, cause = type(e).__name__, e.__cause__
+        outcome = kind, "" if isinstance(e, OddError) else str(e).encode("utf8", "replace"), cause
+    total = torch.ones(())
+    gang.all_reduce(total)
+    return outcome, total.item()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("what", EXCEPTIONS)
+def test_every_exception_ends_all(pool, what, size):
+    last = size - 1
+    for rank, (outcome, total) in enumerate(pool(size, fail_with, what, [last])):
+        assert total == size
+        kind, message, cause = outcome
+        assert cause is None
+        if rank == last:
+            assert kind == what.split(":")[0]
+            continue
+        assert kind == "GangError"
+        start = what.split("[")[0].encode("utf8", "replace")
+        assert f"Rank {last} of ProcessGroupGang(rank={rank}, ".encode() in message
+        assert b"has failed, and this one with it: " + start in message
+
+
+def test_ranks_that_fail_together_raise_their_own(pool):
+    found = pool(3, fail_with, "MemoryError: no memory", [0, 2])
+    assert [outcome[0] for outcome, _ in found] == ["MemoryError", "GangError", "MemoryError"]
+    assert b"Rank 0 of ProcessGroupGang(rank=1, " in found[1][0][1]
+    assert [outcome for outcome, _ in pool(3, fail_with, "SystemExit: 3", [])] == ["done"] * 3
+
+
+def agree(gang, size_of_fact):
+    """Facts of any size; None stands for what a rank does not know of."""
+    check_agreement(gang, {"a": "x" * size_of_fact, "b": (1, torch.float32), "c": None})
+    facts = {"a": 1} if gang.rank else {"a": 1, "b": 2}
+    with pytest.raises(GangError) as error:
+        check_agreement(gang, facts)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("size_of_fact", [0, 100_000])
+def test_facts_that_one_rank_lacks(pool, size_of_fact):
+    for message in pool(3, agree, size_of_fact):
+        assert "agree on b, but disagree: rank 0: 2, rank 1: 'nothing', rank 2: 'noth" in message
+
+
+def test_facts_go_in_one_round(pool):
+    assert pool(4, operations) == [["all_gather", "all_gather"]] * 4
+
+
+def operations(gang):
+    called = []
+    with gang.register_collective_hook(lambda name, _: called.append(name) or nullcontext()):
+        raise_together(gang, lambda: None)
+    return called

@@ -154,6 +154,7 @@ def looked_up(gang, setup, strategy, dedup):
         dtype=DTYPES[setup.dtype],
         output=setup.output,
         dedup=dedup,
+        check_ids=False,
     )
     lengths = Partition(setup.tokens, gang.size).sizes if setup.output == "sequence" else None
     ids = ids_of(setup, lengths)

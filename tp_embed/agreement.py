@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import torch
 
 from tp_embed.gang import Gang, GangError
 
 _T = TypeVar("_T")
 
+_MOST_CHARACTERS = 2000
+
 
 def check_agreement(gang: Gang, facts: Mapping[str, object]) -> None:
-    """Compares what each rank says of itself. All ranks have to call it; each broadcasts its facts.
+    """Compares what each rank says of itself. All ranks have to call it; they gather their facts.
 
     :param facts: what has to be the same on every rank, by what it is called in the error.
     :raises GangError: ranks disagree; the error is raised on all of them.
     """
-    all_facts = _of_all_ranks(gang, dict(facts))
+    all_facts = _of_all_ranks(gang, {name: repr(fact) for name, fact in facts.items()})
     for name in dict.fromkeys(name for one in all_facts for name in one):
-        found = [repr(one.get(name, "nothing")) for one in all_facts]
+        found = [one.get(name, repr("nothing")) for one in all_facts]
         if len(set(found)) > 1:
             by_rank = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(found))
             raise GangError(
@@ -28,32 +33,42 @@ def check_agreement(gang: Gang, facts: Mapping[str, object]) -> None:
 
 
 def raise_together(gang: Gang, action: Callable[[], _T]) -> _T:
-    """What ``action`` returns. All ranks have to call it, so that an error of one, which would
-    leave the others waiting in the next collective, ends them all.
+    """What ``action`` returns. All ranks have to call it, so that an exception of one, which would
+    leave the others waiting in the next collective, ends them all. ``action`` sends nothing.
 
-    :raises GangError: ``action`` has raised an OSError, TypeError or ValueError on other ranks, but
-        not here. A rank where it has raised one raises that.
+    :raises GangError: ``action`` has raised anything on another rank, running out of memory and
+        ``KeyboardInterrupt`` included, but not here. A rank where it has raised raises that.
     """
-    result: _T | None = None
-    error: Exception | None = None
     try:
         result = action()
-    except (OSError, TypeError, ValueError) as e:
-        error = e
-    messages = _of_all_ranks(gang, None if error is None else str(error))
-    for rank, message in enumerate(messages):
-        if error is None and message is not None:
-            error = GangError(f"Rank {rank} of {gang} has failed, and this one with it: {message}")
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
+    except BaseException as e:
+        # Whatever comes of telling the others, this rank raises what it has met.
+        try:
+            _of_all_ranks(gang, _describe(e))
+        finally:
+            raise e
+    for rank, failure in enumerate(_of_all_ranks(gang, None)):
+        if failure is not None:
+            raise GangError(f"Rank {rank} of {gang} has failed, and this one with it: {failure}")
+    return result
 
 
-def _of_all_ranks(gang: Gang, own: _T) -> list[_T]:
-    """What each rank gives as ``own``, by rank."""
-    found = []
-    for rank in range(gang.size):
-        box = [own]
-        gang.broadcast_objects(box, rank)
-        found.append(box[0])
-    return found
+def _describe(error: BaseException) -> str:
+    try:
+        message = str(error)
+    except Exception:
+        message = "its message can't be shown"
+    if len(message) > _MOST_CHARACTERS:
+        message = f"{message[:_MOST_CHARACTERS]}... ({len(message)} characters)"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def _of_all_ranks(gang: Gang, own: Any) -> list[Any]:
+    """What each rank gives as ``own``, by rank: strings and the like, which need no pickle."""
+    text = json.dumps(own).encode()
+    sizes = torch.empty(gang.size, dtype=torch.int64, device=gang.device)
+    gang.all_gather(sizes, torch.tensor(len(text), device=gang.device))
+    counts = sizes.tolist()
+    joined = torch.empty(sum(counts), dtype=torch.uint8, device=gang.device)
+    gang.all_gather(joined, torch.tensor(list(text), dtype=torch.uint8, device=gang.device), counts)
+    return [json.loads(bytes(part.tolist())) for part in joined.cpu().split(counts)]

@@ -126,7 +126,7 @@ def shard_embeddings(
     ``init_fn``: every rank cuts its block out of the table that it has. A module that was replaced
     raises when it is called.
 
-    All ranks of the gang have to call it: they compare, with a broadcast of about a kilobyte each,
+    All ranks of the gang have to call it: they compare, with an all-gather of about a kilobyte,
     what they are about to do. Call it before an engine is built, which would keep the old
     Parameters; an optimizer that is there already is passed as ``optimizer``.
 
