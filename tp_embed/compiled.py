@@ -70,6 +70,26 @@ def _check_inputs(tensors: Sequence[Tensor]) -> None:
         )
 
 
+def _find(handle: int) -> Any:
+    """
+    :raises RuntimeError: what the handle names is gone.
+    """
+    found = _NAMED.get(handle)
+    if found is None:
+        raise RuntimeError(
+            f"A compiled graph calls the table or gang number {handle} of this process, which is "
+            "gone: a graph keeps none alive, and is of the process that traced it. Keep the module "
+            "for as long as its graph is called, and compile or export it anew where it was copied "
+            "or loaded."
+        )
+    return found
+
+
+def _table(handle: int) -> Table:
+    table: Table = _find(handle)
+    return table
+
+
 @library.custom_op("tp_embed::look_up", mutates_args=())
 def look_up(
     weight: Tensor, ids: Tensor, real: Tensor | None, shape: Sequence[int], handle: int
@@ -79,8 +99,7 @@ def look_up(
     :param real: what is no padding; if ``None``, all. *Shape:* that of ``ids``.
     :param shape: that of the output.
     """
-    table: Table = _NAMED[handle]
-    return table.rows_in_graph(weight, ids, real)
+    return _table(handle).rows_in_graph(weight, ids, real)
 
 
 @library.custom_op("tp_embed::look_up_backward", mutates_args=())
@@ -88,15 +107,14 @@ def _look_up_backward(
     grad: Tensor, ids: Tensor, real: Tensor | None, shape: Sequence[int], handle: int
 ) -> Tensor:
     """The gradient of this rank's block, which has ``shape``, for that of the rows."""
-    table: Table = _NAMED[handle]
-    return table.gradient_in_graph(grad, ids, real)
+    return _table(handle).gradient_in_graph(grad, ids, real)
 
 
 @library.custom_op("tp_embed::all_gather", mutates_args=())
 def all_gather(x: Tensor, size: int, handle: int) -> Tensor:
     """The ``x`` of all ranks of the gang of ``handle``, which has ``size`` of them. *Shape:*
     :math:`(P,*)`."""
-    gang: _Gang = _NAMED[handle]
+    gang: _Gang = _find(handle)
     output = x.new_empty((size, *x.shape))
     gang.all_gather(output, x)
     return output
@@ -105,7 +123,7 @@ def all_gather(x: Tensor, size: int, handle: int) -> Tensor:
 @library.custom_op("tp_embed::all_reduce", mutates_args=())
 def all_reduce(x: Tensor, handle: int) -> Tensor:
     """The sum of the ``x`` of all ranks of the gang of ``handle``."""
-    gang: _Gang = _NAMED[handle]
+    gang: _Gang = _find(handle)
     output = x.clone(memory_format=torch.contiguous_format)
     gang.all_reduce(output)
     return output

@@ -11,6 +11,7 @@ as U is N without de-duplication.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,9 +50,10 @@ class Place:
         return len(self.rows) if self.dim else self.partition.size
 
 
-class Staging:
+class Staging(threading.local):
     """Memory for what is sent and received, which the next step takes again: on a CPU it costs more
-    to get it anew, page by page, than to write to it. An accelerator's allocator does that."""
+    to get it anew, page by page, than to write to it. An accelerator's allocator does that. Each
+    thread has its own."""
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
@@ -65,7 +67,7 @@ class Staging:
         memory = self._memory.get(name)
         if memory is None or len(memory) < nbytes:
             with torch.inference_mode(False):  # It is written to in any mode.
-                memory = self._memory[name] = torch.empty(nbytes, dtype=torch.uint8)
+                memory = self._memory[name] = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         return memory[:nbytes].view(like.dtype).view(*shape)
 
     def __deepcopy__(self, memo: object) -> Staging:

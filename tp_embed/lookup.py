@@ -7,6 +7,8 @@ fp32.
 
 from __future__ import annotations
 
+from threading import Lock
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
@@ -135,14 +137,16 @@ class GradBuffer:
         self._buffer: Tensor | None = None
         self._rows: Tensor | None = None
         self._version = 0
+        self._lock = Lock()  # Of two threads that ask, one gets new memory.
 
     def fill(self, rows: Tensor, sums: Tensor, num_rows: int) -> Tensor:
         """A gradient with ``sums`` in ``rows``, and zeros elsewhere."""
         shape = num_rows, sums.size(1)
-        buffer = self._take(shape, sums)
-        buffer.index_copy_(0, rows, sums)
-        self._rows, self._version = rows, buffer._version
-        return buffer.detach()  # Of which autograd can be the only owner.
+        with self._lock:
+            buffer = self._take(shape, sums)
+            buffer.index_copy_(0, rows, sums)
+            self._rows, self._version = rows, buffer._version
+            return buffer.detach()  # Of which autograd can be the only owner.
 
     def _take(self, shape: tuple[int, int], like: Tensor) -> Tensor:
         buffer = self._buffer

@@ -33,7 +33,8 @@ class ProcessGroupGang(Gang):
     :param device: the device of the tensors that the collectives take. The group needs a backend
         for it: gloo for ``cpu``, NCCL for ``cuda``.
     :raises GangError: torch.distributed is not initialised.
-    :raises ValueError: this process is not in the group, or it has no backend for ``device``.
+    :raises ValueError: this process is not in the group, or it has no backend for ``device``
+        that sends.
 
     Its timeout is that of the group. On gloo a collective has ended when it returns, and what goes
     wrong is a :class:`GangError`. NCCL's run on in the background: a rank that is missing is
@@ -59,15 +60,22 @@ class ProcessGroupGang(Gang):
             )
         device = torch.device(device)
         try:
-            timeout: timedelta = group._get_backend(device).options._timeout
+            backend = group._get_backend(device)
         except RuntimeError as e:
             raise ValueError(
                 f"`device` must be one for which `process_group` has a backend, but is '{device}' "
                 "instead. Pass the device of the group, or give the group a backend for it."
             ) from e
+        if backend.name() == "fake":
+            raise ValueError(
+                "`process_group` must be of a backend that sends, but is of torch's 'fake' one, "
+                "which has no sizes that differ by rank. Use a `FakeGang(device, rank=..., "
+                "size=...)` for dry runs."
+            )
+        timeout: timedelta = backend.options._timeout
         super().__init__(dist.get_rank(group), dist.get_world_size(group), device, timeout)
         self._group = group
-        self._is_gloo = "gloo" in group._get_backend(device).name()
+        self._is_gloo = "gloo" in backend.name()
 
     @property
     def global_ranks(self) -> list[int]:
@@ -196,7 +204,7 @@ class ProcessGroupGang(Gang):
                 f"`{operation}` of {shapes} failed on rank {self._rank} of {self} (timeout "
                 f"{self._timeout}): {e}\nEvery rank of the gang has to call the same collectives "
                 "with the same shapes; look for a rank that stopped, took another branch, "
-                "or was given other ids."
+                "or was given other ids, which TP_EMBED_CHECK_IDS=1 compares at each lookup."
             ) from e
 
     def __repr__(self) -> str:
