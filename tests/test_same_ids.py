@@ -11,6 +11,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from parity import SHARDED, assert_same_bits
 from tp_embed import BatchLayout, GangError, OutputHead, StandardEmbedding, shard_embeddings
+from tp_embed.integrations.deepspeed.config import read_section
 from tp_embed.same_ids import SameIds, check_interval
 
 SIZES = [2, 3]
@@ -315,3 +316,12 @@ def test_interval(monkeypatch):
         monkeypatch.setenv("TP_EMBED_CHECK_IDS", value)
         with pytest.raises(ValueError, match=f"TP_EMBED_CHECK_IDS must be 0 .* is '{value}' inst"):
             check_interval(None)
+
+
+def test_section_of_a_deepspeed_config():
+    for value in (True, False, 0, 9, None):
+        _, section = read_section({"tp_embed": {"check_ids": value}})
+        assert section.check_ids is value
+    for value in (-1, "1", 0.5):
+        with pytest.raises(ValueError, match=r"`tp_embed\.check_ids.*` of the DeepSpeed config is"):
+            read_section({"tp_embed": {"check_ids": value}})
