@@ -153,7 +153,7 @@ def _keep_for_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_to_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    table: Table = _NAMED[ctx.handle]
+    table = _table(ctx.handle)
     rows = look_up(table.without_pad_row(grad), *ctx.saved_tensors, ctx.shape, ctx.handle)
     return rows, None, None, None, None
 
