@@ -21,7 +21,7 @@ def check_agreement(gang: Gang, facts: Mapping[str, object]) -> None:
     :param facts: what has to be the same on every rank, by what it is called in the error.
     :raises GangError: ranks disagree; the error is raised on all of them.
     """
-    all_facts = _of_all_ranks(gang, {name: repr(fact) for name, fact in facts.items()})
+    all_facts = of_all_ranks(gang, {name: repr(fact) for name, fact in facts.items()})
     for name in dict.fromkeys(name for one in all_facts for name in one):
         found = [one.get(name, repr("nothing")) for one in all_facts]
         if len(set(found)) > 1:
@@ -44,10 +44,10 @@ def raise_together(gang: Gang, action: Callable[[], _T]) -> _T:
     except BaseException as e:
         # Whatever comes of telling the others, this rank raises what it has met.
         try:
-            _of_all_ranks(gang, _describe(e))
+            of_all_ranks(gang, _describe(e))
         finally:
             raise e
-    for rank, failure in enumerate(_of_all_ranks(gang, None)):
+    for rank, failure in enumerate(of_all_ranks(gang, None)):
         if failure is not None:
             raise GangError(f"Rank {rank} of {gang} has failed, and this one with it: {failure}")
     return result
@@ -63,7 +63,7 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def _of_all_ranks(gang: Gang, own: Any) -> list[Any]:
+def of_all_ranks(gang: Gang, own: Any) -> list[Any]:
     """What each rank gives as ``own``, by rank: strings and the like, which need no pickle."""
     text = json.dumps(own).encode()
     sizes = torch.empty(gang.size, dtype=torch.int64, device=gang.device)

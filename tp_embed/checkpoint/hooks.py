@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
-from torch.nn import Module
+from torch.distributed.tensor import DTensor
+from torch.nn import Module, Parameter
 
+from tp_embed.checkpoint.dtensors import DTensors, as_dtensor
 from tp_embed.collectives import whole_table
 from tp_embed.gang import Gang
 from tp_embed.head import ShardedLayer
@@ -116,15 +116,34 @@ def _before_load(
     error_msgs: list[str],
 ) -> None:
     metadata = getattr(state, "_metadata", None) or {}
-    for name, layer in _layers(model):
-        key = f"{prefix}{name}weight"
-        if key not in state or _is_partitioned(layer):
-            continue
+    layers = {f"{prefix}{name}weight": layer for name, layer in _layers(model)}
+    layers = {k: e for k, e in layers.items() if k in state and not _is_partitioned(e)}
+    values = {key: state[key] for key in layers}
+    dtensors = DTensors(
+        {k: (value, layers[k].gang) for k, value in values.items() if isinstance(value, DTensor)}
+    )
+    assigned: dict[tuple[Tensor, int], Tensor] = {}
+    for key, layer in layers.items():
+        value, record = values[key], metadata.get(key.rpartition(".")[0], {}).get(_RECORD)
         try:
-            state[key] = _cut(layer, state[key], metadata.get(key.rpartition(".")[0], {}))
+            shard = _cut(layer, key, value, dtensors, record)
         except ValueError as e:
             error_msgs.append(f"`{key}` {e}")
-            state[key] = local(layer.weight)  # So that torch does not complain as well.
+            shard = layer.weight  # So that torch does not complain as well.
+        if local_metadata.get("assign_to_params_buffers") and shard is not layer.weight:
+            # Tied weights stay one memory, as in torch.
+            shard = assigned.setdefault((layer.weight, id(value)), _owned(shard, value))
+        state[key] = shard
+
+
+def _owned(shard: Tensor, value: Tensor) -> Tensor:
+    """A shard to assign; if it is cut out of a larger tensor, a copy, which lets that go."""
+    if shard is value:
+        return shard
+    shard = local(shard)
+    if shard.untyped_storage().nbytes() > shard.nbytes:
+        shard = shard.clone(memory_format=torch.contiguous_format)
+    return Parameter(shard) if isinstance(value, Parameter) else shard
 
 
 def _layers(model: Module) -> Iterator[tuple[str, ShardedLayer]]:
@@ -139,10 +158,10 @@ def _is_partitioned(layer: ShardedLayer) -> bool:
     return hasattr(layer.weight, "ds_shape")
 
 
-def _shape(layer: ShardedLayer) -> tuple[int, ...]:
-    shape = list(layer.weight.shape)
-    shape[layer.shard_dim] = layer.partition.size
-    return tuple(shape)
+def _shape(layer: ShardedLayer) -> tuple[int, int]:
+    rows, columns = layer.weight.shape
+    size = layer.partition.size
+    return (rows, size) if layer.shard_dim else (size, columns)
 
 
 def _record(layer: ShardedLayer) -> dict[str, int]:
@@ -162,38 +181,25 @@ def _own_shard(layer: ShardedLayer) -> Tensor:
 
 
 def _as_dtensor(layer: ShardedLayer) -> Tensor:
-    weight, shape = local(layer.weight), _shape(layer)
-    group = layer.gang.as_process_group()
-    mesh = DeviceMesh.from_group(group, weight.device.type)
-    tensor: Tensor = DTensor.from_local(
-        weight,
-        mesh,
-        [Shard(layer.shard_dim)],
-        run_check=False,
-        shape=torch.Size(shape),
-        stride=(shape[1], 1),
-    )
-    return tensor
+    return as_dtensor(local(layer.weight), layer.shard_dim, _shape(layer), layer.gang)
 
 
-def _cut(layer: ShardedLayer, value: Any, metadata: dict[str, Any]) -> Tensor:
-    """This rank's shard out of what a state dict holds."""
+def _cut(
+    layer: ShardedLayer, key: str, value: Any, dtensors: DTensors, record: dict[str, int] | None
+) -> Tensor:
+    """This rank's shard out of what a state dict holds at ``key``."""
     own, shape, dim = tuple(layer.weight.shape), _shape(layer), layer.shard_dim
     block = layer.partition.shard(layer.gang.rank)
     if isinstance(value, DTensor):
-        _check_shape(tuple(value.shape), shape)
-        local = value.to_local()
-        # The cut of DTensor is that of ours.
-        if tuple(value.placements) == (Shard(dim),) and tuple(local.shape) == own:
-            return local
-        value = value.full_tensor()
-    elif hasattr(value, "local_shards"):
+        value, is_whole = dtensors.on_this_rank(key, value, dim, shape, layer.gang)
+        return value.narrow(dim, block.start, len(block)) if is_whole else value  # type: ignore[no-any-return]
+    if hasattr(value, "local_shards"):
         _check_shape(tuple(value.size()), shape)
         return _cut_shards(layer, value)
-    if metadata.get(_RECORD, _record(layer)) != _record(layer):
+    if record not in (None, _record(layer)):
         raise ValueError(
             f"must be whole or this rank's shard {_record(layer)}, but is the shard "
-            f"{metadata[_RECORD]} instead. Save it whole, or as a DTensor."
+            f"{record} instead. Save it whole, or as a DTensor."
         )
     if tuple(value.shape) == own:
         return value  # type: ignore[no-any-return]
