@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tp_embed.gang import FakeGang, GangError
 from tp_embed.init import Table, agree_on_seed, zero_pad_row
@@ -23,6 +25,9 @@ def fill_from_whole_table(
 
     All ranks have to call it. V x E items are broadcast, in chunks; a failure on rank 0 is raised
     there as it is, and on the other ranks as a :class:`GangError`.
+
+    The pad row is zero before ``init_fn``, and again after one that drew random numbers with torch.
+    So one that copies a pretrained table keeps the row that it copies.
 
     :param new_whole: makes the whole table; called on rank 0 only. ``embed`` itself if that is it.
     """
@@ -49,7 +54,8 @@ def fill_from_whole_table(
 
 def _run(init_fn: Callable[[Table], object], whole: Table, seed: int) -> None:
     expected = whole.weight.shape, whole.weight.dtype, whole.weight.device
-    with _seeded(seed, whole.weight.device):
+    zero_pad_row(whole)
+    with _seeded(seed, whole.weight.device), _Draws() as draws:
         init_fn(whole)
     found = whole.weight.shape, whole.weight.dtype, whole.weight.device
     if found != expected:
@@ -58,7 +64,20 @@ def _run(init_fn: Callable[[Table], object], whole: Table, seed: int) -> None:
             f"{(tuple(expected[0]), *expected[1:])}, "
             f"but has made them {(tuple(found[0]), *found[1:])} instead."
         )
-    zero_pad_row(whole)
+    if draws.any:
+        zero_pad_row(whole)
+
+
+class _Draws(TorchDispatchMode):
+    """Notices whether torch has drawn random numbers, from whatever generator."""
+
+    any = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.any = self.any or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
