@@ -103,7 +103,8 @@ class GangLayer(Module):
         raise _unsupported(self, "torch.jit.script")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        # A plain tensor, which can become a Parameter and be swapped with one.
+        super()._apply(lambda tensor: local(fn(tensor)), recurse)
         self._adopt()  # `to_empty()` and the like replace Parameters.
         return self
 

@@ -44,6 +44,7 @@ _PASSED = _names(
     new_tensor new_zeros numel ones_like rand_like randn_like record_stream register_hook
     register_post_accumulate_grad_hook requires_grad_ result_type retain_grad share_memory_ size
     storage storage_offset storage_type stride untyped_storage zeros_like
+    module_load
     """
 )
 
