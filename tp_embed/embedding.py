@@ -194,7 +194,9 @@ class _Table(GangLayer, Embedding):
         they send 8 bytes. Any other function is called on rank 0 of the gang with a whole
         :class:`StandardEmbedding`, under torch's generators seeded for this table, and every rank
         receives its block: V x E items are broadcast, in chunks, and rank 0 holds the whole table
-        for that long. On ``meta`` nothing is done.
+        for that long. Its pad row is zero before the function, and again after one that drew random
+        numbers with torch; a function that copies a pretrained table keeps the row that it copies.
+        On ``meta`` nothing is done.
 
         :raises ValueError: ``init_fn`` has changed the shape, dtype or device of the weight.
         :raises GangError: ``init_fn`` failed on rank 0 and this is another rank.

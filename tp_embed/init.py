@@ -58,8 +58,9 @@ def blockwise(fn: Callable[..., object]) -> Callable[..., None]:
     It is called with the embedding, whose ``weight`` is the block of the rows ``embed.rows`` and
     the columns ``embed.columns`` of a table of ``embed.num_embeddings`` x ``embed.embed_dim``. It
     runs without autograd, not at all while the weight is on ``meta``, and the pad row is zeroed
-    after it. To be independent of the gang it must not look at the shape of the weight for
-    anything but its loop; :func:`fill` does the loop.
+    after it (:func:`from_tensor` keeps that of a pretrained table). To be independent of the gang
+    it must not look at the shape of the weight for anything but its loop; :func:`fill` does the
+    loop.
     """
 
     @wraps(fn)
