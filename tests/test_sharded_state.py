@@ -263,3 +263,31 @@ def round_trip(gang, strategy):
 @each_size
 def test_round_trips_of_classes(pool, size, strategy):
     pool(size, round_trip, strategy)
+
+
+def of_rank_0(gang, strategy):
+    """What one rank saved for all is another shard on the others."""
+    model = build(gang, strategy)
+    box = [None]
+    if gang.rank == 0:
+        file = io.BytesIO()
+        torch.save(model.state_dict(), file)
+        box = [file.getvalue()]
+    gang.broadcast_objects(box)
+    state = torch.load(io.BytesIO(box[0]), weights_only=True)
+    other = build(gang, strategy, seed=1)
+    before = other.embed.weight.detach().clone()
+    try:
+        other.load_state_dict(state)
+    except RuntimeError as e:
+        assert torch.equal(other.embed.weight.detach(), before)
+        return str(e)
+    return None
+
+
+@each_size
+def test_shard_that_one_rank_saved_for_all(pool, size, strategy):
+    own, *others = pool(size, of_rank_0, strategy)
+    assert own is None
+    for message in others:
+        assert "must be this rank's shard" in message or "size mismatch" in message

@@ -16,6 +16,9 @@ from tp_embed.partition import Partition
 from tp_embed.sharded_parameter import local, mark_shard
 from tp_embed.train_rows import mask_gradient
 
+# The key of what a state dict says of a shard.
+SHARD_RECORD = "tp_embed_shard"
+
 
 def _unsupported(layer: Module, name: str) -> TypeError:
     return TypeError(
@@ -88,6 +91,13 @@ class GangLayer(Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:
             destination[f"{prefix}weight"] = local(self.weight)
+        if self.gang.size > 1 and hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][SHARD_RECORD] = self._record()
+
+    def _record(self) -> dict[str, int]:
+        """What the weight is a shard of, for the metadata of a state dict."""
+        layer: Any = self
+        return {"dim": layer.shard_dim, "rank": self.gang.rank, "num_shards": self.gang.size}
 
     def _check_input(self, x: object) -> None:
         """
@@ -112,6 +122,18 @@ class GangLayer(Module):
         super().__setstate__(state)
         self._adopt()  # A copied Parameter has lost the marks of its gang.
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        record = local_metadata.get(SHARD_RECORD)
+        found = state_dict.get(f"{prefix}weight")
+        is_own = found is None or found is self.weight or found.shape != self.weight.shape
+        if record not in (None, self._record()) and not is_own:
+            error_msgs: list[str] = args[-1]
+            error_msgs.append(
+                f"`{prefix}weight` must be this rank's shard {self._record()}, but is the shard "
+                f"{record} instead. Save whole tables: `tp_embed.checkpoint.hook_state_dict()`."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         self._adopt()  # `assign=True` replaces Parameters.

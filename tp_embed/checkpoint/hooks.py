@@ -17,13 +17,12 @@ from tp_embed.checkpoint.dtensors import DTensors
 from tp_embed.checkpoint.moments import hook_optimizers
 from tp_embed.checkpoint.shards import (
     EXPORTS,
-    RECORD,
     cut_block,
     gathered,
     is_partitioned,
     layers_of,
-    record_of,
 )
+from tp_embed.layer import SHARD_RECORD
 from tp_embed.sharded_parameter import local
 
 Mode = Literal["full", "sharded", "dtensor"]
@@ -120,9 +119,9 @@ class _SaveHook:
             if layer.weight not in exported:
                 exported[layer.weight] = self._export(layer, local(layer.weight))
             state[key] = exported[layer.weight]
-            # A whole table is a shard of nothing.
-            if self._mode == "sharded" and layer.gang.size > 1 and hasattr(state, "_metadata"):
-                state._metadata[f"{prefix}{name}"[:-1]][RECORD] = record_of(layer)
+            if self._mode != "sharded" and hasattr(state, "_metadata"):
+                # A whole table is a shard of nothing.
+                state._metadata.get(f"{prefix}{name}"[:-1], {}).pop(SHARD_RECORD, None)
 
 
 def _before_load(
@@ -144,7 +143,7 @@ def _before_load(
     )
     assigned: dict[tuple[Tensor, int], Tensor] = {}
     for key, layer in layers.items():
-        value, record = values[key], metadata.get(key.rpartition(".")[0], {}).get(RECORD)
+        value, record = values[key], metadata.get(key.rpartition(".")[0], {}).get(SHARD_RECORD)
         try:
             shard = cut_block(layer, key, value, dtensors, record)
         except ValueError as e:

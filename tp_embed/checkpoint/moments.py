@@ -18,13 +18,13 @@ from torch.optim import Optimizer
 from tp_embed.checkpoint.dtensors import DTensors
 from tp_embed.checkpoint.shards import (
     EXPORTS,
-    RECORD,
     cut_block,
     is_partitioned,
     layers_of,
     record_of,
 )
 from tp_embed.head import ShardedLayer
+from tp_embed.layer import SHARD_RECORD
 
 _State = dict[str, Any]
 
@@ -93,7 +93,9 @@ class _Hooks:
         found = {i: table for i, table in found.items() if i in state_dict["state"]}
         if self._mode == "sharded":
             records = {i: record_of(layer) for i, (_, layer) in found.items()}
-            state_dict[RECORD] = {i: record for i, record in records.items() if _is_cut(found[i])}
+            state_dict[SHARD_RECORD] = {
+                i: record for i, record in records.items() if _is_cut(found[i])
+            }
             return
         for i, table in found.items():  # All of them, before any is sent.
             _check_states(state_dict["state"][i], *table)
@@ -108,7 +110,7 @@ class _Hooks:
         state, tables = dict(state_dict["state"]), self.tables()
         pairs = zip(keys, parameters, strict=True)
         found = {key: tables[p] for key, p in pairs if p in tables and key in state}
-        records = state_dict.get(RECORD, {})
+        records = state_dict.get(SHARD_RECORD, {})
         dtensors: dict[str, tuple[DTensor, Any]] = {}
         for key, (name, layer) in found.items():
             for path, value in _tensors(state[key], name):

@@ -16,9 +16,6 @@ from tp_embed.collectives import whole_table
 from tp_embed.gang import Gang
 from tp_embed.head import ShardedLayer
 
-# The key of what a state dict says of a shard.
-RECORD = "tp_embed_shard"
-
 
 def layers_of(model: Module) -> Iterator[tuple[str, ShardedLayer]]:
     """The sharded layers, each with the prefix of its keys."""
