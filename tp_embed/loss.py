@@ -123,10 +123,10 @@ def linear_cross_entropy(
     The gradients of all inputs that need one are computed in the forward and kept for the backward,
     that of the weight in fp32, so that a chunk of logits is computed once (Liger Kernel; Hsu et
     al., 2024). The inputs are kept too, for second derivatives, which hold all logits, as do
-    transforms of :mod:`torch.func` and graphs. What is sent depends on ``shard_dim``: for 0, what :func:`cross_entropy` sends; for
-    1, an all-reduce of all N V logits in their dtype, chunk by chunk. For 0 the gradient of ``x``
-    is this rank's part: pass it through :func:`~tp_embed.collectives.copy_to_gang`, as
-    :class:`~tp_embed.OutputHead` does.
+    transforms of :mod:`torch.func` and graphs. What is sent depends on ``shard_dim``: for 0, what
+    :func:`cross_entropy` sends; for 1, an all-reduce of all N V logits in their dtype, chunk by
+    chunk. For 0 the gradient of ``x`` is this rank's part: pass it through
+    :func:`~tp_embed.collectives.copy_to_gang`, as :class:`~tp_embed.OutputHead` does.
 
     Logits are rounded to the dtype of ``x`` and ``weight``, or that of autocast, only where
     products are done in it: on accelerators, and on CPUs that are made for it. Other CPUs multiply

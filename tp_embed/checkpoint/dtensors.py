@@ -7,7 +7,7 @@ its gang. So the ranks of a gang tell each other first, and go the same way.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -57,6 +57,13 @@ class Layout:
             all(bool((mesh.diff(dim=dim) > 0).all()) for dim in range(mesh.ndim)),
         )
 
+    @classmethod
+    def received(cls, fields: list[Any] | None) -> Layout | None:
+        """From another rank, which sends lists for tuples."""
+        if fields is None:
+            return None
+        return cls(*(tuple(field) if isinstance(field, list) else field for field in fields))
+
 
 class DTensors:
     """The DTensors of a state dict that is loaded.
@@ -70,10 +77,11 @@ class DTensors:
     def __init__(self, found: Mapping[str, tuple[DTensor, Gang]]) -> None:
         self._layouts: dict[str, list[Layout | None]] = {}
         for gang in dict.fromkeys(gang for _, gang in found.values()):
-            own = {key: Layout.of(value) for key, (value, other) in found.items() if other is gang}
-            all_layouts = of_all_ranks(gang, own)
-            for key in own:
-                self._layouts[key] = [layouts.get(key) for layouts in all_layouts]
+            of_gang = {key: value for key, (value, other) in found.items() if other is gang}
+            sent = {key: astuple(Layout.of(value)) for key, value in of_gang.items()}
+            all_layouts = of_all_ranks(gang, sent)
+            for key in of_gang:
+                self._layouts[key] = [Layout.received(layouts.get(key)) for layouts in all_layouts]
 
     def on_this_rank(
         self, key: str, value: DTensor, dim: int, shape: tuple[int, int], gang: Gang
