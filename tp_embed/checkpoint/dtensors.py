@@ -62,7 +62,8 @@ class Layout:
         """From another rank, which sends lists for tuples."""
         if fields is None:
             return None
-        return cls(*(tuple(field) if isinstance(field, list) else field for field in fields))
+        values: Any = (tuple(field) if isinstance(field, list) else field for field in fields)
+        return cls(*values)
 
 
 class DTensors:
