@@ -95,7 +95,7 @@ def _sum(shard: Any, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _mean(shard: Any, dtype: torch.dtype | None = None) -> Tensor:
-    count = shard.partition.size * shard.size(1 - shard.shard_dim)
+    count = shard._shard.partition.size * shard.size(1 - shard.shard_dim)
     mean: Tensor = _sum(shard, dtype) / count
     return mean
 
@@ -150,7 +150,7 @@ def _gangs(tensors: Sequence[Tensor]) -> list[Gang]:
 
 def _shape(shard: Any) -> tuple[int, ...]:
     """The shape of a dense shard that has a row for each row."""
-    own = shard.partition.shard(shard.gang.rank)
+    own = shard._shard.partition.shard(shard.gang.rank)
     return shard.shape if shard.ndim == 2 and shard.size(shard.shard_dim) == len(own) else ()
 
 
