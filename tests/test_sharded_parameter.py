@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import Parameter, functional
+from torch.nn.utils import prune
 
 from tp_embed import (
     FakeGang,
@@ -86,6 +87,10 @@ READS = {
     "dropout": lambda w: functional.dropout(w),
     "softmax": lambda w: w.softmax(-1),
     "layer norm": lambda w: functional.layer_norm(w, (w.size(1),)),
+    "whole table": lambda w: w + torch.ones(V, E),
+    "copy a whole table": lambda w: w.data.copy_(torch.ones(V, E)),
+    "length": len,
+    "into a whole table": lambda w: torch.ones(2, *w.shape).add_(w),
     "broadcast": lambda w: w + torch.ones(2, *w.shape),
 }
 
@@ -106,8 +111,15 @@ def test_reads_of_the_table_are_refused(read, kind, size):
 def test_a_whole_table_is_a_parameter(read):
     for embed in (StandardEmbedding(V, E), *(kind(FakeGang("cpu"), V, E) for kind in KINDS)):
         assert type(embed.weight) is Parameter
-        if read not in (READS["write a row"],):
+        if read is not READS["write a row"]:
             read(embed.weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pruning_by_the_largest_of_a_shard_is_refused(kind):
+    embed = kind(FakeGang("cpu", size=2), V, E)
+    with pytest.raises(ValueError, match="must not be computed from `weight_orig`"):
+        prune.l1_unstructured(embed, "weight", 0.4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -63,6 +63,12 @@ class GangLayer(Module):
     def register_parameter(self, name: str, param: Parameter | None) -> None:
         if name == "weight" and param is not None:
             self._check_weight(param)
+        if name.startswith("weight_") and self.gang.size > 1:  # As pruning does.
+            raise ValueError(
+                f"The weight of a `{type(self).__name__}` must not be computed from `{name}`, which "
+                "would see this rank's shard for the table. Prune the table before it is sharded, "
+                "and make that permanent."
+            )
         super().register_parameter(name, param)
         if name == "weight" and param is not None:
             self._mark()

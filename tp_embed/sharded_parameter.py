@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._ops import OperatorBase
 from torch.nn import Parameter
-from torch.utils._foreach_utils import _foreach_supported_types
+from torch.optim import optimizer as torch_optimizer
+from torch.utils import _foreach_utils
 from torch.utils._pytree import tree_leaves
 
 from tp_embed import backward
@@ -36,15 +37,14 @@ def _names(text: str) -> frozenset[str]:
 # Read no value of the table, or work on each item alone.
 _PASSED = _names(
     """
-    __dir__ __format__ __hash__ __len__ __repr__ __setstate__ _has_compatible_shallow_copy_type
+    __dir__ __format__ __hash__ __repr__ __setstate__ _has_compatible_shallow_copy_type
     _is_view _typed_storage allclose as_subclass backward can_cast chunk data_ptr dim dim_order
     element_size empty_like equal flatten_dense_tensors full_like get_device grad is_complex
     is_conj is_contiguous is_floating_point is_inference is_neg is_pinned is_same_size is_set_to
-    is_shared is_signed ndimension nelement new new_empty new_empty_strided new_full new_ones
-    new_tensor new_zeros numel ones_like rand_like randn_like record_stream register_hook
+    is_shared is_signed module_load ndimension nelement new new_empty new_empty_strided new_full
+    new_ones new_tensor new_zeros numel ones_like rand_like randn_like record_stream register_hook
     register_post_accumulate_grad_hook requires_grad_ result_type retain_grad share_memory_ size
     storage storage_offset storage_type stride untyped_storage zeros_like
-    module_load
     """
 )
 
@@ -189,9 +189,15 @@ class _Guarded:
             if not is_passed and not backward.is_running():
                 # No TypeError, which torch's operators take for an operand they don't know.
                 raise ValueError(_refusal(name, args, kwargs))
-            result = func(*args, **kwargs)
+            try:
+                result = func(*args, **kwargs)
+            except RuntimeError as e:
+                if name in _KEPT or name in _IN_PLACE:  # With a tensor of the table's shape.
+                    raise ValueError(_refusal(name, args, kwargs)) from e
+                raise
         if name == "grad":
             _mark_grads(func, args, result)
+        is_kept = is_kept or (name in _IN_PLACE and isinstance(result, Tensor))
         return _kept(result, name, args, kwargs) if is_kept else result
 
 
@@ -213,9 +219,9 @@ def _reaches_gang(collective: Any, args: Any, kwargs: Any) -> bool:
 
 def _kept(result: Any, name: str, args: Any, kwargs: Any) -> Any:
     """``result`` as a shard, if it has the shape of one."""
-    if type(result) is not Tensor:
-        return result
     origin = _origin(args, kwargs)
+    if type(result) is not Tensor or (name in _IN_PLACE and result.shape == origin.shape):
+        return result
     is_grad = isinstance(origin, ShardedGrad)
     of_grad = is_grad and (name in _VALUES or (name in _FLAT and result.ndim == 1))
     if result.shape == origin.shape or of_grad:
@@ -302,10 +308,6 @@ def _mark_grads(func: Any, args: tuple[Any, ...], result: Any) -> None:
             shard._shard = weight._shard
 
 
-# Their gradients take the fast paths of torch's norms, as DTensors do.
-_foreach_supported_types.extend((ShardedGrad, FrameworkGrad))
-
-
 class ShardedParameter(_Guarded, Parameter):
     """This rank's shard of a table, the ``weight`` of a sharded layer over more than one rank.
 
@@ -323,9 +325,9 @@ class ShardedParameter(_Guarded, Parameter):
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedParameter:
         if id(self) not in memo:
             with unguarded():
-                copied = Parameter(self.detach().clone(), self.requires_grad)
-            shard = self._shard
-            mark_shard(copied, shard.gang, shard.partition, shard.dim)
+                copied: Any = Parameter(self.detach().clone(), self.requires_grad)
+            copied.__class__ = ShardedParameter
+            copied._shard = self._shard
             memo[id(self)] = copied
         return memo[id(self)]  # type: ignore[no-any-return]
 
@@ -337,3 +339,8 @@ class ShardedParameter(_Guarded, Parameter):
             return torch._utils._rebuild_parameter, (data, requires_grad, OrderedDict())
         rebuild = torch._utils._rebuild_parameter_with_state
         return rebuild, (data, requires_grad, OrderedDict(), state)
+
+
+# torch's optimizers and norms take their fast paths for the types that are listed, as DTensor is.
+torch_optimizer._foreach_supported_types.append(ShardedParameter)
+_foreach_utils._foreach_supported_types.extend((ShardedGrad, FrameworkGrad))
