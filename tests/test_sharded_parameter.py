@@ -118,7 +118,7 @@ def test_a_whole_table_is_a_parameter(read):
 @pytest.mark.parametrize("kind", KINDS)
 def test_pruning_by_the_largest_of_a_shard_is_refused(kind):
     embed = kind(FakeGang("cpu", size=2), V, E)
-    with pytest.raises(ValueError, match="must not be computed from `weight_orig`"):
+    with pytest.raises(ValueError, match="must not come from `weight_orig`"):
         prune.l1_unstructured(embed, "weight", 0.4)
 
 

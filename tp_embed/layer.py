@@ -65,7 +65,7 @@ class GangLayer(Module):
             self._check_weight(param)
         if name.startswith("weight_") and self.gang.size > 1:  # As pruning does.
             raise ValueError(
-                f"The weight of a `{type(self).__name__}` must not be computed from `{name}`, which "
+                f"The weight of a `{type(self).__name__}` must not come from `{name}`, which "
                 "would see this rank's shard for the table. Prune the table before it is sharded, "
                 "and make that permanent."
             )
