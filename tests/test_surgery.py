@@ -24,6 +24,7 @@ from tp_embed import (
     shard_embeddings,
 )
 from tp_embed.collectives import all_gather_columns, copy_to_gang, gather_columns
+from tp_embed.sharded_parameter import local
 
 SIZES = [1, 2, 3, 4]
 MIDDLE = FakeGang("cpu", rank=1, size=3)
@@ -82,7 +83,7 @@ def seen(model):
             gradients[f"{name}.weight"] = whole(module, module.weight.grad)
         elif isinstance(module, OutputHead) and module.shard_dim == 0:
             # As the columns of its transpose, which any tie has put there already.
-            grad = all_gather_columns(module.weight.grad.T, module.gang, module.partition)
+            grad = all_gather_columns(local(module.weight.grad).T, module.gang, module.partition)
             gradients[f"{name}.weight"] = grad.T
     # A shared Parameter goes by its first name.
     return logits.detach(), {name: gradients[name] for name, _ in model.named_parameters()}

@@ -247,7 +247,6 @@ class _Table(GangLayer, Embedding):
         return output * self.scale
 
     def _look_up(self, ids: Tensor, real: Tensor | None) -> Tensor:
-        self._compare(ids, real)
         if self.sparse:
             keep_coalesced(self.weight)
         return fetch(self.weight, ids, real, self._lookup(self._grad_buffer))
@@ -268,6 +267,7 @@ class _Table(GangLayer, Embedding):
             self._staging,
             grad_buffer,
             self._id_check,
+            self._compare,
         )
 
     def rows_in_graph(self, weight: Tensor, ids: Tensor, real: Tensor | None) -> Tensor:

@@ -50,6 +50,7 @@ class Lookup:
         :func:`~tp_embed.lookup.keep_coalesced`.
     :param grad_buffer: where to put dense gradients, if not into new memory.
     :param id_check: raises for ids out of range.
+    :param compare: raises on all ranks if the ids of one differ.
     """
 
     place: Place
@@ -60,6 +61,7 @@ class Lookup:
     staging: Staging
     grad_buffer: GradBuffer | None
     id_check: IdCheck
+    compare: Callable[[Tensor, Tensor | None], None]
 
 
 class Request:
@@ -169,6 +171,7 @@ class _Fetch(_Saving):
 
     @staticmethod
     def forward(weight: Tensor, ids: Tensor, real: Tensor | None, call: _Call) -> Tensor:
+        call.how.compare(ids, real)  # Before any rank looks at its own.
         return call.request(ids, real).rows(local(weight))
 
     @staticmethod
