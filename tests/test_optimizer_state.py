@@ -248,7 +248,7 @@ class RowSums(torch.optim.SGD):
     def step(self, closure=None):
         super().step(closure)
         for parameter in self.param_groups[0]["params"]:
-            self.state[parameter]["row_var"] = torch.ones(len(parameter), 1)
+            self.state[parameter]["row_var"] = torch.ones(parameter.size(0), 1)
 
 
 def factored(gang, mode, strategy):
