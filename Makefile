@@ -14,7 +14,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: help setup train test lint types floors check format clean
+.PHONY: help setup train test nightly gpu lint types floors check format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -40,6 +40,23 @@ train: $(READY) ## Train a Llama on real text, RANKS=2, ARGS='embedding=vocab_sh
 # Most of their time tests wait for ranks, so two files at a time take little more than one.
 test: $(READY) ## Run the tests, WORKERS=2, ARGS='-k parity'
 	pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+
+nightly: $(READY) ## Run the wide tests, which take long: all families of models, 2,000 random programs
+	pytest --numprocesses $(WORKERS) --dist loadfile -m nightly $(ARGS)
+
+# The machine may reach no package index: any torch on it will do that sees a GPU.
+gpu: ## Check what holds on one GPU, and time it, ARGS='--size 8'
+	@sees_gpu='import safetensors, torch; assert torch.cuda.is_available()'; \
+	for python in $(VENV)/bin/python $$(type -aP $(PYTHON)); do \
+	  $$python -c "$$sees_gpu" 2>/dev/null && break; python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  python=$(VENV)/bin/python; \
+	  { test -x $$python || $(PYTHON) -m venv $(VENV); } \
+	    && pip install -q -c constraints.txt torch safetensors numpy \
+	    || { echo "No $(PYTHON) here has safetensors and a torch that sees a GPU, and none can be installed."; exit 1; }; \
+	fi; \
+	PYTHONPATH=$(CURDIR) $$python benchmarks/gpu.py $(ARGS)
 
 lint: $(READY) ## Check the style
 	ruff check .
