@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import repeat
@@ -158,6 +159,11 @@ def fetch(weight: Tensor, ids: Tensor, real: Tensor | None, how: Lookup) -> Tens
 
 class _Saving(torch.autograd.Function):
     """Keeps the ids, so that autograd raises if they are changed before the backward."""
+
+    def __init_subclass__(cls) -> None:
+        # torch asks for it in every call, and to find it takes longer than a small lookup.
+        forward: Any = cls.forward
+        forward.__signature__ = inspect.signature(forward)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
