@@ -177,17 +177,19 @@ def test_unknown_choice_lists_the_choices(group):
 
 def test_the_embedding_and_the_head_are_arguments_of_shard_embeddings():
     defaults = {"rules": {}, "output": "replicated", "dedup": "auto"}
-    defaults |= {"sparse": None, "reuse_grad": None}
+    defaults |= {"sparse": None, "reuse_grad": None, "check_ids": None}
     whole = {"tie_head": False, "shard_head": False}
     config = train_config("embedding=vocab_sharded", "head=replicated", "init=zeros")
     options = shard_options(config)
     assert init.is_blockwise(options.pop("init_fn"))
     assert options == {"strategy": "vocab", **defaults, **whole}
     given = [
-        f"embedding.{option}" for option in ("output=sequence", "dedup=never", "reuse_grad=true")
+        f"embedding.{option}"
+        for option in ("output=sequence", "dedup=never", "reuse_grad=true", "check_ids=0")
     ]
     options = shard_options(train_config(*given))
-    assert (options["output"], options["dedup"], options["reuse_grad"]) == ("sequence", False, True)
+    found = [options[name] for name in ("output", "dedup", "reuse_grad", "check_ids")]
+    assert found == ["sequence", False, True, 0]
     rules = "+embedding.rules={model.wpe:none,lm_head:vocab}"
     assert shard_options(train_config(rules))["rules"] == {"model.wpe": "none", "lm_head": "vocab"}
 

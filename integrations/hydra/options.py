@@ -22,6 +22,7 @@ def shard_options(config: DictConfig) -> dict[str, Any]:
         "dedup": embedding.dedup.value,
         "sparse": embedding.sparse,
         "reuse_grad": embedding.reuse_grad,
+        "check_ids": embedding.check_ids,
         "init_fn": instantiate(embedding.init_fn),
     }
     if head is not None:

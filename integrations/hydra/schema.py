@@ -58,6 +58,9 @@ class EmbeddingConfig:
     reuse_grad: bool | None = _key(
         "whether dense gradients are put into the same memory; null: where they were"
     )
+    check_ids: int | None = _key(
+        "ranks compare their ids at each n-th lookup; 0: never, null: each 32nd"
+    )
     init_fn: Any = _key("the choice of the group `init`; null: tables keep their values")
 
 
