@@ -125,9 +125,21 @@ def refusals() -> dict[str, str]:
     seen["mesh"] = refusal(build(), config(**AUTOTP), mesh_param=(1, 2))
     muon = config(**AUTOTP, optimizer={"type": "Muon", "params": {"lr": LR}})
     seen["Muon"] = refusal(build(), muon)
+    seen["made by a function"] = made_by_a_function()
     rule = {"rules": {"*relative_attention_bias": "embed"}}
     seen["rule"] = refusal(seq2seq("T5"), {**ds_config(1), "tp_embed": rule})
     return seen
+
+
+def made_by_a_function() -> str:
+    """The refusal of an optimizer that is known once there is an engine."""
+    untested = {**config(**AUTOTP), "zero_allow_untested_optimizer": True}
+    untested.pop("optimizer", None)
+    try:
+        initialize(model=build(), config=untested, optimizer=lambda p: torch.optim.Adafactor(p))
+    except ValueError as e:
+        return str(e)
+    return "no error"
 
 
 def train_right(name: str) -> list[float]:

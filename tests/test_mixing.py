@@ -42,6 +42,7 @@ def test_options_that_mix_shards_up_are_refused(seen):
         "LAMB": "must treat each item by itself, but is `Lamb` instead",
         "Adafactor": "must treat each item by itself, but is `Adafactor` instead",
         "Muon": "must treat each item by itself, but is `Muon` instead",
+        "made by a function": "must treat each item by itself, but is `Adafactor` instead",
         "rule": "must be 'none', but is 'embed' instead: AutoTP cuts its columns",
     }
     for of_rank in seen:

@@ -15,6 +15,7 @@ from torch.nn import Module
 
 from tp_embed.head import ShardedLayer
 from tp_embed.optimizers import needs_matrix, refuse
+from tp_embed.sharded_parameter import ShardedParameter
 from tp_embed.strategies import Choices
 
 PIPELINE = (
@@ -236,6 +237,17 @@ def check_optimizer_type(config: Mapping[str, Any], choices: Choices) -> None:
         is_fit = not needs_matrix(name) or (name.lower() == "muon" and left_to_adam)
         if chosen != "none" and not is_fit:
             raise refuse(name, f"the table '{group.names[0]}'")
+
+
+def check_made_optimizer(engine: Any) -> None:
+    """Checks the optimizer that a function of the user has made for an engine.
+
+    :raises ValueError: as :func:`check_optimizer_type`.
+    """
+    made = engine.basic_optimizer
+    for name, parameter in engine.module.named_parameters():
+        if isinstance(parameter, ShardedParameter) and needs_matrix(made):
+            raise refuse(type(made).__name__, f"the table '{name}'")
 
 
 def check_choices(

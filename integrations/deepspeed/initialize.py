@@ -15,6 +15,7 @@ from deepspeed.runtime.tensor_parallel.init_utils import (
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from .checks import check_made_optimizer
 from .config import read_section
 from .setters import guard_setters
 from .sharding import shard_model, start_watchdog
@@ -90,6 +91,8 @@ def initialize(
         config=ds_config,
         mesh_param=mesh_param,
     )
+    if optimizer is not None:
+        check_made_optimizer(items[0])
     items[0].tp_embed_report = report
     guard_setters(items[0].module)
     time_collectives(items[0])
