@@ -70,6 +70,14 @@ def noise(seed: int, *shape: int) -> Tensor:
     return torch.rand(*shape, generator=generator, dtype=torch.float64) + 0.25
 
 
+class ScaledEmbedding(nn.Embedding):
+    scale: float | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = super().forward(input)
+        return output if self.scale is None else output * self.scale
+
+
 class Model(nn.Module):
     def __init__(self, spec: Spec, gang: Any) -> None:
         super().__init__()
@@ -77,7 +85,8 @@ class Model(nn.Module):
         size = spec.rows, spec.dim, spec.pad_idx
         self.embed: Any
         if gang is None:
-            self.embed = nn.Embedding(*size, sparse=spec.sparse, _weight=table)
+            self.embed = ScaledEmbedding(*size, sparse=spec.sparse, _weight=table)
+            self.embed.scale = spec.scale
         else:
             self.embed = StandardEmbedding(
                 *size,
@@ -207,18 +216,14 @@ class Machine:
 
     def _forward(self, x: Tensor, mode: str) -> Tensor:
         embed: Any = self.model.embed
-        scale = 1.0 if self.gang is not None else self.spec.scale or 1.0
         if mode == "checkpoint":
-            output = checkpoint(lambda x: embed(x) * scale * 1.5, x, use_reentrant=False)
+            output = checkpoint(lambda x: embed(x) * 1.5, x, use_reentrant=False)
         elif mode == "functional_call":
-            weights = {"weight": embed.weight * 1.5}
-            output = torch.func.functional_call(embed, weights, (x,)) * scale
+            output = torch.func.functional_call(embed, {"weight": embed.weight * 1.5}, (x,))
         elif mode == "functional_call of the same":
-            output = torch.func.functional_call(embed, {"weight": embed.weight}, (x,)) * scale
+            output = torch.func.functional_call(embed, {"weight": embed.weight}, (x,))
         else:
             output = embed(x)
-            if self.gang is None and self.spec.scale is not None:
-                output = output * scale
         result: Tensor = output
         return result
 
@@ -236,6 +241,8 @@ class Machine:
             (grad,) = torch.autograd.grad(loss, self.weight, create_graph=True)
             grad = grad.to_dense()
             seen["grad"] = self._whole(grad)
+            if not grad.requires_grad:  # The loss is linear in the weight.
+                return seen
             (second,) = torch.autograd.grad((grad * grad).sum() / 2, self.weight)
             return {**seen, "second": self._whole(second)}
         if mode == "ids changed":
