@@ -230,6 +230,7 @@ class Machine:
     def backward(self, mode: str = "backward") -> Seen:
         """Takes the gradient of all terms since the last time."""
         terms, self.terms = self.terms, []
+        batches, self.ids = self.ids, []
         if not terms or not any(term.requires_grad for term in terms):
             return {}
         loss = torch.stack([term.float() for term in terms]).sum()
@@ -241,17 +242,17 @@ class Machine:
             (grad,) = torch.autograd.grad(loss, self.weight, create_graph=True)
             grad = grad.to_dense()
             seen["grad"] = self._whole(grad)
-            if not grad.requires_grad:  # The loss is linear in the weight.
+            # None of a linear loss; torch can't reshape the one for no ids.
+            if not grad.requires_grad or not all(ids.numel() for ids in batches):
                 return seen
             (second,) = torch.autograd.grad((grad * grad).sum() / 2, self.weight)
             return {**seen, "second": self._whole(second)}
         if mode == "ids changed":
-            for ids in self.ids:
+            for ids in batches:
                 ids.fill_(0)
         loss.backward(retain_graph=mode == "retained twice")
         if mode in ("retained twice", "twice"):
             loss.backward()
-        self.ids = []
         for i, output in enumerate(self.retained):
             seen[f"part of the retained gradient {i}"] = output.grad
         self.retained = []
