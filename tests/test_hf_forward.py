@@ -70,7 +70,7 @@ def test_a_patch_that_comes_later_is_found_before_training(monkeypatch, patch):
     with pytest.raises(ValueError, match=MESSAGE):
         check_forward(model)
     # It would not have gone on in silence.
-    with pytest.raises(TypeError, match="must be given the whole table"):
+    with pytest.raises(ValueError, match="must be given the whole table"):
         model(input_ids=ids(), labels=ids())
 
 
