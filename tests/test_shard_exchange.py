@@ -29,7 +29,7 @@ def exchange(gang, kind):
             try:
                 call(gang.as_process_group())
                 outcomes[name] = "done"
-            except TypeError as e:
+            except ValueError as e:
                 outcomes[name] = str(e)
             if alone:
                 dist.all_reduce(embed.weight.data, group=alone[dist.get_rank()])
