@@ -20,6 +20,7 @@ from tp_embed.embedding import Embedding
 from tp_embed.gang import FakeGang, Gang
 from tp_embed.layer import GangLayer
 from tp_embed.process_group import ProcessGroupGang
+from tp_embed.sharded_parameter import local
 
 from .ranks import describe_rank, describe_run, meet
 from .run_log import RunLog
@@ -208,6 +209,8 @@ class Monitor:
             gradient, pieces = self._gradient(parameter)
             if gradient is None:
                 continue
+            # The norm of a marked shard is that of the whole gradient, which is summed up below.
+            gradient = local(gradient)
             if gradient.is_sparse:
                 gradient = gradient.coalesce().values()
             size = module.gang.size if isinstance(module, GangLayer) else 1
