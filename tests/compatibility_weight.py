@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import (
     clip_grad_norm_,
@@ -191,12 +192,31 @@ def mask_before(world: World) -> Seen:
 
 def mask_after(world: World) -> Seen:
     """Mask rows by a hook of the weight after it was sharded"""
+    mask = (torch.arange(7) > 4).float()[:, None]
+    return _hooked(world, lambda grad: grad * mask)
+
+
+def _hooked(world: World, hook: Callable[[Tensor], Tensor]) -> Seen:
     model = world.plain_model()
     world.shard(model)
-    mask = (torch.arange(7) > 4).float()[:, None]
-    model.embed.weight.register_hook(lambda grad: grad * mask)
+    model.embed.weight.register_hook(hook)
     model.loss(ids()).backward()
     return (world.whole(model.embed, model.embed.weight.grad),)
+
+
+def elementwise_hook_after(world: World) -> Seen:
+    """Hook the weight after it was sharded: `weight.register_hook(lambda g: g.clamp(-1, 1))`"""
+    return _hooked(world, lambda grad: grad.clamp(-0.01, 0.01))
+
+
+def norm_in_a_hook(world: World) -> Seen:
+    """Normalise the gradient in a hook of the weight after it was sharded: `g / g.norm()`"""
+    return _hooked(world, lambda grad: grad / grad.norm())
+
+
+def row_in_a_hook(world: World) -> Seen:
+    """Clear a row of the gradient in a hook of the weight after it was sharded: `g[1] = 0`"""
+    return _hooked(world, lambda grad: grad.index_fill(0, torch.tensor([1]), 0))
 
 
 def step_in_a_hook(world: World) -> Seen:

@@ -82,8 +82,7 @@ def check_parameter(weight: Tensor, name: str, fix: str) -> None:
 
 
 def _fits_shards(hook: Any) -> bool:
-    own = isinstance(hook, RowMask) or keeps_coalesced(hook)
-    return own or getattr(hook, "_tp_embed_shardwise", False)
+    return keeps_coalesced(hook) or getattr(hook, "_tp_embed_shardwise", False)
 
 
 def _describe(hook: Any) -> str:

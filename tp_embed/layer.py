@@ -128,14 +128,29 @@ class GangLayer(Module):
         super().__setstate__(state)
         self._adopt()  # A copied Parameter has lost the marks of its gang.
 
+    def _is_whole(self, found: Any) -> bool:
+        layer: Any = self
+        dim, shape = layer.shard_dim, self.weight.shape
+        is_table = type(found) in (Tensor, Parameter) and found.ndim == len(shape) == 2
+        return is_table and found.shape[dim] == layer.partition.size != shape[dim]
+
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
     ) -> None:
         record = local_metadata.get(SHARD_RECORD)
         found = state_dict.get(f"{prefix}weight")
         is_own = found is None or found is self.weight or found.shape != self.weight.shape
+        error_msgs: list[str] = args[-1]
+        if self._is_whole(found):
+            error_msgs.append(
+                f"size mismatch for {prefix}weight: it must be this rank's shard, of the shape "
+                f"{tuple(self.weight.shape)}, but is the whole table, of the shape "
+                f"{tuple(found.shape)}, instead. Load it in `with "
+                "tp_embed.checkpoint.hook_state_dict(model):`, which cuts whole tables, or before "
+                "`shard_embeddings()`."
+            )
+            return
         if record not in (None, self._record()) and not is_own:
-            error_msgs: list[str] = args[-1]
             error_msgs.append(
                 f"`{prefix}weight` must be this rank's shard {self._record()}, but is the shard "
                 f"{record} instead. Save whole tables: `tp_embed.checkpoint.hook_state_dict()`."

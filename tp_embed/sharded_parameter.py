@@ -185,8 +185,10 @@ class _Guarded:
             is_passed = is_kept or _passes(func, name, args)
         if getattr(func, "__module__", None) == dist.distributed_c10d.__name__:
             is_passed = not _reaches_gang(func, args, kwargs)
+        if name == "register_hook":
+            args, kwargs = _with_marked_gradient(*args, **kwargs), {}
         with unguarded():
-            if not is_passed and not backward.is_running():
+            if not is_passed and not _is_recomputed(args, kwargs):
                 # No TypeError, which torch's operators take for an operand they don't know.
                 raise ValueError(_refusal(name, args, kwargs))
             try:
@@ -242,17 +244,24 @@ def _origin(args: Any, kwargs: Any) -> Any:
     return next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, _Guarded))
 
 
+def _is_recomputed(args: Any, kwargs: Any) -> bool:
+    """Whether a backward computes with a weight again, and is no hook that works on a gradient."""
+    return backward.is_running() and not isinstance(_origin(args, kwargs), ShardedGrad)
+
+
 def _refusal(name: str, args: Any, kwargs: Any) -> str:
     origin = _origin(args, kwargs)
     shape = tuple(origin.shape)
     table = "name" if origin._shard.name is None else repr(origin._shard.name)
+    is_grad = isinstance(origin, ShardedGrad)
+    rows = " To train some rows only, pass `train_rows`." if is_grad else ""
     return (
         f"`{name}` must be given the whole table, but is given a shard of it instead: a tensor of "
         f"the shape {shape}, with the {origin._shard.table}. Call the layer that holds it: "
         "`embed(ids)`, `head(x)`, `head.loss(x, target)`. Or take `weight.full_tensor()`, on all "
         "ranks, or, for this rank's part on purpose, `weight.to_local()`. To leave the table "
         f"whole, pass `rules={{{table}: 'none'}}` to `shard_embeddings()`, or "
-        "`shard_head=False` for an output head."
+        f"`shard_head=False` for an output head.{rows}"
     )
 
 
@@ -306,6 +315,30 @@ def _mark_grads(func: Any, args: tuple[Any, ...], result: Any) -> None:
             shard: Any = grad
             shard.__class__ = FrameworkGrad if is_known else ShardedGrad
             shard._shard = weight._shard
+
+
+def _with_marked_gradient(weight: Any, hook: Any) -> tuple[Any, Any]:
+    """The arguments of ``weight.register_hook(hook)``, for a hook that is given a shard that knows
+    it, unless the hook says that it can do without."""
+    shard = getattr(weight, "_shard", None)
+    if not isinstance(weight, ShardedParameter) or getattr(hook, "_tp_embed_shardwise", False):
+        return weight, hook
+
+    def given_a_shard(grad: Any) -> Any:
+        if type(grad) is not Tensor:  # A tracer's.
+            return hook(grad)
+        result: Any = grad
+        result.__class__, result._shard = ShardedGrad, shard
+        try:
+            result = hook(grad)
+        finally:
+            unmarked: Any
+            for unmarked in (grad, result):  # `weight.grad` marks them when it is read.
+                if hasattr(unmarked, "_shard"):
+                    unmarked.__class__ = Tensor
+        return result
+
+    return weight, given_a_shard
 
 
 class ShardedParameter(_Guarded, Parameter):

@@ -91,6 +91,8 @@ class RowMask:
     :param block: the rows of the table that the block holds.
     """
 
+    _tp_embed_shardwise = True
+
     def __init__(self, train_rows: Tensor, block: range) -> None:
         self.train_rows = train_rows
         own = train_rows[(train_rows >= block.start) & (train_rows < block.stop)]
