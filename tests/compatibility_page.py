@@ -6,7 +6,6 @@ python tests/compatibility_page.py
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +14,7 @@ import compatibility_autograd
 import compatibility_tools
 import compatibility_weight
 from compatibility import KINDS, SIZES, Case, cases_of, outcome
+from compatibility_elsewhere import ELSEWHERE
 from pool import Pool, RankError
 
 PAGE = Path(__file__).parent.parent / "docs" / "compatibility.md"
@@ -33,25 +33,22 @@ NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """What other tests show: the file and the name of one, such as ``test_x.py::test_y``."""
-
-    users_do: str
-    happens: str
-    sizes: str
-    test: str
-
-
-ELSEWHERE: list[Row] = []
-
 HEAD = """# What works as with nn.Embedding and nn.Linear
 
-Made by `python tests/compatibility_page.py`. Each row is a case that is run with `nn.Embedding` and
-`nn.Linear` in one process, and with `StandardEmbedding`, `ShardedEmbedding`,
-`VocabShardedEmbedding` and `OutputHead` at P = 1, 2 and 3 (P is the size of the gang). *Same*: the
-numbers are the same, with a relative tolerance of 1e-5 in fp32. *Refused*: it raises the error.
-*Error as in torch*: it raises with torch's layers too.
+Look up what you do with a table or its output head. *Same*: it gives the numbers of `nn.Embedding`
+and `nn.Linear` in one process, to a relative 1e-5 in fp32. *Refused*: it raises an error, which
+says what to do instead. *Error as in torch*: it raises with torch's layers too. Nothing else
+happens: a shard is never taken for the table in silence.
+
+[1] The message goes on with what fits the case: call the layer, `embed(ids)`, `head(x)`,
+`head.loss(x, target)`; take `weight.full_tensor()`, on all ranks; for this rank's part on purpose
+take `weight.to_local()`; or leave the table whole by `rules={name: 'none'}`, or the head by
+`shard_head=False`.
+
+P is the number of ranks that a table is cut over. Cases run at P = 1, 2 and 3, with
+`StandardEmbedding`, `ShardedEmbedding`, `VocabShardedEmbedding` and `OutputHead`.
+`python tests/compatibility_page.py` runs them and writes this page; the names of the cases are in
+`tests/compatibility_*.py`.
 """
 
 
@@ -112,9 +109,10 @@ def _without_places(text: str) -> str:
     text = re.sub(r",? on (rank \d+ of )?\w*Gang\([^)]*\)", "", text)
     text = re.sub(r"shape \(\d*,? ?\d*\)", "shape (...)", text)
     text = re.sub(r"(rows|columns) \d+:\d+ of \d+", "rows or columns ...", text)
+    text = re.sub(r": a tensor of the shape .*? for an output head\.", " [1].", text)
     text = re.sub(r"`\w+Embedding`", "`...Embedding`", text)
     kind, colon, message = " ".join(text.split()).partition(": ")
-    return f"*{kind}*: {message.replace('|', '/')[:500]}" if colon else kind
+    return f"*{kind}*: {message.replace('|', '/')[:600]}" if colon else kind
 
 
 def main() -> None:
