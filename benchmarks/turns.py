@@ -21,6 +21,7 @@ from wire import bytes_sent, most_over
 
 from tp_embed import ProcessGroupGang
 from tp_embed.partition import Partition
+from tp_embed.sharded_parameter import local
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -164,7 +165,7 @@ def _checked(
     assert weight.grad is not None
     error = reference.check_gradient(
         way.name,
-        block_of(weight.grad, weight),
+        block_of(local(weight.grad), weight),
         *blocks[way.cut],
         None if way.cut == "whole" else group,
     )
