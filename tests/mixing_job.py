@@ -13,6 +13,7 @@ import torch.distributed as dist
 import transformers
 from deepspeed.utils import (
     safe_get_full_fp32_param,
+    safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
@@ -147,19 +148,24 @@ def train_right(name: str) -> list[float]:
     return [step(engine, ids) for ids in batches(0)]
 
 
-def fragments(strategy: str) -> dict[str, Any]:
-    """What `safe_get_full_*` and `safe_set_full_*` do with a table at ZeRO 1."""
+def fragments(strategy: str, stage: int, out: Path) -> dict[str, Any]:
+    """What `safe_get_full_*` and `safe_set_full_*` do with a table, also after a checkpoint was
+    loaded, for which DeepSpeed links its values anew."""
     adam = {"type": "AdamW", "params": {"lr": LR, "torch_adam": True}}
+    section = {"strategy": strategy}
     engine, *_ = initialize(
-        model=build(), config=config(**AUTOTP, optimizer=adam, tp_embed={"strategy": strategy})
+        model=build(), config=config(stage, **AUTOTP, optimizer=adam, tp_embed=section)
     )
-    step(engine, batches(0)[0])
     weight = engine.module.embed.weight
     table = torch.arange(1.0, 185.0).view(23, 8)
-    seen: dict[str, Any] = {}
+    engine.backward(engine(batches(0)[0]))
+    seen: dict[str, Any] = {"gradient": safe_get_full_grad(weight).full_tensor()}
+    engine.step()
     for name in ("exp_avg", "exp_avg_sq"):
         safe_set_full_optimizer_state(weight, table, name)
         seen[name] = safe_get_full_optimizer_state(weight, name).full_tensor()
+    engine.save_checkpoint(str(out / f"{strategy}{stage}"))
+    engine.load_checkpoint(str(out / f"{strategy}{stage}"))
     safe_set_full_fp32_param(weight, table)
     found = safe_get_full_fp32_param(weight)
     seen["fp32"] = found.full_tensor()
@@ -181,7 +187,9 @@ def main(out: Path) -> None:
     DeepSpeedGang.from_groups(tp_size=2)
     seen: dict[str, Any] = {"refusals": refusals()}
     seen["right"] = {name: train_right(name) for name in RIGHT}
-    seen["fragments"] = [fragments(strategy) for strategy in ("embed", "vocab")]
+    seen["fragments"] = [
+        fragments(strategy, stage, out) for stage in (1, 3) for strategy in ("embed", "vocab")
+    ]
     for stage in (1, 3):
         for name in MODELS:
             for how in (None, {}, {"strategy": "vocab"}):

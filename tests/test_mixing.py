@@ -68,9 +68,12 @@ def test_options_that_do_not_train_as_one_process(seen):
 
 def test_full_values_of_a_table_are_set_and_got(seen):
     table = torch.arange(1.0, 185.0).view(23, 8)
+    model = build()
+    model(batches(0)[0]).backward()
     for of_rank in seen:
         for found in of_rank["fragments"]:
             for name in ("fp32", "exp_avg", "exp_avg_sq"):
                 torch.testing.assert_close(found[name], table, rtol=0, atol=0)
+            torch.testing.assert_close(found["gradient"], model.embed.weight.grad)
             assert "must be given the whole table" in found["read"]
             assert "`value` must have the shape of the table, (23, 8)" in found["shape"]

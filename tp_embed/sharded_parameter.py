@@ -130,6 +130,16 @@ def name_shard(weight: Tensor, name: str) -> None:
         weight._shard = replace(weight._shard, name=name)
 
 
+def as_shard(tensor: Tensor | None, weight: Tensor) -> Tensor | None:
+    """``tensor``, if there is one, as a shard like ``weight``, whose items it has other values
+    for."""
+    if tensor is None or not isinstance(weight, ShardedParameter):
+        return tensor
+    shard = tensor.as_subclass(ShardedTensor)
+    shard._shard = weight._shard
+    return shard
+
+
 class _Guarded:
     """Refuses what would take a shard for the table."""
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from .checks import check_made_optimizer
 from .config import read_section
-from .setters import guard_setters
+from .full_values import guard_full_values
 from .sharding import shard_model, start_watchdog
 from .timing import time_collectives
 
@@ -94,7 +94,7 @@ def initialize(
     if optimizer is not None:
         check_made_optimizer(items[0])
     items[0].tp_embed_report = report
-    guard_setters(items[0].module)
+    guard_full_values(items[0].module, items[0].optimizer)
     time_collectives(items[0])
     items[0].tp_embed_watchdog = start_watchdog(section)
     return cast(tuple[Any, Any, Any, Any], items)

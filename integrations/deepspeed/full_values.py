@@ -1,0 +1,85 @@
+"""DeepSpeed's `safe_get_full_*` and `safe_set_full_*` of sharded tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from tp_embed.head import ShardedLayer
+from tp_embed.sharded_parameter import as_shard, local
+
+from .layout import local_shape
+
+_SETTERS = ("set_full_hp_param", "set_full_hp_grad")
+_LINK = "_link_all_hp_params"
+_STAGE_3 = "_z3_optimizer"
+
+
+def guard_full_values(model: Module, optimizer: Any) -> None:
+    """Guards the weights of the tables of ``model`` now, and whenever the optimizer of the engine
+    links its fp32 values to them, as it does again when a checkpoint is loaded."""
+    link = getattr(optimizer, _LINK, None)
+    if link is not None:
+
+        def link_and_guard() -> None:
+            link()
+            _guard(model)
+
+        setattr(optimizer, _LINK, link_and_guard)
+        _guard(model)
+
+
+def _guard(model: Module) -> None:
+    """Lets setters have the block of this rank of what has the shape of the table, and refuses
+    other shapes than the shard's: at ZeRO 1 and 2, DeepSpeed would read the first items. At ZeRO 3,
+    what DeepSpeed gives of a weight is marked as a shard, as what it makes of the weight is at
+    other stages."""
+    for layer in model.modules():
+        if isinstance(layer, ShardedLayer):
+            known = vars(layer.weight)
+            for name in _SETTERS:
+                setter = known.get(name)
+                if setter is not None and not hasattr(setter, "is_guarded"):
+                    setattr(layer.weight, name, _guarded(layer, setter))
+            optimizer = known.get(_STAGE_3)
+            if optimizer is not None and not isinstance(optimizer, _Stage3):
+                setattr(layer.weight, _STAGE_3, _Stage3(layer, optimizer))
+
+
+def _guarded(layer: Any, setter: Callable[..., None]) -> Callable[..., None]:
+    def set_block(value: Tensor, *args: Any, **kwargs: Any) -> None:
+        dim, own = layer.shard_dim, layer.partition.shard(layer.gang.rank)
+        shard = local_shape(layer.weight)
+        table = tuple(layer.partition.size if i == dim else n for i, n in enumerate(shard))
+        if tuple(value.shape) == table:
+            value = local(value).narrow(dim, own.start, len(own))
+        elif tuple(value.shape) != tuple(shard):
+            raise ValueError(
+                f"`value` must have the shape of the table, {table}, or of this rank's shard, "
+                f"{tuple(shard)}, but has {tuple(value.shape)} instead."
+            )
+        setter(local(value), *args, **kwargs)
+
+    set_block.is_guarded = True  # type: ignore[attr-defined]
+    return set_block
+
+
+class _Stage3:
+    """DeepSpeed's optimizer of ZeRO 3 for the weight of ``layer``, which has it as an attribute."""
+
+    def __init__(self, layer: Any, optimizer: Any) -> None:
+        self._layer, self._optimizer = layer, optimizer
+        self.set_full_hp_param = _guarded(layer, optimizer.set_full_hp_param)
+        self.set_fp32_grad_for_param = _guarded(layer, optimizer.set_fp32_grad_for_param)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_optimizer"), name)
+
+    def get_full_hp_param(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        return as_shard(self._optimizer.get_full_hp_param(*args, **kwargs), self._layer.weight)
+
+    def get_fp32_grad_for_param(self, param: Any) -> Tensor | None:
+        return as_shard(self._optimizer.get_fp32_grad_for_param(param), self._layer.weight)
