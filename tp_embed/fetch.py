@@ -28,7 +28,7 @@ from tp_embed.gang import Gang
 from tp_embed.ids import IdCheck
 from tp_embed.lookup import GradBuffer, as_sparse, rows_to_sum, sum_all, sum_by_id
 from tp_embed.partition import Partition
-from tp_embed.sharded_parameter import local
+from tp_embed.sharded_parameter import check_block, local
 
 Output = Literal["replicated", "sequence", "shard"]
 
@@ -100,7 +100,10 @@ class Request:
 
         :param weight: this rank's block. *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
         :returns: *Shape:* :math:`(*,E)`, or what the output makes of it.
+        :raises ValueError: ``weight`` is of another size.
         """
+        place = self._how.place
+        check_block(weight, place.gang, place.partition, place.dim)
         rows = self._exchange.fetch(weight)
         if self._kept is not None:
             padded = rows.new_zeros(self._shape.numel(), rows.size(1))

@@ -7,13 +7,12 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.functional import linear
 
 from tp_embed.collectives import copy_to_gang, gather_columns, reduce_partial, scatter_columns
 from tp_embed.embedding import ShardedEmbedding, VocabShardedEmbedding
 from tp_embed.layer import GangLayer
 from tp_embed.loss import linear_cross_entropy
-from tp_embed.sharded_parameter import unguarded
+from tp_embed.sharded_parameter import check_block, unguarded
 from tp_embed.token_loss import check_soft_cap
 
 
@@ -98,6 +97,7 @@ class OutputHead(GangLayer):
         """
         self._check_input(x)
         self._mask_gradient()
+        self._check_block()
         if self.gang.size == 1:
             return self._capped(self._product(x, self.bias))
         if self.output == "shard":
@@ -121,6 +121,7 @@ class OutputHead(GangLayer):
         :param target: the classes, the same on every rank. *Shape:* :math:`(*)`.
         """
         self._mask_gradient()
+        self._check_block()
         if self.shard_dim == 0:
             x, bias = copy_to_gang(x, self.gang), self._own_bias()
         else:
@@ -137,9 +138,14 @@ class OutputHead(GangLayer):
         )
         return loss
 
+    def _check_block(self) -> None:
+        with unguarded():
+            check_block(self.weight, self.gang, self.partition, self.shard_dim)
+
     def _product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         with unguarded():
-            return linear(x, self.weight, bias)
+            # torch's own: DeepSpeed's, at ZeRO 3, reads the weight in its backward.
+            return torch._C._nn.linear(x, self.weight, bias)
 
     def _capped(self, logits: Tensor) -> Tensor:
         cap = self.soft_cap

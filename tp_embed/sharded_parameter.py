@@ -23,7 +23,6 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils import _foreach_utils
 from torch.utils._pytree import tree_leaves
 
-from tp_embed import backward
 from tp_embed.collectives import whole_table
 from tp_embed.gang import Gang
 from tp_embed.partition import Partition
@@ -42,7 +41,7 @@ _PASSED = _names(
     element_size empty_like equal flatten_dense_tensors full_like get_device grad is_complex
     is_conj is_contiguous is_floating_point is_inference is_neg is_pinned is_same_size is_set_to
     is_shared is_signed module_load ndimension nelement new new_empty new_empty_strided new_full
-    new_ones new_tensor new_zeros numel ones_like rand_like randn_like record_stream register_hook
+    new_ones new_tensor new_zeros numel ones_like record_stream register_hook
     register_post_accumulate_grad_hook requires_grad_ result_type retain_grad share_memory_ size
     storage storage_offset storage_type stride untyped_storage zeros_like
     """
@@ -81,6 +80,9 @@ _SPARSE = _names("_coalesced_ _indices _nnz dense_dim indices is_coalesced spars
 _VALUES = _names("_values coalesce to_dense values")
 
 _TRANSPOSED = _names("H T mH mT")
+
+# Operators of a graph, which was checked when it was traced. Others may be somebody's fused loss.
+_OF_GRAPHS = _names("aten prim prims tp_embed")
 _REDUCTIONS = _names("_foreach_max _foreach_norm _foreach_powsum")
 
 
@@ -122,6 +124,22 @@ def mark_shard(weight: Tensor, gang: Gang, partition: Partition, dim: int) -> No
         if isinstance(weight, ShardedParameter):
             name = weight._shard.name if hasattr(weight, "_shard") else None
             weight._shard = Shard(gang, partition, dim, name)
+
+
+def check_block(weight: Tensor, gang: Gang, partition: Partition, dim: int) -> None:
+    """Called where a layer computes with ``weight``, to which anybody may have assigned.
+
+    :raises ValueError: it is not of the size of this rank's block.
+    """
+    own = partition.shard(gang.rank)
+    if gang.size > 1 and weight.size(dim) != len(own):
+        cut = f"{':, ' if dim else ''}{own.start}:{own.stop}"
+        raise ValueError(
+            f"The weight of a sharded table must be this rank's shard, "
+            f"{Shard(gang, partition, dim).table}, but has the shape {tuple(weight.shape)} "
+            f"instead. Assign the shard: `weight.data = table[{cut}]`. Or make the layer of a "
+            "whole table: `from_tensor()`, `from_embedding()`, `shard_embeddings()`."
+        )
 
 
 def name_shard(weight: Tensor, name: str) -> None:
@@ -178,7 +196,10 @@ class _Guarded:
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if isinstance(func, OperatorBase):  # In a graph, which was checked when it was traced.
+        if isinstance(func, OperatorBase):
+            operator: Any = func
+            if operator.namespace not in _OF_GRAPHS and _needs_graph(args, kwargs):
+                raise ValueError(_refusal(operator.__name__, args, kwargs))
             with unguarded():
                 return func(*args, **kwargs)
         name = func.__name__
@@ -198,7 +219,7 @@ class _Guarded:
         if name == "register_hook":
             args, kwargs = _with_marked_gradient(*args, **kwargs), {}
         with unguarded():
-            if not is_passed and not _is_recomputed(args, kwargs):
+            if not is_passed:
                 # No TypeError, which torch's operators take for an operand they don't know.
                 raise ValueError(_refusal(name, args, kwargs))
             try:
@@ -237,12 +258,10 @@ def _kept(result: Any, name: str, args: Any, kwargs: Any) -> Any:
     is_grad = isinstance(origin, ShardedGrad)
     of_grad = is_grad and (name in _VALUES or (name in _FLAT and result.ndim == 1))
     if result.shape == origin.shape or of_grad:
-        kind: Any = ShardedGrad if is_grad else ShardedTensor
+        kind = ShardedGrad if is_grad else ShardedTensor
         if result.is_sparse:  # There is no other view of it.
-            shard: Any = result
-            shard.__class__ = kind
-        else:
-            shard = result.as_subclass(kind)
+            return _become(result, kind, origin)
+        shard: Any = result.as_subclass(kind)
         shard._shard = origin._shard
         return shard
     if name in _FLAT and (result.ndim == 1 or result.dtype != origin.dtype):
@@ -250,13 +269,18 @@ def _kept(result: Any, name: str, args: Any, kwargs: Any) -> Any:
     raise ValueError(_refusal(name, args, kwargs))
 
 
+def _become(tensor: Any, kind: type[ShardedTensor], origin: Any) -> Any:
+    """Makes a plain tensor, in place, a shard of what ``origin`` is a shard of."""
+    tensor.__class__, tensor._shard = kind, origin._shard
+    return tensor
+
+
+def _needs_graph(args: Any, kwargs: Any) -> bool:
+    return torch.is_grad_enabled() and bool(_origin(args, kwargs).requires_grad)
+
+
 def _origin(args: Any, kwargs: Any) -> Any:
     return next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, _Guarded))
-
-
-def _is_recomputed(args: Any, kwargs: Any) -> bool:
-    """Whether a backward computes with a weight again, and is no hook that works on a gradient."""
-    return backward.is_running() and not isinstance(_origin(args, kwargs), ShardedGrad)
 
 
 def _refusal(name: str, args: Any, kwargs: Any) -> str:
@@ -285,10 +309,8 @@ class ShardedTensor(_Guarded, Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedTensor:
         with unguarded():
             copied = self.detach().clone().requires_grad_(self.requires_grad)
-        result = copied.as_subclass(ShardedTensor)
-        result._shard = self._shard
-        memo[id(self)] = result
-        return result
+        memo[id(self)] = result = _become(copied, type(self), self)
+        return result  # type: ignore[no-any-return]
 
 
 class ShardedGrad(ShardedTensor):
