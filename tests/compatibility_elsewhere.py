@@ -182,7 +182,7 @@ ELSEWHERE = [
     ),
     Row(
         "Train models of transformers",
-        "274 families train as they do whole",
+        "Same, some by the `rules` that the error names; else *refused*",
         "2",
         "test_model_matrix.py::test_every_family_trains_as_it_does_whole",
     ),

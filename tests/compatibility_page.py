@@ -37,8 +37,19 @@ HEAD = """# What works as with nn.Embedding and nn.Linear
 
 Look up what you do with a table or its output head. *Same*: it gives the numbers of `nn.Embedding`
 and `nn.Linear` in one process, to a relative 1e-5 in fp32. *Refused*: it raises an error, which
-says what to do instead. *Error as in torch*: it raises with torch's layers too. Nothing else
-happens: a shard is never taken for the table in silence.
+says what to do instead. *Error as in torch*: it raises with torch's layers too.
+
+What torch lets nobody notice, and so gives this rank's part in silence:
+
+- `weight.shape`, `size()` and `numel()` are the shard's. Take `embed.num_embeddings` and
+  `embed.embed_dim`, `head.out_features` and `head.in_features`.
+- Flat views are plain tensors, as the flat buffers of optimizers need them:
+  `weight.view(-1).norm()`, norms of `parameters_to_vector(...)`. Take `weight.norm()` without
+  autograd, or `weight.square().sum()`.
+- `torch.tensor(weight)` and `weight.chunk(...)`, results of `torch._foreach_*` that are not in
+  place, and products inside `torch.func` transforms of the weight itself.
+- `torch.equal` and `torch.allclose` compare shards.
+- Kernels that read the weight by its address.
 
 [1] The message goes on with what fits the case: call the layer, `embed(ids)`, `head(x)`,
 `head.loss(x, target)`; take `weight.full_tensor()`, on all ranks; for this rank's part on purpose
