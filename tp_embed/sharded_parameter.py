@@ -82,7 +82,7 @@ _VALUES = _names("_values coalesce to_dense values")
 _TRANSPOSED = _names("H T mH mT")
 
 # Operators of a graph, which was checked when it was traced. Others may be somebody's fused loss.
-_OF_GRAPHS = _names("aten prim prims tp_embed")
+_OF_GRAPHS = _names("aten higher_order prim prims tp_embed")
 _REDUCTIONS = _names("_foreach_max _foreach_norm _foreach_powsum")
 
 
