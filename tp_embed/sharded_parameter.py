@@ -43,7 +43,7 @@ _PASSED = _names(
     is_shared is_signed module_load ndimension nelement new new_empty new_empty_strided new_full
     new_ones new_tensor new_zeros numel ones_like record_stream register_hook
     register_post_accumulate_grad_hook requires_grad_ result_type retain_grad share_memory_ size
-    storage storage_offset storage_type stride untyped_storage zeros_like
+    storage storage_offset storage_type stride unflatten_dense_tensors untyped_storage zeros_like
     """
 )
 
