@@ -147,7 +147,7 @@ def tensors() -> list[Tensor]:
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Some objects complain when they are looked at.
-        found = [item for item in gc.get_objects() if type(item) in (Tensor, nn.Parameter)]
+        found = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
         return found + [t.grad for t in found if t.is_leaf and t.grad is not None]
 
 
