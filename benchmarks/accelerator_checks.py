@@ -74,7 +74,7 @@ def block(embed: Any, table: Tensor) -> Tensor:
 
 
 def expected_gradient(ids: Tensor, grad: Tensor, vocab: int, pad_idx: int | None) -> Tensor:
-    """That of torch.nn.Embedding, in fp64. *Shape:* (V, E)."""
+    """The gradient of torch.nn.Embedding, in fp64. *Shape:* (V, E)."""
     whole = torch.nn.Embedding(vocab, grad.size(-1), padding_idx=pad_idx, dtype=torch.float64)
     whole(ids).backward(grad.double())
     assert whole.weight.grad is not None
@@ -82,7 +82,7 @@ def expected_gradient(ids: Tensor, grad: Tensor, vocab: int, pad_idx: int | None
 
 
 def compare_gradients(device: str, ids: Tensor, grad: Tensor, **options: Any) -> None:
-    """The gradients of all tables with those of torch, each rounded once if it is half."""
+    """Pairs each gradient of a table with the gradient of torch, rounded once if it is half."""
     sizes = options.pop("sizes", SIZES)
     vocab, dtype = options.pop("vocab", V), grad.dtype
     expected = expected_gradient(ids.long(), grad, vocab, options.get("pad_idx"))
@@ -101,7 +101,7 @@ def compare_gradients(device: str, ids: Tensor, grad: Tensor, **options: Any) ->
             wanted,
             rtol=error / 4,
             atol=error,
-            msg=f"the gradient of {where}, is not that of torch",
+            msg=f"the gradient of {where}, differs from torch",
         )
     synchronize(device)
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.library import custom_op
 from torch.nn.functional import linear
 
 from tp_embed import OutputHead, ShardedEmbedding, VocabShardedEmbedding
@@ -65,7 +66,7 @@ def test_over_one_rank_any_table_is_assigned():
     assert torch.equal(embed(IDS), table[IDS])
 
 
-@torch.library.custom_op("tp_embed_tests::project", mutates_args=())
+@custom_op("tp_embed_tests::project", mutates_args=())
 def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x @ weight.T
 
