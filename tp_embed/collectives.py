@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from tp_embed import compiled
@@ -156,14 +155,7 @@ def whole_table(
 def in_graph(x: Tensor) -> bool:
     """Whether what is done with ``x`` is recorded, or only its shape is known: by
     :func:`torch.compile`, ``make_fx``, a ``FakeTensorMode``, or the device ``meta``."""
-    mode, key = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
-    return (
-        torch.compiler.is_compiling()
-        or x.is_meta
-        or isinstance(x, FakeTensor)
-        or mode(key.PROXY) is not None
-        or mode(key.FAKE) is not None
-    )
+    return x.is_meta or compiled.is_recorded(x)
 
 
 def transformed() -> bool:

@@ -16,9 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, library
 from torch._library.effects import EffectType
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Table(Protocol):
@@ -48,16 +46,29 @@ def register(named: Table | _Gang) -> int:
     return handle
 
 
+_Mode = torch._C._TorchDispatchModeKey
+
+
 def is_traced(*tensors: Tensor) -> bool:
     """Whether a graph is recorded, by torch.compile, torch.export or ``make_fx``, or tensors are
     fake. Then values can't be read, and lookups have to be operators."""
-    if torch.compiler.is_compiling() or any(isinstance(x, FakeTensor) for x in tensors):
-        return True
-    modes = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else []
-    if any(isinstance(mode, ProxyTorchDispatchMode) for mode in modes):
+    if not torch.compiler.is_compiling() and _is_on(_Mode.PROXY):
         _check_inputs(tensors)
-        return True
-    return any(isinstance(mode, FakeTensorMode) for mode in modes)
+    return is_recorded(*tensors)
+
+
+def is_recorded(*tensors: Tensor) -> bool:
+    """:func:`is_traced`, for any tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or any(isinstance(x, FakeTensor) for x in tensors)
+        or _is_on(_Mode.PROXY)
+        or _is_on(_Mode.FAKE)
+    )
+
+
+def _is_on(mode: Any) -> bool:
+    return torch._C._get_dispatch_mode(mode) is not None
 
 
 def _check_inputs(tensors: Sequence[Tensor]) -> None:
