@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from tp_embed import FakeGang, ShardedEmbedding
-from tp_embed.distinct import find_distinct
-from tp_embed.lookup import sum_all, sum_by_id
+from tp_embed.lookup.distinct import find_distinct
+from tp_embed.lookup.gradient import sum_all, sum_by_id
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What is copied to find the bandwidth, which is more than caches hold.

@@ -22,7 +22,7 @@ from tp_embed import (
     StandardEmbedding,
     VocabShardedEmbedding,
 )
-from tp_embed.head import ShardedLayer
+from tp_embed.nn.head import ShardedLayer
 
 V, E = 29, 7
 SIZES = (1, 2, 3)

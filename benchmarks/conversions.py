@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tp_embed.checkpoint import Checkpoint, ReadOptions, Request, Rule, convert, differences, read
-from tp_embed.checkpoint.formats import FORMATS
+from tp_embed.checkpoint.choices import FORMATS
 
 BEGIN, END = "<!-- The table of benchmarks/conversions.py: -->\n", "<!-- End of the table. -->"
 

@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from tp_embed import OutputHead, VocabShardedEmbedding
-from tp_embed.init import normal
 from tp_embed.integrations.deepspeed import DeepSpeedGang
-from tp_embed.loss import cross_entropy
+from tp_embed.nn.init import normal
+from tp_embed.nn.loss import cross_entropy
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 PEER = "DeepSpeed, fused"

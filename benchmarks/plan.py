@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from tp_embed import ProcessGroupGang, shard_embeddings
 from tp_embed.integrations.deepspeed import initialize
-from tp_embed.loss import cross_entropy
+from tp_embed.nn.loss import cross_entropy
 from tp_embed.plan import Cost, Network, Setup, Strategy, cost, costs
 from tp_embed.plan.lookups import auto_dedup
 from tp_embed.plan.measure import links_of

@@ -36,10 +36,10 @@ from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 from wire import bytes_sent
 
 from tp_embed import Gang, ProcessGroupGang, ShardedEmbedding, VocabShardedEmbedding
-from tp_embed.collectives import copy_to_gang, reduce_partial
-from tp_embed.exchange import ColumnsToAll, Exchange, Place, RowsToAll, Staging
 from tp_embed.gang import ReduceOperation
-from tp_embed.lookup import as_sparse, sum_by_id
+from tp_embed.gang.collectives import copy_to_gang, reduce_partial
+from tp_embed.lookup.exchange import ColumnsToAll, Exchange, Place, RowsToAll, Staging
+from tp_embed.lookup.gradient import as_sparse, sum_by_id
 
 Embed = ShardedEmbedding | VocabShardedEmbedding
 

@@ -20,8 +20,8 @@ from ways import WAYS, Way
 from wire import bytes_sent, most_over
 
 from tp_embed import ProcessGroupGang
+from tp_embed.parameter.sharded import local
 from tp_embed.partition import Partition
-from tp_embed.sharded_parameter import local
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
 from tp_embed import Gang, Partition
-from tp_embed.collectives import copy_to_gang, gather_columns, reduce_partial, scatter_columns
+from tp_embed.gang.collectives import copy_to_gang, gather_columns, reduce_partial, scatter_columns
 from tp_embed.integrations.deepspeed import DeepSpeedGang, initialize
 
 VOCAB_SIZE, DIM, HEADS, LENGTH, STEPS = 101, 32, 4, 15, 4

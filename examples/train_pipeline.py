@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from corpus import Corpus, load
 from tp_embed import Gang, OutputHead, Partition, VocabShardedEmbedding, init_scaled_embedding
 from tp_embed.integrations.deepspeed import DeepSpeedGang, initialize
-from tp_embed.loss import cross_entropy
+from tp_embed.nn.loss import cross_entropy
 
 
 class Positions(nn.Module):

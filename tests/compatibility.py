@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model_matrix import is_ours
 from parity import SHARDED
 from tp_embed import OutputHead, StandardEmbedding, shard_embeddings
-from tp_embed.collectives import gather_table
+from tp_embed.gang.collectives import gather_table
 
 ROWS, DIM = 7, 5
 KINDS = ("standard", "embed", "vocab")

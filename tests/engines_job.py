@@ -20,7 +20,7 @@ from torch import nn
 
 from tp_embed import Gang, GangError, VocabShardedEmbedding, shard_embeddings
 from tp_embed.checkpoint import hook_state_dict
-from tp_embed.collectives import copy_to_gang, reduce_partial
+from tp_embed.gang.collectives import copy_to_gang, reduce_partial
 from tp_embed.integrations.deepspeed import (
     DeepSpeedGang,
     initialize,

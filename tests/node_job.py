@@ -25,7 +25,7 @@ from deepspeed.utils import groups
 import engines_job
 import llama
 from tp_embed.integrations.deepspeed import initialize
-from tp_embed.launcher import find_place
+from tp_embed.launch.environment import find_place
 
 STEPS, LR = 4, 1e-2  # A checkpoint is saved after half of them.
 

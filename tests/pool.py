@@ -88,7 +88,7 @@ class Pool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "tp_embed.surgery"])
+        context.set_forkserver_preload(["torch.distributed", "tp_embed.surgery.shard"])
         self._dir = tempfile.TemporaryDirectory()
         for rank in range(SIZE):
             ours, theirs = context.Pipe()

@@ -22,7 +22,7 @@ import tp_embed
 from compatibility import plain
 from parity import SHARDED
 from tp_embed import OutputHead, Partition, StandardEmbedding
-from tp_embed.collectives import gather_table
+from tp_embed.gang.collectives import gather_table
 
 # The name of a method of the machine, and its arguments.
 Op = tuple[str, dict[str, Any]]

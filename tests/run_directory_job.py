@@ -8,7 +8,7 @@ import os
 import sys
 import time
 
-from tp_embed.launcher import find_place
+from tp_embed.launch.environment import find_place
 
 if find_place().rank == 1:
     os.environ["TZ"] = "Asia/Tokyo"

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from parity import SHARDED
 from tp_embed import BatchLayout, FakeGang, ProcessGroupGang, ReduceOperation, StandardEmbedding
-from tp_embed.ids import IdCheck
+from tp_embed.lookup.ids import IdCheck
 
 V, E = 29, 7
 DEVICES = ["meta", *(["cuda"] if torch.cuda.is_available() else [])]

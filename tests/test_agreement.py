@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from tp_embed import GangError, StandardEmbedding, init, shard_embeddings
-from tp_embed.agreement import check_agreement, raise_together
+from tp_embed import GangError, StandardEmbedding, shard_embeddings
+from tp_embed.gang.agreement import check_agreement, raise_together
+from tp_embed.nn import init
 
 
 def shard_differently(gang, what):

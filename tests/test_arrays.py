@@ -8,10 +8,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tp_embed.checkpoint import CheckpointError, Cut, Rule, arrays
-from tp_embed.checkpoint.arrays import Joined, Span, Tile, View
+from tp_embed.checkpoint import CheckpointError, Cut, Rule
 from tp_embed.checkpoint.cuts import find_rule, is_table, join
-from tp_embed.checkpoint.derived import Cast, Copies
+from tp_embed.checkpoint.files import arrays
+from tp_embed.checkpoint.files.arrays import Joined, Span, Tile, View
+from tp_embed.checkpoint.files.derived import Cast, Copies
 
 any_tmp_path = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from tp_embed import cli
 from tp_embed.checkpoint import formats
-from tp_embed.checkpoint.options import UsageError, parse_size
+from tp_embed.checkpoint.options import parse_size
+from tp_embed.command import WrongUsageError
 
 ROWS, COLUMNS = 40, 8
 COMMAND = [sys.executable, "-m", "tp_embed"]
@@ -456,5 +457,5 @@ def test_sizes_are_read(text, nbytes):
 
 @pytest.mark.parametrize("text", ["", "GB", "-5GB", "5 apples", "0", "0.1", "1e9", "nan"])
 def test_sizes_that_are_none_are_refused(text):
-    with pytest.raises(UsageError, match="number of bytes greater than 0"):
+    with pytest.raises(WrongUsageError, match="number of bytes greater than 0"):
         parse_size(text)

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from parity import SHARDED, assert_same_bits
 from tp_embed import BatchLayout, FakeGang, OutputHead, StandardEmbedding, VocabShardedEmbedding
-from tp_embed.compiled import _NAMED
+from tp_embed.gang.graph_ops import _NAMED
 
 V, E = 23, 6
 # The first two tell torch which sizes change; a size of 1 is always one of its own.

@@ -34,7 +34,7 @@ def main(config):
     model = torch.nn.Sequential(torch.nn.Embedding(4, 2))
     torch.manual_seed(0)
     shard_embeddings(model, FakeGang(torch.device("cpu")), **shard_options(config.tp_embed))
-    print("TARGET", config.tp_embed.init._target_)
+    print("TARGET", config.tp_embed.nn.init._target_)
     print("STRATEGY", config.tp_embed.embedding.strategy.value)
     print("OWN", config.model.layers, config.init.steps)
     print("TABLE", model[0].weight.flatten().tolist())
@@ -147,7 +147,7 @@ def test_project_has_our_groups_by_our_name_and_its_own_by_theirs(app, python, t
     assert str(python.parent.parent) in subprocess.check_output(where, text=True, cwd="/")
 
     default = says(app())
-    assert default["TARGET"] == "tp_embed.init.scaled"
+    assert default["TARGET"] == "tp_embed.nn.init.scaled"
     assert default["STRATEGY"] == "embed"
     assert default["OWN"] == "2 7"
     (run_dir,) = (tmp_path / "outputs").glob("*/*")
@@ -155,7 +155,7 @@ def test_project_has_our_groups_by_our_name_and_its_own_by_theirs(app, python, t
     assert (run_dir / "logs" / "rank-00000.log").exists()
 
     chosen = says(app("tp_embed/init=xavier_uniform", "tp_embed/embedding=vocab_sharded"))
-    assert chosen["TARGET"] == "tp_embed.init.xavier_uniform"
+    assert chosen["TARGET"] == "tp_embed.nn.init.xavier_uniform"
     assert chosen["STRATEGY"] == "vocab"
     assert chosen["TABLE"] != default["TABLE"]
     assert chosen["OWN"] == "2 7"
@@ -177,7 +177,7 @@ def test_project_has_init_functions_of_its_own(app):
     chosen = says(app("tp_embed/init=power", "tp_embed.init.exponent=3"))
     assert chosen["TARGET"] == "toy.app.power"
     assert chosen["TABLE"] == str([float(i**3) for i in range(8)])
-    chosen = says(app("tp_embed.init._target_=tp_embed.init.zeros"))
+    chosen = says(app("tp_embed.nn.init._target_=tp_embed.nn.init.zeros"))
     assert chosen["TABLE"] == str([0.0] * 8)
 
 
@@ -186,7 +186,7 @@ def test_sweep_goes_over_ours_and_theirs(app):
     output = app("--multirun", *overrides)
     targets = re.findall(r"^TARGET (.*)$", output, re.MULTILINE)
     ours = sorted(p.stem for p in (ROOT / "configs/groups/tp_embed/init").glob("*.yaml"))
-    expected = {f"tp_embed.init.{name}" for name in ours if name != "from_tensor"}
+    expected = {f"tp_embed.nn.init.{name}" for name in ours if name != "from_tensor"}
     assert {*targets} == expected | {"toy.app.power"}
 
 
@@ -209,7 +209,7 @@ def test_editable_install_needs_one_line_in_the_config_or_the_code(tmp_path):
     project = write_project(tmp_path, PRIMARY + EDITABLE)
     command = [sys.executable, "-m", "toy.app", "tp_embed/init=xavier_uniform"]
     output = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True).stdout
-    assert says(output)["TARGET"] == "tp_embed.init.xavier_uniform"
+    assert says(output)["TARGET"] == "tp_embed.nn.init.xavier_uniform"
     assert says(output)["OWN"] == "2 7"
 
     (project / "toy" / "conf" / "config.yaml").write_text(PRIMARY)
@@ -218,7 +218,7 @@ def test_editable_install_needs_one_line_in_the_config_or_the_code(tmp_path):
     command[-1:] = ["--multirun", "tp_embed/init=glob(xavier*)"]
     output = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True).stdout
     targets = re.findall(r"^TARGET (.*)$", output, re.MULTILINE)
-    assert targets == ["tp_embed.init.xavier_normal", "tp_embed.init.xavier_uniform"]
+    assert targets == ["tp_embed.nn.init.xavier_normal", "tp_embed.nn.init.xavier_uniform"]
     assert EDITABLE.strip() in (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
 
 

@@ -22,10 +22,11 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from launch import ROOT
-from tp_embed import StandardEmbedding, init
+from tp_embed import StandardEmbedding
 from tp_embed.integrations.hydra import reference, register_schemas, shard_options
 from tp_embed.integrations.hydra.app import explain
 from tp_embed.integrations.hydra.inits import INITS, Fan, Init
+from tp_embed.nn import init
 
 CONFIGS = ROOT / "configs"
 GROUPS = sorted(reference._GROUPS)
@@ -83,7 +84,7 @@ def test_there_is_a_config_for_every_init_function_with_its_parameters():
         chosen = train_config(f"init={name}").init
         assert OmegaConf.get_type(chosen) is INITS[name]
         config = {key: None if OmegaConf.is_missing(chosen, key) else chosen[key] for key in chosen}
-        assert config.pop("_target_") == f"tp_embed.init.{name}"
+        assert config.pop("_target_") == f"tp_embed.nn.init.{name}"
         assert config.pop("_partial_") is True
         parameters = dict(list(inspect.signature(fn).parameters.items())[1:])
         assert set(config) == set(parameters)
@@ -317,7 +318,7 @@ def sweep(directory, *overrides):
     for line in output.stdout.splitlines():
         if line.startswith("RUN "):
             _, target, strategy, name = line.split()
-            runs[name].append((target.removeprefix("tp_embed.init."), strategy))
+            runs[name].append((target.removeprefix("tp_embed.nn.init."), strategy))
     return runs
 
 

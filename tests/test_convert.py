@@ -16,13 +16,13 @@ from tp_embed.checkpoint import (
     Request,
     Rule,
     UnsafeCheckpointError,
-    arrays,
     convert,
     differences,
     plan,
     read,
 )
-from tp_embed.checkpoint.safetensors_file import lay_out
+from tp_embed.checkpoint.files import arrays
+from tp_embed.checkpoint.files.safetensors_file import lay_out
 
 
 def saved(tmp_path, value, name="source.pt"):

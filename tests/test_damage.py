@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tp_embed.checkpoint import CheckpointError, Request, Rule, UnsafeCheckpointError, convert, read
+from tp_embed.checkpoint.contents import ReadOptions
 from tp_embed.checkpoint.formats import FORMATS
-from tp_embed.checkpoint.logical import ReadOptions
 
 RULES = ReadOptions(
     rules=tuple(map(Rule.parse, ("embed_tokens.weight=vocab", "layer.weight=0", "*=replicated")))

@@ -21,11 +21,11 @@ from tp_embed import (
     OutputHead,
     ProcessGroupGang,
     StandardEmbedding,
-    init,
     shard_embeddings,
 )
-from tp_embed.compiled import all_gather, all_reduce, look_up, register
-from tp_embed.loss import cross_entropy
+from tp_embed.gang.graph_ops import all_gather, all_reduce, look_up, register
+from tp_embed.nn import init
+from tp_embed.nn.loss import cross_entropy
 
 V, E = 11, 6
 IDS = [[1, 2, 3, 3], [5, 6, 10, 0]]

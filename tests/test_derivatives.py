@@ -14,8 +14,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from parity import SHARDED
 from test_loss import expected_loss
 from tp_embed import FakeGang, OutputHead, Partition
-from tp_embed.collectives import copy_to_gang, gather_columns, reduce_partial, scatter_columns
-from tp_embed.loss import cross_entropy
+from tp_embed.gang.collectives import copy_to_gang, gather_columns, reduce_partial, scatter_columns
+from tp_embed.nn.loss import cross_entropy
 
 V, E, N = 7, 3, 5
 ALL = {"ignore_index": 2, "label_smoothing": 0.3, "z_loss": 0.1, "soft_cap": 0.8}

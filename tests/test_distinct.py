@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tp_embed.distinct import find_distinct
+from tp_embed.lookup.distinct import find_distinct
 
 ID_LISTS = st.lists(st.integers(0, 20), max_size=60)
 

@@ -26,8 +26,8 @@ from tp_embed.doctor.findings import Finding, as_lines, fold, name_ranks
 from tp_embed.doctor.job import Job
 from tp_embed.doctor.meeting import Meeting
 from tp_embed.doctor.versions import is_supported
-from tp_embed.early_store import MeetingError
-from tp_embed.launcher import Place, find_place
+from tp_embed.launch.environment import Place, find_place
+from tp_embed.launch.rendezvous import MeetingError
 
 DOCTOR = [sys.executable, "-m", "tp_embed", "doctor"]
 PATIENCE = 100.0  # Seconds for a run on a machine that is busy.

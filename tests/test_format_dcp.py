@@ -26,9 +26,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tp_embed.checkpoint import Request, convert, plan
+from tp_embed.checkpoint.contents import Key, ReadOptions
 from tp_embed.checkpoint.errors import CheckpointError, UnsafeCheckpointError
-from tp_embed.checkpoint.formats import dcp_files, dcp_metadata
-from tp_embed.checkpoint.logical import Key, ReadOptions
+from tp_embed.checkpoint.formats.dcp import files as dcp_files
+from tp_embed.checkpoint.formats.dcp import metadata as dcp_metadata
 
 V, E = 11, 6
 TO_PT = Request(to="pt", source_format="dcp")

@@ -20,12 +20,12 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 import convert_job as job
 from launch import ROOT, deepspeed_command, run
 from tp_embed.checkpoint import Request, convert
-from tp_embed.checkpoint.arrays import Span, View
+from tp_embed.checkpoint.contents import MASTER, WEIGHT, Key, ReadOptions
 from tp_embed.checkpoint.cuts import Cut, Rule
 from tp_embed.checkpoint.errors import CheckpointError, UnsafeCheckpointError
+from tp_embed.checkpoint.files.arrays import Span, View
 from tp_embed.checkpoint.formats import deepspeed
 from tp_embed.checkpoint.formats.deepspeed.affine import AffineMap
-from tp_embed.checkpoint.logical import MASTER, WEIGHT, Key, ReadOptions
 from universal_job import NORM, TABLE, optimizer_names
 
 BF16 = {"dtype": "bfloat16"}
@@ -704,7 +704,7 @@ def test_it_is_read_without_deepspeed(out, trained):
         "import sys; sys.modules['deepspeed'] = None\n"
         "from pathlib import Path\n"
         "from tp_embed.checkpoint.formats import deepspeed\n"
-        "from tp_embed.checkpoint.logical import ReadOptions\n"
+        "from tp_embed.checkpoint.contents import ReadOptions\n"
         "print(len(deepspeed.read(Path(sys.argv[1]), ReadOptions()).tensors))"
     )
     command = [sys.executable, "-c", code, str(out / "z1")]

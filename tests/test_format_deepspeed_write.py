@@ -20,11 +20,11 @@ import convert_load_job as job
 from convert_job import build
 from launch import deepspeed_command, run
 from tp_embed.checkpoint import Request, convert, formats, plan
-from tp_embed.checkpoint.arrays import Span, View
+from tp_embed.checkpoint.contents import MASTER, Checkpoint, Key, Optimizer, ReadOptions, Target
 from tp_embed.checkpoint.cuts import Cut, Rule
 from tp_embed.checkpoint.errors import CheckpointError
+from tp_embed.checkpoint.files.arrays import Span, View
 from tp_embed.checkpoint.formats import deepspeed
-from tp_embed.checkpoint.logical import MASTER, Checkpoint, Key, Optimizer, ReadOptions, Target
 from universal_job import LR, NORM, batches, optimizer_names, param_groups
 
 # How the tables of ours and the layers of AutoTP are cut in the small Llama.

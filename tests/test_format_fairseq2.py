@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from tp_embed.checkpoint import Plan, Request, convert, formats
+from tp_embed.checkpoint.contents import Checkpoint, Key, ReadOptions
 from tp_embed.checkpoint.cuts import Rule
 from tp_embed.checkpoint.errors import CheckpointError, UnsafeCheckpointError
 from tp_embed.checkpoint.formats import fairseq2
-from tp_embed.checkpoint.logical import Checkpoint, Key, ReadOptions
 
 VOCAB, HIDDEN = 36, 24
 TABLE = "decoder_frontend.embed.weight"

@@ -28,7 +28,7 @@ from tp_embed.checkpoint import (
     convert,
     read,
 )
-from tp_embed.checkpoint.logical import ReadOptions
+from tp_embed.checkpoint.contents import ReadOptions
 
 INDEX = "model.safetensors.index.json"
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"

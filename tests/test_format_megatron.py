@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from tp_embed.checkpoint import Plan, Request, convert, formats
+from tp_embed.checkpoint.contents import Checkpoint, Key, ReadOptions
 from tp_embed.checkpoint.cuts import Rule
 from tp_embed.checkpoint.errors import CheckpointError, UnsafeCheckpointError
 from tp_embed.checkpoint.formats import megatron
-from tp_embed.checkpoint.logical import Checkpoint, Key, ReadOptions
 
 VOCAB, HIDDEN, FFN, LAYERS = 301, 24, 48, 4
 TABLE = "embedding.word_embeddings.weight"

@@ -30,12 +30,12 @@ from tp_embed.checkpoint import (
     convert,
     differences,
     hook_state_dict,
-    plain_values,
     read,
 )
-from tp_embed.checkpoint.derived import Cast
-from tp_embed.checkpoint.formats import tp_embed_directory
-from tp_embed.checkpoint.logical import Optimizer, Target
+from tp_embed.checkpoint.contents import Optimizer, Target
+from tp_embed.checkpoint.files import plain_values
+from tp_embed.checkpoint.files.derived import Cast
+from tp_embed.checkpoint.formats import tp_embed as tp_embed_directory
 
 V, E = 11, 6
 RULES = (

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from parity import SHARDED, assert_same_bits
 from tp_embed import FakeGang, StandardEmbedding
-from tp_embed.sharded_parameter import local
+from tp_embed.parameter.sharded import local
 
 V, E, STEPS = 61, 6, 6
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from emulated import check_kernel
 from parity import SHARDED, assert_same_bits
 from tp_embed import FakeGang, Partition, StandardEmbedding
-from tp_embed.lookup import rows_to_sum, sum_all
+from tp_embed.lookup.gradient import rows_to_sum, sum_all
 
 V, N = 20, 40
 

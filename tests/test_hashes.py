@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from tp_embed.checkpoint.hashes import RunningHash, finish_all
+from tp_embed.checkpoint.files.hashes import RunningHash, finish_all
 
 MIB = 2**20
 

@@ -15,7 +15,7 @@ from tp_embed import (
     StandardEmbedding,
     VocabShardedEmbedding,
 )
-from tp_embed.loss import cross_entropy
+from tp_embed.nn.loss import cross_entropy
 
 MIDDLE = FakeGang("cpu", rank=1, size=3)
 

@@ -15,9 +15,9 @@ from hf_models import MODELS, V, build, ids, logits
 from parity import assert_same_bits
 from tp_embed import FakeGang, GangError, shard_embeddings
 from tp_embed.checkpoint import full_state_dict
-from tp_embed.head import ShardedLayer
 from tp_embed.integrations.transformers import from_pretrained
-from tp_embed.sharded_parameter import ShardedParameter
+from tp_embed.nn.head import ShardedLayer
+from tp_embed.parameter.sharded import ShardedParameter
 
 # Rank 0 of the job, which writes, is in no smaller gang of the pool.
 SIZE = 4

@@ -7,7 +7,7 @@ import torch
 
 from parity import SHARDED, assert_same_bits
 from tp_embed import ShardedEmbedding, StandardEmbedding
-from tp_embed.ids import IdCheck
+from tp_embed.lookup.ids import IdCheck
 
 SIZES = [1, 2, 3, 4]
 KINDS = sorted(SHARDED)

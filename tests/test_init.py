@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch.nn import init as torch_init
 
 from parity import SHARDED, assert_same_bits
-from tp_embed import FakeGang, ShardedEmbedding, StandardEmbedding, blockwise, init
+from tp_embed import FakeGang, ShardedEmbedding, StandardEmbedding, blockwise
+from tp_embed.nn import init
 
 SIZES = [1, 2, 3, 4]
 KINDS = sorted(SHARDED)
@@ -314,7 +315,7 @@ from functools import partial
 from pathlib import Path
 import tp_embed
 from tp_embed import FakeGang, init
-from tp_embed.sharded_parameter import local
+from tp_embed.parameter.sharded import local
 
 def mib(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024

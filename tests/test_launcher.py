@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tp_embed.launcher import Place, find_place, first_host
+from tp_embed.launch.environment import Place, find_place, first_host
 
 TORCH = {
     "RANK": "3",
@@ -187,5 +187,5 @@ def test_variables_that_do_not_fit_are_named(environ, message):
 
 
 def test_torch_is_not_imported(tmp_path):
-    script = "import sys, tp_embed.launcher; assert 'torch' not in sys.modules"
+    script = "import sys, tp_embed.launch.environment; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)

@@ -22,9 +22,9 @@ from tp_embed import (
     shard_embeddings,
 )
 from tp_embed import VocabShardedEmbedding as VocabSharded
-from tp_embed import loss as tp_loss
 from tp_embed.integrations.transformers import shard_logits
-from tp_embed.loss import cross_entropy, linear_cross_entropy
+from tp_embed.nn import loss as tp_loss
+from tp_embed.nn.loss import cross_entropy, linear_cross_entropy
 
 N, V, E = 10, 11, 6
 # So few columns that even one token has more logits than all hidden states have items.

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from parity import SHARDED, whole
 from test_derivatives import E, N, V, both, per_size, per_way, problem
 from tp_embed import FakeGang, OutputHead, Partition, StandardEmbedding
-from tp_embed.loss import cross_entropy, linear_cross_entropy
+from tp_embed.nn.loss import cross_entropy, linear_cross_entropy
 
 OPTIONS = {"ignore_index": 2, "label_smoothing": 0.1, "z_loss": 0.1, "soft_cap": 2.0}
 per_kind = pytest.mark.parametrize("kind", sorted(SHARDED))

@@ -14,7 +14,7 @@ from torch import nn
 import tp_embed
 from test_norms import Model, V, assert_same_on_all_ranks, backward, models
 from tp_embed import FakeGang, OutputHead, ShardedEmbedding, VocabShardedEmbedding
-from tp_embed.optimizers import needs_matrix
+from tp_embed.parameter.optimizers import needs_matrix
 
 GANG = FakeGang("cpu", rank=1, size=3)
 

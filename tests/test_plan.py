@@ -16,14 +16,14 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.functional import cross_entropy
 
 from tp_embed import FakeGang, ShardedEmbedding, VocabShardedEmbedding, shard_embeddings
-from tp_embed import loss as sharded_loss
 from tp_embed.monitor import Traffic
+from tp_embed.nn import loss as sharded_loss
 from tp_embed.partition import Partition
 from tp_embed.plan import Link, Network, Setup, auto_strategy, cost, costs, recommend
 from tp_embed.plan.lookups import auto_dedup
 from tp_embed.plan.measure import fit, links_of, network_of
 from tp_embed.plan.tokens import distinct, distinct_of_block, zipf_distinct
-from tp_embed.strategies import choose_strategies
+from tp_embed.surgery.strategies import choose_strategies
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

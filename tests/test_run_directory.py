@@ -18,7 +18,7 @@ from launch import ROOT, free_port, run, torchrun_command
 from tp_embed.gang import GangError
 from tp_embed.integrations.hydra import main, run_start, strip_local_rank
 from tp_embed.integrations.hydra.logs import RankFileHandler, log_failure
-from tp_embed.launcher import Place
+from tp_embed.launch.environment import Place
 
 JOB = ROOT / "tests" / "run_directory_job.py"
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from parity import SHARDED, assert_same_bits
 from tp_embed import BatchLayout, GangError, OutputHead, StandardEmbedding, shard_embeddings
 from tp_embed.integrations.deepspeed.config import read_section
-from tp_embed.same_ids import SameIds, check_interval
+from tp_embed.lookup.same_ids import SameIds, check_interval
 
 SIZES = [2, 3]
 KINDS = sorted(SHARDED)

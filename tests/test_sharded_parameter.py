@@ -19,7 +19,7 @@ from tp_embed import (
     StandardEmbedding,
     VocabShardedEmbedding,
 )
-from tp_embed.sharded_parameter import ShardedParameter, ShardedTensor, local
+from tp_embed.parameter.sharded import ShardedParameter, ShardedTensor, local
 
 V, E = 9, 6
 KINDS = [ShardedEmbedding, VocabShardedEmbedding]

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tp_embed import StandardEmbedding, shard_embeddings
 from tp_embed.checkpoint import hook_state_dict
-from tp_embed.sharded_parameter import ShardedParameter
+from tp_embed.parameter.sharded import ShardedParameter
 
 IDS = torch.tensor([[1, 1, 7], [10, 0, 3]])
 

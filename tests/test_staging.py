@@ -17,14 +17,14 @@ from tp_embed.checkpoint import (
     CheckpointError,
     ReadOptions,
     Request,
-    arrays,
     convert,
     differences,
     read,
     staging,
 )
+from tp_embed.checkpoint.files import arrays
+from tp_embed.checkpoint.files.torch_file import placeholder
 from tp_embed.checkpoint.staging import staged
-from tp_embed.checkpoint.torch_file import placeholder
 
 # 24 tensors of 1 MiB: more than one flush of the journal, which comes sooner in these tests.
 COUNT, ROWS, COLUMNS = 24, 512, 512

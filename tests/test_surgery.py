@@ -20,11 +20,11 @@ from tp_embed import (
     ShardedEmbedding,
     StandardEmbedding,
     VocabShardedEmbedding,
-    init,
     shard_embeddings,
 )
-from tp_embed.collectives import all_gather_columns, copy_to_gang, gather_columns
-from tp_embed.sharded_parameter import local
+from tp_embed.gang.collectives import all_gather_columns, copy_to_gang, gather_columns
+from tp_embed.nn import init
+from tp_embed.parameter.sharded import local
 
 SIZES = [1, 2, 3, 4]
 MIDDLE = FakeGang("cpu", rank=1, size=3)

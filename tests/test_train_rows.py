@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from parity import SHARDED, whole
 from tp_embed import FakeGang, OutputHead, StandardEmbedding, shard_embeddings
-from tp_embed.train_rows import as_rows
+from tp_embed.lookup.train_rows import as_rows
 
 SIZES = [1, 2, 3]
 V, E = 13, 5

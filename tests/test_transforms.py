@@ -15,8 +15,8 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tp_embed import FakeGang, ShardedEmbedding, StandardEmbedding, VocabShardedEmbedding
-from tp_embed.collectives import gather_table
-from tp_embed.sharded_parameter import ShardedParameter, local
+from tp_embed.gang.collectives import gather_table
+from tp_embed.parameter.sharded import ShardedParameter, local
 
 V, E, PAD = 7, 5, 2
 IDS = torch.tensor([[1, 2, 2, 3], [6, 0, 3, 3]])

@@ -14,7 +14,6 @@ from transformers import LlamaForCausalLM
 import universal_job as job
 from launch import deepspeed_command, run
 from llama import DIM, VOCAB
-from tp_embed import init
 from tp_embed.checkpoint import CheckpointError
 from tp_embed.integrations.deepspeed.resize import resize_vocab
 from tp_embed.integrations.deepspeed.universal import to_universal
@@ -24,6 +23,7 @@ from tp_embed.integrations.deepspeed.universal_format import (
     read_step,
     read_tensor,
 )
+from tp_embed.nn import init
 
 KEYS = ("fp32", "exp_avg", "exp_avg_sq")
 GROWN = 128

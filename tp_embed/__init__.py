@@ -10,40 +10,40 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tp_embed.batch_layout import BatchLayout
-    from tp_embed.carry import shardwise
-    from tp_embed.embedding import (
+    from tp_embed.gang import FakeGang, Gang, GangError, ReduceOperation
+    from tp_embed.gang.process_group import ProcessGroupGang
+    from tp_embed.nn.embedding import (
         Embedding,
         ShardedEmbedding,
         StandardEmbedding,
         VocabShardedEmbedding,
     )
-    from tp_embed.gang import FakeGang, Gang, GangError, ReduceOperation
-    from tp_embed.head import OutputHead
-    from tp_embed.init import blockwise, init_scaled_embedding
-    from tp_embed.norms import clip_grad_norm_, get_total_norm
+    from tp_embed.nn.head import OutputHead
+    from tp_embed.nn.init import blockwise, init_scaled_embedding
+    from tp_embed.parameter.norms import clip_grad_norm_, get_total_norm
     from tp_embed.partition import Partition
-    from tp_embed.process_group import ProcessGroupGang
-    from tp_embed.surgery import shard_embeddings
+    from tp_embed.surgery.carry import shardwise
+    from tp_embed.surgery.shard import shard_embeddings
 
 _MODULE_OF = {
     "BatchLayout": "batch_layout",
-    "Embedding": "embedding",
-    "FakeGang": "gang",
-    "Gang": "gang",
-    "GangError": "gang",
+    "Embedding": "nn.embedding",
+    "FakeGang": "gang.fake",
+    "Gang": "gang.base",
+    "GangError": "gang.base",
     "Partition": "partition",
-    "ProcessGroupGang": "process_group",
-    "ReduceOperation": "gang",
-    "ShardedEmbedding": "embedding",
-    "StandardEmbedding": "embedding",
-    "OutputHead": "head",
-    "VocabShardedEmbedding": "embedding",
-    "blockwise": "init",
-    "clip_grad_norm_": "norms",
-    "get_total_norm": "norms",
-    "init_scaled_embedding": "init",
-    "shard_embeddings": "surgery",
-    "shardwise": "carry",
+    "ProcessGroupGang": "gang.process_group",
+    "ReduceOperation": "gang.base",
+    "ShardedEmbedding": "nn.embedding",
+    "StandardEmbedding": "nn.embedding",
+    "OutputHead": "nn.head",
+    "VocabShardedEmbedding": "nn.embedding",
+    "blockwise": "nn.init",
+    "clip_grad_norm_": "parameter.norms",
+    "get_total_norm": "parameter.norms",
+    "init_scaled_embedding": "nn.init",
+    "shard_embeddings": "surgery.shard",
+    "shardwise": "surgery.carry",
 }
 
 __all__ = [

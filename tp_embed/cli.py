@@ -14,8 +14,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-from tp_embed import checkpoint_command
-from tp_embed.checkpoint_command import FORMATS
+from tp_embed.checkpoint import command as checkpoint_command
+from tp_embed.checkpoint.choices import FORMATS
 from tp_embed.command import (
     BROKEN_PIPE,
     FAILED,

@@ -13,7 +13,7 @@ from deepspeed.runtime.tensor_parallel.config import _get_hf_tp_plan
 from torch import Tensor
 from torch.nn import Module
 
-from tp_embed.strategies import Choices
+from tp_embed.surgery.strategies import Choices
 
 NOTE = "left to AutoTP, which cuts its columns with the attention heads"
 

@@ -13,10 +13,10 @@ from deepspeed.runtime.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.tensor_parallel import get_tensor_parallel_config
 from torch.nn import Module
 
-from tp_embed.head import ShardedLayer
-from tp_embed.optimizers import needs_matrix, refuse
-from tp_embed.sharded_parameter import ShardedParameter
-from tp_embed.strategies import Choices
+from tp_embed.nn.head import ShardedLayer
+from tp_embed.parameter.optimizers import needs_matrix, refuse
+from tp_embed.parameter.sharded import ShardedParameter
+from tp_embed.surgery.strategies import Choices
 
 PIPELINE = (
     "The tables of a `PipelineModule` must be sharded by its specs, since it would go on calling "

@@ -17,12 +17,12 @@ from pydantic import (
     field_validator,
 )
 
-from tp_embed import init as init_functions
-from tp_embed.embedding import InitFn
-from tp_embed.fetch import Output
-from tp_embed.init import is_blockwise
-from tp_embed.strategies import Strategy
-from tp_embed.train_rows import Rows
+from tp_embed.lookup.request import Output
+from tp_embed.lookup.train_rows import Rows
+from tp_embed.nn import init as init_functions
+from tp_embed.nn.embedding import InitFn
+from tp_embed.nn.init import is_blockwise
+from tp_embed.surgery.strategies import Strategy
 
 SECTION = "tp_embed"
 
@@ -42,8 +42,9 @@ class EmbedConfig(BaseModel):
     """How the tables of a model are sharded; the keys of the ``"tp_embed"`` section. See
     :func:`tp_embed.shard_embeddings` for what they mean.
 
-    :param init: the name of a function of :mod:`tp_embed.init`, or ``"package.module.function"``,
-        or a mapping of such a ``name`` and keyword arguments, ``{"name": "normal", "std": 0.1}``.
+    :param init: the name of a function of :mod:`tp_embed.nn.init`, or
+        ``"package.module.function"``, or a mapping of such a ``name`` and keyword arguments,
+        ``{"name": "normal", "std": 0.1}``.
     :param train_rows: for names of tables, the rows that get a gradient: a list of rows, or a
         slice as Python writes it, ``{"*.embed_tokens": "32000:"}``.
     :param shard_logits: whether a model of transformers computes its loss from the logits of each

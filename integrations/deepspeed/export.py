@@ -28,7 +28,7 @@ from torch.nn import Module, Parameter
 
 from tp_embed.checkpoint.staging import staged
 from tp_embed.gang import GangError
-from tp_embed.sharded_parameter import local
+from tp_embed.parameter.sharded import local
 
 from .layout import has_mixed_up_masters, local_shape, logical_shape, map_of
 

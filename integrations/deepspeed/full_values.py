@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from tp_embed.head import ShardedLayer
-from tp_embed.sharded_parameter import as_shard, local
+from tp_embed.nn.head import ShardedLayer
+from tp_embed.parameter.sharded import as_shard, local
 
 from .layout import local_shape
 

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module
 
 from tp_embed.gang import GangError
-from tp_embed.process_group import ProcessGroupGang
+from tp_embed.gang.process_group import ProcessGroupGang
 
 from .checks import check_model
 from .describe import describe_model

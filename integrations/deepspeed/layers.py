@@ -18,11 +18,11 @@ from deepspeed.module_inject.layers import (
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from tp_embed.collectives import whole_table
 from tp_embed.gang import Gang
-from tp_embed.head import ShardedLayer
+from tp_embed.gang.collectives import whole_table
+from tp_embed.nn.head import ShardedLayer
+from tp_embed.parameter.sharded import local
 from tp_embed.partition import Partition
-from tp_embed.sharded_parameter import local
 
 from .layout import local_shape
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tp_embed.checkpoint.staging import staged
-from tp_embed.embedding import InitFn, StandardEmbedding
+from tp_embed.nn.embedding import InitFn, StandardEmbedding
 
 from .universal_format import (
     LATEST,

@@ -16,11 +16,11 @@ from torch import nn
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from tp_embed.agreement import check_agreement, raise_together
-from tp_embed.embedding import ShardedEmbedding, VocabShardedEmbedding
 from tp_embed.gang import FakeGang, Gang
-from tp_embed.strategies import Choices, Strategy, choose_strategies
-from tp_embed.surgery import ShardingReport, shard_embeddings
+from tp_embed.gang.agreement import check_agreement, raise_together
+from tp_embed.nn.embedding import ShardedEmbedding, VocabShardedEmbedding
+from tp_embed.surgery.shard import ShardingReport, shard_embeddings
+from tp_embed.surgery.strategies import Choices, Strategy, choose_strategies
 from tp_embed.watchdog import Watchdog
 
 from .autotp import NOTE, per_head_tables

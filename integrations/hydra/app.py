@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from tp_embed.launcher import find_place
+from tp_embed.launch.environment import find_place
 
 from .logs import log_failure
 
@@ -31,7 +31,7 @@ def main(
 
     - ``--local_rank``, which ``deepspeed`` adds to the arguments and Hydra refuses, is removed.
     - The variables that ``deepspeed.init_distributed()`` reads are set, if Open MPI or Slurm
-      started the process, or nothing did (see :meth:`tp_embed.launcher.Place.export`).
+      started the process, or nothing did (see :meth:`tp_embed.launch.environment.Place.export`).
     - An exception that ends a job is in the rank's log, and if there are several ranks it ends the
       sweep too. A watchdog that runs tells it to the other ranks.
     - An error in the config lists the keys that there are.

@@ -21,7 +21,7 @@ from .command_app import run_command
 
 @dataclass
 class ConvertConfig:
-    """The arguments of :func:`tp_embed.checkpoint.commands.convert`, and how to print."""
+    """The arguments of :func:`tp_embed.checkpoint.actions.convert`, and how to print."""
 
     source: str = MISSING
     output: str = MISSING

@@ -16,7 +16,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from tp_embed.launcher import find_place
+from tp_embed.launch.environment import find_place
 
 from .run_start import close_server, run_start
 

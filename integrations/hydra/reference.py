@@ -71,7 +71,7 @@ defaults list too, all ranks have one run directory: see
 `tp_embed/init/NAME.yaml` among your configs, without a schema or with one of yours:
 
 ```yaml
-_target_: my_package.my_function # called with the embedding, see `tp_embed.init.blockwise`
+_target_: my_package.my_function # called with the embedding, see `tp_embed.nn.init.blockwise`
 _partial_: true
 power: 2
 ```
@@ -82,7 +82,7 @@ In our own apps it is a file `init/NAME.yaml` in a directory that is named by `-
 
 # What each group is for, its schema, and where its keys are if not under its name.
 _GROUPS: dict[str, tuple[str, type | None, str | None]] = {
-    "init": ("How tables are initialised: the functions of `tp_embed.init`.", None, None),
+    "init": ("How tables are initialised: the functions of `tp_embed.nn.init`.", None, None),
     "embedding": ("How tables are sharded.", EmbeddingConfig, None),
     "head": ("How the output head is sharded.", HeadConfig, None),
     "model": (

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from tp_embed.launcher import Place, find_place
+from tp_embed.launch.environment import Place, find_place
 
 RUN_ID = "TP_EMBED_RUN_ID"
 _KEY = "tp_embed/run_start"
@@ -54,8 +54,8 @@ def close_server() -> None:
 
 
 def _agree(place: Place, own: RunStart) -> RunStart:
-    from tp_embed.early_store import MeetingError, open_store
     from tp_embed.gang import GangError
+    from tp_embed.launch.rendezvous import MeetingError, open_store
 
     # The server of torchrun's ranks is a process of torchrun, and may outlive them.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -8,7 +8,7 @@ from typing import Any
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from tp_embed.head import OutputHead
+from tp_embed.nn.head import OutputHead
 
 # Packages whose fused losses multiply by the weight of the head themselves.
 _FUSED = frozenset({"cut_cross_entropy", "liger_kernel", "trl", "unsloth", "unsloth_zoo"})

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.nn import Module
 
-from tp_embed.collectives import gather_table
-from tp_embed.head import ShardedLayer
-from tp_embed.sharded_parameter import local
+from tp_embed.gang.collectives import gather_table
+from tp_embed.nn.head import ShardedLayer
+from tp_embed.parameter.sharded import local
 
 
 def sharded_layers(model: Module) -> Iterator[tuple[str, ShardedLayer]]:

@@ -17,11 +17,11 @@ from torch.nn import Parameter
 from transformers import AutoConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from tp_embed.agreement import raise_together
 from tp_embed.gang import Gang, GangError
-from tp_embed.head import ShardedLayer
-from tp_embed.sharded_parameter import local
-from tp_embed.surgery import shard_embeddings
+from tp_embed.gang.agreement import raise_together
+from tp_embed.nn.head import ShardedLayer
+from tp_embed.parameter.sharded import local
+from tp_embed.surgery.shard import shard_embeddings
 
 from .layers import sharded_layers, table_shape
 

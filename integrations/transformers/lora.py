@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import Linear, Module
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
-from tp_embed.embedding import ShardedEmbedding, VocabShardedEmbedding
-from tp_embed.head import OutputHead, ShardedLayer
+from tp_embed.nn.embedding import ShardedEmbedding, VocabShardedEmbedding
+from tp_embed.nn.head import OutputHead, ShardedLayer
 
 from .layers import has_shards, sharded_layers, table_shape
 from .save import SavesShards

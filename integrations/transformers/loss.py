@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from tp_embed.head import OutputHead
-from tp_embed.loss import cross_entropy
+from tp_embed.nn.head import OutputHead
+from tp_embed.nn.loss import cross_entropy
 
 
 def shard_logits(model: Any) -> None:
@@ -55,7 +55,7 @@ def check_loss(model: Any) -> None:
         raise ValueError(
             "The `loss_function` of `model` must be `ForCausalLMLoss` of transformers, but for "
             f"this `{name}` is `{found}` instead. Compute that with "
-            "`tp_embed.loss.cross_entropy()`, or leave the logits whole."
+            "`tp_embed.nn.loss.cross_entropy()`, or leave the logits whole."
         )
 
 

@@ -10,11 +10,11 @@ from torch.distributions import constraints
 from torch.distributions.multivariate_normal import MultivariateNormal
 from torch.nn import Module, Parameter
 
-from tp_embed.collectives import all_gather_columns
 from tp_embed.gang import Gang
-from tp_embed.head import OutputHead, ShardedLayer
+from tp_embed.gang.collectives import all_gather_columns
+from tp_embed.nn.head import OutputHead, ShardedLayer
+from tp_embed.parameter.sharded import local
 from tp_embed.partition import Partition
-from tp_embed.sharded_parameter import local
 
 from .layers import sharded_layers, table_shape
 

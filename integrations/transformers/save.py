@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 
-from tp_embed.agreement import raise_together
 from tp_embed.gang import Gang
+from tp_embed.gang.agreement import raise_together
 
 from .layers import gather_into, sharded_layers, table_shape
 

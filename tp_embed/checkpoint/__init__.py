@@ -1,13 +1,44 @@
-"""Checkpoints: state dicts of models with sharded tables, and files of any format."""
+"""Checkpoints: state dicts of models with sharded tables, and files of any format.
 
-from .compare import Difference, differences
-from .convert import convert
-from .cuts import Cut, Rule
-from .errors import CheckpointError, MismatchError, UnsafeCheckpointError
-from .formats import read
-from .hooks import Mode, full_state_dict, hook_state_dict
-from .logical import Checkpoint, Key, ReadOptions
-from .planning import Plan, Request, plan
+Names are imported when they are first used: the command line reads its arguments without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tp_embed.state_dict.hooks import Mode, full_state_dict, hook_state_dict
+
+    from .compare import Difference, differences
+    from .contents import Checkpoint, Key, ReadOptions
+    from .conversion import Plan, Request, plan
+    from .cuts import Cut, Rule
+    from .errors import CheckpointError, MismatchError, UnsafeCheckpointError
+    from .formats import read
+    from .writing import convert
+
+_MODULE_OF = {
+    "Checkpoint": ".contents",
+    "CheckpointError": ".errors",
+    "Cut": ".cuts",
+    "Difference": ".compare",
+    "Key": ".contents",
+    "MismatchError": ".errors",
+    "Mode": "tp_embed.state_dict.hooks",
+    "Plan": ".conversion",
+    "ReadOptions": ".contents",
+    "Request": ".conversion",
+    "Rule": ".cuts",
+    "UnsafeCheckpointError": ".errors",
+    "convert": ".writing",
+    "differences": ".compare",
+    "full_state_dict": "tp_embed.state_dict.hooks",
+    "hook_state_dict": "tp_embed.state_dict.hooks",
+    "plan": ".conversion",
+    "read": ".formats",
+}
 
 __all__ = [
     "Checkpoint",
@@ -29,3 +60,9 @@ __all__ = [
     "plan",
     "read",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name], __name__), name)

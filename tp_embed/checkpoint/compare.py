@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arrays import CHUNK_BYTES, Array, boxes, same_bits
+from .contents import MASTER, WEIGHT, Checkpoint, Key
 from .errors import MismatchError
-from .hashes import checked
-from .logical import MASTER, WEIGHT, Checkpoint, Key
+from .files.arrays import CHUNK_BYTES, Array, boxes, same_bits
+from .files.hashes import checked
 
 
 @dataclass(frozen=True)

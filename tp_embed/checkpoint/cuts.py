@@ -3,17 +3,18 @@ say it where a checkpoint does not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Any
 
 from tp_embed.partition import Partition
 
-from .arrays import Array, Index, Joined, Tile
-from .derived import Copies
+from .choices import DIMS
 from .errors import CheckpointError
+from .files.arrays import Array, Index, Joined, Tile
+from .files.derived import Copies
 
 # The usual names of token tables and of the output heads that are cut like them.
 TABLES = (
@@ -28,9 +29,6 @@ TABLES = (
     "*output_layer.weight",
     "shared.weight",
 )
-
-Dim = Literal["vocab", "embed"]
-DIMS: Mapping[Dim, int] = {"vocab": 0, "embed": 1}
 
 
 @dataclass(frozen=True)

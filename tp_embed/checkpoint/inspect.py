@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .arrays import Array
+from .contents import MASTER, WEIGHT, Checkpoint, tables_of
+from .conversion import Plan
 from .cuts import Cut, Rule
-from .logical import MASTER, WEIGHT, Checkpoint, tables_of
-from .planning import Plan
+from .files.arrays import Array
 
 
 def describe(checkpoint: Checkpoint, rules: tuple[Rule, ...] = ()) -> dict[str, Any]:

@@ -9,18 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from .cuts import DIMS, Dim, Rule
-from .errors import CheckpointError
-from .formats import FORMATS
-from .logical import ReadOptions, parse_dtype
-from .planning import MAX_RANKS, NanPolicy, Request
+from tp_embed.command import WrongUsageError
+
+from .choices import DIMS, FORMATS, Dim, NanPolicy
+from .contents import ReadOptions, parse_dtype
+from .conversion import MAX_RANKS, Request
+from .cuts import Rule
 
 _UNITS = {unit: 1000**i for i, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
 _UNITS |= {unit: 1024**i for i, unit in enumerate(("", "KiB", "MiB", "GiB", "TiB"))}
-
-
-class UsageError(CheckpointError):
-    """An option has a value that it cannot have."""
 
 
 def read_options(
@@ -36,7 +33,7 @@ def read_options(
 
     :param rules: as :meth:`Rule.parse` reads them, or ``@FILE`` for a file with one in each line.
     :param optimizer_names: names with commas between them, or ``@FILE`` with one in each line.
-    :raises UsageError: an option has a value that it cannot have.
+    :raises WrongUsageError: an option has a value that it cannot have.
     """
     _check_range("--vocab-size", vocab_size, 2**40)
     with _usage("--rules"):
@@ -71,7 +68,7 @@ def build_request(
     """What to convert to.
 
     :param reading: as :func:`read_options` takes it.
-    :raises UsageError: an option has a value that it cannot have.
+    :raises WrongUsageError: an option has a value that it cannot have.
     """
     _check_choice("--to", to, FORMATS)
     _check_choice("--from", source_format, [None, *FORMATS])
@@ -81,13 +78,13 @@ def build_request(
     _check_range("--tp", tp, MAX_RANKS)
     _check_range("--dp", dp, MAX_RANKS)
     if hf_config is not None and not Path(hf_config).is_dir():
-        raise UsageError(f"`--hf-config` must be a directory, but is `{hf_config}`.")
+        raise WrongUsageError(f"`--hf-config` must be a directory, but is `{hf_config}`.")
     with _usage("--dtype"):
         parsed_dtype = None if dtype is None else parse_dtype(dtype)
     if parsed_dtype is not None and not parsed_dtype.is_floating_point:
-        raise UsageError(f"`--dtype` must be one of floating point, but is `{dtype}`.")
+        raise WrongUsageError(f"`--dtype` must be one of floating point, but is `{dtype}`.")
     if parsed_dtype is not None and parsed_dtype.itemsize < 2:
-        raise UsageError(
+        raise WrongUsageError(
             f"`--dtype` must have at least 16 bits, since others need scales, but is `{dtype}`."
         )
     return Request(
@@ -109,14 +106,14 @@ def build_request(
 def parse_size(text: str) -> int:
     """The number of bytes that ``text`` says, as ``5GB``, ``1.5 GiB`` or ``1000000``.
 
-    :raises UsageError: it says none.
+    :raises WrongUsageError: it says none.
     """
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)", text.strip())
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
     factor = units.get(match[2].lower()) if match else None
     nbytes = int(float(match[1]) * factor) if match and factor else 0
     if nbytes < 1:
-        raise UsageError(
+        raise WrongUsageError(
             "A size must be a number of bytes greater than 0, as `5GB`, `500MiB` or `1000000`, but "
             f"is `{text}`."
         )
@@ -136,12 +133,12 @@ def _items(text: str, separator: str | None = None) -> list[str]:
 def _check_choice(option: str, value: object, choices: Iterable[object]) -> None:
     if value not in (choices := list(choices)):
         allowed = [choice for choice in choices if choice is not None]
-        raise UsageError(f"`{option}` must be one of {allowed}, but is `{value}`.")
+        raise WrongUsageError(f"`{option}` must be one of {allowed}, but is `{value}`.")
 
 
 def _check_range(option: str, value: int | None, largest: int) -> None:
     if value is not None and not 1 <= value <= largest:
-        raise UsageError(f"`{option}` must be in [1, {largest}], but is {value}.")
+        raise WrongUsageError(f"`{option}` must be in [1, {largest}], but is {value}.")
 
 
 @contextmanager
@@ -149,4 +146,4 @@ def _usage(option: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as e:
-        raise UsageError(f"`{option}` cannot be used: {e}") from e
+        raise WrongUsageError(f"`{option}` cannot be used: {e}") from e

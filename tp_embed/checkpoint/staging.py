@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .arrays import Index
+from .contents import Key
 from .errors import CheckpointError
-from .logical import Key
+from .files.arrays import Index
 
 # How much may have to be written again after a crash of the machine.
 _FLUSH_BYTES = 256 * 2**20

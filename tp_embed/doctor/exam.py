@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from tp_embed.command import CommandError, Report
-from tp_embed.early_store import MeetingError
-from tp_embed.launcher import Place, find_place
+from tp_embed.launch.environment import Place, find_place
+from tp_embed.launch.rendezvous import MeetingError
 
 from . import (
     agreement,

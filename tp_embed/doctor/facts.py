@@ -7,7 +7,7 @@ import socket
 from dataclasses import asdict
 from pathlib import Path
 
-from tp_embed.launcher import Place
+from tp_embed.launch.environment import Place
 
 from . import agreement, locks, machine, network, versions
 from .job import Facts

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch._C._distributed_c10d import HashStore, PrefixStore
 
-from tp_embed.early_store import MeetingError, open_store
-from tp_embed.launcher import Place
+from tp_embed.launch.environment import Place
+from tp_embed.launch.rendezvous import MeetingError, open_store
 
 _LAST_WORDS = 10.0  # Seconds that rank 0 gives the others to read its verdict.
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
 from tp_embed.gang import Gang, ReduceOperation
-from tp_embed.process_group import ProcessGroupGang
+from tp_embed.gang.process_group import ProcessGroupGang
 
 from .findings import Finding, outliers, spread
 from .job import Job

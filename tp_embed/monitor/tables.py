@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from tp_embed.embedding import Embedding
 from tp_embed.gang import FakeGang, Gang
-from tp_embed.layer import GangLayer
-from tp_embed.process_group import ProcessGroupGang
-from tp_embed.sharded_parameter import local
+from tp_embed.gang.process_group import ProcessGroupGang
+from tp_embed.nn.embedding import Embedding
+from tp_embed.nn.gang_layer import GangLayer
+from tp_embed.parameter.sharded import local
 
 from .ranks import describe_rank, describe_run, meet
 from .run_log import RunLog

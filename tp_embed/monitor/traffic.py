@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from tp_embed.gang import Gang
-from tp_embed.layer import GangLayer
+from tp_embed.nn.gang_layer import GangLayer
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """What the lookup of a micro-batch sends, and what it needs of memory, by strategy: the arithmetic
-of :mod:`tp_embed.exchange`, of the rank that sends the most and of the one that needs the most.
+of :mod:`tp_embed.lookup.exchange`, of the rank that sends the most and of the one that needs the
+most.
 
 N ids are looked up, of which U are distinct; with ``output="sequence"`` rank q wants the
 :math:`N_q` of its block, of which :math:`U_q` are distinct. B is :math:`\\lceil E/P\\rceil`.
@@ -40,7 +41,7 @@ class Lookup(ABC):
 
     @property
     def kept(self) -> int:
-        """The items of :class:`tp_embed.exchange.Staging`, which a CPU keeps for the next step."""
+        """The items that :class:`tp_embed.lookup.exchange.Staging` keeps on a CPU."""
         return 0
 
     @cached_property

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from tp_embed.command import CommandError, Report, WrongUsageError
 from tp_embed.doctor.command import DOCTOR
-from tp_embed.launcher import find_place
+from tp_embed.launch.environment import find_place
 
 from .setup import Device
 from .traffic import Link, Network, Operation, messages, sent_of

@@ -1,8 +1,8 @@
 """What the ranks send in a step.
 
-What tensor-parallel ranks send is that of the docstrings of :mod:`tp_embed.exchange`,
-:mod:`tp_embed.head` and :mod:`tp_embed.loss`; what data-parallel ranks do, that of the ZeRO of
-DeepSpeed 0.19.8.
+What tensor-parallel ranks send is that of the docstrings of :mod:`tp_embed.lookup.exchange`,
+:mod:`tp_embed.nn.head` and :mod:`tp_embed.nn.loss`; what data-parallel ranks do, that of the ZeRO
+of DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations

@@ -7,20 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
+from ..choices import FORMATS
+from ..contents import MASTER, MOMENTS, WEIGHT, Checkpoint, Key, Output, ReadOptions, Target
 from ..errors import CheckpointError
-from ..logical import MASTER, MOMENTS, WEIGHT, Checkpoint, Key, Output, ReadOptions, Target
-
-# In the order in which they are tried: what has a mark of its own comes before what has not.
-FORMATS = {
-    "tp-embed": "tp_embed_directory",
-    "universal": "universal",
-    "deepspeed": "deepspeed",
-    "dcp": "dcp",
-    "megatron": "megatron",
-    "fairseq2": "fairseq2",
-    "hf": "hf",
-    "pt": "pt",
-}
 
 
 class Format(Protocol):

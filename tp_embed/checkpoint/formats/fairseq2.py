@@ -23,12 +23,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..arrays import Array, Joined, Tile
+from ..contents import WEIGHT, Checkpoint, Output, ReadOptions, Target
 from ..cuts import join
 from ..errors import CheckpointError
-from ..logical import WEIGHT, Checkpoint, Output, ReadOptions, Target
-from ..torch_file import TorchFile
-from ..torch_file import lay_out as lay_out_file
+from ..files.arrays import Array, Joined, Tile
+from ..files.torch_file import TorchFile
+from ..files.torch_file import lay_out as lay_out_file
 from .pt import state_dict_arrays
 from .rank_files import check_even, join_ranks, shard_placeholders, transpose, written_shards
 

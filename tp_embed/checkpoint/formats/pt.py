@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arrays import Array
+from ..contents import WEIGHT, Checkpoint, Key, Optimizer, Output, ReadOptions, Target
 from ..errors import CheckpointError, shown
-from ..logical import WEIGHT, Checkpoint, Key, Optimizer, Output, ReadOptions, Target
-from ..torch_file import TorchFile, placeholder
-from ..torch_file import lay_out as lay_out_file
+from ..files.arrays import Array
+from ..files.torch_file import TorchFile, placeholder
+from ..files.torch_file import lay_out as lay_out_file
 
 NAME = "pt"
 IS_FILE = True

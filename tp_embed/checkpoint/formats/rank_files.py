@@ -8,11 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..arrays import Array, Index
+from ..contents import WEIGHT, Checkpoint, Key, ReadOptions, Target
 from ..cuts import Cut, find_rule, join, whole_shape
 from ..errors import CheckpointError
-from ..logical import WEIGHT, Checkpoint, Key, ReadOptions, Target
-from ..torch_file import TorchFile, placeholder
+from ..files.arrays import Array, Index
+from ..files.torch_file import TorchFile, placeholder
 
 # What each rank holds under a name, in the order of the ranks.
 Shards = Mapping[str, Sequence[Array]]

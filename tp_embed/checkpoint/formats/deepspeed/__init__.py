@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...logical import WEIGHT
+from ...contents import WEIGHT
 from .files import is_tag
 from .reading import read
 from .writing import lay_out

@@ -13,10 +13,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ...arrays import Array, Index, Joined, Tile, contiguous_strides, part
 from ...cuts import Cut
-from ...derived import Copies
 from ...errors import CheckpointError
+from ...files.arrays import Array, Index, Joined, Tile, contiguous_strides, part
+from ...files.derived import Copies
 from .files import optional
 
 VERSION = 1  # of the maps, the newest that is known

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ...arrays import Array, Index
+from ...contents import ReadOptions
 from ...errors import CheckpointError, UnsafeCheckpointError, shown
-from ...logical import ReadOptions
-from ...torch_file import TorchFile
+from ...files.arrays import Array, Index
+from ...files.torch_file import TorchFile
 
 T = TypeVar("T")
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ...arrays import Array, Index
+from ...contents import MASTER, Key
 from ...errors import CheckpointError
-from ...logical import MASTER, Key
-from ...torch_file import TorchFile
+from ...files.arrays import Array, Index
+from ...files.torch_file import TorchFile
 from .files import ModelFile, array_of, expect, scalars
 from .partitions import Fragment, cut_groups, cut_shards, join_fragments
 

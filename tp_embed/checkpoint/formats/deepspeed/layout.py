@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...arrays import Array, Index, part
+from ...contents import ReadOptions
 from ...cuts import Cut, find_rule, join, whole_shape
 from ...errors import CheckpointError
-from ...logical import ReadOptions
+from ...files.arrays import Array, Index, part
 from .affine import AffineMap, find_maps
 from .files import expect, optional
 from .patterns import Patterns, of_name

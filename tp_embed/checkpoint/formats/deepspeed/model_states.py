@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...arrays import Index
+from ...contents import MASTER, WEIGHT, Checkpoint, Key, Target
 from ...errors import CheckpointError
-from ...logical import MASTER, WEIGHT, Checkpoint, Key, Target
-from ...torch_file import TorchFile, lay_out, placeholder
+from ...files.arrays import Index
+from ...files.torch_file import TorchFile, lay_out, placeholder
 from .files import SCALARS, STRUCTURE
 from .partitions import cut_shards
 from .shards import DS_VERSION, Places, Shards, ds_config, step_of

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ...arrays import Array
-from ...logical import MASTER, WEIGHT, Key
-from ...torch_file import TorchFile, lay_out, placeholder
+from ...contents import MASTER, WEIGHT, Key
+from ...files.arrays import Array
+from ...files.torch_file import TorchFile, lay_out, placeholder
 from .shards import DS_VERSION, Places, Shards, ds_config
 
 _ROOT = "optimizer_state_dict"

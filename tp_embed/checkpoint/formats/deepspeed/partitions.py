@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import NamedTuple, TypeVar
 
-from ...arrays import Array, Joined, Tile, View
+from ...files.arrays import Array, Joined, Tile, View
 
 # DeepSpeed starts the partitions of ZeRO 1 and 2 at multiples of so many elements.
 _ALIGNMENT = 2

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ...arrays import Array, Span, View, same_bits
-from ...derived import Cast
+from ...contents import MASTER, Checkpoint, Key, Optimizer, ReadOptions
 from ...errors import CheckpointError, shown
-from ...logical import MASTER, Checkpoint, Key, Optimizer, ReadOptions
+from ...files.arrays import Array, Span, View, same_bits
+from ...files.derived import Cast
 from . import zero0
 from .files import (
     STRUCTURE,

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from ...arrays import Array, Index, Joined, View
-from ...derived import Cast, Copies
+from ...contents import MASTER, Checkpoint, Key, Target
 from ...errors import CheckpointError
-from ...logical import MASTER, Checkpoint, Key, Target
+from ...files.arrays import Array, Index, Joined, View
+from ...files.derived import Cast, Copies
 from .partitions import SUB_GROUP_SIZE, Flat, cut_groups, cut_shards, join_fragments, round_robin
 from .trained import Trained, whole_step
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ...contents import MASTER, WEIGHT, Checkpoint, Key, Optimizer
 from ...errors import CheckpointError
-from ...logical import MASTER, WEIGHT, Checkpoint, Key, Optimizer
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from ...contents import MASTER, Checkpoint, Output, Target
 from ...cuts import join
 from ...errors import CheckpointError
-from ...logical import MASTER, Checkpoint, Output, Target
 from .cut_info import write_info
 from .model_states import check_plain, lay_out_model
 from .optim_states import lay_out_optimizers

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...arrays import Array
+from ...contents import MASTER, Key, ReadOptions
 from ...errors import CheckpointError
-from ...logical import MASTER, Key, ReadOptions
+from ...files.arrays import Array
 from .files import ModelFile, array_of, expect, scalars
 from .fragments import Optimizers
 

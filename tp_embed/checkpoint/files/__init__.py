@@ -1,0 +1,1 @@
+"""Arrays and bytes in the files of a checkpoint."""

@@ -1,0 +1,197 @@
+"""Universal checkpoints, which DeepSpeed's engines of every ZeRO stage and rank count load.
+
+Source: ``deepspeed.checkpoint.ds_to_universal`` and ``DeepSpeedEngine._load_checkpoint``. A
+directory ``zero/<name>`` for each Parameter holds it whole, as ``fp32.pt``, and if it was trained
+``exp_avg.pt``, ``exp_avg_sq.pt`` and ``step.pt``; ``zero/optimizer_state.pt`` has the param groups,
+and a file for each tensor-parallel rank the buffers and the rest of the training run.
+
+What DeepSpeed's converter writes differs: at ZeRO 1 and 2, there are also directories for buffers,
+for second names and for what is frozen, of which the model files have the proper values; at ZeRO 3
+without tensor parallelism, tensors are flat and their shapes are in the model files.
+
+A source without the state of an optimizer is written without ``zero/optimizer_state.pt``, and
+DeepSpeed refuses to load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from ...contents import MASTER, MOMENTS, Checkpoint, Key, Optimizer, ReadOptions
+from ...errors import CheckpointError
+from ...files.arrays import Array
+from ...files.derived import Copies
+from ...files.torch_file import TorchFile
+from ..deepspeed.files import ModelFile, Saved, array_of, expect
+from ..deepspeed.fragments import frozen_shard
+from ..deepspeed.layout import Layout
+from .cuts import cuts_of_whole
+from .files import (
+    LATEST,
+    OPTIMIZER_STATE,
+    STEP,
+    locate,
+    open_file,
+    open_ranks,
+    read_entry,
+)
+from .layout import lay_out
+from .run import read_extra, read_groups, read_step
+
+__all__ = ["lay_out", "read", "recognises"]
+
+NAME = "universal"
+IS_FILE = False
+HAS_RANKS = True
+HAS_OPTIMIZER = True
+HAS_EXTRA = True
+MAIN = MASTER
+
+_INFO = "universal_checkpoint_info"
+
+
+def recognises(path: Path) -> bool:
+    return (path / "zero").is_dir() or (path / LATEST).is_file()
+
+
+def read(path: Path, options: ReadOptions) -> Checkpoint:
+    directory = locate(path, options)
+    kinds = open_ranks(directory, options)
+    saved = kinds[0]
+    model = saved.models[0][0]
+    entries = {
+        entry.name: entry for entry in sorted((directory / "zero").iterdir()) if entry.is_dir()
+    }
+    if lost := [name for name in model.trained if name not in entries]:
+        raise CheckpointError(
+            f"There must be a directory `{directory / 'zero' / lost[0]}`, since the model files "
+            "have its Parameter, but there is none. Copy the whole checkpoint."
+        )
+    trained = {
+        name
+        for name, entry in entries.items()
+        if any((entry / f"{state}.pt").exists() for state in MOMENTS)
+    }
+    ties = _ties(model, trained)
+    optimizer_path = directory / "zero" / OPTIMIZER_STATE
+    state_file = open_file(optimizer_path, options) if trained else None
+
+    tensors: dict[Key, Array] = {}
+    files: dict[str, TorchFile] = {}
+    steps = {}
+    flat_shapes = model.trained if saved.tp_size == 1 else {}
+    for name, entry in entries.items():
+        # DeepSpeed's converter writes directories for these too: of one rank, and in fp32.
+        if name in ties or name in model.buffers or (name in model.module and name not in trained):
+            continue
+        for state in (MASTER, *MOMENTS) if name in trained else (MASTER,):
+            file = open_file(entry / f"{state}.pt", options)
+            tensors[Key(name, state)] = read_entry(file, flat_shapes.get(name))
+            files.setdefault(name, file)
+        if state_file is not None and name in trained:
+            steps[name] = read_step(entry / f"{STEP}.pt", state_file, options)
+
+    info = _info(model, state_file)
+    layout = Layout(info, saved.tp_size, options, model.file.path)
+    shapes = {key.name: array.shape for key, array in tensors.items()}
+    cuts = cuts_of_whole(shapes, layout, files)
+    rest = {
+        Key(name): layout.join(name, name, shards, name in model.buffers)
+        for name, shards in _shards(kinds, tensors, ties).items()
+    }
+    tensors = _in_order([*model.module, *model.trained], {**tensors, **rest})
+    names = list(dict.fromkeys(key.name for key in tensors))
+    extra, notes = read_extra(model, state_file)
+    optimizer = None
+    if state_file is not None:
+        groups, more = read_groups(state_file, model, names, trained)
+        optimizer, notes = Optimizer(groups, steps), [*notes, *more]
+        tensors = _in_order(chain(*(group["params"] for group in groups)), tensors)
+    if len(set(steps.values())) > 1:
+        notes.append(
+            f"Parameters have made from {min(steps.values()):.0f} to {max(steps.values()):.0f} "
+            "steps. An engine can go on from this at ZeRO 0 only."
+        )
+    return Checkpoint(
+        format=NAME,
+        path=path,
+        tensors=tensors,
+        tp_size=saved.tp_size,
+        cuts={**cuts, **layout.cuts},
+        ties=ties,
+        buffers=frozenset(name for name in model.buffers if name not in ties),
+        step=model.state.get("global_steps"),
+        optimizer=optimizer,
+        extra=extra,
+        notes=tuple(notes),
+        files=(
+            *(path for saved in kinds for path in saved.paths),
+            *sorted((directory / "zero").glob("**/*.pt")),
+        ),
+    )
+
+
+def _ties(model: ModelFile, trained: Collection[str]) -> dict[str, str]:
+    """Other names of Parameters: those that DeepSpeed tells, and of several names for one tensor
+    all but the one that was trained."""
+    ties = dict(model.shared)
+    if circular := [alias for alias, name in ties.items() if name in ties]:
+        raise CheckpointError(
+            f"`shared_params` in `{model.file.path}` must name Parameters that are stored, but "
+            f"`{circular[0]}` is `{ties[circular[0]]}`, which is not. The file is "
+            "damaged: copy it again."
+        )
+    for names in model.same:
+        own = [name for name in names if name not in model.buffers and name not in ties]
+        own.sort(key=lambda name: name not in trained)  # What was trained first, else as it is.
+        ties |= {name: own[0] for name in own[1:] if name not in trained}
+    return ties
+
+
+def _shards(
+    kinds: Sequence[Saved], tensors: Collection[Key], ties: Collection[str]
+) -> dict[str, list[Array]]:
+    """What each rank has of buffers, and of Parameters of which DeepSpeed's converter has not
+    merged the shards, since they were not trained."""
+    saved = kinds[0]
+    model = saved.models[0][0]
+    done = {*(key.name for key in tensors), *ties}
+    wanted = [name for name in [*model.module, *model.frozen_shapes] if name not in done]
+    shards: dict[str, list[Array]] = {}
+    for name in dict.fromkeys([*wanted, *model.buffers]):
+        frozen = model.frozen_shapes.get(name)
+        # At ZeRO 3, the model has empty tensors in the place of Parameters.
+        if frozen is not None and (
+            name not in model.module or tuple(model.module[name].shape) != frozen
+        ):
+            shards[name] = [frozen_shard(row, name) for row in saved.models]
+        elif name not in ties:
+            shards[name] = [
+                Copies(name, [_in_module(each.models[rank][0], name) for each in kinds])
+                for rank in range(saved.tp_size)
+            ]
+    return shards
+
+
+def _in_module(model: ModelFile, name: str) -> Array:
+    what = f"`{name}` in `module`"
+    return array_of(model.file, model.module.get(name), what)
+
+
+def _info(model: ModelFile, state_file: TorchFile | None) -> dict[str, Any]:
+    """What the checkpoint says of how its Parameters were cut."""
+    for file in (model.file, *([] if state_file is None else [state_file])):
+        info = expect(file.root, dict, "The content", file.path).get(_INFO)
+        if info is not None:
+            return expect(info, dict, f"`{_INFO}`", file.path)
+    return {}
+
+
+def _in_order(names: Iterable[str], tensors: Mapping[Key, Array]) -> dict[Key, Array]:
+    """``tensors`` in the order of ``names``, as far as these have them."""
+    place = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    ordered = sorted(tensors, key=lambda key: place.get(key.name, len(place)))
+    return {key: tensors[key] for key in ordered}

@@ -1,0 +1,14 @@
+"""A gang: the processes that a table is sharded over, and the collectives between them."""
+
+from .base import CollectiveHook, Gang, GangError, ReduceOperation
+from .fake import FakeGang
+from .process_group import ProcessGroupGang
+
+__all__ = [
+    "CollectiveHook",
+    "FakeGang",
+    "Gang",
+    "GangError",
+    "ProcessGroupGang",
+    "ReduceOperation",
+]

@@ -1,0 +1,267 @@
+"""Collectives that autograd can go through, each with its conjugate as the backward.
+
+The convention is that of Megatron-LM (Shoeybi et al., 2019): a *replicated* activation is the same
+on every rank of the gang, and so is its gradient. Bytes are what one rank sends, for a gang of P
+ranks; with P = 1 nothing is sent and the input is returned as it is.
+
+All are linear, so derivatives of any order are right, as are forward-mode AD and the transforms of
+:mod:`torch.func`, as long as every rank does the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tp_embed.gang import Gang, graph_ops
+from tp_embed.partition import Partition
+
+# How much of a table travels at once where all of it has to.
+_CHUNK_BYTES = 16 << 20
+
+
+def gather_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
+    """Puts the ranks' blocks of the last dimension together.
+
+    Forward: one all-gather, (P-1) N B bytes-per-item, where N is the number of items in the other
+    dimensions and B the size of the largest block (shorter blocks travel padded).
+    Backward: the slice of this rank, nothing is sent.
+
+    :param x: the block of this rank. *Shape:* :math:`(*,E_{rank})`. Any floating dtype.
+    :param partition: how the last dimension is cut over the gang.
+    :returns: the same on every rank. *Shape:* :math:`(*,E)`.
+    """
+    if gang.size == 1:
+        return x
+    return _apply(_Gather(gang, partition), x)
+
+
+def scatter_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
+    """Keeps this rank's block of the last dimension of a replicated activation.
+
+    Forward: the slice of this rank, nothing is sent.
+    Backward: one all-gather, (P-1) N B bytes-per-item, with N and B as in :func:`gather_columns`.
+
+    :param x: the same on every rank. *Shape:* :math:`(*,E)`.
+    :returns: *Shape:* :math:`(*,E_{rank})`.
+    """
+    if gang.size == 1:
+        return x
+    return _apply(_Scatter(gang, partition), x)
+
+
+def reduce_partial(x: Tensor, gang: Gang) -> Tensor:
+    """Adds up the ranks' partial results, in place.
+
+    Forward: one all-reduce, 2 (P-1)/P n bytes, n being the size of ``x``.
+    Backward: the identity, nothing is sent.
+
+    :param x: the part of this rank; it is overwritten, but not by transforms of :mod:`torch.func`,
+        forward-mode AD or a compiler. *Shape:* :math:`(*)`.
+    :returns: the same on every rank. *Shape:* :math:`(*)`.
+    """
+    if gang.size == 1:
+        return x
+    return _apply(_Sum(gang, in_place=not transformed()), x)
+
+
+def copy_to_gang(x: Tensor, gang: Gang) -> Tensor:
+    """Hands a replicated activation to work that each rank does a part of.
+
+    Forward: the identity, nothing is sent.
+    Backward: one all-reduce of the ranks' partial gradients, 2 (P-1)/P n bytes.
+
+    :param x: the same on every rank. *Shape:* :math:`(*)`.
+    :returns: *Shape:* :math:`(*)`.
+    """
+    if gang.size == 1:
+        return x
+    return _apply(_Same(gang), x)
+
+
+def all_gather_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
+    """:func:`gather_columns` without autograd."""
+    if gang.size == 1:
+        return x
+    width, block = x.size(-1), partition.block
+    # Only trailing blocks are short, so the padding ends up behind column E: one slice removes it.
+    if width < block:
+        x = torch.nn.functional.pad(x, (0, block - width))
+    if in_graph(x):
+        blocks: Tensor = graph_ops.all_gather(x, gang.size, gang.handle)
+    else:
+        blocks = x.new_empty((gang.size, *x.shape))  # (P, *, B)
+        gang.all_gather(blocks, x)
+    columns = blocks.movedim(0, -2).flatten(-2)[..., : partition.size].contiguous()
+    # It may be a view of `blocks`, which nobody else has: autograd lets nobody write to views.
+    output: Tensor = torch.ops.aten._unsafe_view(columns, columns.shape)
+    return output
+
+
+def gather_table(output: Tensor, block: Tensor, dim: int, gang: Gang, partition: Partition) -> None:
+    """Puts the ranks' blocks of a table together, on every rank, without autograd.
+
+    All ranks have to call it. It sends (P-1) times the largest block, in chunks of 16 MiB, which is
+    about what it needs of memory.
+
+    :param output: the table. *Shape:* :math:`(V,E)`. On any device.
+    :param block: the block of this rank. *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
+    :param dim: the dimension that is cut over the gang: 0, the rows, or 1, the columns.
+    :param partition: how it is cut.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        block = block.detach()  # It may be a shard that refuses to be indexed.
+    num_rows, width = output.shape
+    step = max(1, _CHUNK_BYTES // (width * output.element_size()))
+    if dim == 1:
+        for start in range(0, num_rows, step):
+            rows = block[start : start + step].to(gang.device)
+            output[start : start + step] = all_gather_columns(rows, gang, partition)
+        return
+    # The first rows of every block, then the next ones, ...
+    step = max(1, step // gang.size)
+    for start in range(0, partition.block, step):
+        length = min(step, partition.block - start)
+        own = block[start : start + length]
+        padded = own.new_zeros((length, width), device=gang.device)
+        padded[: len(own)] = own
+        parts = padded.new_empty((gang.size, length, width))
+        gang.all_gather(parts, padded)
+        for rank in range(gang.size):
+            rows_of_rank = partition.shard(rank)[start : start + length]
+            output[rows_of_rank.start : rows_of_rank.stop] = parts[rank, : len(rows_of_rank)]
+
+
+def whole_table(
+    block: Tensor,
+    dim: int,
+    gang: Gang,
+    partition: Partition,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """:func:`gather_table` into a new table, on ``device`` or else that of ``block``."""
+    shape = list(block.shape)
+    shape[dim] = partition.size
+    output = block.new_empty(shape, device=device)
+    gather_table(output, block, dim, gang, partition)
+    return output
+
+
+def in_graph(x: Tensor) -> bool:
+    """Whether what is done with ``x`` is recorded, or only its shape is known: by
+    :func:`torch.compile`, ``make_fx``, a ``FakeTensorMode``, or the device ``meta``."""
+    return x.is_meta or graph_ops.is_recorded(x)
+
+
+def transformed() -> bool:
+    """Whether a transform of :mod:`torch.func` or forward-mode AD is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+@dataclass(frozen=True)
+class _Gather:
+    gang: Gang
+    partition: Partition
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return all_gather_columns(x, self.gang, self.partition)
+
+    def conjugate(self) -> _Map:
+        return _Scatter(self.gang, self.partition)
+
+
+@dataclass(frozen=True)
+class _Scatter:
+    gang: Gang
+    partition: Partition
+
+    def __call__(self, x: Tensor) -> Tensor:
+        own = self.partition.shard(self.gang.rank)
+        # Always a copy, if only of one token: autograd lets nobody write to views.
+        return x.narrow(-1, own.start, len(own)).clone(memory_format=torch.contiguous_format)
+
+    def conjugate(self) -> _Map:
+        return _Gather(self.gang, self.partition)
+
+
+@dataclass(frozen=True)
+class _Sum:
+    gang: Gang
+    in_place: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if in_graph(x):
+            output: Tensor = graph_ops.all_reduce(x, self.gang.handle)
+            return output
+        # A gradient belongs to autograd, which may hand it to another consumer too.
+        output = x if self.in_place else x.clone(memory_format=torch.contiguous_format)
+        self.gang.all_reduce(output)
+        return output
+
+    def conjugate(self) -> _Map:
+        return _Same(self.gang)
+
+
+@dataclass(frozen=True)
+class _Same:
+    gang: Gang
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    def conjugate(self) -> _Map:
+        return _Sum(self.gang)
+
+
+_Map = _Gather | _Scatter | _Sum | _Same
+
+
+def _apply(function: _Map, x: Tensor) -> Tensor:
+    # A Function for transforms takes 30 us more, and the compiler takes none that has a `jvp`.
+    plain = torch.compiler.is_compiling() or not transformed()
+    output: Tensor = (_Linear if plain else _LinearTransformed).apply(x, function)
+    return output
+
+
+class _Linear(torch.autograd.Function):
+    """A linear function, with its conjugate as the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: _Map) -> Tensor:
+        ctx.function = function
+        output = function(x)
+        if output is x:
+            ctx.mark_dirty(x)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _apply(ctx.function.conjugate(), grad), None
+
+
+class _LinearTransformed(torch.autograd.Function):
+    """:class:`_Linear` for :mod:`torch.func` and forward-mode AD."""
+
+    @staticmethod
+    def forward(x: Tensor, function: _Map) -> Tensor:
+        return function(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, _Map], output: Tensor) -> None:
+        _, ctx.function = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _apply(ctx.function.conjugate(), grad), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return _apply(ctx.function, tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, function: _Map) -> tuple[Tensor, int]:
+        return _apply(function, x.movedim(in_dims[0], 0)), 0

@@ -1,0 +1,230 @@
+"""A check that all ranks of a gang look up the same ids.
+
+A table that is cut gives each rank parts of what *all* asked for, so ranks with other ids get rows
+that nobody asked for, without an error as long as the sizes fit. The check compares checksums
+before anything is sent whose size depends on the ids.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
+from tp_embed.gang import Gang, GangError
+from tp_embed.lookup.ids import LateCheck, ToHost, is_capturing
+
+VARIABLE = "TP_EMBED_CHECK_IDS"
+
+# Measured: with it the check takes less than 1% of a lookup of thousands of ids.
+_INTERVAL = 32
+
+# What each rank sends: the number of the lookup, the table, the number of dimensions, the sizes,
+# checksums of the shapes so far, of these ids, and of the ids so far.
+_SIZES = 8
+_NUM_FACTS = 3 + _SIZES + 3
+
+_PADDING = -1
+
+_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2**64 over the golden ratio.
+
+
+def check_interval(check_ids: int | None) -> int:
+    """At which lookups ids are compared: the first one, and each n-th after it; 0: at none.
+
+    :param check_ids: ``None``: n = 32. ``False``: never. ``True``: each lookup. Or n. The
+        environment variable ``TP_EMBED_CHECK_IDS``, a number, takes precedence.
+    :raises ValueError: one of them is something else.
+    """
+    is_interval = isinstance(check_ids, int) and check_ids >= 0
+    if check_ids is not None and not is_interval:
+        raise ValueError(
+            "`check_ids` must be True (each lookup), False (none), or a number n (the first lookup "
+            f"and each n-th after it), but is {check_ids!r} instead."
+        )
+    given = os.environ.get(VARIABLE)
+    if given is None:
+        return _INTERVAL if check_ids is None else int(check_ids)
+    if not given.isascii() or not given.isdigit():
+        raise ValueError(
+            f"The environment variable {VARIABLE} must be 0 (never), 1 (each lookup), or a number "
+            f"n (the first lookup and each n-th after it), but is {given!r} instead."
+        )
+    return int(given)
+
+
+class SameIds(LateCheck):
+    """Raises :class:`GangError` on all ranks of a gang if one has looked up other ids than another:
+    other values, another order, another shape, other padding, or another table.
+
+    It compares at the first lookup, and at each n-th after it; which ones depends on their count
+    only, so that ranks agree. Lookups in between are compared with the next one, by a checksum of
+    all. Sends 112 (P-1) bytes, by one all-gather. On an accelerator the first answer is
+    waited for, and others are looked at two lookups later. While a stream is captured nothing is
+    compared.
+
+    :param every: n, or 0 to compare nothing.
+    :param lag: see :class:`LateCheck`.
+    """
+
+    def __init__(self, every: int, lag: int | None = None) -> None:
+        super().__init__(lag)
+        self.every = every
+        self._history = _History()
+
+    def __call__(self, ids: Tensor, real: Tensor | None, gang: Gang, where: str) -> None:
+        """
+        :param ids: *Shape:* any. *Dtype:* int32 or int64; its size does not matter.
+        :param real: what is no padding; if ``None``, all. *Shape:* that of ``ids``.
+        :param where: the table, called the same on every rank.
+        :raises GangError: the ids of a rank differ; on all ranks alike.
+        """
+        if not self.every or gang.size == 1 or ids.is_meta or is_fake(ids):
+            return
+        if is_capturing(ids.device):
+            return
+        flat = (ids if real is None else ids.masked_fill(~real, _PADDING)).flatten()
+        checksum = (flat * _weights(len(flat), ids.device)).sum()
+        history = self._history
+        history.add(ids.shape, checksum)
+        lag = self.lag_on(ids.device) if history.count > 1 else 0
+        if (since := (history.count - 1) % self.every) > 0:
+            if since >= lag:
+                self.flush()
+            return
+        shapes, all_ids = history.take()
+        sizes = [*ids.shape[:_SIZES], *[0] * (_SIZES - ids.ndim)]
+        numbers = [history.count, crc32(where.encode()), ids.ndim, *sizes, shapes]
+        known = torch.tensor(numbers, device="cpu", dtype=torch.int64)
+        if ids.device.type != "cpu":
+            known = known.pin_memory().to(ids.device, non_blocking=True)
+        facts = known.new_empty(gang.size, _NUM_FACTS)
+        gang.all_gather(facts, torch.cat([known, torch.stack([checksum, all_ids])]))
+        # What is sent before a late answer may not fit, so nothing more is sent after it.
+        self._look(_Comparison(gang, where, ids.shape, facts, None if lag else flat), lag)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_history": _History()}  # A copy has looked up nothing.
+
+
+class _History:
+    """How many lookups there were, and checksums of those since the last comparison."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._shapes = 0
+        self._ids = torch.zeros((), dtype=torch.int64, device="cpu")
+
+    def add(self, shape: torch.Size, checksum: Tensor) -> None:
+        self.count += 1
+        self._shapes = crc32(repr(tuple(shape)).encode(), self._shapes)
+        self._ids = checksum + self._ids.to(checksum.device, non_blocking=True) * _ODD
+
+    def take(self) -> tuple[int, Tensor]:
+        """Checksums of the shapes and the ids, to begin anew."""
+        taken = self._shapes, self._ids
+        self._shapes, self._ids = 0, torch.zeros_like(self._ids)
+        return taken
+
+
+class _Comparison:
+    """What all ranks say of their ids, on the way to the host.
+
+    :param facts: *Shape:* :math:`(P,14)`.
+    :param ids: this rank's, with -1 for padding, if the ranks may send them. *Shape:* :math:`(N)`.
+    """
+
+    def __init__(
+        self, gang: Gang, where: str, shape: torch.Size, facts: Tensor, ids: Tensor | None
+    ) -> None:
+        self._gang, self._where, self._shape, self._ids = gang, where, shape, ids
+        self._facts = ToHost(facts)
+
+    def report(self) -> None:
+        """
+        :raises GangError: they differ.
+        """
+        facts: list[list[int]] = self._facts.read()
+        others = [rank for rank, own in enumerate(facts) if own != facts[0]]
+        if not others:
+            return
+        numbers, tables, checksums = ([own[i] for own in facts] for i in (0, 1, -2))
+        shapes = [tuple(own[3 : 3 + min(own[2], _SIZES)]) for own in facts]
+        if len(set(tables)) > 1:
+            how = "they look up different tables, having taken different branches"
+        elif len(set(numbers)) > 1:
+            how = f"it is lookup number {_by_rank(numbers)}"
+        elif len(set(shapes)) > 1:
+            how = f"their shapes are {_by_rank(shapes)}"
+        elif len(set(checksums)) > 1:
+            how = self._first_differences(others)
+        else:
+            how = (
+                "these ids are the same, but since the last comparison others were not, and were "
+                f"trained on. Find the first with {VARIABLE}=1, which compares each lookup"
+            )
+        ranks = f"rank {others[0]}" if len(others) == 1 else f"ranks {others}"
+        raise GangError(
+            f"All ranks of {self._gang} must look up the same ids in {self._where}, but in lookup "
+            f"{numbers[0]} {ranks} and rank 0 disagree: {how}. Give the ranks of a gang one batch: "
+            "split the data over the data-parallel ranks only, with `DistributedSampler(..., "
+            "num_replicas=<data-parallel size>, rank=<data-parallel rank>)`, or broadcast it with "
+            "`gang.broadcast(ids)`; samples that a model draws (generation, GRPO) likewise. To "
+            "give each rank ids of its own, gather them and have each get its part by "
+            f'`output="sequence"`. {VARIABLE}=0 turns this check off.'
+        )
+
+    def _first_differences(self, others: list[int]) -> str:
+        if self._ids is None:
+            return "the values or their order differ"
+        own = self._ids.long()
+        found = own.new_empty(self._gang.size, len(own))
+        self._gang.all_gather(found, own)
+        rows = found.tolist()
+        parts = []
+        for rank in others:
+            pairs = list(zip(rows[0], rows[rank], strict=True))
+            places = [index for index, (first, other) in enumerate(pairs) if first != other]
+            flat = torch.tensor(places[0], device="cpu")
+            position = tuple(int(i) for i in torch.unravel_index(flat, self._shape))
+            first, other = map(_shown, pairs[places[0]])
+            parts.append(
+                f"rank {rank} has {other} at position {position} where rank 0 has {first} "
+                f"({len(places)} of {len(pairs)} differ)"
+            )
+        return "; ".join(parts)
+
+
+def _by_rank(values: list[Any]) -> str:
+    return ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
+
+
+def _shown(id: int) -> str:
+    return "padding" if id == _PADDING else str(id)
+
+
+_cached_weights: dict[torch.device, Tensor] = {}
+
+
+def _weights(count: int, device: torch.device) -> Tensor:
+    """Odd numbers that look random, one for each position, with which a sum depends on the order.
+    *Shape:* :math:`(count)`. *Dtype:* int64.
+
+    The finalizer of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+    generators", 2014) of the positions. An id that differs at one position always changes the sum,
+    since odd numbers have an inverse modulo 2**64.
+    """
+    weights = _cached_weights.get(device)
+    if weights is None or len(weights) < count:
+        with torch.inference_mode(False):
+            size = max(1024, 1 << (count - 1).bit_length())
+            weights = torch.arange(1, size + 1, device=device) * _ODD
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                high = (weights >> shift) & ((1 << (64 - shift)) - 1)
+                weights = (weights ^ high) * (factor - (1 << 64))
+            _cached_weights[device] = weights = weights | 1
+    return weights[:count]

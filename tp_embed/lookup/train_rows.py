@@ -1,0 +1,132 @@
+"""Lets only some rows of a table train: ``train_rows`` of the embeddings.
+
+The gradient of all other rows is zero, as with ``torch.nn.Embedding`` and
+``weight.register_hook(lambda grad: grad * mask)``: bit for bit the same, but for NaN and infinities
+in rows that do not train, which become zero too. It is the gradient of the weight that is masked,
+so it includes what an output head adds that shares the weight.
+
+An optimizer has states for the whole shard, and sees zeros in the other rows. They keep their
+values, but for what an optimizer does without a gradient: weight decay. Put the weight into a
+parameter group with ``weight_decay=0``. The mask survives copies, pickling, ``to_empty()``, casts,
+``load_state_dict(assign=True)`` and another weight; a sparse gradient has only rows that train, and
+a dense one is in new memory, with ``reuse_grad`` too.
+
+Rows are a slice or a range, integers in any order, of which negative ones count from the end, or a
+mask: a bool for each row of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tp_embed.lookup.gradient import as_sparse
+
+# Rows of a table: their indices, or a mask of all rows.
+Rows = slice | range | Sequence[int] | Sequence[bool] | Tensor
+
+
+def as_rows(train_rows: Rows, num_embeddings: int) -> Tensor:
+    """
+    :param train_rows: the rows, as above.
+    :returns: the rows, ascending. *Shape:* :math:`(n)`. *Dtype:* int64.
+    :raises TypeError: ``train_rows`` is something else.
+    :raises ValueError: it is not one-dimensional, a mask of another length, or names no row.
+    :raises IndexError: it names a row that the table does not have.
+    """
+    if isinstance(train_rows, slice):
+        train_rows = range(num_embeddings)[train_rows]
+    given: Any = list(train_rows) if isinstance(train_rows, range) else train_rows
+    try:
+        # Not on the default device, which may be `meta`.
+        rows = (
+            given.detach().cpu() if isinstance(given, Tensor) else torch.tensor(given, device="cpu")
+        )
+    except (TypeError, ValueError, RuntimeError):
+        rows = None
+    if rows is not None and not rows.numel():
+        raise ValueError(
+            "`train_rows` must name at least one row, but names none. Freeze the whole table with "
+            "`weight.requires_grad_(False)`."
+        )
+    if rows is None or rows.is_floating_point() or rows.is_complex():
+        kind = type(train_rows).__name__ if rows is None else rows.dtype
+        raise TypeError(
+            "`train_rows` must be a slice, a range, integers, or a mask of bools, but is a "
+            f"`{kind}` instead."
+        )
+    if rows.dtype == torch.bool:
+        if rows.shape != (num_embeddings,):
+            raise ValueError(
+                f"`train_rows` must have the shape {(num_embeddings,)} (num_embeddings) as a mask "
+                f"of bools, but has {tuple(rows.shape)} instead."
+            )
+        if not rows.any():
+            return as_rows([], num_embeddings)
+        return rows.nonzero()[:, 0]
+    if rows.ndim != 1:
+        raise ValueError(
+            f"`train_rows` must be one-dimensional, but has the shape {tuple(rows.shape)} instead."
+        )
+    rows = rows.long()
+    wrong = rows[(rows < -num_embeddings) | (rows >= num_embeddings)]
+    if len(wrong):
+        raise IndexError(
+            f"`train_rows` must be in [-{num_embeddings}, {num_embeddings}) (num_embeddings), "
+            f"but has {int(wrong[0])}."
+        )
+    found: Tensor = (rows % num_embeddings).unique()
+    return found
+
+
+class RowMask:
+    """A hook of a block's gradient that zeroes all rows but some.
+
+    It is on the weight, so that it sees the sum of what the embeddings and heads that share it add.
+
+    :param train_rows: of the table, ascending.
+    :param block: the rows of the table that the block holds.
+    """
+
+    _tp_embed_shardwise = True
+
+    def __init__(self, train_rows: Tensor, block: range) -> None:
+        self.train_rows = train_rows
+        own = train_rows[(train_rows >= block.start) & (train_rows < block.stop)]
+        self._own = own - block.start
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        own = self._own = self._own.to(grad.device)
+        if grad.is_sparse:
+            grad = grad.coalesce()
+            rows = grad.indices()[0]
+            kept = torch.isin(rows, own)
+            return as_sparse(rows[kept], grad.values()[kept], grad.size(0))
+        # Of what does not train, not even NaN stays.
+        masked: Tensor = grad.new_zeros(grad.shape).index_copy(0, own, grad.index_select(0, own))
+        return masked
+
+
+def mask_gradient(weight: Tensor, train_rows: Tensor, block: range) -> None:
+    """Sees to it that ``weight`` has a :class:`RowMask`. Doing it twice does no harm.
+
+    :raises ValueError: it has one with other rows.
+    """
+    if not (weight.requires_grad and weight.is_leaf):
+        return
+    for hook in (weight._backward_hooks or {}).values():
+        if isinstance(hook, RowMask):
+            if hook.train_rows is train_rows or torch.equal(hook.train_rows, train_rows):
+                return
+            raise ValueError(
+                f"`train_rows` must be the same for all that share a weight, but is "
+                f"{_describe(train_rows)} and {_describe(hook.train_rows)}."
+            )
+    weight.register_hook(RowMask(train_rows, block))
+
+
+def _describe(rows: Tensor) -> str:
+    return f"{len(rows)} rows from {int(rows[0])} to {int(rows[-1])}"

@@ -1,0 +1,160 @@
+"""What every layer that is sharded over a gang has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+from torch.nn import Module, Parameter
+
+import tp_embed.parameter.optimizers  # noqa: F401 (looks at optimizers before they step)
+from tp_embed.gang import Gang
+from tp_embed.lookup.train_rows import mask_gradient
+from tp_embed.parameter.sharded import local, mark_shard
+from tp_embed.partition import Partition
+
+# The key of what a state dict says of a shard.
+SHARD_RECORD = "tp_embed_shard"
+
+
+def _unsupported(layer: Module, name: str) -> TypeError:
+    return TypeError(
+        f"`{name}` must be given modules of plain operators, but is given a "
+        f"`{type(layer).__name__}`, whose collectives it can't record. Use `torch.compile` or "
+        "`torch.export`, or shard the tables of the model afterwards."
+    )
+
+
+class GangLayer(Module):
+    """A module with a ``weight`` that is cut over ``gang``, by ``partition`` along ``shard_dim``.
+
+    The gang adopts it when its Parameters exist, which is for the subclass to see to, and again
+    whenever they may have been replaced by others, which the gang has not marked.
+    """
+
+    gang: Gang
+    weight: Parameter
+    train_rows: Tensor | None = None
+
+    def _shard_repr(self, dim: int, partition: Partition) -> str:
+        """What this rank holds, for ``extra_repr()``."""
+        own = partition.shard(self.gang.rank)
+        name = "columns" if dim else "rows"
+        return f"{name}={own.start}:{own.stop}, shard={self.gang.rank}/{self.gang.size}"
+
+    def _adopt(self) -> None:
+        self._mark()
+        self.gang.adopt(self)
+
+    def _mark(self) -> None:
+        layer: Any = self
+        mark_shard(self.weight, self.gang, layer.partition, layer.shard_dim)
+        self._mask_gradient()
+
+    def _mask_gradient(self) -> None:
+        """Called by the forward too, since a frozen weight takes no hook until it is thawed."""
+        if self.train_rows is not None and not torch.compiler.is_compiling():
+            layer: Any = self
+            mask_gradient(self.weight, self.train_rows, layer.rows)
+
+    def register_parameter(self, name: str, param: Parameter | None) -> None:
+        if name == "weight" and param is not None:
+            self._check_weight(param)
+        if name.startswith("weight_") and self.gang.size > 1:  # As pruning does.
+            raise ValueError(
+                f"The weight of a `{type(self).__name__}` must not come from `{name}`, which "
+                "would see this rank's shard for the table. Prune the table before it is sharded, "
+                "and make that permanent."
+            )
+        super().register_parameter(name, param)
+        if name == "weight" and param is not None:
+            self._mark()
+
+    def _check_weight(self, param: Parameter) -> None:
+        """
+        :raises ValueError: ``param`` is the whole table, or a shard of one that is cut otherwise.
+        """
+        layer: Any = self
+        dim, own = layer.shard_dim, len(layer.partition.shard(self.gang.rank))
+        of = getattr(param, "_shard", None)
+        is_cut_otherwise = of and (of.dim, of.partition.size) != (dim, layer.partition.size)
+        # ZeRO 3 leaves one dimension; transformers reads files into DTensors.
+        is_whole = type(param) is Parameter and param.dim() == 2 and param.shape[dim] != own
+        if is_cut_otherwise or is_whole:
+            axis = "columns" if dim else "rows"
+            found = f"the {of.table}" if of else f"a tensor of the shape {tuple(param.shape)}"
+            raise ValueError(
+                f"`weight` of a `{type(self).__name__}` must hold {own} {axis}, this rank's shard, "
+                f"but is given {found}. Tie tables and heads before they are sharded, by "
+                "`shard_embeddings()`; make a layer of a whole table by `from_embedding()`, or "
+                "leave it whole: `rules={name: 'none'}`, `shard_head=False`."
+            )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            destination[f"{prefix}weight"] = local(self.weight)
+        if self.gang.size > 1 and hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][SHARD_RECORD] = self._record()
+
+    def _record(self) -> dict[str, int]:
+        """What the weight is a shard of, for the metadata of a state dict."""
+        layer: Any = self
+        return {"dim": layer.shard_dim, "rank": self.gang.rank, "num_shards": self.gang.size}
+
+    def _check_input(self, x: object) -> None:
+        """
+        :raises TypeError: ``x`` is of a recorder that would not see what is sent.
+        """
+        name = "torch.jit.trace" if torch.jit.is_tracing() else None  # type: ignore[attr-defined]
+        if isinstance(x, Proxy):
+            name = "torch.fx.symbolic_trace"
+        if name is not None:
+            raise _unsupported(self, name)
+
+    def __prepare_scriptable__(self) -> Self:
+        raise _unsupported(self, "torch.jit.script")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # A plain tensor, which can become a Parameter and be swapped with one.
+        super()._apply(lambda tensor: local(fn(tensor)), recurse)
+        self._adopt()  # `to_empty()` and the like replace Parameters.
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._adopt()  # A copied Parameter has lost the marks of its gang.
+
+    def _is_whole(self, found: Any) -> bool:
+        layer: Any = self
+        dim, shape = layer.shard_dim, self.weight.shape
+        is_table = type(found) in (Tensor, Parameter) and found.ndim == len(shape) == 2
+        return is_table and found.shape[dim] == layer.partition.size != shape[dim]
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        record = local_metadata.get(SHARD_RECORD)
+        found = state_dict.get(f"{prefix}weight")
+        is_own = found is None or found is self.weight or found.shape != self.weight.shape
+        error_msgs: list[str] = args[-1]
+        if self._is_whole(found):
+            error_msgs.append(
+                f"size mismatch for {prefix}weight: it must be this rank's shard, of the shape "
+                f"{tuple(self.weight.shape)}, but is the whole table, of the shape "
+                f"{tuple(found.shape)}, instead. Load it in `with "
+                "tp_embed.checkpoint.hook_state_dict(model):`, which cuts whole tables, or before "
+                "`shard_embeddings()`."
+            )
+            return
+        if record not in (None, self._record()) and not is_own:
+            error_msgs.append(
+                f"`{prefix}weight` must be this rank's shard {self._record()}, but is the shard "
+                f"{record} instead. Save whole tables: `tp_embed.checkpoint.hook_state_dict()`."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        self._adopt()  # `assign=True` replaces Parameters.

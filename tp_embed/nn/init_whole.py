@@ -1,0 +1,112 @@
+"""Runs init functions that want the whole table, for tables of which each rank holds a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tp_embed.gang import FakeGang, GangError
+from tp_embed.nn.init import Table, agree_on_seed, zero_pad_row
+from tp_embed.parameter.sharded import local
+
+# How much of the table travels at once.
+_CHUNK_BYTES = 16 << 20
+
+
+@torch.no_grad()
+def fill_from_whole_table(
+    embed: Table, init_fn: Callable[[Table], object], new_whole: Callable[[], Table]
+) -> None:
+    """Runs ``init_fn`` on rank 0 with a whole table, and gives each rank its block.
+
+    All ranks have to call it. V x E items are broadcast, in chunks; a failure on rank 0 is raised
+    there as it is, and on the other ranks as a :class:`GangError`.
+
+    The pad row is zero before ``init_fn``, and again after one that drew random numbers with torch.
+    So one that copies a pretrained table keeps the row that it copies.
+
+    :param new_whole: makes the whole table; called on rank 0 only. ``embed`` itself if that is it.
+    """
+    gang = embed.gang
+    seed = agree_on_seed(gang)
+    whole, error = None, None
+    # A fake gang has no rank 0 to receive from.
+    if gang.rank == 0 or isinstance(gang, FakeGang):
+        try:
+            whole = new_whole()
+            _run(init_fn, whole, seed)
+        except Exception as e:
+            error = e
+    if gang.size > 1:
+        outcome = [repr(error) if error else None]
+        gang.broadcast_objects(outcome)
+        if outcome[0] and not error:
+            raise GangError(f"`init_fn` failed on rank 0 of {gang}: {outcome[0]}")
+    if error:
+        raise error
+    if whole is not embed:
+        _receive_block(embed, whole)
+
+
+def _run(init_fn: Callable[[Table], object], whole: Table, seed: int) -> None:
+    expected = whole.weight.shape, whole.weight.dtype, whole.weight.device
+    zero_pad_row(whole)
+    with _seeded(seed, whole.weight.device), _Draws() as draws:
+        init_fn(whole)
+    found = whole.weight.shape, whole.weight.dtype, whole.weight.device
+    if found != expected:
+        raise ValueError(
+            "`init_fn` must fill `embed.weight` and leave its shape, dtype and device as they are, "
+            f"{(tuple(expected[0]), *expected[1:])}, "
+            f"but has made them {(tuple(found[0]), *found[1:])} instead."
+        )
+    if draws.any:
+        zero_pad_row(whole)
+
+
+class _Draws(TorchDispatchMode):
+    """Notices whether torch has drawn random numbers, from whatever generator."""
+
+    any = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.any = self.any or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds the generators of the CPU and of ``device``, and puts them back at the end."""
+    with ExitStack() as stack:
+        if device.type == "cpu":
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+        else:
+            stack.enter_context(torch.random.fork_rng(devices=[device], device_type=device.type))
+            module = torch.get_device_module(device)
+            stack.enter_context(module.device(device))
+            module.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _receive_block(embed: Table, whole: Table | None) -> None:
+    gang, weight, rows, columns = embed.gang, local(embed.weight), embed.rows, embed.columns
+    step = max(1, _CHUNK_BYTES // (embed.embed_dim * weight.element_size()))
+    for first in range(0, embed.num_embeddings, step):
+        last = min(first + step, embed.num_embeddings)
+        if whole is not None:
+            part = whole.weight[first:last].to(gang.device)
+        else:
+            part = weight.new_empty((last - first, embed.embed_dim), device=gang.device)
+        gang.broadcast(part)
+        start, stop = max(first, rows.start), min(last, rows.stop)
+        if start < stop:
+            weight[start - rows.start : stop - rows.start] = part[
+                start - first : stop - first, columns.start : columns.stop
+            ]

@@ -1,0 +1,366 @@
+"""Cross entropy over logits that are cut over a gang, and fused with the projection to them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.amp import is_autocast_available as _has_autocast
+from torch.nn.functional import linear
+
+from tp_embed.gang import FakeGang, Gang
+from tp_embed.gang.collectives import in_graph, reduce_partial, transformed
+from tp_embed.nn.token_loss import (
+    LossOptions,
+    check_target,
+    composed_losses,
+    differentiable_losses,
+    scaled,
+    token_losses,
+    widened,
+)
+from tp_embed.parameter.sharded import unguarded
+from tp_embed.partition import Partition
+
+__all__ = ["LossOptions", "Reduction", "cross_entropy", "linear_cross_entropy"]
+
+Reduction = Literal["mean", "sum", "none"]
+
+# How large the logits of one chunk of tokens may always be, in fp32: with fewer tokens products are
+# slower (with 32 of them by a half, with 128 by 5%).
+_CHUNK_BYTES = 32 << 20
+
+# How much of the weight is multiplied at once on the CPU, in fp32: about what its caches hold.
+_BLOCK_BYTES = 2 << 20
+
+# What a CPU has to have for products in a low precision to be faster than in fp32. Without, they
+# took 4 to 100 times as long (torch 2.13, AVX2).
+_CPU_PRODUCTS = {
+    torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"),
+    torch.float16: ("amx_fp16", "avx512_fp16"),
+}
+
+_ALONE: Gang = FakeGang("cpu")  # Its size is 1, so nothing ever travels.
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    gang: Gang,
+    partition: Partition,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    soft_cap: float | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """:func:`torch.nn.functional.cross_entropy` of logits that are cut over the vocabulary, which
+    no rank puts together. See :class:`LossOptions` for the formula.
+
+    Two all-reduces of N and of 2 N (with label smoothing 3 N) fp32 numbers, N being the number of
+    tokens; the backward sends nothing. An fp32 number for each logit of this rank is kept for it,
+    where a gradient is needed; with ``soft_cap`` the logits too. Second derivatives, transforms of
+    :mod:`torch.func` and graphs are right too, and take more memory and messages.
+
+    :param logits: this rank's part. *Shape:* :math:`(*,V_{rank})`. Any floating dtype; the loss is
+        computed in fp32, or in fp64 for fp64.
+    :param target: classes out of all V, the same on every rank. *Shape:* :math:`(*)`.
+    :param partition: how V is cut over the gang.
+    :param soft_cap: leave it out for logits that are capped already, as those of a Gemma are.
+    :param reduction: ``"mean"`` over the tokens that are not ignored, ``"sum"``, or ``"none"``.
+    :returns: the same on every rank. *Shape:* :math:`()`, or :math:`(*)` for ``"none"``.
+    :raises ValueError: shapes do not match, or an option is out of its range.
+    :raises IndexError: a target is neither a class nor ``ignore_index``. On an accelerator that is
+        an assertion on the device, as in torch.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(
+            f"`reduction` must be 'mean', 'sum' or 'none', but is {reduction!r} instead."
+        )
+    options = LossOptions(ignore_index, label_smoothing, z_loss, soft_cap)
+    flat_target = _check(logits, target, partition, options)
+    held = len(partition.shard(gang.rank))
+    if logits.size(-1) != held:
+        raise ValueError(
+            f"`logits` must have the {held} columns of this rank, but has {logits.size(-1)} "
+            "instead. For whole logits use `torch.nn.functional.cross_entropy()`."
+        )
+    logits = logits.reshape(len(flat_target), held)
+    losses = differentiable_losses(logits, flat_target, gang, partition, options)
+    if reduction == "none":
+        return losses.view(target.shape)
+    if reduction == "sum":
+        return losses.sum()
+    return _mean(losses.sum(), (flat_target != ignore_index).sum())
+
+
+# Its loops would be unrolled to hundreds of products.
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="For a loss in the graph take `cross_entropy()` of the logits."
+)
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    gang: Gang,
+    partition: Partition,
+    *,
+    shard_dim: int = 0,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    soft_cap: float | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    """The cross entropy of ``linear(x, weight, bias)`` without the logits: they are computed for
+    some tokens at a time, in one buffer of 32 MiB, or of the size of ``x`` in fp32 if that is more
+    (with a soft cap, two).
+
+    The gradients of all inputs that need one are computed in the forward and kept for the backward,
+    that of the weight in fp32, so that a chunk of logits is computed once (Liger Kernel; Hsu et
+    al., 2024). The inputs are kept too, for second derivatives, which hold all logits, as do
+    transforms of :mod:`torch.func` and graphs. What is sent depends on ``shard_dim``: for 0, what
+    :func:`cross_entropy` sends; for 1, an all-reduce of all N V logits in their dtype, chunk by
+    chunk. For 0 the gradient of ``x`` is this rank's part: pass it through
+    :func:`~tp_embed.gang.collectives.copy_to_gang`, as :class:`~tp_embed.OutputHead` does.
+
+    Logits are rounded to the dtype of ``x`` and ``weight``, or that of autocast, only where
+    products are done in it: on accelerators, and on CPUs that are made for it. Other CPUs multiply
+    in fp32, some rows of the weight at a time. On the CPU, ignored tokens take no work.
+
+    :param x: for ``shard_dim`` 0 the hidden states, *Shape:* :math:`(*,E)`; for 1 this rank's
+        columns of them, *Shape:* :math:`(*,E_{rank})`.
+    :param weight: *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
+    :param target: classes out of all V, the same on every rank. *Shape:* :math:`(*)`.
+    :param partition: how V, or E, is cut over the gang.
+    :param bias: *Shape:* :math:`(V_{rank})` or, for ``shard_dim`` 1, :math:`(V)`.
+    :returns: the loss, in fp32 (fp64 for fp64), the same on every rank.
+    :raises ValueError: shapes do not match, or an option is out of its range.
+    :raises IndexError: as :func:`cross_entropy`.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(
+            f"`reduction` must be 'mean' or 'sum', but is {reduction!r} instead. For the loss of "
+            "each token use `cross_entropy()` with the logits of this rank."
+        )
+    options = LossOptions(ignore_index, label_smoothing, z_loss, soft_cap)
+    # Over the embedding dimension each rank gets all logits of a chunk, whose loss needs no gang.
+    sum_over, loss_gang = (gang, _ALONE) if shard_dim else (_ALONE, gang)
+    classes = Partition(weight.size(0), 1) if shard_dim else partition
+    width = partition.size if shard_dim else x.size(-1)
+    flat_target = _check(x, target, classes, options)
+    x = x.reshape(len(flat_target), x.size(-1))
+    kept = flat_target != ignore_index
+    count = kept.sum() if reduction == "mean" else kept.new_ones((), dtype=torch.long)
+    if transformed() or in_graph(x):
+        how = sum_over, loss_gang, classes, options, _dtypes(x, weight)
+        return _mean(_composed_sum(x, weight, bias, flat_target, *how), count)
+    if x.device.type == "cpu" and not kept.all():
+        index = kept.nonzero()[:, 0]
+        x, flat_target = x.index_select(0, index), flat_target[index]
+    # The largest shard decides, so that all ranks cut alike.
+    most = max(_CHUNK_BYTES // 4, len(x) * width) // classes.block
+    with unguarded():
+        loss: Tensor = _LinearCrossEntropy.apply(
+            x,
+            weight,
+            bias,
+            flat_target,
+            sum_over,
+            loss_gang,
+            classes,
+            count,
+            options,
+            -(-len(x) // max(1, most)),
+            torch.is_grad_enabled(),
+        )
+    return loss
+
+
+def _mean(total: Tensor, count: Tensor) -> Tensor:
+    """As in torch, the mean over no token at all is NaN, and the gradient is zero."""
+    nan = total.new_zeros(()).masked_fill(count == 0, torch.nan)
+    return total / count.clamp_min(1) + nan
+
+
+def _check(tokens: Tensor, target: Tensor, classes: Partition, options: LossOptions) -> Tensor:
+    """``target``, flat and checked, as are the options."""
+    if tokens.shape[:-1] != target.shape:
+        raise ValueError(
+            f"`target` must have the shape {tuple(tokens.shape[:-1])}, one class for each token, "
+            f"but has {tuple(target.shape)} instead."
+        )
+    options.check()
+    return check_target(target, options.ignore_index, classes)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        sum_over: Gang,
+        gang: Gang,
+        classes: Partition,
+        count: Tensor,
+        options: LossOptions,
+        num_chunks: int,
+        with_gradients: bool,
+    ) -> Tensor:
+        needs = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
+        inputs = x, weight, bias, target
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        logits_dtype, dtype = dtypes = _dtypes(x, weight)
+        ctx.how = sum_over, gang, classes, options, dtypes
+        sum_dtype = torch.promote_types(logits_dtype, torch.float32)
+        # Gradients of the sum of the losses: what they are scaled with, in fp32, comes later. Over
+        # chunks they are added up in fp32; the one of `x` is complete with each chunk.
+        grad_x = torch.empty_like(x) if needs[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs[1] else None
+        grad_bias = (
+            torch.zeros_like(bias, dtype=sum_dtype) if bias is not None and needs[2] else None
+        )
+
+        if dtype.itemsize < weight.itemsize:
+            weight = weight.to(dtype)  # By autocast; a wider one is made block by block.
+        blocks = _blocks(weight)
+        rows, tokens = len(weight), -(-len(x) // max(1, num_chunks))
+        with_slopes = options.soft_cap is not None and any(needs)
+        buffers = x.new_empty(1 + with_slopes, tokens * rows, dtype=sum_dtype)
+        total = x.new_zeros((), dtype=sum_dtype)
+        for start in range(0, len(x), max(1, tokens)):
+            chunk = x[start : start + tokens].to(dtype)  # (n, E)
+            shape = len(buffers), rows, len(chunk)
+            # Class by class, so that products take only tokens transposed, which are fewer.
+            logits, *slopes = buffers[:, : rows * len(chunk)].view(shape)  # (V, n)
+            for block in blocks:
+                _multiply(weight[block].to(dtype), chunk.T, logits[block])
+            if sum_over.size > 1:
+                partial = logits.to(logits_dtype)
+                sum_over.all_reduce(partial)
+                logits.copy_(partial)
+            if bias is not None:
+                logits += bias[:, None]
+            losses, _ = token_losses(
+                logits.T,
+                target[start : start + tokens],
+                gang,
+                classes,
+                options,
+                gradient=any(needs),
+                scratch=slopes[0].T if slopes else None,
+            )
+            total += losses.sum()
+            if grad_bias is not None:
+                grad_bias += logits.sum(1)
+            sums = torch.zeros_like(chunk, dtype=sum_dtype) if needs[0] else None
+            if needs[0] or needs[1]:
+                _add_gradients(logits, chunk, weight, blocks, sums, grad_weight)
+            if grad_x is not None and sums is not None:
+                grad_x[start : start + tokens] = sums
+        if any(needs):
+            ctx.save_for_backward(grad_x, grad_weight, grad_bias, *inputs, count)
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, target, count = ctx.saved_tensors
+        gradients, (x, weight, bias) = saved[:3], saved[3:]
+        if not torch.is_grad_enabled():
+            factor = grad / count.clamp_min(1)
+            grads = [
+                None if gradient is None else scaled(gradient, factor, dtype)
+                for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+            ]
+            return *grads, *[None] * 8
+        # Somebody will differentiate it (`create_graph=True`).
+        with unguarded():
+            # Views, since `x` may depend on `weight`: a part of its gradient would be there twice.
+            x, weight = x.view_as(x), weight.view_as(weight)
+            bias = None if bias is None else bias.view_as(bias)
+        pairs = zip((x, weight, bias), gradients, strict=True)
+        inputs = [tensor for tensor, gradient in pairs if tensor is not None is not gradient]
+        loss = _composed_sum(x, weight, bias, target, *ctx.how) / count.clamp_min(1)
+        found = iter(torch.autograd.grad(loss, inputs, grad, create_graph=True))
+        return *(None if g is None else next(found) for g in gradients), *[None] * 8
+
+
+def _composed_sum(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    sum_over: Gang,
+    gang: Gang,
+    classes: Partition,
+    options: LossOptions,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> Tensor:
+    """The sum of the losses by operations that autograd knows, which holds all logits."""
+    logits_dtype, dtype = dtypes
+    device = x.device.type
+    exact = torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
+    with exact, unguarded():
+        logits = linear(x.to(dtype), weight.to(dtype)).to(logits_dtype)
+        logits = widened(reduce_partial(logits, sum_over))
+        if bias is not None:
+            logits = logits + bias
+        return composed_losses(logits, target, gang, classes, options).sum()
+
+
+def _dtypes(x: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """That of the logits, and the one in which products are done."""
+    device = x.device.type
+    logits = torch.promote_types(x.dtype, weight.dtype)
+    if _has_autocast(device) and torch.is_autocast_enabled(device) and logits != torch.float64:
+        logits = torch.get_autocast_dtype(device)
+    if device != "cpu" or logits not in _CPU_PRODUCTS:
+        return logits, logits
+    able = torch.cpu.get_capabilities()
+    fast = any(able.get(name, False) for name in _CPU_PRODUCTS[logits])
+    return logits, logits if fast else torch.float32
+
+
+def _blocks(weight: Tensor) -> list[slice]:
+    """The rows of ``weight`` that are multiplied at once; an accelerator is best given all."""
+    rows, width = weight.shape
+    step = _BLOCK_BYTES // (4 * max(1, width)) if weight.device.type == "cpu" else rows
+    return [slice(start, start + max(1, step)) for start in range(0, rows, max(1, step))]
+
+
+def _add_gradients(
+    gradient: Tensor,
+    chunk: Tensor,
+    weight: Tensor,
+    blocks: list[slice],
+    grad_chunk: Tensor | None,
+    grad_weight: Tensor | None,
+) -> None:
+    """Adds to the gradients of ``chunk``, *Shape:* :math:`(n,E)`, and ``weight``, *Shape:*
+    :math:`(V,E)`, what follows from that of the logits, *Shape:* :math:`(V,n)`."""
+    for block in blocks:
+        low = gradient[block].to(chunk.dtype)
+        if grad_chunk is not None:
+            _multiply(low.T, weight[block].to(chunk.dtype), grad_chunk, add=True)
+        if grad_weight is not None and chunk.dtype == torch.float16:
+            # The sum over tokens may be more than fp16 holds, which no loss scale would mend.
+            _multiply(gradient[block], chunk.to(gradient.dtype), grad_weight[block], add=True)
+        elif grad_weight is not None:
+            _multiply(low, chunk, grad_weight[block], add=True)
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """``out`` becomes ``left @ right``, which may be of a lower precision, or is added to."""
+    if left.dtype == out.dtype:
+        out.addmm_(left, right, beta=float(add))  # With 0.0, what was there does not count.
+    elif add:
+        out.add_(left @ right)
+    else:
+        out.copy_(left @ right)

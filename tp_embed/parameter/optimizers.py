@@ -1,0 +1,181 @@
+"""Which optimizers train a shard as they train the table.
+
+Most of them treat each item by itself, as Adam and SGD do, so a shard trains like its part of the
+table. Others look at a whole matrix: at the means of its rows and columns (Adafactor; Shazeer and
+Stern, 2018), at its norm (LAMB; You et al., 2020), at its singular vectors (Muon; Jordan et al.,
+2024). They would train a shard to other numbers, in silence.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from tp_embed.parameter.sharded import ShardedParameter, ShardedTensor
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Of matrices or of all Parameters as one vector. By the name of the class, in lower case, or the
+# beginning of it; subclasses count.
+_OF_MATRICES = _names(
+    """
+    adalomo adammini adamp came dadapt dion dog fromage fusedlamb fusednovograd ldog nero novograd
+    onebitlamb prodigy ranger sgdp singledevicemuon sm3 soap zerooneadam
+    """
+)
+_FAMILIES = "adafactor", "distributedmuon", "galore", "lamb", "lars", "lbfgs", "muon", "shampoo"
+
+# Outside torch, of each item by itself, or made of another optimizer, which is checked as well.
+_OF_ITEMS = _names(
+    """
+    acceleratedoptimizer adan deepspeedcpuadagrad deepspeedcpuadam deepspeedcpulion fusedadagrad
+    fusedadam fusedlion fusedsgd lion zeroredundancyoptimizer
+    """
+)
+
+_ELEMENTWISE = (
+    torch.optim.Adadelta,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.ASGD,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.SGD,
+    torch.optim.SparseAdam,
+)
+
+# How many Parameters an optimizer had when it was checked, and the shards among them.
+_checked: WeakKeyDictionary[Optimizer, tuple[int, list[Tensor]]] = WeakKeyDictionary()
+_warned: set[type] = set()
+
+
+def needs_matrix(optimizer: Any) -> bool:
+    """Whether ``optimizer`` is known to look at whole matrices: an optimizer, its name, or a class
+    or a partial function that makes one."""
+    if isinstance(optimizer, str):
+        key = _key(optimizer)
+        return key in _OF_MATRICES or key.startswith(_FAMILIES)
+    made = getattr(optimizer, "func", optimizer)
+    kind = made if isinstance(made, type) else type(made)
+    return any(needs_matrix(base.__name__) for base in kind.__mro__)
+
+
+def refuse(name: str, table: str) -> ValueError:
+    """The error for an optimizer that cannot train the shards of ``table``."""
+    return ValueError(
+        f"The optimizer of {table} must treat each item by itself, but is `{name}` instead, which "
+        "looks at whole matrices or vectors, and would train a shard to other values than its part "
+        "of the table. Give the sharded tables an optimizer of their own, such as "
+        "`torch.optim.AdamW`, or leave them whole with the strategy 'none'."
+    )
+
+
+def check_optimizer(optimizer: Any, tables: Iterable[Tensor]) -> None:
+    """Checks an optimizer over ``tables``, which are about to be cut.
+
+    :raises ValueError: it looks at whole matrices, or it has stepped, and has states of another
+        shape than the table, which nobody knows how to cut.
+    """
+    trained = _trained(optimizer)
+    for table in tables:
+        if table not in trained:
+            continue
+        shape = tuple(table.shape)
+        if needs_matrix(optimizer):
+            raise refuse(type(optimizer).__name__, f"a table of the shape {shape}")
+        for key, value in optimizer.state.get(table, {}).items():
+            if isinstance(value, Tensor) and value.numel() > 1 and value.shape != table.shape:
+                raise ValueError(
+                    f"The states of `optimizer` for a table of the shape {shape} must have that "
+                    f"shape, in which they can be cut, but '{key}' has {tuple(value.shape)} "
+                    "instead. Make the optimizer after the tables are sharded."
+                )
+
+
+def forget() -> None:
+    """Has every optimizer checked again: Parameters were replaced."""
+    _checked.clear()
+
+
+def mark_replaced(table: Tensor) -> None:
+    """Notes that ``table`` has left its model for shards, which is then trained no more."""
+    table._replaced_by_tp_embed = True  # type: ignore[attr-defined]
+
+
+def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Runs before each step of every optimizer, and looks at the Parameters once."""
+    if torch.compiler.is_compiling():
+        return
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    if optimizer in _checked and _checked[optimizer][0] == count:
+        return
+    trained, kind = _trained(optimizer), type(optimizer)
+    if any(hasattr(p, "_replaced_by_tp_embed") and p.grad is None for p in trained):
+        raise ValueError(
+            f"The `{kind.__name__}` must train the shards of the model's tables, but holds a whole "
+            "table that `shard_embeddings()` has replaced. Make the optimizer afterwards, or pass "
+            "it: `shard_embeddings(..., optimizer=optimizer)`."
+        )
+    shards = [p for p in trained if isinstance(p, ShardedParameter)]
+    if shards and needs_matrix(optimizer):
+        raise refuse(kind.__name__, "a sharded table")
+    if shards and kind not in _warned and not _is_elementwise(kind):
+        _warned.add(kind)
+        warnings.warn(
+            f"`{kind.__name__}` trains sharded tables, and is not known to tp_embed. If it treats "
+            "each item by itself, as Adam does, the tables train as if they were whole. If it "
+            "looks at whole matrices, at their norms for example, they do not: give them an "
+            "optimizer of their own, such as `torch.optim.AdamW`.",
+            stacklevel=4,
+        )
+    _checked[optimizer] = count, list[Tensor](shards)
+
+
+def _clean_states(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Runs after each step: copies of gradients that became states, as of SGD, are plain."""
+    if torch.compiler.is_compiling() or optimizer not in _checked:
+        return
+    for shard in _checked[optimizer][1]:
+        for state in optimizer.state.get(shard, {}).values():
+            if isinstance(state, ShardedTensor):
+                plain: Any = state
+                plain.__class__ = Tensor
+                del plain._shard
+
+
+def _trained(optimizer: Any) -> set[Tensor]:
+    """The Parameters, without groups that a Muon hands to Adam."""
+    groups = optimizer.param_groups
+    return {p for group in groups if group.get("use_muon", True) for p in group["params"]}
+
+
+def _is_elementwise(kind: type[Optimizer]) -> bool:
+    step = inspect.unwrap(kind.step)
+    known = any(step is inspect.unwrap(one.step) for one in _ELEMENTWISE)
+    return known or _key(kind.__name__) in _OF_ITEMS
+
+
+def _key(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).lower()
+
+
+register_optimizer_step_pre_hook(_check_step)
+register_optimizer_step_post_hook(_clean_states)

@@ -1,0 +1,411 @@
+"""The weight of a sharded table: a Parameter that is never mistaken for the whole table.
+
+To other code the weight of a sharded layer looks like a Parameter of a smaller shape. A product
+with it, or a row taken out of it, would give a part of the right answer, in silence. So the weight
+knows its gang and its place in the table, and raises when it is read as a table. What works item by
+item goes through: optimizers, copies, casts, flat buffers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._ops import OperatorBase
+from torch.nn import Parameter
+from torch.optim import optimizer as torch_optimizer
+from torch.utils import _foreach_utils
+from torch.utils._pytree import tree_leaves
+
+from tp_embed.gang import Gang
+from tp_embed.gang.collectives import whole_table
+from tp_embed.parameter.reductions import OF_GRADIENTS, REDUCTIONS, reduce_table
+from tp_embed.partition import Partition
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Read no value of the table, or work on each item alone.
+_PASSED = _names(
+    """
+    __dir__ __format__ __hash__ __repr__ __setstate__ _has_compatible_shallow_copy_type
+    _is_view _typed_storage allclose as_subclass backward can_cast chunk data_ptr dim dim_order
+    element_size empty_like equal flatten_dense_tensors full_like get_device grad is_complex
+    is_conj is_contiguous is_floating_point is_inference is_neg is_pinned is_same_size is_set_to
+    is_shared is_signed module_load ndimension nelement new new_empty new_empty_strided new_full
+    new_ones new_tensor new_zeros numel ones_like record_stream register_hook
+    register_post_accumulate_grad_hook requires_grad_ result_type retain_grad share_memory_ size
+    storage storage_offset storage_type stride unflatten_dense_tensors untyped_storage zeros_like
+    """
+)
+
+# Give a tensor of the shape of the shard, which is a shard as well.
+_KEPT = _names(
+    """
+    __add__ __and__ __div__ __eq__ __ge__ __gt__ __invert__ __le__ __lt__ __mul__ __ne__ __neg__
+    __or__ __pos__ __pow__ __radd__ __rdiv__ __rmul__ __rpow__ __rsub__ __rtruediv__ __sub__
+    __truediv__ abs add addcdiv addcmul alias bfloat16 ceil clamp clamp_max clamp_min clip clone
+    contiguous copysign cpu cuda detach div divide double eq exp expm1 float float_power floor
+    fmod frac ge greater greater_equal gt half isclose isfinite isinf isnan le lerp less
+    less_equal log log1p log2 logical_and logical_not logical_or lt masked_fill maximum minimum
+    mul multiply nan_to_num ne neg negative not_equal pin_memory positive pow reciprocal
+    remainder reshape_as round rsqrt rsub sgn sigmoid sign sqrt square sub subtract tanh to
+    true_divide trunc type type_as view_as where xpu
+    """
+)
+
+# Change the shard itself, item by item.
+_IN_PLACE = _names(
+    """
+    __iadd__ __idiv__ __imul__ __ipow__ __isub__ __itruediv__ abs_ add_ addcdiv_ addcmul_ clamp_
+    clamp_max_ clamp_min_ clip_ constant_ copy_ detach_ div_ divide_ exp_ fill_ float_power_
+    lerp_ masked_fill_ mul_ multiply_ nan_to_num_ neg_ ones_ pow_ reciprocal_ resize_as_ round_
+    rsqrt_ set_ sign_ sqrt_ square_ sub_ subtract_ true_divide_ zero_ zeros_
+    """
+)
+
+# Give the same memory in another shape, as flat buffers have it.
+_FLAT = _names("flatten ravel reshape view")
+
+# Of sparse gradients: what reads no items, and what has the items of the gradient.
+_SPARSE = _names("_coalesced_ _indices _nnz dense_dim indices is_coalesced sparse_dim sparse_mask")
+_VALUES = _names("_values coalesce to_dense values")
+
+_TRANSPOSED = _names("H T mH mT")
+
+# Operators of a graph, which was checked when it was traced. Others may be somebody's fused loss.
+_OF_GRAPHS = _names("aten higher_order prim prims tp_embed")
+_REDUCTIONS = _names("_foreach_max _foreach_norm _foreach_powsum")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a tensor is a shard of: a table that is cut along ``dim`` over ``gang``, and what the
+    model calls it, if that is known."""
+
+    gang: Gang
+    partition: Partition
+    dim: int
+    name: str | None = None
+
+    @property
+    def table(self) -> str:
+        own = self.partition.shard(self.gang.rank)
+        axis = "columns" if self.dim else "rows"
+        return f"{axis} {own.start}:{own.stop} of {self.partition.size}, on {self.gang}"
+
+
+def unguarded() -> AbstractContextManager[object]:
+    """In this context shards are plain tensors: for code that knows that it has a shard."""
+    context: AbstractContextManager[object] = torch._C.DisableTorchFunctionSubclass()
+    return context
+
+
+def local(tensor: Tensor) -> Tensor:
+    """``tensor.detach()``, a plain tensor that shares its memory."""
+    with unguarded():
+        return tensor.detach()
+
+
+def mark_shard(weight: Tensor, gang: Gang, partition: Partition, dim: int) -> None:
+    """Makes ``weight``, this rank's shard, a :class:`ShardedParameter`, in place: references to it
+    stay valid. A gang of one rank holds the whole table, so its weight stays a Parameter."""
+    if gang.size > 1 and isinstance(weight, Parameter):
+        if type(weight) in (Parameter, ShardedTensor):  # What `.to(device)` makes is one of these.
+            weight.__class__ = ShardedParameter
+        if isinstance(weight, ShardedParameter):
+            name = weight._shard.name if hasattr(weight, "_shard") else None
+            weight._shard = Shard(gang, partition, dim, name)
+
+
+def check_block(weight: Tensor, gang: Gang, partition: Partition, dim: int) -> None:
+    """Called where a layer computes with ``weight``, to which anybody may have assigned.
+
+    :raises ValueError: it is not of the size of this rank's block.
+    """
+    own = partition.shard(gang.rank)
+    if gang.size > 1 and weight.size(dim) != len(own):
+        cut = f"{':, ' if dim else ''}{own.start}:{own.stop}"
+        raise ValueError(
+            f"The weight of a sharded table must be this rank's shard, "
+            f"{Shard(gang, partition, dim).table}, but has the shape {tuple(weight.shape)} "
+            f"instead. Assign the shard: `weight.data = table[{cut}]`. Or make the layer of a "
+            "whole table: `from_tensor()`, `from_embedding()`, `shard_embeddings()`."
+        )
+
+
+def name_shard(weight: Tensor, name: str) -> None:
+    """Lets errors of ``weight``, if it is a shard, say which table of the model it belongs to."""
+    if isinstance(weight, ShardedParameter):
+        weight._shard = replace(weight._shard, name=name)
+
+
+def as_shard(tensor: Tensor | None, weight: Tensor) -> Tensor | None:
+    """``tensor``, if there is one, as a shard like ``weight``, whose items it has other values
+    for."""
+    if tensor is None or not isinstance(weight, ShardedParameter):
+        return tensor
+    shard = tensor.as_subclass(ShardedTensor)
+    shard._shard = weight._shard
+    return shard
+
+
+class _Guarded:
+    """Refuses what would take a shard for the table."""
+
+    _shard: Shard
+
+    @property
+    def gang(self) -> Gang:
+        """The gang that the table is sharded over."""
+        return self._shard.gang
+
+    @property
+    def shard_dim(self) -> int:
+        """The dimension that is cut: 0 for the rows, 1 for the columns."""
+        return self._shard.dim
+
+    def to_local(self: Any) -> Tensor:
+        """This rank's shard as a plain tensor, which shares its memory and its gradient.
+
+        :returns: *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
+        """
+        with unguarded():
+            return self.detach() if self.is_sparse else self.view_as(self)  # type: ignore[no-any-return]
+
+    def full_tensor(self: Any, device: torch.device | str | None = None) -> Tensor:
+        """The whole table, without its gradient. All ranks of the gang have to call it; it sends
+        (P-1) times the largest shard, in chunks of 16 MiB.
+
+        :param device: the device of the table; if ``None``, the device of the shard.
+        :returns: *Shape:* :math:`(V,E)`.
+        """
+        shard = self._shard
+        return whole_table(local(self), shard.dim, shard.gang, shard.partition, device)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, OperatorBase):
+            operator: Any = func
+            if operator.namespace not in _OF_GRAPHS and _needs_graph(args, kwargs):
+                raise ValueError(_refusal(operator.__name__, args, kwargs))
+            with unguarded():
+                return func(*args, **kwargs)
+        name = func.__name__
+        if name in REDUCTIONS:
+            reduced = reduce_table(name, args, kwargs)
+            if reduced is not NotImplemented:
+                return reduced
+        if name in ("__get__", "__set__", "__delete__"):
+            name = func.__self__.__name__
+            is_passed, is_kept = name not in _TRANSPOSED, name == "data"
+            is_kept = is_kept and func.__name__ == "__get__"
+        else:
+            is_kept = name in _KEPT or name in _FLAT or name in _VALUES
+            is_passed = is_kept or _passes(func, name, args)
+        if getattr(func, "__module__", None) == dist.distributed_c10d.__name__:
+            is_passed = not _reaches_gang(func, args, kwargs)
+        if name == "register_hook":
+            args, kwargs = _with_marked_gradient(*args, **kwargs), {}
+        with unguarded():
+            if not is_passed:
+                # No TypeError, which torch's operators take for an operand they don't know.
+                raise ValueError(_refusal(name, args, kwargs))
+            try:
+                result = func(*args, **kwargs)
+            except RuntimeError as e:
+                if name in _KEPT or name in _IN_PLACE:  # With a tensor of the table's shape.
+                    raise ValueError(_refusal(name, args, kwargs)) from e
+                raise
+        if name == "grad":
+            _mark_grads(func, args, result)
+        is_kept = is_kept or (name in _IN_PLACE and isinstance(result, Tensor))
+        return _kept(result, name, args, kwargs) if is_kept else result
+
+
+def _passes(func: Any, name: str, args: tuple[Any, ...]) -> bool:
+    if name == "__setitem__":  # Where a mask says so, as in `grad[grad.isnan()] = 0.0`.
+        return isinstance(args[1], _Guarded) and not isinstance(args[2], Tensor)
+    if name.startswith(("_foreach_", "_fused_", "_amp_")):
+        return name not in _REDUCTIONS
+    return name in _PASSED or name in _IN_PLACE or name in _SPARSE
+
+
+def _reaches_gang(collective: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a collective of torch puts shards of other ranks of the gang in the place of this
+    one, or adds them to it. Data-parallel ranks, which hold the same shard, may exchange it."""
+    group = inspect.signature(collective).bind(*args, **kwargs).arguments.get("group")
+    others = set(getattr(_origin(args, kwargs).gang, "global_ranks", ())) - {dist.get_rank()}
+    return not others.isdisjoint(dist.get_process_group_ranks(group))
+
+
+def _kept(result: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """``result`` as a shard, if it has the shape of one."""
+    origin = _origin(args, kwargs)
+    if type(result) is not Tensor or (name in _IN_PLACE and result.shape == origin.shape):
+        return result
+    is_grad = isinstance(origin, ShardedGrad)
+    of_grad = is_grad and (name in _VALUES or (name in _FLAT and result.ndim == 1))
+    if result.shape == origin.shape or of_grad:
+        kind = ShardedGrad if is_grad else ShardedTensor
+        if result.is_sparse:  # There is no other view of it.
+            return _become(result, kind, origin)
+        shard: Any = result.as_subclass(kind)
+        shard._shard = origin._shard
+        return shard
+    if name in _FLAT and (result.ndim == 1 or result.dtype != origin.dtype):
+        return result  # A flat buffer, or bytes.
+    raise ValueError(_refusal(name, args, kwargs))
+
+
+def _become(tensor: Any, kind: type[ShardedTensor], origin: Any) -> Any:
+    """Makes a plain tensor, in place, a shard of what ``origin`` is a shard of."""
+    tensor.__class__, tensor._shard = kind, origin._shard
+    return tensor
+
+
+def _needs_graph(args: Any, kwargs: Any) -> bool:
+    return torch.is_grad_enabled() and bool(_origin(args, kwargs).requires_grad)
+
+
+def _origin(args: Any, kwargs: Any) -> Any:
+    return next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, _Guarded))
+
+
+def _refusal(name: str, args: Any, kwargs: Any) -> str:
+    origin = _origin(args, kwargs)
+    shape = tuple(origin.shape)
+    table = "name" if origin._shard.name is None else repr(origin._shard.name)
+    is_grad = isinstance(origin, ShardedGrad)
+    rows = " To train some rows only, pass `train_rows`." if is_grad else ""
+    return (
+        f"`{name}` must be given the whole table, but is given a shard of it instead: a tensor of "
+        f"the shape {shape}, with the {origin._shard.table}. Call the layer that holds it: "
+        "`embed(ids)`, `head(x)`, `head.loss(x, target)`. Or take `weight.full_tensor()`, on all "
+        "ranks, or, for this rank's part on purpose, `weight.to_local()`. To leave the table "
+        f"whole, pass `rules={{{table}: 'none'}}` to `shard_embeddings()`, or "
+        f"`shard_head=False` for an output head.{rows}"
+    )
+
+
+class ShardedTensor(_Guarded, Tensor):
+    """What is made of a :class:`ShardedParameter` item by item: a copy, a cast, ``weight.data``. It
+    is saved as a plain tensor."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return local(self).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedTensor:
+        with unguarded():
+            copied = self.detach().clone().requires_grad_(self.requires_grad)
+        memo[id(self)] = result = _become(copied, type(self), self)
+        return result  # type: ignore[no-any-return]
+
+
+class ShardedGrad(ShardedTensor):
+    """What ``grad`` of a :class:`ShardedParameter` gives: the gradient itself, a plain tensor whose
+    class is changed in place, so that its norm is the norm of the whole gradient."""
+
+
+class FrameworkGrad(ShardedGrad):
+    """A gradient that a framework knows to be sharded, by the mark on its Parameter: it combines
+    norms itself, and reads gradients through ``data`` and ``detach()``."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        reduced: Any = NotImplemented
+        if func.__name__ in OF_GRADIENTS:
+            reduced = reduce_table(func.__name__, args, kwargs)
+        if reduced is not NotImplemented:
+            return reduced
+        with unguarded():
+            return func(*args, **kwargs)
+
+
+def _mark_grads(func: Any, args: tuple[Any, ...], result: Any) -> None:
+    """Marks what ``weight.grad`` or :func:`torch.autograd.grad` gives."""
+    weights, grads = args[:1], (result,)
+    if func is torch.autograd.grad:
+        weights, grads = args[1], result
+    for weight, grad in zip(weights, grads, strict=True):
+        if isinstance(weight, ShardedParameter) and type(grad) is Tensor:
+            is_known = getattr(weight, "tensor_model_parallel", False)
+            shard: Any = grad
+            shard.__class__ = FrameworkGrad if is_known else ShardedGrad
+            shard._shard = weight._shard
+
+
+def _with_marked_gradient(weight: Any, hook: Any) -> tuple[Any, Any]:
+    """The arguments of ``weight.register_hook(hook)``, for a hook that is given a shard that knows
+    it, unless the hook says that it can do without."""
+    shard = getattr(weight, "_shard", None)
+    if not isinstance(weight, ShardedParameter) or getattr(hook, "_tp_embed_shardwise", False):
+        return weight, hook
+
+    def given_a_shard(grad: Any) -> Any:
+        if type(grad) is not Tensor:  # A tracer's.
+            return hook(grad)
+        result: Any = grad
+        result.__class__, result._shard = ShardedGrad, shard
+        try:
+            result = hook(grad)
+        finally:
+            unmarked: Any
+            for unmarked in (grad, result):  # `weight.grad` marks them when it is read.
+                if hasattr(unmarked, "_shard"):
+                    unmarked.__class__ = Tensor
+        return result
+
+    return weight, given_a_shard
+
+
+class ShardedParameter(_Guarded, Parameter):
+    """This rank's shard of a table, the ``weight`` of a sharded layer over more than one rank.
+
+    What works item by item works on the shard. ``sum()`` and ``mean()`` of all items are those of
+    the table, for penalties; all ranks of the gang have to call them. What would take the shard for
+    the table, such as products, rows and transposes, is a :class:`ValueError`.
+
+    It is saved as a plain Parameter; the layer that it is loaded into makes it a shard again.
+    """
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        with unguarded():
+            return f"{super().__repr__()}\n({self._shard.table})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedParameter:
+        if id(self) not in memo:
+            with unguarded():
+                copied: Any = Parameter(self.detach().clone(), self.requires_grad)
+            copied.__class__ = ShardedParameter
+            copied._shard = self._shard
+            memo[id(self)] = copied
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with unguarded():
+            data, requires_grad = self.detach(), self.requires_grad
+        state = {key: value for key, value in vars(self).items() if key != "_shard"}
+        if not state:
+            return torch._utils._rebuild_parameter, (data, requires_grad, OrderedDict())
+        rebuild = torch._utils._rebuild_parameter_with_state
+        return rebuild, (data, requires_grad, OrderedDict(), state)
+
+
+# torch's optimizers and norms take their fast paths for the types that are listed, as DTensor is.
+torch_optimizer._foreach_supported_types.append(ShardedParameter)
+_foreach_utils._foreach_supported_types.extend((ShardedGrad, FrameworkGrad))

@@ -1,0 +1,147 @@
+"""Takes a rank's block out of DTensors, whatever mesh they are cut over.
+
+What a rank sees of a DTensor is its own mesh, which may be another than that of the next rank of
+its gang. So the ranks of a gang tell each other first, and go the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from tp_embed.gang import FakeGang, Gang
+from tp_embed.gang.agreement import of_all_ranks
+
+
+def as_dtensor(block: Tensor, dim: int, shape: tuple[int, int], gang: Gang) -> Tensor:
+    """The table of ``shape`` of which this rank holds ``block``; nothing is sent or copied."""
+    tensor: Tensor = DTensor.from_local(
+        block,
+        DeviceMesh.from_group(gang.as_process_group(), block.device.type),
+        [Shard(dim)],
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=(shape[1], 1),
+    )
+    return tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a DTensor is cut, as one rank sees it."""
+
+    shape: tuple[int, ...]
+    placements: tuple[str, ...]
+    mesh_shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    """The global ranks of the mesh, in row-major order."""
+    is_ascending: bool
+    """Along each dimension of the mesh."""
+
+    @classmethod
+    def of(cls, value: DTensor) -> Layout:
+        mesh = value.device_mesh.mesh
+        return cls(
+            tuple(value.shape),
+            tuple(map(repr, value.placements)),
+            tuple(mesh.shape),
+            tuple(mesh.flatten().tolist()),
+            all(bool((mesh.diff(dim=dim) > 0).all()) for dim in range(mesh.ndim)),
+        )
+
+    @classmethod
+    def received(cls, fields: list[Any] | None) -> Layout | None:
+        """From another rank, which sends lists for tuples."""
+        if fields is None:
+            return None
+        values: Any = (tuple(field) if isinstance(field, list) else field for field in fields)
+        return cls(*values)
+
+
+class DTensors:
+    """The DTensors of a state dict that is loaded.
+
+    All ranks of each gang have to make it, if there is one at all; they broadcast some 200 bytes
+    for each.
+
+    :param found: the DTensors by their keys, with the gangs of their tables.
+    """
+
+    def __init__(self, found: Mapping[str, tuple[DTensor, Gang]]) -> None:
+        self._layouts: dict[str, list[Layout | None]] = {}
+        for gang in dict.fromkeys(gang for _, gang in found.values()):
+            of_gang = {key: value for key, (value, other) in found.items() if other is gang}
+            sent = {key: astuple(Layout.of(value)) for key, value in of_gang.items()}
+            all_layouts = of_all_ranks(gang, sent)
+            for key in of_gang:
+                self._layouts[key] = [Layout.received(layouts.get(key)) for layouts in all_layouts]
+
+    def on_this_rank(
+        self, key: str, value: DTensor, dim: int, shape: tuple[int, int], gang: Gang
+    ) -> tuple[Tensor, bool]:
+        """What this rank has of the DTensor at ``key``, put together if need be.
+
+        :param dim: the dimension that the table is cut along, over ``gang``.
+        :param shape: that of the whole table.
+        :returns: the table, and whether it is whole; else it is this rank's block.
+        :raises ValueError: on all ranks of the gang, if the DTensor is of another shape, or can't
+            be put together by the gang alone.
+        """
+        layouts, members = self._checked(key, shape), _global_ranks(gang)
+        placements = layouts[0].placements
+        if all(placement.startswith("Replicate") for placement in placements):
+            return _arrived(value.to_local()), True
+        is_cut_alike = all(list(layout.ranks) == members for layout in layouts)
+        if is_cut_alike and placements == (repr(Shard(dim)),):
+            return _arrived(value.to_local()), False
+        _check_come_along(layouts, members)
+        return value.full_tensor(), True
+
+    def _checked(self, key: str, shape: tuple[int, int]) -> list[Layout]:
+        """What each rank of the gang sees."""
+        layouts = [layout for layout in self._layouts[key] if layout is not None]
+        cuts = [layout and (layout.shape, layout.placements) for layout in self._layouts[key]]
+        if len(set(cuts)) > 1:
+            raise ValueError(
+                "must be cut alike on all ranks of its gang, but by rank it is "
+                f"{[cut or 'no DTensor' for cut in cuts]}. Load the same state dict on each."
+            )
+        if layouts[0].shape != shape:
+            raise ValueError(f"must have the shape {shape}, but has {layouts[0].shape} instead.")
+        return layouts
+
+
+def _check_come_along(layouts: list[Layout], members: list[int]) -> None:
+    """Checks that whoever has to put a DTensor together is in the gang, and sees the same one."""
+    by_rank = dict(zip(members, layouts, strict=False))
+    for rank, layout in by_rank.items() or [(dist.get_rank(), layouts[0])]:
+        if not layout.is_ascending:
+            raise ValueError(
+                "must be a DTensor over a mesh of ascending ranks, but the ranks are "
+                f"{list(layout.ranks)}, which torch itself takes in two orders. Make the mesh of "
+                "sorted ranks, or load the whole table."
+            )
+        if any(by_rank.get(other) != layout for other in layout.ranks):
+            raise ValueError(
+                f"must be a DTensor over ranks of its gang, {members}, but on global rank {rank} "
+                f"it is over {list(layout.ranks)}, and would wait for ranks that may not load it. "
+                "Put it together first, on all ranks of its mesh: `full_tensor()`."
+            )
+
+
+def _global_ranks(gang: Gang) -> list[int]:
+    if isinstance(gang, FakeGang):  # Of more than one rank it stands for ranks that aren't there.
+        return [dist.get_rank()] if gang.size == 1 else []
+    return dist.get_process_group_ranks(gang.as_process_group())
+
+
+def _arrived(tensor: Any) -> Tensor:
+    return tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor

@@ -1,0 +1,106 @@
+"""What a state dict holds of a sharded layer: its weight, and states of an optimizer of the same
+shape, in each form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Module
+
+from tp_embed.gang import Gang
+from tp_embed.gang.collectives import whole_table
+from tp_embed.nn.head import ShardedLayer
+from tp_embed.state_dict.dtensors import DTensors, as_dtensor
+
+
+def layers_of(model: Module) -> Iterator[tuple[str, ShardedLayer]]:
+    """The sharded layers, each with the prefix of its keys."""
+    for name, module in model.named_modules():
+        if isinstance(module, ShardedLayer):
+            yield f"{name}." if name else "", module
+
+
+def is_partitioned(layer: ShardedLayer) -> bool:
+    """Whether ZeRO 3 has taken the weight away."""
+    return hasattr(layer.weight, "ds_shape")
+
+
+def table_shape(layer: ShardedLayer) -> tuple[int, int]:
+    rows, columns = layer.weight.shape
+    size = layer.partition.size
+    return (rows, size) if layer.shard_dim else (size, columns)
+
+
+def record_of(layer: ShardedLayer) -> dict[str, int]:
+    gang: Gang = layer.gang
+    return {"dim": layer.shard_dim, "rank": gang.rank, "num_shards": gang.size}
+
+
+def gathered(
+    layer: ShardedLayer, block: Tensor, device: torch.device | str | None = None
+) -> Tensor:
+    """The table of which ``block``, of the shape of the weight of ``layer``, is this rank's."""
+    if layer.gang.size == 1:
+        return block if device is None else block.to(device)
+    return whole_table(block, layer.shard_dim, layer.gang, layer.partition, device)
+
+
+def own_block(layer: ShardedLayer, block: Tensor) -> Tensor:
+    return block
+
+
+def distributed(layer: ShardedLayer, block: Tensor) -> Tensor:
+    return as_dtensor(block, layer.shard_dim, table_shape(layer), layer.gang)
+
+
+EXPORTS = {"full": gathered, "sharded": own_block, "dtensor": distributed}
+
+
+def cut_block(
+    layer: ShardedLayer, key: str, value: Any, dtensors: DTensors, record: object
+) -> Tensor:
+    """This rank's shard out of what a state dict holds at ``key``."""
+    own, shape, dim = tuple(layer.weight.shape), table_shape(layer), layer.shard_dim
+    block = layer.partition.shard(layer.gang.rank)
+    if isinstance(value, DTensor):
+        value, is_whole = dtensors.on_this_rank(key, value, dim, shape, layer.gang)
+        return value.narrow(dim, block.start, len(block)) if is_whole else value  # type: ignore[no-any-return]
+    if hasattr(value, "local_shards"):
+        _check_shape(tuple(value.size()), shape)
+        return _cut_shards(layer, value)
+    if record not in (None, record_of(layer)):
+        raise ValueError(
+            f"must be whole or this rank's shard {record_of(layer)}, but is the shard "
+            f"{record} instead. Save it whole, or as a DTensor."
+        )
+    if tuple(value.shape) == own:
+        return value  # type: ignore[no-any-return]
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"must have the shape {shape}, or {own} as the shard of rank {layer.gang.rank} of "
+            f"{layer.gang.size}, but has {tuple(value.shape)} instead."
+        )
+    return value.narrow(dim, block.start, len(block))  # type: ignore[no-any-return]
+
+
+def _check_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise ValueError(f"must have the shape {expected}, but has {found} instead.")
+
+
+def _cut_shards(layer: ShardedLayer, value: Any) -> Tensor:
+    """This rank's shard out of the local ones of a ``ShardedTensor``."""
+    dim, own = layer.shard_dim, layer.partition.shard(layer.gang.rank)
+    for shard in value.local_shards():
+        start, size = shard.metadata.shard_offsets[dim], shard.metadata.shard_sizes[dim]
+        is_whole_across = shard.metadata.shard_sizes[1 - dim] == layer.weight.shape[1 - dim]
+        if start <= own.start and own.stop <= start + size and is_whole_across:
+            return shard.tensor.narrow(dim, own.start - start, len(own))  # type: ignore[no-any-return]
+    raise ValueError(
+        f"must have a local shard that covers {own} along dimension {dim}, but has none. Save it "
+        "whole, or as a DTensor."
+    )

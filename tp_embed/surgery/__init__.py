@@ -1,0 +1,1 @@
+"""Replaces the tables of a finished model by sharded ones."""
