@@ -314,7 +314,8 @@ import re, sys
 from functools import partial
 from pathlib import Path
 import tp_embed
-from tp_embed import FakeGang, init
+from tp_embed import FakeGang
+from tp_embed.nn import init
 from tp_embed.parameter.sharded import local
 
 def mib(name):
