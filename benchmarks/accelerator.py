@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from token_ids import draw
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
+from token_ids import draw
 from tp_embed import FakeGang, ShardedEmbedding
 from tp_embed.lookup.distinct import find_distinct
 from tp_embed.lookup.gradient import sum_all, sum_by_id

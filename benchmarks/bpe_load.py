@@ -27,10 +27,10 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from pages import insert
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from pages import insert
 from tp_embed.partition import Partition
 
 BEGIN, END = "<!-- The table of benchmarks/bpe_load.py: -->", "<!-- End of the table. -->"

@@ -26,8 +26,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from machine import forget_peak, peak, touch_memory
 
+from machine import forget_peak, peak, touch_memory
 from tp_embed.checkpoint import Request, convert
 
 NAME = "model.embed_tokens.weight"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerator_checks import E, V, block, expected_gradient, on, tables
 from torch import Tensor
 
+from accelerator_checks import E, V, block, expected_gradient, on, tables
 from tp_embed import ProcessGroupGang, ReduceOperation, ShardedEmbedding
 from tp_embed.monitor import Traffic
 

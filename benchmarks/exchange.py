@@ -33,15 +33,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
 from exchange_report import Report
 from initialisation import measure_initialisation
 from machine import touch_memory
 from token_ids import DISTRIBUTIONS
-from torch.multiprocessing.spawn import spawn
+from tp_embed import ProcessGroupGang
 from turns import DTYPES, Case, measure
 from ways import DEFAULT, GROWTH, WAYS
-
-from tp_embed import ProcessGroupGang
 
 RESULTS = Path(__file__).with_name("results")
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from token_ids import draw
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+
+from token_ids import draw
 
 TORCH = (2, 13)  # The oldest that pyproject.toml takes.
 
@@ -30,7 +31,6 @@ try:
     import cuda_checks  # noqa: F401 (it registers its checks)
     from accelerator import DTYPES, Step, copy_step, measure, name_of, steps, to_markdown, training
     from accelerator_checks import checks_of
-
     from tp_embed import FakeGang, OutputHead, StandardEmbedding, VocabShardedEmbedding
 except ImportError as e:
     sys.exit(f"tp_embed needs torch {TORCH[0]}.{TORCH[1]} or later and safetensors: {e}.")

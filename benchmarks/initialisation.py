@@ -9,9 +9,9 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from machine import forget_peak, peak
 from torch import Tensor
 
+from machine import forget_peak, peak
 from tp_embed import FakeGang, ShardedEmbedding, VocabShardedEmbedding
 
 

@@ -25,10 +25,10 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy
-from machine import forget_peak, peak
 from torch import Tensor
 from torch.nn import functional
 
+from machine import forget_peak, peak
 from tp_embed import OutputHead, VocabShardedEmbedding
 from tp_embed.integrations.deepspeed import DeepSpeedGang
 from tp_embed.nn.init import normal

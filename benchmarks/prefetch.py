@@ -29,17 +29,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from token_ids import draw
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
-from wire import bytes_sent
 
+from token_ids import draw
 from tp_embed import Gang, ProcessGroupGang, ShardedEmbedding, VocabShardedEmbedding
 from tp_embed.gang import ReduceOperation
 from tp_embed.gang.collectives import copy_to_gang, reduce_partial
 from tp_embed.lookup.exchange import ColumnsToAll, Exchange, Place, RowsToAll, Staging
 from tp_embed.lookup.gradient import as_sparse, sum_by_id
+from wire import bytes_sent
 
 Embed = ShardedEmbedding | VocabShardedEmbedding
 

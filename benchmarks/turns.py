@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from checks import Reference, block_of
-from peers import Setting
-from token_ids import draw
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import embedding
-from ways import WAYS, Way
-from wire import bytes_sent, most_over
 
+from checks import Reference, block_of
+from peers import Setting
+from token_ids import draw
 from tp_embed import ProcessGroupGang
 from tp_embed.parameter.sharded import local
 from tp_embed.partition import Partition
+from ways import WAYS, Way
+from wire import bytes_sent, most_over
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from torch import Tensor
+from torch.nn import Module, Parameter
+
 from peers import (
     Fairseq2Embedding,
     MegatronEmbedding,
@@ -16,9 +19,6 @@ from peers import (
     dtensor_row,
     whole_on_meta,
 )
-from torch import Tensor
-from torch.nn import Module, Parameter
-
 from tp_embed import ShardedEmbedding, VocabShardedEmbedding
 from tp_embed.partition import Partition
 

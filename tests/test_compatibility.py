@@ -6,6 +6,7 @@ import pytest
 
 from compatibility import KINDS, SIZES
 from compatibility_page import CASES, ELSEWHERE, PAGE, find_outcomes, page
+from launch import ROOT
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -17,10 +18,10 @@ def test_case_comes_to_the_same_or_is_refused(pool, case):
 
 
 def test_page_says_what_was_found(pool):
-    assert PAGE.read_text() == page(pool), "Run `python tests/compatibility_page.py`."
+    assert PAGE.read_text() == page(pool), "Run `python tests/support/compatibility_page.py`."
 
 
 @pytest.mark.parametrize("row", ELSEWHERE, ids=lambda row: row.test)
 def test_tests_of_other_rows_exist(row):
     file, _, name = row.test.partition("::")
-    assert f"def {name}(" in (PAGE.parent.parent / "tests" / file).read_text()
+    assert f"def {name}(" in next((ROOT / "tests").rglob(file)).read_text()

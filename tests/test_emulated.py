@@ -6,23 +6,22 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from accelerator_checks import CHECKS
-
 from test_accelerator import CASES
 
-ROOT = Path(__file__).parents[1]
+from accelerator_checks import CHECKS
+from launch import ROOT, SUPPORT
+
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'benchmarks'}",
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{SUPPORT}:{ROOT / 'benchmarks'}",
     "OMP_NUM_THREADS": "1",
 }
 
 
 def start(*args):
-    command = [sys.executable, str(ROOT / "tests" / "emulated_job.py"), *map(str, args)]
+    command = [sys.executable, str(ROOT / "tests" / "jobs" / "emulated_job.py"), *map(str, args)]
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
 
 

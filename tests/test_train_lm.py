@@ -11,12 +11,9 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import corpus
 from launch import (

@@ -9,11 +9,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import accelerator_ranks
-import torch
-from accelerator_checks import checks_of
-
 import test_accelerator as cases
+import torch
+
+import accelerator_ranks
+from accelerator_checks import checks_of
 from emulated import WaitedError, capturing, emulated, no_waiting
 from tp_embed import BatchLayout, FakeGang, VocabShardedEmbedding
 from tp_embed.monitor import Traffic

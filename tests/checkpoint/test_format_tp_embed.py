@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from launch import ROOT
 from tp_embed import shard_embeddings
 from tp_embed.checkpoint import (
     CheckpointError,
@@ -221,7 +222,7 @@ def test_every_tensor_is_aligned_and_ties_are_in_the_file(written):
 
 
 def test_the_reader_in_the_docs_reads_it(source, written, tmp_path):
-    page = Path(__file__).parent.parent / "docs" / "manifest.md"
+    page = ROOT / "docs" / "manifest.md"
     code = page.read_text().rpartition("```python\n")[2].partition("```")[0]
     names = {}
     exec(code, names)

@@ -18,7 +18,7 @@ from launch import BIN, environment, free_port
 
 JOB_SECONDS = 240
 # What a process needs to know on every node; ssh brings nothing along.
-NEEDED = ["DS_ACCELERATOR", "OMP_NUM_THREADS", "PATH", "TORCH_EXTENSIONS_DIR"]
+NEEDED = ["DS_ACCELERATOR", "OMP_NUM_THREADS", "PATH", "PYTHONPATH", "TORCH_EXTENSIONS_DIR"]
 LAUNCHERS = ["pdsh", "torchrun", "mpirun"]
 
 

@@ -9,11 +9,6 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_, get_total_norm
-
-from parity import assert_same_bits
 from test_norms import (
     Model,
     assert_close,
@@ -23,6 +18,11 @@ from test_norms import (
     models,
     take_gradients,
 )
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+from parity import assert_same_bits
 from tp_embed import FakeGang, ShardedEmbedding, VocabShardedEmbedding, shard_embeddings
 
 

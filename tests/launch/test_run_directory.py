@@ -20,7 +20,7 @@ from tp_embed.integrations.hydra import main, run_start, strip_local_rank
 from tp_embed.integrations.hydra.logs import RankFileHandler, log_failure
 from tp_embed.launch.environment import Place
 
-JOB = ROOT / "tests" / "run_directory_job.py"
+JOB = ROOT / "tests" / "jobs" / "run_directory_job.py"
 
 
 def only(directory):

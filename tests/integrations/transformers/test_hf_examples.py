@@ -5,20 +5,16 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM, Trainer
 
-from launch import BIN, ROOT, deepspeed_command, free_port, run
-
-sys.path.insert(0, str(ROOT / "examples"))
-
 import finetune_lora
 import train_accelerate
 import train_hf_trainer
+from launch import BIN, ROOT, deepspeed_command, free_port, run
 
 EXAMPLES = ROOT / "examples"
 

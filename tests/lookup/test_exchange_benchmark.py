@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from token_ids import draw
 from turns import Case, measure
 from ways import WAYS, our_name

@@ -1,6 +1,6 @@
 """Writes docs/compatibility.md from what the cases come to.
 
-python tests/compatibility_page.py
+python tests/support/compatibility_page.py
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 import re
 from functools import cache
 from itertools import groupby
-from pathlib import Path
 
 import compatibility_autograd
 import compatibility_tools
 import compatibility_weight
 from compatibility import KINDS, SIZES, Case, cases_of, outcome
 from compatibility_elsewhere import ELSEWHERE
+from launch import ROOT
 from pool import Pool, RankError
 
-PAGE = Path(__file__).parent.parent / "docs" / "compatibility.md"
+PAGE = ROOT / "docs" / "compatibility.md"
 
 CASES = [
     *cases_of("Outputs, gradients and transforms", vars(compatibility_autograd)),
@@ -58,8 +58,8 @@ take `weight.to_local()`; or leave the table whole by `rules={name: 'none'}`, or
 
 P is the number of ranks that a table is cut over. Cases run at P = 1, 2 and 3, with
 `StandardEmbedding`, `ShardedEmbedding`, `VocabShardedEmbedding` and `OutputHead`.
-`python tests/compatibility_page.py` runs them and writes this page; the names of the cases are in
-`tests/compatibility_*.py`.
+`python tests/support/compatibility_page.py` runs them and writes this page; the names of the cases
+are in `tests/support/compatibility_*.py`.
 """
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo
+from test_derivatives import E, N, V, both, per_size, per_way, problem
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
@@ -13,7 +14,6 @@ from torch.func import grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from parity import SHARDED, whole
-from test_derivatives import E, N, V, both, per_size, per_way, problem
 from tp_embed import FakeGang, OutputHead, Partition, StandardEmbedding
 from tp_embed.nn.loss import cross_entropy, linear_cross_entropy
 

@@ -1,6 +1,6 @@
 """Trains models of the zoo whole and sharded, and says whether they come to the same.
 
-python tests/model_matrix.py [--markdown PAGE] [family ...]
+python tests/support/model_matrix.py [--markdown PAGE] [family ...]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 import model_zoo
+from launch import ROOT
 from pool import Pool, RankError
 from tp_embed import shard_embeddings
 from tp_embed.checkpoint import full_state_dict
@@ -27,7 +28,7 @@ SIZE = 2
 # Sharded heads add up in another order. Relative to the largest value, and to the largest change.
 # All is rounding: in fp64 those of the models that run in it agree to 1e-10, and 1e-9.
 OF_VALUES, OF_CHANGES = 1e-5, 1e-4
-OURS = tuple(f"{Path(__file__).parent.parent}/{name}/" for name in ("tp_embed", "integrations"))
+OURS = tuple(f"{ROOT}/{name}/" for name in ("tp_embed", "integrations"))
 
 
 @dataclass(frozen=True)

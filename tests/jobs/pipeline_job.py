@@ -16,7 +16,6 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataP
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from launch import ROOT
 from tp_embed import (
     ShardedEmbedding,
     StandardEmbedding,
@@ -24,9 +23,6 @@ from tp_embed import (
     init_scaled_embedding,
 )
 from tp_embed.integrations.deepspeed import DeepSpeedGang, initialize
-
-sys.path.insert(0, str(ROOT / "examples"))
-
 from train_pipeline import Block, Positions, build
 
 VOCAB, DIM, SEQ, LAYERS, HEADS, SEED = 101, 30, 12, 2, 3, 7  # 101 rows do not divide by two ranks.

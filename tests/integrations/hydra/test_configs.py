@@ -211,7 +211,6 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_real_sizes_have_the_parameters_of_the_real_models(name, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
     train_lm = importlib.import_module("train_lm")
     model = train_config(f"model={name}").model
     with torch.device("meta"):

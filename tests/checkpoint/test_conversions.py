@@ -2,15 +2,15 @@
 
 import shutil
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
-from conversions import BEGIN, END, Model, save_model, table
 
+from conversions import BEGIN, END, Model, save_model, table
+from launch import ROOT
 from tp_embed.checkpoint import ReadOptions, Request, Rule, convert, differences, read
 
-PAGE = Path(__file__).parents[1] / "docs" / "checkpoints.md"
+PAGE = ROOT / "docs" / "checkpoints.md"
 
 
 def test_the_table_of_the_docs_is_current(tmp_path):

@@ -21,7 +21,7 @@ from slurm import cluster, require_slurm
 
 LAUNCH = ROOT / "examples" / "launch"
 FILES = sorted(path.name for path in LAUNCH.iterdir())
-JOB = ROOT / "tests" / "run_directory_job.py"
+JOB = ROOT / "tests" / "jobs" / "run_directory_job.py"
 TIMEOUT = 150
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 

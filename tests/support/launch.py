@@ -10,7 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
+# Where jobs find what they share with tests.
+SUPPORT = Path(__file__).parent
 BIN = Path(sys.prefix) / "bin"
 
 
@@ -20,6 +22,7 @@ def environment() -> dict[str, str]:
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{SUPPORT}:{ROOT / 'examples'}",
         "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
         "TOKENIZERS_PARALLELISM": "true",
     }

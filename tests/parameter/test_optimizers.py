@@ -9,10 +9,10 @@ import warnings
 import pytest
 import torch
 import transformers
+from test_norms import Model, V, assert_same_on_all_ranks, backward, models
 from torch import nn
 
 import tp_embed
-from test_norms import Model, V, assert_same_on_all_ranks, backward, models
 from tp_embed import FakeGang, OutputHead, ShardedEmbedding, VocabShardedEmbedding
 from tp_embed.parameter.optimizers import needs_matrix
 

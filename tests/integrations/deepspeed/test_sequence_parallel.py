@@ -4,18 +4,14 @@ process, which holds all positions."""
 from __future__ import annotations
 
 import re
-import sys
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from launch import ROOT, deepspeed_command, run
-from tp_embed import FakeGang
-
-sys.path.insert(0, str(ROOT / "examples"))
-
 import sequence_parallel as example
+from launch import deepspeed_command, run
+from tp_embed import FakeGang
 
 
 def train_alone():

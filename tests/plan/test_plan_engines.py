@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-import plan as benchmark
 import pytest
 
+import plan as benchmark
 from launch import ROOT, deepspeed_command, run
 
 

@@ -86,7 +86,6 @@ with hosts(1) as (a,):
 """
     process = subprocess.Popen(
         [sys.executable, "-c", program],
-        cwd=Path(__file__).parent,
         env=environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
