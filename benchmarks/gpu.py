@@ -84,7 +84,7 @@ def comparisons(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
     found = {
         "torch.nn.Embedding, forward": lambda: whole(ids),
         "StandardEmbedding, forward": lambda: ours(ids),
-        "the check of the ids in it": lambda: ours._id_check(ids, vocab, "here"),
+        "the check of the ids in it": lambda: ours._lookup.id_check(ids, vocab, "here"),
         "torch.nn.Embedding, forward and backward": training(whole, ids, grad),
         "StandardEmbedding, forward and backward": training(ours, ids, grad),
         f"vocabulary over {args.size} ranks, nothing sent": training(cut, ids, grad),

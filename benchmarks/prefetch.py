@@ -176,7 +176,7 @@ def exchange(embed: Embed, ids: Tensor, staging: Staging) -> Exchange:
 
 def gradient(exchange: Exchange, grad: Tensor) -> Tensor:
     """What the layers give, row-sparse."""
-    returned, rows = exchange.give_back(grad), exchange.place.rows
+    returned, rows = exchange.backward(grad), exchange.place.rows
     distinct = exchange.distinct[0] if exchange.place.dim else exchange.distinct[0].within(rows)
     sums = sum_by_id(returned.grad, distinct, returned.columns)
     return as_sparse(distinct.ids - rows.start, sums, len(rows))

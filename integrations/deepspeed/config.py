@@ -17,7 +17,7 @@ from pydantic import (
     field_validator,
 )
 
-from tp_embed.lookup.request import Output
+from tp_embed.lookup.options import Output
 from tp_embed.lookup.train_rows import Rows
 from tp_embed.nn import init as init_functions
 from tp_embed.nn.embedding import InitFn

@@ -202,7 +202,7 @@ def test_each_copy_is_a_table_of_its_own():
         output.sum().backward()
         used = [row for row in range(3) if row != pad_idx]
         assert other.weight.grad.any(1).nonzero()[:, 0].tolist() == used
-    assert len({e._handle for e in (embed, *copies)}) == 4
+    assert len({e._lookup.handle for e in (embed, *copies)}) == 4
 
 
 def test_tables_are_not_kept_alive():

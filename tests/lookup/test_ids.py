@@ -149,15 +149,15 @@ def test_any_integer_dtype_works(pool, dtype):
 def deferred(gang):
     """What an accelerator does, which is to look at the answer two calls later, on the CPU."""
     embed = ShardedEmbedding(gang, 11, 6)
-    embed._id_check = IdCheck(lag=2)
+    embed._lookup.id_check = IdCheck(lag=2)
     calls = []
     for ids in ([1, 2], [3, 99], [4], [5], [6]):
         try:
-            embed._id_check(torch.tensor(ids), 11, gang)
+            embed._lookup.id_check(torch.tensor(ids), 11, gang)
             calls.append("ok")
         except IndexError as e:
             calls.append(str(e))
-    embed._id_check(torch.tensor([-7]), 11, gang)
+    embed._lookup.id_check(torch.tensor([-7]), 11, gang)
     with pytest.raises(IndexError, match=r"position \(0,\) is -7 instead"):
         embed.check_ids()
     embed.check_ids()

@@ -199,7 +199,7 @@ def other_number(gang):
     embed(IDS)
     embed(IDS)
     if gang.rank == 0:
-        embed._same_ids._history.count += 2
+        embed._lookup.same_ids._history.count += 2
     return refused(embed, IDS)
 
 
@@ -218,12 +218,12 @@ def copied(gang):
     counts = []
     for copy_of in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
         again = copy_of(embed)
-        assert again._same_ids.every == 5
+        assert again._lookup.same_ids.every == 5
         again(IDS)
-        counts.append(again._same_ids._history.count)
+        counts.append(again._lookup.same_ids._history.count)
         error = refused(copy_of(embed), IDS.roll(gang.rank))
         assert "in lookup 1 rank 1 and rank 0 disagree" in error
-    return [*counts, embed._same_ids._history.count]
+    return [*counts, embed._lookup.same_ids._history.count]
 
 
 def test_copies_count_their_own_lookups(pool):
@@ -271,7 +271,7 @@ def tied(gang):
     model[1].weight = model[0].weight
     shard_embeddings(model, gang, strategy="vocab", check_ids=7)
     assert isinstance(model[1], OutputHead)
-    every = model[0]._same_ids.every
+    every = model[0]._lookup.same_ids.every
     model(IDS).sum().backward()
     return every, refused(model[0].from_embedding(table(), gang, check_ids=1), IDS.roll(gang.rank))
 

@@ -22,9 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 class Table(Protocol):
     """What the operators call, both without autograd."""
 
-    def rows_in_graph(self, weight: Tensor, ids: Tensor, real: Tensor | None) -> Tensor: ...
+    def rows_in_graph(self, weight: Tensor, ids: Tensor, valid: Tensor | None) -> Tensor: ...
 
-    def gradient_in_graph(self, grad: Tensor, ids: Tensor, real: Tensor | None) -> Tensor: ...
+    def gradient_in_graph(self, grad: Tensor, ids: Tensor, valid: Tensor | None) -> Tensor: ...
 
     def without_pad_row(self, block: Tensor) -> Tensor: ...
 
@@ -103,22 +103,22 @@ def _table(handle: int) -> Table:
 
 @library.custom_op("tp_embed::look_up", mutates_args=())
 def look_up(
-    weight: Tensor, ids: Tensor, real: Tensor | None, shape: Sequence[int], handle: int
+    weight: Tensor, ids: Tensor, valid: Tensor | None, shape: Sequence[int], handle: int
 ) -> Tensor:
     """The rows that this rank wants of the table of ``handle``, with their gradient.
 
-    :param real: what is no padding; if ``None``, all. *Shape:* that of ``ids``.
+    :param valid: what is no padding; if ``None``, all. *Shape:* that of ``ids``.
     :param shape: that of the output.
     """
-    return _table(handle).rows_in_graph(weight, ids, real)
+    return _table(handle).rows_in_graph(weight, ids, valid)
 
 
 @library.custom_op("tp_embed::look_up_backward", mutates_args=())
 def _look_up_backward(
-    grad: Tensor, ids: Tensor, real: Tensor | None, shape: Sequence[int], handle: int
+    grad: Tensor, ids: Tensor, valid: Tensor | None, shape: Sequence[int], handle: int
 ) -> Tensor:
     """The gradient of this rank's block, which has ``shape``, for that of the rows."""
-    return _table(handle).gradient_in_graph(grad, ids, real)
+    return _table(handle).gradient_in_graph(grad, ids, valid)
 
 
 @library.custom_op("tp_embed::all_gather", mutates_args=())
@@ -141,15 +141,15 @@ def all_reduce(x: Tensor, handle: int) -> Tensor:
 
 
 def _empty(
-    like: Tensor, ids: Tensor, real: Tensor | None, shape: Sequence[int], handle: int
+    like: Tensor, ids: Tensor, valid: Tensor | None, shape: Sequence[int], handle: int
 ) -> Tensor:
     return like.new_empty(shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, ids, real, _, ctx.handle = inputs
+    weight, ids, valid, _, ctx.handle = inputs
     ctx.shape = weight.shape
-    ctx.save_for_backward(ids, real)
+    ctx.save_for_backward(ids, valid)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -158,9 +158,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _keep_for_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, ids, real, _, ctx.handle = inputs
+    grad, ids, valid, _, ctx.handle = inputs
     ctx.shape = grad.shape
-    ctx.save_for_backward(ids, real)
+    ctx.save_for_backward(ids, valid)
 
 
 def _backward_to_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

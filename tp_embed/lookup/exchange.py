@@ -49,6 +49,11 @@ class Place:
         """V."""
         return len(self.rows) if self.dim else self.partition.size
 
+    @property
+    def num_columns(self) -> int:
+        """E."""
+        return self.partition.size if self.dim else len(self.columns)
+
 
 class Staging(threading.local):
     """Memory for what is sent and received, which the next step takes again: on a CPU it costs more
@@ -70,14 +75,8 @@ class Staging(threading.local):
                 memory = self._memory[name] = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         return memory[:nbytes].view(like.dtype).view(*shape)
 
-    def __deepcopy__(self, memo: object) -> Staging:
-        return Staging()
 
-    def __reduce__(self) -> tuple[type[Staging], tuple[()]]:
-        return Staging, ()
-
-
-class Returned(NamedTuple):
+class ReturnedGrads(NamedTuple):
     """What came back of a gradient: ``grad[i]`` is of the id ``ids[i]``.
 
     :param grad: *Shape:* :math:`(M,E)` or :math:`(M,E_{rank})`.
@@ -131,7 +130,7 @@ class Exchange(ABC):
         """The rows of the table that this rank wants, bit for bit. *Shape:* :math:`(N,E)`."""
 
     @abstractmethod
-    def give_back(self, grad: Tensor) -> Returned:
+    def backward(self, grad: Tensor) -> ReturnedGrads:
         """What this rank's block gets of the gradients of all ranks.
 
         :param grad: of what :meth:`fetch` gave to this rank.
@@ -160,9 +159,9 @@ class Exchange(ABC):
 class _ToAll(Exchange):
     """Every rank has all gradients, and takes what is of its block."""
 
-    def give_back(self, grad: Tensor) -> Returned:
+    def backward(self, grad: Tensor) -> ReturnedGrads:
         distinct = self.distinct[0] if self.distinct else None
-        return Returned(grad, self.ids, None, self.place.columns, distinct)
+        return ReturnedGrads(grad, self.ids, None, self.place.columns, distinct)
 
 
 class ColumnsToAll(_ToAll):
@@ -214,7 +213,7 @@ class ColumnsToBlocks(Exchange):
             blocks, self._own(self.distinct).inverse() if self.is_deduped else None
         )
 
-    def give_back(self, grad: Tensor) -> Returned:
+    def backward(self, grad: Tensor) -> ReturnedGrads:
         partition, width = self.place.partition, len(self.place.columns)
         sent = [len(grad) * size for size in partition.sizes]
         received = [len(ids) * width for ids in self.lists]
@@ -225,7 +224,7 @@ class ColumnsToBlocks(Exchange):
         receive = self.staging.take("received", (sum(received),), grad)
         self.gang.all_to_all(receive, send, received, sent)
         ids = torch.cat(self.lists)
-        return Returned(
+        return ReturnedGrads(
             receive.view(len(ids), width), ids, torch.cat(list(self.blocks)), range(width)
         )
 
@@ -298,14 +297,14 @@ class RowsToBlocks(Exchange):
         self.gang.reduce_scatter(output, rows.view(self.gang.size, most, weight.size(1)))
         return output[: len(self._own(self.lists))]
 
-    def give_back(self, grad: Tensor) -> Returned:
+    def backward(self, grad: Tensor) -> ReturnedGrads:
         dim = grad.size(1)
         if not self.may_ask:
             counts = [len(ids) for ids in self.lists]
             receive = self.staging.take("received", (sum(counts), dim), grad)
             self.gang.all_gather(receive, grad.contiguous(), counts)
             ids, positions = torch.cat(self.lists), torch.cat(list(self.blocks))
-            return Returned(receive, ids, positions, range(dim))
+            return ReturnedGrads(receive, ids, positions, range(dim))
         distinct = self.distinct or [find_distinct(ids) for ids in self.lists]
         size, partition = self.gang.size, self.place.partition
         owners = [self._own(distinct).within(partition.shard(r)).order for r in range(size)]
@@ -316,7 +315,7 @@ class RowsToBlocks(Exchange):
         receive = self.staging.take("received", (sum(received), dim), grad)
         self.gang.all_to_all(receive, send, received, sent)
         positions = torch.cat([b[order] for b, order in zip(self.blocks, here, strict=True)])
-        return Returned(receive, self.ids[positions], positions, range(dim))
+        return ReturnedGrads(receive, self.ids[positions], positions, range(dim))
 
 
 def _rows_or_zeros(weight: Tensor, ids: Tensor, rows: range) -> Tensor:

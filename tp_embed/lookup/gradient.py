@@ -163,12 +163,6 @@ class GradBuffer:
             buffer.index_fill_(0, self._rows, 0)
         return buffer
 
-    def __deepcopy__(self, memo: object) -> GradBuffer:
-        return GradBuffer()
-
-    def __reduce__(self) -> tuple[type[GradBuffer], tuple[()]]:
-        return GradBuffer, ()
-
 
 def _is_alone(tensor: Tensor) -> bool:
     """Whether no other tensor shares its memory."""

@@ -78,9 +78,6 @@ class LateCheck:
         while len(self._pending) > lag:
             self._pending.popleft().report()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_pending": deque()}  # Events belong to this process.
-
 
 def is_capturing(device: torch.device) -> bool:
     """Whether work on ``device`` is recorded for a graph, which calls nothing on the host."""

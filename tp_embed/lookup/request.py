@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tp_embed.batch_layout import BatchLayout
 from tp_embed.gang import Gang
+from tp_embed.gang.graph_ops import is_traced, register
+from tp_embed.gang.graph_ops import look_up as look_up_in_graph
 from tp_embed.lookup.backward import is_needed_again
 from tp_embed.lookup.distinct import find_distinct
 from tp_embed.lookup.exchange import (
     ColumnsToAll,
     ColumnsToBlocks,
-    Dedup,
     Exchange,
     Place,
-    Returned,
+    ReturnedGrads,
     RowsToAll,
     RowsToBlocks,
     Staging,
 )
-from tp_embed.lookup.gradient import GradBuffer, as_sparse, rows_to_sum, sum_all, sum_by_id
-from tp_embed.lookup.ids import IdCheck
-from tp_embed.parameter.sharded import check_block, local
+from tp_embed.lookup.gradient import (
+    GradBuffer,
+    as_sparse,
+    keep_coalesced,
+    rows_to_sum,
+    sum_all,
+    sum_by_id,
+)
+from tp_embed.lookup.ids import IdCheck, as_indices
+from tp_embed.lookup.options import LookupOptions
+from tp_embed.lookup.same_ids import SameIds, check_interval
+from tp_embed.parameter.sharded import check_block, local, unguarded
 from tp_embed.partition import Partition
-
-Output = Literal["replicated", "sequence", "shard"]
 
 _EXCHANGES: dict[tuple[int, bool], Callable[..., Exchange]] = {
     (0, False): RowsToAll,
@@ -40,29 +48,115 @@ _EXCHANGES: dict[tuple[int, bool], Callable[..., Exchange]] = {
 }
 
 
-@dataclass(frozen=True)
 class Lookup:
-    """How a table is looked up.
+    """The lookups of one table: where its block is, its options, and what is kept between steps.
+
+    A graph of torch.compile names it by its ``handle``; see :mod:`tp_embed.gang.graph_ops`.
 
     :param pad_idx: the row that gets no gradient.
-    :param output: what of the rows each rank gets.
-    :param dedup: whether an id that occurs several times is sent once, or ``"auto"``.
-    :param sparse: whether the gradient is a coalesced sparse tensor of the rows that were used; see
-        :func:`~tp_embed.lookup.gradient.keep_coalesced`.
-    :param grad_buffer: where to put dense gradients, if not into new memory.
-    :param id_check: raises for ids out of range.
-    :param compare: raises on all ranks if the ids of one differ.
+    :param name: what errors call the table, the same on every rank.
     """
 
-    place: Place
-    pad_idx: int | None
-    output: Output
-    dedup: Dedup
-    sparse: bool
-    staging: Staging
-    grad_buffer: GradBuffer | None
-    id_check: IdCheck
-    compare: Callable[[Tensor, Tensor | None], None]
+    def __init__(
+        self, place: Place, pad_idx: int | None, options: LookupOptions, name: str
+    ) -> None:
+        self.place, self.pad_idx, self.name = place, pad_idx, name
+        self.output, self.dedup, self.sparse = options.output, options.dedup, options.sparse
+        self.staging = Staging()
+        self.grad_buffer = GradBuffer() if options.reuse_grad else None
+        self.id_check = IdCheck()
+        self.same_ids = SameIds(check_interval(options.check_ids))
+        self.handle = register(self)
+
+    def compare(self, ids: Tensor, valid: Tensor | None) -> None:
+        """Raises on all ranks if the ids of one differ, before any looks at its own."""
+        self.same_ids(ids, valid, self.place.gang, self.name)
+
+    def flush(self) -> None:
+        """Waits until the ids of all lookups so far are checked."""
+        self.same_ids.flush()
+        self.id_check.flush()
+
+    def rows_in_graph(self, weight: Tensor, ids: Tensor, valid: Tensor | None) -> Tensor:
+        """The forward in a graph."""
+        self.compare(ids, valid)
+        return Request(ids, valid, self).rows(local(weight))
+
+    def gradient_in_graph(self, grad: Tensor, ids: Tensor, valid: Tensor | None) -> Tensor:
+        """The backward in a graph, which may write to its gradients without torch counting it: they
+        are in new memory."""
+        return Request(ids, valid, self).gradient(grad, into=None)
+
+    def without_pad_row(self, block: Tensor) -> Tensor:
+        """``block`` of a table with zeros in the pad row, which gets no gradient."""
+        if self.pad_idx is None or self.pad_idx not in self.place.rows:
+            return block
+        row = self.pad_idx - self.place.rows.start
+        # Made on the device: from a list it would be copied there, for which CUDA waits.
+        return block.index_fill(0, torch.arange(row, row + 1, device=block.device), 0)
+
+    def output_shape(self, ids: Tensor) -> list[int]:
+        """The shape of the output. Sizes of ``ids`` may be symbols, which ``range`` does not
+        take."""
+        place, shape = self.place, list(ids.shape)
+        width = place.num_columns
+        if self.output == "shard":
+            width = len(place.columns)
+        elif self.output == "sequence" and shape:
+            block = -(-shape[-1] // place.gang.size)
+            start = min(place.gang.rank * block, shape[-1])
+            shape[-1] = min(start + block, shape[-1]) - start
+        return [*shape, width]
+
+
+def look_up(table: Lookup, weight: Tensor, x: Tensor, layout: BatchLayout | None) -> Tensor:
+    """The rows of the table that this rank wants, with their gradients of any order.
+
+    :param weight: this rank's block. *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
+    :param x: rows of the whole table, the same on every rank. *Shape:* any. *Dtype:* any integer.
+    :param layout: of ``x``. Padded positions return zeros, get no gradient, and are not
+        range-checked.
+    :returns: *Shape:* :math:`(*,E)`, or what the output makes of it.
+    :raises TypeError: ``x`` does not have an integer dtype.
+    :raises ValueError: ``layout`` or ``weight`` is of another shape.
+    :raises IndexError: an id is out of range.
+    :raises GangError: the ids of a rank differ.
+    """
+    ids = as_indices(x)
+    valid = None if layout is None else _valid(ids, layout)
+    if valid is not None:
+        ids = ids.masked_fill(~valid, 0)
+    output: Tensor
+    if not is_traced(ids, weight):
+        output = _with_gradient(table, weight, ids, valid)
+    elif table.sparse:
+        output = _outside_of_graph(table, weight, ids, valid)
+    else:
+        with unguarded():
+            output = look_up_in_graph(weight, ids, valid, table.output_shape(ids), table.handle)
+    return output
+
+
+def _valid(ids: Tensor, layout: BatchLayout) -> Tensor | None:
+    """Where there is no padding, if there is any. *Shape:* that of ``ids``. *Dtype:* bool."""
+    positions = layout.position_indices
+    if positions.shape != ids.shape:
+        raise ValueError(
+            f"`layout` must be of the shape of `x`, {tuple(ids.shape)}, but is of "
+            f"{tuple(positions.shape)} instead. Make it with `BatchLayout.of(x, ...)`."
+        )
+    return positions.to(ids.device) >= 0 if layout.padded else None
+
+
+def _with_gradient(table: Lookup, weight: Tensor, ids: Tensor, valid: Tensor | None) -> Tensor:
+    if table.sparse:
+        keep_coalesced(weight)
+    return fetch(weight, ids, valid, table)
+
+
+_outside_of_graph = torch.compiler.disable(
+    _with_gradient, reason="A graph has no sparse gradients: pass `sparse=False`."
+)
 
 
 class Request:
@@ -70,30 +164,30 @@ class Request:
 
     :param ids: rows of the whole table, the same on every rank. *Shape:* any. *Dtype:* int32,
         int64.
-    :param real: what is no padding; if ``None``, all. *Shape:* that of ``ids``. *Dtype:* bool.
+    :param valid: what is no padding; if ``None``, all. *Shape:* that of ``ids``. *Dtype:* bool.
     :raises IndexError: an id is out of range.
     """
 
-    def __init__(self, ids: Tensor, real: Tensor | None, how: Lookup) -> None:
+    def __init__(self, ids: Tensor, valid: Tensor | None, table: Lookup) -> None:
         self.memory = ids.data_ptr()
-        how.id_check(ids, how.place.num_rows, how.place.gang)
+        table.id_check(ids, table.place.num_rows, table.place.gang)
         if ids.device.type != "cpu":  # Where the error for ids out of range is a step late.
-            ids = ids.clamp(0, how.place.num_rows - 1)
-        gang, shape, blocks = how.place.gang, ids.shape, None
-        if how.output == "sequence" and gang.size > 1:
-            blocks = _sequence_blocks(ids, real, gang)
+            ids = ids.clamp(0, table.place.num_rows - 1)
+        gang, shape, blocks = table.place.gang, ids.shape, None
+        if table.output == "sequence" and gang.size > 1:
+            blocks = _sequence_blocks(ids, valid, gang)
             own = Partition(shape[-1], gang.size).shard(gang.rank)
             shape = torch.Size((*shape[:-1], len(own)))
-            real = None if real is None else real[..., own.start : own.stop]
-        elif real is not None:
-            ids = ids[real]
+            valid = None if valid is None else valid[..., own.start : own.stop]
+        elif valid is not None:
+            ids = ids[valid]
         ids = ids.flatten()
-        self._how, self._shape = how, shape
-        self._kept = None if real is None else real.flatten().nonzero()[:, 0]
+        self._table, self._shape = table, shape
+        self._kept = None if valid is None else valid.flatten().nonzero()[:, 0]
         self._exchange: Exchange | _OwnBlock = _OwnBlock(ids)
-        if gang.size > 1 and how.output != "shard":
-            kind = _EXCHANGES[how.place.dim, blocks is not None]
-            self._exchange = kind(how.place, ids, blocks, how.dedup, how.staging)
+        if gang.size > 1 and table.output != "shard":
+            kind = _EXCHANGES[table.place.dim, blocks is not None]
+            self._exchange = kind(table.place, ids, blocks, table.dedup, table.staging)
 
     def rows(self, weight: Tensor) -> Tensor:
         """The rows that this rank wants of the table, in new memory, and no view.
@@ -102,7 +196,7 @@ class Request:
         :returns: *Shape:* :math:`(*,E)`, or what the output makes of it.
         :raises ValueError: ``weight`` is of another size.
         """
-        place = self._how.place
+        place = self._table.place
         check_block(weight, place.gang, place.partition, place.dim)
         rows = self._exchange.fetch(weight)
         if self._kept is not None:
@@ -112,12 +206,15 @@ class Request:
         output: Tensor = torch.ops.aten._unsafe_view(rows, [*self._shape, rows.size(1)])
         return output
 
-    def gradient(self, grad: Tensor) -> Tensor:
-        """The gradient of this rank's block, given that of :meth:`rows`."""
+    def gradient(self, grad: Tensor, into: GradBuffer | None) -> Tensor:
+        """The gradient of this rank's block, given that of :meth:`rows`.
+
+        :param into: where to put it if it is dense; if ``None``, into new memory.
+        """
         grad = grad.reshape(self._shape.numel(), grad.size(-1))
         if self._kept is not None:
             grad = grad[self._kept]
-        return _gradient(self._exchange.give_back(grad), self._how)
+        return _gradient(self._exchange.backward(grad), self._table, into)
 
 
 class _OwnBlock:
@@ -130,33 +227,33 @@ class _OwnBlock:
     def fetch(self, weight: Tensor) -> Tensor:
         return weight.index_select(0, self._ids)
 
-    def give_back(self, grad: Tensor) -> Returned:
-        return Returned(grad, self._ids, None, range(grad.size(1)))
+    def backward(self, grad: Tensor) -> ReturnedGrads:
+        return ReturnedGrads(grad, self._ids, None, range(grad.size(1)))
 
 
 class _Call:
     """A lookup for autograd. Its request is kept from the forward to the last backward."""
 
-    def __init__(self, how: Lookup) -> None:
-        self.how = how
+    def __init__(self, table: Lookup) -> None:
+        self.table = table
         self._request: Request | None = None
 
-    def request(self, ids: Tensor, real: Tensor | None) -> Request:
+    def request(self, ids: Tensor, valid: Tensor | None) -> Request:
         """For ``ids``, which autograd has kept, or a hook has made anew."""
         request = self._request
         if request is None or request.memory != ids.data_ptr():
-            request = Request(ids, real, self.how)
+            request = Request(ids, valid, self.table)
         self._request = request if is_needed_again() else None
         return request
 
 
-def fetch(weight: Tensor, ids: Tensor, real: Tensor | None, how: Lookup) -> Tensor:
+def fetch(weight: Tensor, ids: Tensor, valid: Tensor | None, table: Lookup) -> Tensor:
     """The rows of the table that this rank wants, with their gradients of any order.
 
     :param weight: this rank's block. *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
-    :param ids: as for :class:`Request`; ``real`` likewise.
+    :param ids: as for :class:`Request`; ``valid`` likewise.
     """
-    output: Tensor = _Fetch.apply(weight, ids, real, _Call(how))
+    output: Tensor = _Fetch.apply(weight, ids, valid, _Call(table))
     return output
 
 
@@ -170,22 +267,22 @@ class _Saving(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ids, real, ctx.call = inputs
-        ctx.save_for_backward(ids, real)
-        ctx.save_for_forward(ids, real)
+        _, ids, valid, ctx.call = inputs
+        ctx.save_for_backward(ids, valid)
+        ctx.save_for_forward(ids, valid)
 
 
 class _Fetch(_Saving):
     """Rows for ids. Its backward sums gradients per id: each is the transpose of the other."""
 
     @staticmethod
-    def forward(weight: Tensor, ids: Tensor, real: Tensor | None, call: _Call) -> Tensor:
-        call.how.compare(ids, real)  # Before any rank looks at its own.
-        return call.request(ids, real).rows(local(weight))
+    def forward(weight: Tensor, ids: Tensor, valid: Tensor | None, call: _Call) -> Tensor:
+        call.table.compare(ids, valid)  # Before any rank looks at its own.
+        return call.request(ids, valid).rows(local(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        if ctx.call.how.sparse and torch.is_grad_enabled():
+        if ctx.call.table.sparse and torch.is_grad_enabled():
             raise RuntimeError(
                 "`sparse` must be False for derivatives of a gradient (`create_graph=True`) and "
                 "for `torch.func`, but is True instead. Make the table with `sparse=False`."
@@ -194,49 +291,40 @@ class _Fetch(_Saving):
 
     @staticmethod
     def jvp(ctx: Any, weight: Tensor, *_: Any) -> Tensor:
-        ids, real = ctx.saved_tensors
-        return fetch(weight, ids, real, ctx.call.how)
+        ids, valid = ctx.saved_tensors
+        return fetch(weight, ids, valid, ctx.call.table)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
-        weight, ids, real, call = inputs
+        weight, ids, valid, call = inputs
         if in_dims[0] is not None:
             return _one_by_one(_Fetch, info, in_dims, inputs)
-        if call.how.output == "sequence" and ids.ndim == 1:
+        if call.table.output == "sequence" and ids.ndim == 1:
             raise _no_sequence()
         # More ids of one table are one lookup.
-        ids, real = _batched(ids, in_dims[1], info), _batched(real, in_dims[2], info)
-        return fetch(weight, ids, real, call.how), 0
+        ids, valid = _batched(ids, in_dims[1], info), _batched(valid, in_dims[2], info)
+        return fetch(weight, ids, valid, call.table), 0
 
 
 class _SumById(_Saving):
     @staticmethod
-    def forward(grad: Tensor, ids: Tensor, real: Tensor | None, call: _Call) -> Tensor:
-        return call.request(ids, real).gradient(grad)
+    def forward(grad: Tensor, ids: Tensor, valid: Tensor | None, call: _Call) -> Tensor:
+        return call.request(ids, valid).gradient(grad, call.table.grad_buffer)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        how = ctx.call.how
-        ids, real = ctx.saved_tensors
-        return fetch(without_pad(grad, how), ids, real, how), None, None, None
+        table = ctx.call.table
+        ids, valid = ctx.saved_tensors
+        return fetch(table.without_pad_row(grad), ids, valid, table), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, grad: Tensor, *_: Any) -> Tensor:
-        output: Tensor = _SumById.apply(grad, *ctx.saved_tensors, _Call(ctx.call.how))
+        output: Tensor = _SumById.apply(grad, *ctx.saved_tensors, _Call(ctx.call.table))
         return output
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
         return _one_by_one(_SumById, info, in_dims, inputs)
-
-
-def without_pad(block: Tensor, how: Lookup) -> Tensor:
-    """``block`` of a table with zeros in the pad row, which gets no gradient."""
-    if how.pad_idx is None or how.pad_idx not in how.place.rows:
-        return block
-    row = how.pad_idx - how.place.rows.start
-    # Made on the device: from a list it would be copied there, for which CUDA waits.
-    return block.index_fill(0, torch.arange(row, row + 1, device=block.device), 0)
 
 
 def _one_by_one(
@@ -245,7 +333,7 @@ def _one_by_one(
     """The function of each item of a batch, as for tables of an ensemble."""
     parts = [_batched(x, dim, info) for x, dim in zip(inputs[:3], in_dims[:3], strict=True)]
     items = zip(*(repeat(None) if part is None else part for part in parts), strict=False)
-    return torch.stack([function.apply(*item, _Call(inputs[3].how)) for item in items]), 0
+    return torch.stack([function.apply(*item, _Call(inputs[3].table)) for item in items]), 0
 
 
 def _batched(x: Any, dim: int | None, info: Any) -> Any:
@@ -255,23 +343,23 @@ def _batched(x: Any, dim: int | None, info: Any) -> Any:
     return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
-def _gradient(returned: Returned, how: Lookup) -> Tensor:
+def _gradient(returned: ReturnedGrads, table: Lookup, into: GradBuffer | None) -> Tensor:
     """The gradient of this rank's block."""
-    rows, columns = how.place.rows, returned.columns
-    if returned.grad.device.type != "cpu" and not how.sparse and returned.distinct is None:
+    rows, columns = table.place.rows, returned.columns
+    if returned.grad.device.type != "cpu" and not table.sparse and returned.distinct is None:
         grad = returned.grad[:, columns.start : columns.stop]
-        return sum_all(grad, rows_to_sum(returned.ids, rows, how.pad_idx), len(rows))
+        return sum_all(grad, rows_to_sum(returned.ids, rows, table.pad_idx), len(rows))
     distinct = returned.distinct or find_distinct(returned.ids, returned.positions)
-    if how.place.dim == 0:
+    if table.place.dim == 0:
         distinct = distinct.within(rows)
-    if how.pad_idx is not None:
-        distinct = distinct.without(how.pad_idx)
+    if table.pad_idx is not None:
+        distinct = distinct.without(table.pad_idx)
     sums = sum_by_id(returned.grad, distinct, columns)
     used = (distinct.ids - rows.start).long()
-    if how.sparse:
+    if table.sparse:
         return as_sparse(used, sums, len(rows))
-    if how.grad_buffer is not None and sums.device.type == "cpu":
-        return how.grad_buffer.fill(used, sums, len(rows))
+    if into is not None and sums.device.type == "cpu":
+        return into.fill(used, sums, len(rows))
     return sums.new_zeros(len(rows), sums.size(1)).index_copy_(0, used, sums)
 
 
@@ -279,7 +367,7 @@ def _no_sequence() -> ValueError:
     return ValueError("`x` must have a dimension to cut for the output 'sequence', but has none.")
 
 
-def _sequence_blocks(ids: Tensor, real: Tensor | None, gang: Gang) -> list[Tensor]:
+def _sequence_blocks(ids: Tensor, valid: Tensor | None, gang: Gang) -> list[Tensor]:
     """For each rank its contiguous block of positions along the last dimension, as indices into the
     flat ids, without padding."""
     if not ids.ndim:
@@ -290,5 +378,5 @@ def _sequence_blocks(ids: Tensor, real: Tensor | None, gang: Gang) -> list[Tenso
     for rank in range(gang.size):
         own = partition.shard(rank)
         block = flat[..., own.start : own.stop].flatten()
-        blocks.append(block if real is None else block[real.flatten()[block]])
+        blocks.append(block if valid is None else block[valid.flatten()[block]])
     return blocks

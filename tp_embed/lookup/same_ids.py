@@ -76,10 +76,10 @@ class SameIds(LateCheck):
         self.every = every
         self._history = _History()
 
-    def __call__(self, ids: Tensor, real: Tensor | None, gang: Gang, where: str) -> None:
+    def __call__(self, ids: Tensor, valid: Tensor | None, gang: Gang, where: str) -> None:
         """
         :param ids: *Shape:* any. *Dtype:* int32 or int64; its size does not matter.
-        :param real: what is no padding; if ``None``, all. *Shape:* that of ``ids``.
+        :param valid: what is no padding; if ``None``, all. *Shape:* that of ``ids``.
         :param where: the table, called the same on every rank.
         :raises GangError: the ids of a rank differ; on all ranks alike.
         """
@@ -87,7 +87,7 @@ class SameIds(LateCheck):
             return
         if is_capturing(ids.device):
             return
-        flat = (ids if real is None else ids.masked_fill(~real, _PADDING)).flatten()
+        flat = (ids if valid is None else ids.masked_fill(~valid, _PADDING)).flatten()
         checksum = (flat * _weights(len(flat), ids.device)).sum()
         history = self._history
         history.add(ids.shape, checksum)
@@ -106,9 +106,6 @@ class SameIds(LateCheck):
         gang.all_gather(facts, torch.cat([known, torch.stack([checksum, all_ids])]))
         # What is sent before a late answer may not fit, so nothing more is sent after it.
         self._look(_Comparison(gang, where, ids.shape, facts, None if lag else flat), lag)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_history": _History()}  # A copy has looked up nothing.
 
 
 class _History:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from tp_embed.gang import Gang
 from tp_embed.gang.agreement import check_agreement, raise_together
 from tp_embed.lookup.exchange import Dedup
-from tp_embed.lookup.request import Output
+from tp_embed.lookup.options import Output
 from tp_embed.lookup.same_ids import check_interval
 from tp_embed.lookup.train_rows import Rows
 from tp_embed.nn.embedding import (

@@ -9,7 +9,7 @@ from typing import Literal, Protocol, cast, get_args, runtime_checkable
 from torch import Tensor, nn
 from torch.nn import Module
 
-from tp_embed.lookup.request import Output
+from tp_embed.lookup.options import Output
 from tp_embed.lookup.train_rows import Rows, as_rows
 from tp_embed.plan.estimate import auto_strategy
 from tp_embed.plan.setup import Setup

@@ -1,0 +1,61 @@
+"""The options of a table that is looked up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from torch import Tensor
+
+from tp_embed.lookup.exchange import Dedup
+from tp_embed.lookup.same_ids import check_interval
+
+Output = Literal["replicated", "sequence", "shard"]
+
+
+@dataclass(frozen=True, eq=False)
+class LookupOptions:
+    """What a table gives for ids, and what its gradient is; the keywords of
+    :class:`~tp_embed.ShardedEmbedding`, which says what they mean."""
+
+    output: Output = "replicated"
+    dedup: Dedup = "auto"
+    sparse: bool = False
+    reuse_grad: bool = False
+    scale: float | Tensor | None = None
+    train_rows: Tensor | None = None
+    check_ids: int | None = None
+
+    def __post_init__(self) -> None:
+        """
+        :raises ValueError: an option is something else, or doesn't go with another.
+        """
+        if self.dedup not in ("auto", True, False):
+            raise ValueError(
+                f"`dedup` must be 'auto', True or False, but is {self.dedup!r} instead."
+            )
+        if self.sparse and self.reuse_grad:
+            raise ValueError(
+                "`reuse_grad` must be False with `sparse`, but is True instead: it is about dense "
+                "gradients."
+            )
+        is_number = isinstance(self.scale, (int, float)) or (
+            isinstance(self.scale, Tensor) and not self.scale.ndim
+        )
+        if self.scale is not None and not is_number:
+            raise ValueError(
+                f"`scale` must be a number or a tensor of the shape (), but is {self.scale!r} "
+                "instead."
+            )
+        check_interval(self.check_ids)
+
+    def of_whole(self) -> dict[str, Any]:
+        """Those that a table on one rank has too, as keywords."""
+        return {name: getattr(self, name) for name in _OF_WHOLE}
+
+    def of_shard(self) -> dict[str, Any]:
+        """All, as keywords."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+_OF_WHOLE = ("sparse", "reuse_grad", "scale", "train_rows")

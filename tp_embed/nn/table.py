@@ -1,0 +1,275 @@
+"""What the embedding classes share: a module that holds one block of a table."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from tp_embed.batch_layout import BatchLayout
+from tp_embed.gang import Gang
+from tp_embed.lookup.exchange import Dedup, Place
+from tp_embed.lookup.options import LookupOptions, Output
+from tp_embed.lookup.request import Lookup, look_up
+from tp_embed.lookup.train_rows import Rows, as_rows
+from tp_embed.nn import init
+from tp_embed.nn.gang_layer import GangLayer
+from tp_embed.nn.init_whole import fill_from_whole_table
+from tp_embed.partition import Partition
+
+InitFn = Callable[[Any], object]
+
+
+class Embedding(Module, ABC):
+    """Stores embeddings of a fixed dictionary and size.
+
+    :param num_embeddings: V, the number of rows of the table; at least 1.
+    :param embed_dim: E, the dimensionality of the embeddings; at least 1.
+    :param pad_idx: if not ``None``, the row that is zero after initialisation and gets no
+        gradient; negative values count from the end.
+    :raises ValueError: a size is less than 1, or ``pad_idx`` is not a row of the table.
+    :raises TypeError: a size is not an integer.
+    """
+
+    num_embeddings: int
+    embed_dim: int
+    pad_idx: int | None
+
+    def __init__(self, num_embeddings: int, embed_dim: int, pad_idx: int | None = None) -> None:
+        super().__init__()
+        for name, size in (("num_embeddings", num_embeddings), ("embed_dim", embed_dim)):
+            if not isinstance(size, int):
+                raise TypeError(
+                    f"`{name}` must be an integer, but is a `{type(size).__name__}` instead."
+                )
+            if size < 1:
+                raise ValueError(
+                    f"`{name}` must be greater than or equal to 1, but is {size} instead."
+                )
+        if pad_idx is not None:
+            if not -num_embeddings <= pad_idx < num_embeddings:
+                raise ValueError(
+                    f"`pad_idx` must be in [-{num_embeddings}, {num_embeddings}) "
+                    f"(num_embeddings), but is {pad_idx} instead."
+                )
+            pad_idx %= num_embeddings
+        self.num_embeddings = num_embeddings
+        self.embed_dim = embed_dim
+        self.pad_idx = pad_idx
+
+    # As `torch.nn.Embedding` calls them.
+    max_norm = property(lambda self: None)
+    norm_type = property(lambda self: 2.0)
+    scale_grad_by_freq = property(lambda self: False)
+    embedding_dim = property(lambda self: self.embed_dim)
+    padding_idx = property(lambda self: self.pad_idx)
+
+    @abstractmethod
+    def forward(self, x: Tensor, layout: BatchLayout | None = None) -> Tensor:
+        """
+        :param x: the embedding indices. *Shape:* any. *Dtype:* any integer.
+        :param layout: of ``x``. What is padding by it is neither looked up nor sent, gives zeros
+            and gets no gradient; its indices may be any.
+        :returns: the embeddings. *Shape:* :math:`(*,E)`, where :math:`*` is the shape of ``x``.
+        :raises TypeError: ``x`` does not have an integer dtype.
+        :raises ValueError: ``layout`` is of another shape.
+        :raises IndexError: an index is not a row of the table.
+        """
+
+
+def _option(name: str) -> Any:
+    """An option of a table, which may be assigned as in torch."""
+
+    def read(table: Table) -> Any:
+        return getattr(table._options, name)
+
+    def assign(table: Table, value: Any) -> None:
+        table._options = replace(table._options, **{name: value})
+
+    return property(read, assign)
+
+
+class Table(GangLayer, Embedding):
+    """An embedding whose ``weight``, its one Parameter, is a block of the table.
+
+    ``shard_dim`` is the dimension that is cut over the gang, 0 for the rows and 1 for the columns;
+    ``outputs`` are the layouts that the class can give.
+    """
+
+    shard_dim: ClassVar[Literal[0, 1]]
+    outputs: ClassVar[tuple[str, ...]]
+
+    weight: Parameter
+
+    def __init__(
+        self,
+        gang: Gang,
+        num_embeddings: int,
+        embed_dim: int,
+        pad_idx: int | None = None,
+        *,
+        init_fn: InitFn | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        output: Output = "replicated",
+        dedup: Dedup = "auto",
+        sparse: bool = False,
+        reuse_grad: bool = False,
+        scale: float | Tensor | None = None,
+        train_rows: Rows | None = None,
+        check_ids: int | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embed_dim, pad_idx)
+        if not isinstance(gang, Gang):
+            raise TypeError(
+                f"`gang` must be a `Gang`, but is a `{type(gang).__name__}` instead. Wrap a "
+                "process group: `ProcessGroupGang(process_group, device)`."
+            )
+        if train_rows is not None:
+            train_rows = as_rows(train_rows, num_embeddings)
+        self.init_fn = init_fn
+        self.gang = gang
+        self._options = LookupOptions(
+            output, dedup, sparse, reuse_grad, scale, train_rows, check_ids
+        )
+        self._prepare()
+        shape = len(self.rows), len(self.columns)
+        if device is None and torch.get_default_device().type == "cpu":
+            device = gang.device
+        self.weight = Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self._adopt()
+        self.reset_parameters()
+
+    def _prepare(self) -> None:
+        """Makes what lookups need, anew when the gang, the pad row or an option is assigned."""
+        options, kind = self._options, type(self).__name__
+        if options.output not in self.outputs:
+            hint = "" if self.shard_dim else " `ShardedEmbedding` gives 'shard', its own columns."
+            raise ValueError(
+                f"`output` must be one of {self.outputs} for a `{kind}`, "
+                f"but is {options.output!r} instead.{hint}"
+            )
+        place = Place(self.gang, self.partition, self.shard_dim, self.rows, self.columns)
+        name = f"{kind}({self.num_embeddings}, {self.embed_dim}, {options.output!r})"
+        self._lookup = Lookup(place, self.pad_idx, options, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("gang", "pad_idx", "_options") and "_lookup" in self.__dict__:
+            self._prepare()
+
+    output = _option("output")
+    dedup = _option("dedup")
+    sparse = _option("sparse")
+    reuse_grad = _option("reuse_grad")
+    scale = _option("scale")
+    train_rows = _option("train_rows")
+
+    @property
+    def partition(self) -> Partition:
+        """How the sharded dimension is cut over the gang."""
+        size = self.embed_dim if self.shard_dim else self.num_embeddings
+        return Partition(size, self.gang.size)
+
+    @property
+    def rows(self) -> range:
+        """The rows of the table that ``weight`` holds."""
+        return range(self.num_embeddings) if self.shard_dim else self._own_range()
+
+    @property
+    def columns(self) -> range:
+        """The columns of the table that ``weight`` holds."""
+        return self._own_range() if self.shard_dim else range(self.embed_dim)
+
+    def _own_range(self) -> range:
+        return self.partition.shard(self.gang.rank)
+
+    def reset_parameters(self) -> None:
+        """Initializes the table, with ``init_fn`` or else as :class:`torch.nn.Embedding` does, from
+        the standard normal distribution.
+
+        All ranks of the gang have to call it. The functions of :mod:`tp_embed.nn.init`, and others
+        that are marked with :func:`tp_embed.nn.init.blockwise`, fill each rank's block where it is;
+        they send 8 bytes. Any other function is called on rank 0 of the gang with a whole
+        :class:`StandardEmbedding`, under torch's generators seeded for this table, and every rank
+        receives its block: V x E items are broadcast, in chunks, and rank 0 holds the whole table
+        for that long. Its pad row is zero before the function, and again after one that drew random
+        numbers with torch; a function that copies a pretrained table keeps the row that it copies.
+        On ``meta`` nothing is done.
+
+        :raises ValueError: ``init_fn`` has changed the shape, dtype or device of the weight.
+        :raises GangError: ``init_fn`` failed on rank 0 and this is another rank.
+        """
+        if self.weight.is_meta:
+            return
+        init_fn = self.init_fn or init.normal
+        if init.is_blockwise(init_fn):
+            init_fn(self)
+        else:
+            fill_from_whole_table(self, init_fn, self._empty_whole)
+
+    @abstractmethod
+    def _empty_whole(self, device: torch.device | str | None = None) -> Table:
+        """The whole table on one rank, not initialized."""
+
+    @property
+    def embed_scale(self) -> float | Tensor:
+        """``scale``, if there is one, as transformers calls it."""
+        scale: float | Tensor | None = self.scale
+        if scale is None:
+            raise AttributeError(f"This `{type(self).__name__}` has no `scale`.")
+        return scale
+
+    @embed_scale.setter
+    def embed_scale(self, scale: float | Tensor) -> None:
+        self.scale = scale
+
+    def forward(self, x: Tensor, layout: BatchLayout | None = None) -> Tensor:
+        self._check_input(x)
+        self._mask_gradient()
+        output = look_up(self._lookup, self.weight, x, layout)
+        scale = self.scale
+        if scale is None:
+            return output
+        return output * (scale.to(output.dtype) if isinstance(scale, Tensor) else scale)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_lookup"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare()  # A copy is another table.
+
+    def check_ids(self) -> None:
+        """Waits until the ids of all forwards so far are checked, which on an accelerator is done
+        in the background; see :class:`tp_embed.lookup.ids.IdCheck`.
+
+        :raises IndexError, GangError: as the forward.
+        """
+        self._lookup.flush()
+
+    def extra_repr(self) -> str:
+        parts = [str(self.num_embeddings), str(self.embed_dim)]
+        if self.pad_idx is not None:
+            parts.append(f"pad_idx={self.pad_idx}")
+        if self.gang.size > 1:
+            parts.append(self._shard_repr(self.shard_dim, self.partition))
+        if self.output != "replicated":
+            parts.append(f"output={self.output!r}")
+        if self.dedup != "auto":
+            parts.append(f"dedup={self.dedup}")
+        if self.sparse:
+            parts.append("sparse=True")
+        if self.reuse_grad:
+            parts.append("reuse_grad=True")
+        if self.scale is not None:
+            parts.append(f"scale={float(self.scale):g}")
+        if self.train_rows is not None:
+            parts.append(f"train_rows={len(self.train_rows)}")
+        parts.append(f"dtype={self.weight.dtype}, device='{self.weight.device}'")
+        return ", ".join(parts)
