@@ -207,7 +207,7 @@ def test_each_copy_is_a_table_of_its_own():
 
 def test_tables_are_not_kept_alive():
     embed = build(FakeGang("cpu"), "embed")
-    handle = embed._handle
+    handle = embed._lookup.handle
     assert _NAMED[handle] is embed
     del embed
     gc.collect()
@@ -230,8 +230,8 @@ def test_without_gradients():
 def test_torch_finds_the_operators_sound(real):
     embed = VocabShardedEmbedding(FakeGang("cpu", rank=1, size=2), V, E)
     ids = torch.tensor([[2, 20, 2]])
-    args = embed.weight, ids, real, [1, 3, E], embed._handle
+    args = embed.weight, ids, real, [1, 3, E], embed._lookup.handle
     library.opcheck(torch.ops.tp_embed.look_up.default, args)
     grad = torch.randn(1, 3, E)
-    args = grad, ids, real, list(embed.weight.shape), embed._handle
+    args = grad, ids, real, list(embed.weight.shape), embed._lookup.handle
     library.opcheck(torch.ops.tp_embed.look_up_backward.default, args)
