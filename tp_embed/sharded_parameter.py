@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 from torch._ops import OperatorBase
 from torch.nn import Parameter
 from torch.optim import optimizer as torch_optimizer
@@ -240,14 +241,14 @@ class _Guarded:
 
 
 def _passes(func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> bool:
+    if name in _PASSED or name in _IN_PLACE or name in _SPARSE:
+        return True
     if name in _PIECES or name in _VECTOR:
         origin = _origin(args, kwargs)
         return origin.ndim == 1 and not isinstance(origin, ShardedGrad)
     if name == "__setitem__":  # Where a mask says so, as in `grad[grad.isnan()] = 0.0`.
         return isinstance(args[1], _Guarded) and not isinstance(args[2], Tensor)
-    if name.startswith(("_foreach_", "_fused_", "_amp_")):
-        return name not in _REDUCTIONS
-    return name in _PASSED or name in _IN_PLACE or name in _SPARSE
+    return name.startswith(("_foreach_", "_fused_", "_amp_")) and name not in _REDUCTIONS
 
 
 def _reaches_gang(collective: Any, args: Any, kwargs: Any) -> bool:
@@ -418,3 +419,9 @@ class ShardedParameter(_Guarded, Parameter):
 # torch's optimizers and norms take their fast paths for the types that are listed, as DTensor is.
 torch_optimizer._foreach_supported_types.append(ShardedParameter)
 _foreach_utils._foreach_supported_types.extend((ShardedGrad, FrameworkGrad))
+
+# A call by code that isn't traced makes no graph of its own: its guards would not tell `clone` from
+# `detach`, and give one the graph of the other.
+_SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
+for _kind in (_Guarded, FrameworkGrad):
+    eval_frame.set_code_exec_strategy(_kind.__torch_function__.__func__.__code__, _SKIP)
