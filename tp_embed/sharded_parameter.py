@@ -9,6 +9,7 @@ item goes through: optimizers, copies, casts, flat buffers.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections import OrderedDict
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -194,8 +195,11 @@ class _Guarded:
         :param device: the device of the table; if ``None``, the device of the shard.
         :returns: *Shape:* :math:`(V,E)`.
         """
-        shard = self._shard
-        return whole_table(local(self), shard.dim, shard.gang, shard.partition, device)
+        shard, own = self._shard, local(self)
+        cut = shard.dim, shard.gang, shard.partition, device
+        if own.ndim > 2:  # Several gradients, by `is_grads_batched=True`.
+            return torch.stack([whole_table(block, *cut) for block in own])
+        return whole_table(own, *cut)
 
     @classmethod
     def __torch_function__(
@@ -397,6 +401,12 @@ class ShardedParameter(_Guarded, Parameter):
         with unguarded():
             return f"{super().__repr__()}\n({self._shard.table})"
 
+    def detach(self) -> Tensor:
+        is_run = not torch.compiler.is_compiling()
+        if is_run and sys._getframe(1).f_code is Parameter.__new__.__code__:
+            raise ValueError(_refusal("torch.nn.Parameter", (self,), {}))
+        return super().detach()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedParameter:
         if id(self) not in memo:
             with unguarded():
@@ -424,4 +434,4 @@ _foreach_utils._foreach_supported_types.extend((ShardedGrad, FrameworkGrad))
 # `detach`, and give one the graph of the other.
 _SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
 for _kind in (_Guarded, FrameworkGrad):
-    eval_frame.set_code_exec_strategy(_kind.__torch_function__.__func__.__code__, _SKIP)
+    eval_frame.set_code_exec_strategy(vars(_kind)["__torch_function__"].__func__.__code__, _SKIP)
