@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tp_embed.backward import is_needed_again
+from tp_embed.collectives import check_sendable, is_batched
 from tp_embed.distinct import find_distinct
 from tp_embed.exchange import (
     ColumnsToAll,
@@ -114,6 +115,8 @@ class Request:
 
     def gradient(self, grad: Tensor) -> Tensor:
         """The gradient of this rank's block, given that of :meth:`rows`."""
+        if isinstance(self._exchange, (RowsToBlocks, ColumnsToBlocks)):
+            check_sendable(grad)
         grad = grad.reshape(self._shape.numel(), grad.size(-1))
         if self._kept is not None:
             grad = grad[self._kept]
@@ -270,7 +273,7 @@ def _gradient(returned: Returned, how: Lookup) -> Tensor:
     used = (distinct.ids - rows.start).long()
     if how.sparse:
         return as_sparse(used, sums, len(rows))
-    if how.grad_buffer is not None and sums.device.type == "cpu":
+    if how.grad_buffer is not None and sums.device.type == "cpu" and not is_batched(sums):
         return how.grad_buffer.fill(used, sums, len(rows))
     return sums.new_zeros(len(rows), sums.size(1)).index_copy_(0, used, sums)
 
