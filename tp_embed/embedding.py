@@ -23,7 +23,7 @@ from tp_embed.fetch import Lookup, Output, Request, fetch, without_pad
 from tp_embed.gang import FakeGang, Gang
 from tp_embed.ids import IdCheck, as_indices
 from tp_embed.layer import GangLayer
-from tp_embed.lookup import GradBuffer, keep_coalesced
+from tp_embed.lookup import GradBuffer, check_sparse, keep_coalesced
 from tp_embed.partition import Partition
 from tp_embed.same_ids import SameIds, check_interval
 from tp_embed.sharded_parameter import local, unguarded
@@ -248,6 +248,7 @@ class _Table(GangLayer, Embedding):
 
     def _look_up(self, ids: Tensor, real: Tensor | None) -> Tensor:
         if self.sparse:
+            check_sparse(self.weight)
             keep_coalesced(self.weight)
         return fetch(self.weight, ids, real, self._lookup(self._grad_buffer))
 
