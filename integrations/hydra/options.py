@@ -17,6 +17,7 @@ def shard_options(config: DictConfig) -> dict[str, Any]:
     from tp_embed.train_rows import read_rows  # Imports torch, which takes seconds.
 
     embedding, head = config.embedding, config.get("head")
+    rows: Any = OmegaConf.to_container(embedding.train_rows)
     options = {
         "strategy": embedding.strategy.value,
         "rules": {pattern: strategy.value for pattern, strategy in embedding.rules.items()},
@@ -25,10 +26,7 @@ def shard_options(config: DictConfig) -> dict[str, Any]:
         "sparse": embedding.sparse,
         "reuse_grad": embedding.reuse_grad,
         "check_ids": embedding.check_ids,
-        "train_rows": {
-            name: read_rows(rows)
-            for name, rows in OmegaConf.to_container(embedding.train_rows).items()
-        },
+        "train_rows": {name: read_rows(chosen) for name, chosen in rows.items()},
         "init_fn": instantiate(embedding.init_fn),
     }
     if head is not None:
