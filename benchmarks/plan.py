@@ -144,6 +144,7 @@ def measure_engine(setup: Setup, strategy: Strategy) -> dict[str, Any]:
 
 def tensors() -> list[Tensor]:
     """All that there are, with the gradients of Parameters, which Python may not know yet."""
+    time.sleep(0.1)  # Gloo's threads let go of what they sent a moment after a collective returned.
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Some objects complain when they are looked at.

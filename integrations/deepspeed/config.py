@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from tp_embed.lookup.options import Output
-from tp_embed.lookup.train_rows import Rows
+from tp_embed.lookup.train_rows import Rows, read_rows
 from tp_embed.nn import init as init_functions
 from tp_embed.nn.embedding import InitFn
 from tp_embed.nn.init import is_blockwise
@@ -87,29 +87,17 @@ class EmbedConfig(BaseModel):
     @classmethod
     def _check_train_rows(cls, value: dict[str, str | list[int]]) -> dict[str, str | list[int]]:
         for rows in value.values():
-            _rows(rows)
+            read_rows(rows)
         return value
 
     @property
     def rows(self) -> dict[str, Rows]:
         """``train_rows``, for :func:`tp_embed.shard_embeddings`."""
-        return {name: _rows(rows) for name, rows in self.train_rows.items()}
+        return {name: read_rows(rows) for name, rows in self.train_rows.items()}
 
     @property
     def init_fn(self) -> InitFn | None:
         return None if self.init is None else _init_function(self.init)
-
-
-def _rows(rows: str | list[int]) -> Rows:
-    if isinstance(rows, list):
-        return rows
-    try:
-        bounds = [int(bound) if bound.strip() else None for bound in rows.split(":")]
-    except ValueError:
-        bounds = []
-    if len(bounds) not in (2, 3):
-        raise ValueError(f"rows must be a list, or a slice such as '32000:', but are {rows!r}")
-    return slice(*bounds)
 
 
 def read_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], EmbedConfig]:

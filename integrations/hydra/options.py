@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 
 def shard_options(config: DictConfig) -> dict[str, Any]:
@@ -14,7 +14,10 @@ def shard_options(config: DictConfig) -> dict[str, Any]:
     :param config: holds the choices of the groups: ``embedding``, and if they were chosen ``head``
         and ``init``. In a project with groups of its own, that is ``config.tp_embed``.
     """
+    from tp_embed.lookup.train_rows import read_rows  # Imports torch, which takes seconds.
+
     embedding, head = config.embedding, config.get("head")
+    rows: Any = OmegaConf.to_container(embedding.train_rows)
     options = {
         "strategy": embedding.strategy.value,
         "rules": {pattern: strategy.value for pattern, strategy in embedding.rules.items()},
@@ -23,6 +26,7 @@ def shard_options(config: DictConfig) -> dict[str, Any]:
         "sparse": embedding.sparse,
         "reuse_grad": embedding.reuse_grad,
         "check_ids": embedding.check_ids,
+        "train_rows": {name: read_rows(chosen) for name, chosen in rows.items()},
         "init_fn": instantiate(embedding.init_fn),
     }
     if head is not None:

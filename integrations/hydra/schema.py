@@ -59,7 +59,11 @@ class EmbeddingConfig:
         "whether dense gradients are put into the same memory; null: where they were"
     )
     check_ids: int | None = _key(
-        "ranks compare their ids at each n-th lookup; 0: never, null: each 32nd"
+        "ranks compare their ids at each n-th lookup; 0: never, null: each 128th"
+    )
+    train_rows: dict[str, Any] = _key(
+        "the rows that get a gradient, by patterns of names: a list, or a slice such as `32000:`; "
+        "patterns only in files"
     )
     init_fn: Any = _key("the choice of the group `init`; null: tables keep their values")
 

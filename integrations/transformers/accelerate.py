@@ -9,6 +9,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from tp_embed.integrations.deepspeed.config import read_section
+from tp_embed.integrations.deepspeed.full_values import guard_full_values
 from tp_embed.integrations.deepspeed.sharding import start_watchdog
 
 from .shard import shard_by_config
@@ -51,5 +52,6 @@ def prepare(accelerator: Any, *objects: Any, **options: Any) -> Any:
     for engine in prepared if isinstance(prepared, tuple) else (prepared,):
         if getattr(engine, "module", None) is models[0]:
             engine.tp_embed_report = report
+            guard_full_values(engine.module, engine.optimizer)
             engine.tp_embed_watchdog = start_watchdog(section)
     return prepared

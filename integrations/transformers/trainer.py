@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from tp_embed.integrations.deepspeed.config import read_section
+from tp_embed.integrations.deepspeed.full_values import guard_full_values
 from tp_embed.integrations.deepspeed.sharding import start_watchdog
 from tp_embed.surgery.shard import ShardingReport
 from tp_embed.watchdog import Watchdog
@@ -55,6 +56,8 @@ class ShardTables(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Trainers of TRL replace the `forward` after their constructor has called this one's.
         check_forward(kwargs["model"])
+        # Accelerate wraps the optimizer of the engine.
+        guard_full_values(kwargs["model"], getattr(kwargs["optimizer"], "optimizer", None))
         if self.watchdog is None:
             _, section = read_section(args.hf_deepspeed_config.config)
             self.watchdog = start_watchdog(section)

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import torch
 from accelerate.state import AcceleratorState
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -107,6 +108,21 @@ def seen(trainer: Any) -> dict[str, Any]:
     }
 
 
+def full_values(trainer: Any) -> dict[str, Any]:
+    """What `safe_get_full_*` and `safe_set_full_*` do with the table."""
+    embed = trainer.model.get_input_embeddings()
+    values = safe_get_full_fp32_param(embed.weight)
+    table = values.full_tensor()
+    safe_set_full_fp32_param(embed.weight, 2 * table)
+    found = {"table": table, "doubled": safe_get_full_fp32_param(embed.weight).full_tensor()}
+    safe_set_full_fp32_param(embed.weight, table)
+    try:
+        torch.mv(values, torch.ones(values.shape[1]))
+    except ValueError as e:
+        found["read"] = str(e)
+    return found
+
+
 def fresh() -> None:
     """Another Trainer of this process may have another DeepSpeed config."""
     AcceleratorState._reset_state()
@@ -125,6 +141,8 @@ def run(directory: Path, stage: int, tp_size: int, model: str, **section: Any) -
     rows = trainer.model.get_output_embeddings().weight.shape[0]
     found = {"report": str(shards.report), "rows": rows, **seen(trainer)}
     trainer.save_model(str(directory / "model"))
+    if tp_size > 1 and "LoRA" not in model:
+        found["values"] = full_values(trainer)
     fresh()
     args = arguments(directory, deepspeed=ds_config, **batch)
     again = train(

@@ -301,12 +301,12 @@ def test_ranks_agree_on_the_interval(pool):
     for error in pool(2, disagree_on_it, False):
         assert "must agree on `check_ids`, but disagree: rank 0: 0, rank 1: 1" in error
     for error in pool(2, disagree_on_it, True):
-        assert "must agree on `check_ids`, but disagree: rank 0: 32, rank 1: 7" in error
+        assert "must agree on `check_ids`, but disagree: rank 0: 128, rank 1: 7" in error
 
 
 def test_interval(monkeypatch):
     monkeypatch.delenv("TP_EMBED_CHECK_IDS", raising=False)
-    assert [check_interval(x) for x in (None, True, False, 0, 1, 9)] == [32, 1, 0, 0, 1, 9]
+    assert [check_interval(x) for x in (None, True, False, 0, 1, 9)] == [128, 1, 0, 0, 1, 9]
     for value in (-1, 2.0, "1"):
         with pytest.raises(ValueError, match=f"`check_ids` must be True .*, but is {value!r}"):
             check_interval(value)

@@ -85,8 +85,11 @@ def reduces_as_whole(gang, strategy):
                 assert type(seen) is torch.Tensor
                 torch.testing.assert_close(seen, wanted, rtol=1e-6, atol=1e-7)
                 assert_same_on_all_ranks(gang, seen.double())
-        flat = model.get_submodule(name).weight.grad.view(-1)
-        torch.testing.assert_close(flat.norm(), expected.get_submodule(name).weight.grad.norm())
+        whole, part = (m.get_submodule(name).weight for m in (expected, model))
+        torch.testing.assert_close(part.grad.view(-1).norm(), whole.grad.norm())
+        with torch.no_grad():
+            for take in (torch.norm, torch.sum, torch.max, lambda w: w.abs().amin(), torch.mean):
+                torch.testing.assert_close(take(part.view(-1)), take(whole.view(-1)))
 
 
 @pytest.mark.parametrize("strategy", ["embed", "vocab"])
@@ -101,11 +104,18 @@ def decays_by_the_loss(gang, strategy):
     for m in (expected, model):
         sum(p.pow(2).sum() for p in m.parameters()).backward()
         torch.mean(m.embed.weight * 2).backward()
+        (m.embed.weight.view(-1) ** 2).mean().backward()
+        m.types.weight.flatten().abs().sum().backward()
     for name in ("embed", "types"):
         grad = model.get_submodule(name).weight.grad.full_tensor()
         torch.testing.assert_close(grad, expected.get_submodule(name).weight.grad)
     with pytest.raises(ValueError, match=r"`norm` must be given the whole table"):
         model.embed.weight.norm()
+    vector = nn.utils.parameters_to_vector(model.parameters())
+    for read in (torch.norm, torch.sum, lambda v: (v * 2).max(), lambda v: v @ v):
+        for v in (vector, vector.detach()):
+            with pytest.raises(ValueError, match="a vector of Parameters of"):
+                read(v)
 
 
 @pytest.mark.parametrize("strategy", ["embed", "vocab"])

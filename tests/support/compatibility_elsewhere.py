@@ -23,10 +23,43 @@ ELSEWHERE = [
         "test_data_parallel.py::test_dense_gradients_train_as_one_process",
     ),
     Row(
-        "Train `sparse=True` behind `DistributedDataParallel` or FSDP2",
-        "*Refused*: torch names the sparse gradient; engines of DeepSpeed at ZeRO 0 take them",
+        "Train `sparse=True` behind `DistributedDataParallel`",
+        "*Refused*: `sparse` must be False for a table behind `DistributedDataParallel`; engines "
+        "of DeepSpeed at ZeRO 0 take them",
+        "2",
+        "test_data_parallel.py::test_sparse_gradients_behind_ddp_are_those_of_torch_or_refused",
+    ),
+    Row(
+        "Train `sparse=True` behind FSDP2",
+        "*Refused* by torch, as `torch.nn.Embedding` is; pass `sparse=False`",
         "2",
         "test_data_parallel.py::test_sparse_gradients_end_in_an_error_of_torch",
+    ),
+    Row(
+        "Compile steps of optimizers: `torch.compile(optimizer.step)`",
+        "Same as a compiled step on the whole table",
+        "1, 2, 3",
+        "test_compiled_optimizers.py::test_compiled_steps_are_those_of_whole_tables",
+    ),
+    Row(
+        "Take several gradients at once: `torch.autograd.grad(..., is_grads_batched=True)`",
+        "Same",
+        "1, 2, 3",
+        "test_batched_gradients.py::test_batched_gradients_are_those_one_by_one",
+    ),
+    Row(
+        'Take them of heads, or of the output "sequence"',
+        "P = 1: same; P > 1: *refused*: `is_grads_batched` must be False where the backward of a "
+        "sharded layer sends gradients",
+        "1, 2, 3",
+        "test_batched_gradients.py::test_heads_are_right_or_refused",
+    ),
+    Row(
+        "Make a layer of the weight: `nn.Parameter(embed.weight)`, "
+        "`nn.Embedding.from_pretrained(embed.weight)`",
+        "P = 1: same; P > 1: *refused*: `torch.nn.Parameter` must be given the whole table",
+        "1, 2, 3",
+        "test_parameter_of_a_shard.py::test_layers_of_a_shard_are_refused",
     ),
     Row(
         "Train engines of DeepSpeed, ZeRO 0 to 3, with AutoTP or an mpu",

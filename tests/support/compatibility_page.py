@@ -43,9 +43,8 @@ What torch lets nobody notice, and so gives this rank's part in silence:
 
 - `weight.shape`, `size()` and `numel()` are the shard's. Take `embed.num_embeddings` and
   `embed.embed_dim`, `head.out_features` and `head.in_features`.
-- Flat views are plain tensors, as the flat buffers of optimizers need them:
-  `weight.view(-1).norm()`, norms of `parameters_to_vector(...)`. Take `weight.norm()` without
-  autograd, or `weight.square().sum()`.
+- Slices of a flat view, `weight.view(-1)[a:b]`, are plain tensors, as the flat buffers of
+  optimizers need them.
 - `torch.tensor(weight)` and `weight.chunk(...)`, results of `torch._foreach_*` that are not in
   place, and products inside `torch.func` transforms of the weight itself.
 - `torch.equal` and `torch.allclose` compare shards.

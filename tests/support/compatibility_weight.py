@@ -171,6 +171,19 @@ def vectors(world: World) -> Seen:
     return (world.whole(model.embed),)
 
 
+def norm_of_a_vector(world: World) -> Seen:
+    """Take the norm of a vector of Parameters: `parameters_to_vector(...).norm()`"""
+    return (parameters_to_vector(world.model().parameters()).norm(),)
+
+
+def penalty_on_a_flat_weight(world: World) -> Seen:
+    """Penalize the flat weight: `(embed.weight.view(-1) ** 2).mean()`"""
+    embed = world.embedding()
+    penalty = (embed.weight.view(-1) ** 2).mean()
+    penalty.backward()
+    return penalty, world.whole(embed, embed.weight.grad)
+
+
 def elementwise_hook_before(world: World) -> Seen:
     """Hook the weight before it is sharded: `weight.register_hook(lambda g: g * 2)`"""
     model = world.plain_model()

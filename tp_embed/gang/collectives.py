@@ -157,6 +157,25 @@ def in_graph(x: Tensor) -> bool:
     return x.is_meta or graph_ops.is_recorded(x)
 
 
+def is_batched(grad: Tensor) -> bool:
+    """Whether ``grad`` is several gradients at once, by ``is_grads_batched=True``."""
+    if torch.compiler.is_compiling():
+        return False
+    batched: bool = torch._C._functorch.is_legacy_batchedtensor(grad)
+    return batched
+
+
+def check_sendable(grad: Tensor) -> None:
+    """
+    :raises ValueError: it is several gradients at once, which no collective takes.
+    """
+    if is_batched(grad):
+        raise ValueError(
+            "`is_grads_batched` must be False where the backward of a sharded layer sends "
+            "gradients, but is True instead. Call `torch.autograd.grad` once for each of them."
+        )
+
+
 def transformed() -> bool:
     """Whether a transform of :mod:`torch.func` or forward-mode AD is under way."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -233,6 +252,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: _Map) -> Tensor:
         ctx.function = function
+        check_sendable(x)
         output = function(x)
         if output is x:
             ctx.mark_dirty(x)

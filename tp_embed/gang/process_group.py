@@ -204,7 +204,8 @@ class ProcessGroupGang(Gang):
                 f"`{operation}` of {shapes} failed on rank {self._rank} of {self} (timeout "
                 f"{self._timeout}): {e}\nEvery rank of the gang has to call the same collectives "
                 "with the same shapes; look for a rank that stopped, took another branch, "
-                "or was given other ids, which TP_EMBED_CHECK_IDS=1 compares at each lookup."
+                "or was given other ids, which TP_EMBED_CHECK_IDS=1 compares at each lookup. "
+                'One rank alone may look up with `output="shard"` and `check_ids=False`.'
             ) from e
 
     def __repr__(self) -> str:

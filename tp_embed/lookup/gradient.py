@@ -12,6 +12,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+from torch.nn.parallel import DistributedDataParallel
 
 from tp_embed.lookup.distinct import Distinct
 
@@ -97,6 +98,23 @@ def as_sparse(rows: Tensor, sums: Tensor, num_rows: int) -> Tensor:
         is_coalesced=True,
         check_invariants=False,  # The rows are ascending.
     )
+
+
+def check_sparse(weight: Tensor) -> None:
+    """
+    :raises ValueError: ``DistributedDataParallel`` would take the sparse gradient of ``weight`` for
+        a dense one.
+    """
+    wrapper = DistributedDataParallel._active_ddp_module
+    if wrapper is None or not (wrapper.require_backward_grad_sync and torch.is_grad_enabled()):
+        return
+    if any(parameter is weight for parameter in wrapper._module_parameters):
+        raise ValueError(
+            "`sparse` must be False for a table behind `DistributedDataParallel`, which knows "
+            "sparse gradients of `torch.nn.Embedding` only, but is True instead. Pass "
+            "`sparse=False` to `shard_embeddings()` or to the class, or train with DeepSpeed at "
+            "ZeRO 0, which exchanges sparse gradients."
+        )
 
 
 def keep_coalesced(weight: Tensor) -> None:

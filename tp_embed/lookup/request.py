@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tp_embed.batch_layout import BatchLayout
 from tp_embed.gang import Gang
+from tp_embed.gang.collectives import check_sendable, is_batched
 from tp_embed.gang.graph_ops import is_traced, register
 from tp_embed.gang.graph_ops import look_up as look_up_in_graph
 from tp_embed.lookup.backward import is_needed_again
@@ -29,6 +30,7 @@ from tp_embed.lookup.exchange import (
 from tp_embed.lookup.gradient import (
     GradBuffer,
     as_sparse,
+    check_sparse,
     keep_coalesced,
     rows_to_sum,
     sum_all,
@@ -150,6 +152,7 @@ def _valid(ids: Tensor, layout: BatchLayout) -> Tensor | None:
 
 def _with_gradient(table: Lookup, weight: Tensor, ids: Tensor, valid: Tensor | None) -> Tensor:
     if table.sparse:
+        check_sparse(weight)
         keep_coalesced(weight)
     return fetch(weight, ids, valid, table)
 
@@ -211,6 +214,8 @@ class Request:
 
         :param into: where to put it if it is dense; if ``None``, into new memory.
         """
+        if isinstance(self._exchange, (RowsToBlocks, ColumnsToBlocks)):
+            check_sendable(grad)
         grad = grad.reshape(self._shape.numel(), grad.size(-1))
         if self._kept is not None:
             grad = grad[self._kept]
@@ -358,7 +363,7 @@ def _gradient(returned: ReturnedGrads, table: Lookup, into: GradBuffer | None) -
     used = (distinct.ids - rows.start).long()
     if table.sparse:
         return as_sparse(used, sums, len(rows))
-    if into is not None and sums.device.type == "cpu":
+    if into is not None and sums.device.type == "cpu" and not is_batched(sums):
         return into.fill(used, sums, len(rows))
     return sums.new_zeros(len(rows), sums.size(1)).index_copy_(0, used, sums)
 

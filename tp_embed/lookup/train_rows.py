@@ -29,6 +29,22 @@ from tp_embed.lookup.gradient import as_sparse
 Rows = slice | range | Sequence[int] | Sequence[bool] | Tensor
 
 
+def read_rows(rows: str | list[int]) -> Rows:
+    """Rows as configs have them: a list of rows, or a slice as Python writes it, ``"32000:"``.
+
+    :raises ValueError: they are something else.
+    """
+    if isinstance(rows, list):
+        return rows
+    try:
+        bounds = [int(bound) if bound.strip() else None for bound in rows.split(":")]
+    except (AttributeError, ValueError):
+        bounds = []
+    if len(bounds) not in (2, 3):
+        raise ValueError(f"rows must be a list, or a slice such as '32000:', but are {rows!r}")
+    return slice(*bounds)
+
+
 def as_rows(train_rows: Rows, num_embeddings: int) -> Tensor:
     """
     :param train_rows: the rows, as above.

@@ -197,7 +197,8 @@ class ShardedEmbedding(_ShardedTable):
     :param output: ``"replicated"``: each rank gets :math:`(*,E)`; ``"sequence"``: each rank gets
         its contiguous block of positions along the last dimension S of the indices, that of
         ``Partition(S, P).shard(rank)``: :math:`(*,S_{rank},E)`; ``"shard"``: each rank
-        gets its own columns, :math:`(*,E_{rank})`.
+        gets its own columns, :math:`(*,E_{rank})`, and nothing is sent but to compare ids: for
+        lookups by one rank alone, or from several threads at once, pass ``check_ids=False``.
     :param dedup: whether a row is sent once that several positions want: ``True``, ``False``, or
         ``"auto"``: not on an accelerator, which would have to be asked how many there are, and
         else where at most 0.85 of the ids are distinct.
@@ -214,7 +215,7 @@ class ShardedEmbedding(_ShardedTable):
         is first rounded to the dtype of the output, as scaled embeddings of transformers are.
     :param train_rows: the rows that get a gradient; see :mod:`tp_embed.lookup.train_rows`.
     :param check_ids: at which lookups ranks compare their ids: the first one and each n-th after
-        it, ``False`` for none; if ``None``, n = 32. See
+        it, ``False`` for none; if ``None``, n = 128. See
         :class:`~tp_embed.lookup.same_ids.SameIds` for what is sent, and
         :func:`~tp_embed.lookup.same_ids.check_interval`.
     :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or an option
@@ -266,7 +267,7 @@ class VocabShardedEmbedding(_ShardedTable):
         is first rounded to the dtype of the output, as scaled embeddings of transformers are.
     :param train_rows: the rows that get a gradient; see :mod:`tp_embed.lookup.train_rows`.
     :param check_ids: at which lookups ranks compare their ids: the first one and each n-th after
-        it, ``False`` for none; if ``None``, n = 32. See
+        it, ``False`` for none; if ``None``, n = 128. See
         :class:`~tp_embed.lookup.same_ids.SameIds` for what is sent, and
         :func:`~tp_embed.lookup.same_ids.check_interval`.
     :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or an option

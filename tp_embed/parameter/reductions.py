@@ -29,6 +29,8 @@ def reduce_table(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if name == "_foreach_norm":
         return _foreach_norm(*args, **kwargs)
     shard, *rest = args if args else (kwargs["input"],)
+    if shard._shard.is_vector:
+        return _NONE
     options = {key: value for key, value in kwargs.items() if key != "input"}
     if name in NORMS:
         return _norm(name, shard, *rest, **options)
@@ -95,8 +97,9 @@ def _sum(shard: Any, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _mean(shard: Any, dtype: torch.dtype | None = None) -> Tensor:
-    count = shard._shard.partition.size * shard.size(1 - shard.shard_dim)
-    mean: Tensor = _sum(shard, dtype) / count
+    count = torch.tensor(shard.numel(), device=shard.gang.device)
+    shard.gang.all_reduce(count)
+    mean: Tensor = _sum(shard, dtype) / count.to(shard.device)
     return mean
 
 
@@ -149,9 +152,10 @@ def _gangs(tensors: Sequence[Tensor]) -> list[Gang]:
 
 
 def _shape(shard: Any) -> tuple[int, ...]:
-    """The shape of a dense shard that has a row for each row."""
+    """The shape of a shard, flat or with a row for each row."""
     own = shard._shard.partition.shard(shard.gang.rank)
-    return shard.shape if shard.ndim == 2 and shard.size(shard.shard_dim) == len(own) else ()
+    fits = shard.ndim == 1 or (shard.ndim == 2 and shard.size(shard.shard_dim) == len(own))
+    return tuple(shard.shape) if fits else ()
 
 
 def _plain(shard: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ item goes through: optimizers, copies, casts, flat buffers.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections import OrderedDict
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 from torch._ops import OperatorBase
 from torch.nn import Parameter
 from torch.optim import optimizer as torch_optimizer
@@ -75,6 +77,10 @@ _IN_PLACE = _names(
 # Give the same memory in another shape, as flat buffers have it.
 _FLAT = _names("flatten ravel reshape view")
 
+# Cut a flat view into pieces, which are plain tensors, or add it to a vector of Parameters.
+_PIECES = _names("__getitem__ narrow reshape reshape_as split unflatten view view_as")
+_VECTOR = _names("cat concat concatenate")
+
 # Of sparse gradients: what reads no items, and what has the items of the gradient.
 _SPARSE = _names("_coalesced_ _indices _nnz dense_dim indices is_coalesced sparse_dim sparse_mask")
 _VALUES = _names("_values coalesce to_dense values")
@@ -89,12 +95,13 @@ _REDUCTIONS = _names("_foreach_max _foreach_norm _foreach_powsum")
 @dataclass(frozen=True)
 class Shard:
     """What a tensor is a shard of: a table that is cut along ``dim`` over ``gang``, and what the
-    model calls it, if that is known."""
+    model calls it, if that is known. In a vector, other Parameters stand beside it."""
 
     gang: Gang
     partition: Partition
     dim: int
     name: str | None = None
+    is_vector: bool = False
 
     @property
     def table(self) -> str:
@@ -188,8 +195,11 @@ class _Guarded:
         :param device: the device of the table; if ``None``, the device of the shard.
         :returns: *Shape:* :math:`(V,E)`.
         """
-        shard = self._shard
-        return whole_table(local(self), shard.dim, shard.gang, shard.partition, device)
+        shard, own = self._shard, local(self)
+        cut = shard.dim, shard.gang, shard.partition, device
+        if own.ndim > 2:  # Several gradients, by `is_grads_batched=True`.
+            return torch.stack([whole_table(block, *cut) for block in own])
+        return whole_table(own, *cut)
 
     @classmethod
     def __torch_function__(
@@ -212,8 +222,8 @@ class _Guarded:
             is_passed, is_kept = name not in _TRANSPOSED, name == "data"
             is_kept = is_kept and func.__name__ == "__get__"
         else:
-            is_kept = name in _KEPT or name in _FLAT or name in _VALUES
-            is_passed = is_kept or _passes(func, name, args)
+            is_kept = name in _KEPT or name in _FLAT or name in _VALUES or name in _VECTOR
+            is_passed = (is_kept and name not in _VECTOR) or _passes(func, name, args, kwargs)
         if getattr(func, "__module__", None) == dist.distributed_c10d.__name__:
             is_passed = not _reaches_gang(func, args, kwargs)
         if name == "register_hook":
@@ -234,12 +244,15 @@ class _Guarded:
         return _kept(result, name, args, kwargs) if is_kept else result
 
 
-def _passes(func: Any, name: str, args: tuple[Any, ...]) -> bool:
+def _passes(func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> bool:
+    if name in _PASSED or name in _IN_PLACE or name in _SPARSE:
+        return True
+    if name in _PIECES or name in _VECTOR:
+        origin = _origin(args, kwargs)
+        return origin.ndim == 1 and not isinstance(origin, ShardedGrad)
     if name == "__setitem__":  # Where a mask says so, as in `grad[grad.isnan()] = 0.0`.
         return isinstance(args[1], _Guarded) and not isinstance(args[2], Tensor)
-    if name.startswith(("_foreach_", "_fused_", "_amp_")):
-        return name not in _REDUCTIONS
-    return name in _PASSED or name in _IN_PLACE or name in _SPARSE
+    return name.startswith(("_foreach_", "_fused_", "_amp_")) and name not in _REDUCTIONS
 
 
 def _reaches_gang(collective: Any, args: Any, kwargs: Any) -> bool:
@@ -256,16 +269,16 @@ def _kept(result: Any, name: str, args: Any, kwargs: Any) -> Any:
     if type(result) is not Tensor or (name in _IN_PLACE and result.shape == origin.shape):
         return result
     is_grad = isinstance(origin, ShardedGrad)
-    of_grad = is_grad and (name in _VALUES or (name in _FLAT and result.ndim == 1))
-    if result.shape == origin.shape or of_grad:
+    is_flat = result.ndim == 1 and (name in _VECTOR or name in _FLAT)
+    if result.shape == origin.shape or is_flat or (is_grad and name in _VALUES):
         kind = ShardedGrad if is_grad else ShardedTensor
         if result.is_sparse:  # There is no other view of it.
             return _become(result, kind, origin)
         shard: Any = result.as_subclass(kind)
-        shard._shard = origin._shard
+        shard._shard = replace(origin._shard, is_vector=True) if name in _VECTOR else origin._shard
         return shard
-    if name in _FLAT and (result.ndim == 1 or result.dtype != origin.dtype):
-        return result  # A flat buffer, or bytes.
+    if name in _PIECES and (origin.ndim == 1 or result.dtype != origin.dtype):
+        return result  # A piece, or bytes.
     raise ValueError(_refusal(name, args, kwargs))
 
 
@@ -289,8 +302,9 @@ def _refusal(name: str, args: Any, kwargs: Any) -> str:
     table = "name" if origin._shard.name is None else repr(origin._shard.name)
     is_grad = isinstance(origin, ShardedGrad)
     rows = " To train some rows only, pass `train_rows`." if is_grad else ""
+    what = "a vector of Parameters" if origin._shard.is_vector else "a tensor"
     return (
-        f"`{name}` must be given the whole table, but is given a shard of it instead: a tensor of "
+        f"`{name}` must be given the whole table, but is given a shard of it instead: {what} of "
         f"the shape {shape}, with the {origin._shard.table}. Call the layer that holds it: "
         "`embed(ids)`, `head(x)`, `head.loss(x, target)`. Or take `weight.full_tensor()`, on all "
         "ranks, or, for this rank's part on purpose, `weight.to_local()`. To leave the table "
@@ -387,6 +401,12 @@ class ShardedParameter(_Guarded, Parameter):
         with unguarded():
             return f"{super().__repr__()}\n({self._shard.table})"
 
+    def detach(self) -> Tensor:
+        is_run = not torch.compiler.is_compiling()
+        if is_run and sys._getframe(1).f_code is Parameter.__new__.__code__:
+            raise ValueError(_refusal("torch.nn.Parameter", (self,), {}))
+        return super().detach()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedParameter:
         if id(self) not in memo:
             with unguarded():
@@ -409,3 +429,9 @@ class ShardedParameter(_Guarded, Parameter):
 # torch's optimizers and norms take their fast paths for the types that are listed, as DTensor is.
 torch_optimizer._foreach_supported_types.append(ShardedParameter)
 _foreach_utils._foreach_supported_types.extend((ShardedGrad, FrameworkGrad))
+
+# A call by code that isn't traced makes no graph of its own: its guards would not tell `clone` from
+# `detach`, and give one the graph of the other.
+_SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
+for _kind in (_Guarded, FrameworkGrad):
+    eval_frame.set_code_exec_strategy(vars(_kind)["__torch_function__"].__func__.__code__, _SKIP)

@@ -178,7 +178,7 @@ def test_unknown_choice_lists_the_choices(group):
 
 def test_the_embedding_and_the_head_are_arguments_of_shard_embeddings():
     defaults = {"rules": {}, "output": "replicated", "dedup": "auto"}
-    defaults |= {"sparse": None, "reuse_grad": None, "check_ids": None}
+    defaults |= {"sparse": None, "reuse_grad": None, "check_ids": None, "train_rows": {}}
     whole = {"tie_head": False, "shard_head": False}
     config = train_config("embedding=vocab_sharded", "head=replicated", "init=zeros")
     options = shard_options(config)
@@ -193,6 +193,12 @@ def test_the_embedding_and_the_head_are_arguments_of_shard_embeddings():
     assert found == ["sequence", False, True, 0]
     rules = "+embedding.rules={model.wpe:none,lm_head:vocab}"
     assert shard_options(train_config(rules))["rules"] == {"model.wpe": "none", "lm_head": "vocab"}
+    rows = "+embedding.train_rows={model.wte:'9:',lm_head:[1,4]}"
+    options = shard_options(train_config(rows))
+    assert options["train_rows"] == {"model.wte": slice(9, None), "lm_head": [1, 4]}
+    for wrong in ("9", "'9'", "'a:'", "'1:2:3:4'"):
+        with pytest.raises(ValueError, match="rows must be a list, or a slice such as '32000:'"):
+            shard_options(train_config(f"+embedding.train_rows={{model.wte:{wrong}}}"))
 
 
 def test_init_function_of_the_user_by_its_target():

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_trainer_job as job
-from hf_models import build, logits
+from hf_models import V, build, logits
 from launch import deepspeed_command, run
 from tp_embed.integrations.transformers import ShardTables
 from tp_embed.integrations.transformers.shard import check_lora
@@ -58,6 +58,15 @@ def test_training_and_evaluation_are_those_of_the_trainer(seen, alone, case):
         # The Trainer gathers those of all ranks, of which tensor-parallel ones have the same.
         for copy in found["logits"].split(2):
             torch.testing.assert_close(copy, expected["logits"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", [name for name in MODELS if "TP" in name])
+def test_full_values_are_of_the_table_or_refuse_to_be_read_as_it(seen, case):
+    for rank in range(2):
+        found = seen[rank][case]["values"]
+        assert found["table"].shape[0] == V
+        torch.testing.assert_close(found["doubled"], 2 * found["table"], rtol=0, atol=0)
+        assert "`mv` must be given the whole table" in found["read"]
 
 
 @pytest.mark.parametrize("case", ALL)
