@@ -38,7 +38,7 @@ def register_layer(layer: Module, gang: Gang) -> None:
             "`layer` must be a sharded embedding or a head tied to one, "
             f"but is a `{type(layer).__name__}` instead."
         )
-    layer.replaced = True
+    layer.replaced = True  # type: ignore[assignment]
     weight, partition, dim = layer.weight, layer.partition, layer.shard_dim
     if hasattr(weight, DS_IS_REPLACED_MODULE):
         return  # By the embedding that a head shares it with, or before.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -82,16 +83,25 @@ class Embedding(Module, ABC):
         """
 
 
+def _kept_by_lookups(name: str) -> Any:
+    """What is ``name`` in a table. When it is assigned, what lookups need is made anew."""
+
+    def assign(table: Table, value: Any) -> None:
+        setattr(table, name, value)
+        if hasattr(table, "_lookup"):
+            table._prepare()
+
+    return property(attrgetter(name), assign)
+
+
 def _option(name: str) -> Any:
     """An option of a table, which may be assigned as in torch."""
 
-    def read(table: Table) -> Any:
-        return getattr(table._options, name)
-
     def assign(table: Table, value: Any) -> None:
         table._options = replace(table._options, **{name: value})
+        table._prepare()
 
-    return property(read, assign)
+    return property(attrgetter(f"_options.{name}"), assign)
 
 
 class Table(GangLayer, Embedding):
@@ -158,11 +168,9 @@ class Table(GangLayer, Embedding):
         name = f"{kind}({self.num_embeddings}, {self.embed_dim}, {options.output!r})"
         self._lookup = Lookup(place, self.pad_idx, options, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in ("gang", "pad_idx", "_options") and "_lookup" in self.__dict__:
-            self._prepare()
-
+    # No `__setattr__`, with which FSDP2 would register Parameters anew in each step.
+    gang = _kept_by_lookups("_gang")
+    pad_idx = _kept_by_lookups("_pad_idx")
     output = _option("output")
     dedup = _option("dedup")
     sparse = _option("sparse")
