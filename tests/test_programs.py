@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -16,12 +17,11 @@ import pytest
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from compatibility import plain
 from model_matrix import is_ours
 from parity import bits
-from programs import OPTIMIZERS, Machine, Op, Program, Spec
+from programs import OPTIMIZERS, Machine, Op, Program, Seen, Spec
 
 TOLERANCES = {"float32": 2e-5, "float64": 1e-10, "bfloat16": 5e-2}
 
@@ -29,34 +29,40 @@ TOLERANCES = {"float32": 2e-5, "float64": 1e-10, "bfloat16": 5e-2}
 def run(gang: Any, program: Program) -> str:
     """What became of ``program`` on this rank: "same", "both raised: ...", "refused: ..." or
     "FAILED ..."."""
+    return outcome(program, Machine(program.spec), Machine(program.spec, gang))
+
+
+def outcome(program: Program, expected: Any, found: Any) -> str:
+    """What became of ``program`` on two machines, one after the other."""
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    expected, found = Machine(program.spec), Machine(program.spec, gang)
-    for step, op in enumerate(program.ops):
-        where = f"at {step}, {op}: "
-        reference, reference_error = _attempt(expected, op)
-        ours, error = _attempt(found, op)
-        if error is not None and reference_error is not None:
-            return f"both raised: {_text(reference_error)}"
-        if isinstance(reference_error, NotImplementedError):
+    references = _attempts(expected, program.ops)
+    found_ones = _attempts(found, program.ops[: len(references)])
+    for step, (reference, ours) in enumerate(zip(references, found_ones)):  # noqa: B905
+        where = f"at {step}, {program.ops[step]}: "
+        if isinstance(ours, Exception) and isinstance(reference, Exception):
+            return f"both raised: {_text(reference)}"
+        if isinstance(reference, NotImplementedError):
             return "torch cannot"  # Add up sparse gradients in bf16.
-        if reference_error is not None:
-            return f"FAILED {where}torch raises {_text(reference_error)}, ours does not"
-        if error is not None:
-            kind = "refused: " if is_ours(error) else "FAILED " + where
-            return f"{kind}{_text(error)}"
-        assert reference is not None
-        assert ours is not None
+        if isinstance(reference, Exception):
+            return f"FAILED {where}torch raises {_text(reference)}, ours does not"
+        if isinstance(ours, Exception):
+            kind = "refused: " if is_ours(ours) else "FAILED " + where
+            return f"{kind}{_text(ours)}"
         if different := _different(program, found, ours, reference):
             return f"FAILED {where}{different}"
     return "same"
 
 
-def _attempt(machine: Machine, op: Op) -> tuple[dict[str, Tensor | None] | None, Exception | None]:
-    try:
-        return machine.run(op), None
-    except Exception as error:
-        return None, error
+def _attempts(machine: Any, ops: Sequence[Op]) -> list[Seen | Exception]:
+    """What there is to see after each operation, up to the first that raises."""
+    seen: list[Seen | Exception] = []
+    for op in ops:
+        try:
+            seen.append({k: v if v is None else v.clone() for k, v in machine.run(op).items()})
+        except Exception as error:
+            return [*seen, error]
+    return seen
 
 
 def _text(error: Exception) -> str:
@@ -64,7 +70,7 @@ def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({last.filename[-40:]})"
 
 
-def _different(program: Program, ours: Machine, found: Any, expected: Any) -> str:
+def _different(program: Program, ours: Any, found: Seen, expected: Seen) -> str:
     for name, whole in expected.items():
         value = found[name]
         if whole is None or value is None:
@@ -110,7 +116,7 @@ def specs(draw: Any) -> Spec:
     )
 
 
-def _ops(name: str, **arguments: Any) -> st.SearchStrategy[Op]:
+def op(name: str, **arguments: Any) -> st.SearchStrategy[Op]:
     return st.tuples(st.just(name), st.fixed_dictionaries({}, optional=arguments))
 
 
@@ -151,14 +157,14 @@ LOOK_UP = st.tuples(
 ).map(_possible)
 # Torch refuses the last two, and ends the program.
 MODES = ["autograd.grad", "second order", "retained twice"]
-BACKWARD = _ops("backward", mode=_of(*MODES * 7, "ids changed", "twice"))
-CLIP = _ops("clip", by=_of("torch", "tp_embed"), norm=_of(1.0, 2.0, float("inf")))
-STEP = _ops("step")
-ZERO = _ops("zero_grad", set_to_none=st.booleans())
+BACKWARD = op("backward", mode=_of(*MODES * 7, "ids changed", "twice"))
+CLIP = op("clip", by=_of("torch", "tp_embed"), norm=_of(1.0, 2.0, float("inf")))
+STEP = op("step")
+ZERO = op("zero_grad", set_to_none=st.booleans())
 OTHERS = st.one_of(
-    _ops("copy", how=_of("pickle", "state dict", "assigned state dict")),
-    _ops("hook_weight"),
-    _ops("freeze", frozen=st.booleans()),
+    op("copy", how=_of("pickle", "state dict", "assigned state dict")),
+    op("hook_weight"),
+    op("freeze", frozen=st.booleans()),
 )
 
 
@@ -179,11 +185,11 @@ OPS = st.lists(TURN, min_size=1, max_size=4).map(lambda turns: tuple(chain(*turn
 PROGRAMS = st.builds(Program, specs(), st.integers(1, 3), OPS)
 
 
-def check(pool: Any, examples: int) -> None:
+def check(pool: Any, examples: int, programs: Any = PROGRAMS, run: Any = run) -> None:
     @settings(max_examples=examples, print_blob=True)
-    @given(PROGRAMS)
+    @given(programs)
     def any_program(program: Program) -> None:
-        outcomes = pool(program.size, run, program, timeout=30)
+        outcomes = pool(program.size, run, program)
         event(outcomes[0].split("(")[0][:120])
         if any("failed on rank" in outcome for outcome in outcomes):
             pool.stop()  # The ranks may be at different collectives.

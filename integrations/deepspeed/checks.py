@@ -13,6 +13,7 @@ from deepspeed.runtime.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.tensor_parallel import get_tensor_parallel_config
 from torch.nn import Module
 
+from tp_embed.gang.agreement import of_all_ranks
 from tp_embed.nn.head import ShardedLayer
 from tp_embed.parameter.optimizers import needs_matrix, refuse
 from tp_embed.parameter.sharded import ShardedParameter
@@ -248,6 +249,30 @@ def check_made_optimizer(engine: Any) -> None:
     for name, parameter in engine.module.named_parameters():
         if isinstance(parameter, ShardedParameter) and needs_matrix(made):
             raise refuse(type(made).__name__, f"the table '{name}'")
+
+
+def check_sub_groups(engine: Any) -> None:
+    """Checks the sub-groups of ZeRO 3, for each of which DeepSpeed sums a norm over the
+    tensor-parallel ranks. All ranks have to call it; those of a gang gather two numbers.
+
+    :raises ValueError: shards differ in size, and some ranks have more sub-groups than others,
+        which would wait for ever.
+    """
+    layers = (layer for layer in engine.module.modules() if isinstance(layer, ShardedLayer))
+    gang = next((layer.gang for layer in layers), None)
+    groups = getattr(engine.optimizer, "fp16_groups", None)
+    if gang is None or groups is None or engine.zero_optimization_stage() != 3:
+        return
+    items = sum(parameter.partition_numel() for group in groups for parameter in group)
+    counts, all_items = zip(*of_all_ranks(gang, [len(groups), items]), strict=True)
+    if len(set(counts)) > 1:
+        raise ValueError(
+            "`zero_optimization.sub_group_size` must make as many sub-groups on each "
+            f"tensor-parallel rank, but is {engine.zero_sub_group_size()} and makes "
+            f"{list(counts)} instead, since shards differ in size: DeepSpeed would wait for ever "
+            f"for the norms of the missing ones. Set it to {max(all_items)} or more, which makes "
+            "one, or try another size."
+        )
 
 
 def check_choices(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -40,6 +41,8 @@ def _guard(model: Module) -> None:
     for layer in model.modules():
         if isinstance(layer, ShardedLayer):
             known = vars(layer.weight)
+            if layer.weight.numel() == 0 and not known.keys() & {"_hp_mapping", _STAGE_3}:
+                _link_empty(layer.weight)
             for name in _SETTERS:
                 setter = known.get(name)
                 if setter is not None and not hasattr(setter, "is_guarded"):
@@ -47,6 +50,18 @@ def _guard(model: Module) -> None:
             optimizer = known.get(_STAGE_3)
             if optimizer is not None and not isinstance(optimizer, _Stage3):
                 setattr(layer.weight, _STAGE_3, _Stage3(layer, optimizer))
+
+
+def _link_empty(weight: Any) -> None:
+    """Gives an empty shard what DeepSpeed gives the others of the table at ZeRO 1 and 2."""
+
+    def get(*_: Any) -> Tensor | None:
+        return as_shard(torch.empty_like(weight, dtype=torch.float32), weight)
+
+    weight._hp_mapping = None
+    weight.get_full_hp_param = weight.get_full_hp_grad = get
+    for name in _SETTERS:
+        setattr(weight, name, lambda *_: None)
 
 
 def _guarded(layer: Any, setter: Callable[..., None]) -> Callable[..., None]:

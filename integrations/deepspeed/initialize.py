@@ -15,7 +15,7 @@ from deepspeed.runtime.tensor_parallel.init_utils import (
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from .checks import check_made_optimizer
+from .checks import check_made_optimizer, check_sub_groups
 from .config import read_section
 from .full_values import guard_full_values
 from .sharding import shard_model, start_watchdog
@@ -93,6 +93,7 @@ def initialize(
     )
     if optimizer is not None:
         check_made_optimizer(items[0])
+    check_sub_groups(items[0])
     items[0].tp_embed_report = report
     guard_full_values(items[0].module, items[0].optimizer)
     time_collectives(items[0])

@@ -34,7 +34,8 @@ class RankError(AssertionError):
 
 
 class Pool:
-    def __init__(self) -> None:
+    def __init__(self, size: int = SIZE) -> None:
+        self._size = size
         self._dir = tempfile.TemporaryDirectory()
         self._workers: list[tuple[Any, Connection]] = []
 
@@ -56,7 +57,7 @@ class Pool:
         """As a call, but gives (True, value) or (False, traceback) for each rank."""
         if not self._workers:
             self._start()
-        members = self._workers[SIZE - size :]
+        members = self._workers[self._size - size :]
         for _, connection in members:
             connection.send_bytes(pickle.dumps((size, function, args, kwargs)))
         deadline = time.monotonic() + timeout
@@ -90,10 +91,12 @@ class Pool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch.distributed", "tp_embed.surgery.shard"])
         self._dir = tempfile.TemporaryDirectory()
-        for rank in range(SIZE):
+        for rank in range(self._size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, self._dir.name, theirs, sys.path), daemon=True
+                target=_serve,
+                args=(rank, self._size, self._dir.name, theirs, sys.path),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -116,7 +119,9 @@ class Pool:
         self._dir.cleanup()
 
 
-def _serve(rank: int, directory: str, connection: Connection, path: list[str]) -> None:
+def _serve(
+    rank: int, world_size: int, directory: str, connection: Connection, path: list[str]
+) -> None:
     sys.path[:] = path
     import torch
     import torch.distributed as dist
@@ -130,11 +135,14 @@ def _serve(rank: int, directory: str, connection: Connection, path: list[str]) -
         "gloo",
         init_method=f"file://{directory}/store",
         rank=rank,
-        world_size=SIZE,
+        world_size=world_size,
         timeout=timedelta(seconds=TIMEOUT),
     )
     world = ProcessGroupGang(None, "cpu")
-    gangs = {size: world.create_gang(range(SIZE - size, SIZE)) for size in range(1, SIZE + 1)}
+    gangs = {
+        size: world.create_gang(range(world_size - size, world_size))
+        for size in range(1, world_size + 1)
+    }
     while True:
         try:
             size, function, args, kwargs = pickle.loads(connection.recv_bytes())

@@ -47,6 +47,11 @@ class Spec:
     optimizer: str = "SGD"
 
     @property
+    def exact(self) -> bool:
+        """Whether the same bits are promised."""
+        return not (self.head or self.sparse or self.dtype == "bfloat16")
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
@@ -60,9 +65,7 @@ class Program:
 
     @property
     def exact(self) -> bool:
-        """Whether the same bits are promised."""
-        inexact = self.spec.head or self.spec.sparse or self.spec.dtype == "bfloat16"
-        return not inexact and not any(name == "clip" for name, _ in self.ops)
+        return self.spec.exact and not any(name == "clip" for name, _ in self.ops)
 
 
 def noise(seed: int, *shape: int) -> Tensor:
@@ -205,13 +208,13 @@ class Machine:
             output.retain_grad()
             self.retained.append(output)
         factors = self.part(noise(seed + 1, *shape, self.spec.dim)).to(output.dtype)
-        output = _in_place(inplace, output, factors)
+        output = in_place(inplace, output, factors)
         if self.model.head is not None:
             output = self.model.head(output)
             factors = noise(seed + 2, *shape, self.spec.rows).to(output.dtype)
             seen["logits"] = output.detach().clone()
-            output = _in_place(inplace, output, factors)
-        self.terms.append(_term(arrives, output, factors))
+            output = in_place(inplace, output, factors)
+        self.terms.append(term(arrives, output, factors))
         return seen
 
     def _forward(self, x: Tensor, mode: str) -> Tensor:
@@ -330,7 +333,7 @@ def _hooked(embed: Any, hook: str) -> Any:
     return nullcontext()
 
 
-def _in_place(name: str, output: Tensor, factors: Tensor) -> Tensor:
+def in_place(name: str, output: Tensor, factors: Tensor) -> Tensor:
     if name == "mul_":
         output.mul_(factors)
     elif name == "+=":
@@ -346,7 +349,7 @@ def _in_place(name: str, output: Tensor, factors: Tensor) -> Tensor:
     return output
 
 
-def _term(arrives: str, output: Tensor, factors: Tensor) -> Tensor:
+def term(arrives: str, output: Tensor, factors: Tensor) -> Tensor:
     if arrives == "expanded":
         return output.sum()
     if arrives == "transposed" and output.ndim > 1:
