@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from hypothesis import strategies as st
+from test_programs import INPLACE, check, op, outcome
 
 from engine_programs import EngineSpec, Machine, start_deepspeed
 from pool import Pool
 from programs import OPTIMIZERS, Op, Program
-from test_programs import INPLACE, check, op, outcome
 
 SIZE = 2
 
