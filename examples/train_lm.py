@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import matplotlib
 import torch
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
@@ -35,8 +34,8 @@ from tp_embed.integrations.hydra import main as hydra_main
 from tp_embed.integrations.hydra import register_schemas, shard_options
 from tp_embed.integrations.transformers import shard_logits
 from tp_embed.monitor import write_report
+from tp_embed.monitor.charts import line_charts, save
 
-matplotlib.use("Agg")
 register_schemas()
 
 
@@ -224,14 +223,8 @@ class Metrics:
             file.write(f"{row['step']:.0f},{row['loss']!r},{row['tokens_per_second']:.1f}\n")
 
     def plot(self, path: Path) -> None:
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(figsize=(7, 4))
-        axes.plot([row["step"] for row in self.rows], [row["loss"] for row in self.rows])
-        axes.set(xlabel="step", ylabel="training loss", title="Python's standard library")
-        axes.grid(alpha=0.3)
-        figure.tight_layout()
-        figure.savefig(path, dpi=120)
+        steps, losses = ([row[key] for row in self.rows] for key in ("step", "loss"))
+        save(line_charts({"Training loss": [("loss", steps, losses)]}), path)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,10 @@ class WrongUsageError(CommandError):
         super().__init__(message, "usage", USAGE)
 
 
+class MissingPackageError(CommandError, ImportError):
+    """An optional package isn't installed."""
+
+
 @dataclass(frozen=True)
 class Command:
     """A command.

@@ -13,9 +13,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tp_embed.command import FAILED
 from tp_embed.monitor import write_report
-from tp_embed.monitor.charts import line_chart, number
+from tp_embed.monitor.charts import line_charts, to_svg
 from tp_embed.monitor.command import REPORT
+from tp_embed.monitor.report import number
 from tp_embed.monitor.run_log import RunLog, read_run
 
 
@@ -58,13 +60,14 @@ class Page(HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.open, self.seen, self.texts, self.links = [], [], [], []
+        self.open, self.seen, self.ids, self.texts, self.links = [], [], [], [], []
         self.feed(page)
         assert self.open == []
         self.text = " ".join(self.texts)
 
     def handle_starttag(self, tag, attrs):
         self.seen.append(tag)
+        self.ids += [value for name, value in attrs if name == "id"]
         self.links += [value for name, value in attrs if name in ("src", "href")]
         if tag not in self.VOID:
             self.open.append(tag)
@@ -102,7 +105,8 @@ def test_page_has_figures_charts_and_nothing_from_elsewhere(run_dir):
     ):
         assert text in re.sub(r"\s+", " ", page.text)
     assert page.seen.count("svg") == 6
-    assert page.seen.count("polyline") == 7  # One for each table, and one for each other chart.
+    lines = [name for name in page.ids if name.startswith("line-")]
+    assert len(lines) == 7  # One for each table, and one for each other chart.
 
 
 def test_metrics_of_each_step_are_enough(tmp_path):
@@ -157,15 +161,29 @@ def test_a_resumed_run_supersedes_what_it_repeats(run_dir):
     assert read_run(run_dir).series("loss") == ([40], [4.6])
 
 
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def drawn(*lines):
+    """The SVG of a chart, and the groups of its lines."""
+    svg = ElementTree.fromstring(to_svg(line_charts({"": lines})))
+    return svg, [g for g in svg.iter(f"{SVG}g") if g.get("id", "").startswith("line-")]
+
+
+def texts(svg):
+    return [text.text for text in svg.iter(f"{SVG}text")]
+
+
 def test_charts_show_peaks_of_long_series_and_skip_what_is_not_finite():
     steps = list(range(10_000))
     values = [1.0] * 10_000
     values[5_003] = 7.0
     values[17], values[18] = float("nan"), float("inf")
-    svg = ElementTree.fromstring(line_chart([("a & b", steps, values)]))
-    (line,) = svg.findall("polyline")
-    points = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+    _, (line,) = drawn(("a & b", steps, values))
+    (path,) = line.iter(f"{SVG}path")
+    points = [tuple(map(float, p.split())) for p in re.split("[ML]", path.get("d")) if p.strip()]
     assert len(points) < 1_000
+    assert path.get("d").count("M") == 1  # No gap where points were left out.
     assert [x for x, _ in points] == sorted(x for x, _ in points)
     heights = {y for _, y in points}
     assert len(heights) == 2
@@ -174,17 +192,37 @@ def test_charts_show_peaks_of_long_series_and_skip_what_is_not_finite():
 
 @pytest.mark.parametrize("values", [[], [float("nan")]])
 def test_charts_of_nothing_say_so(values):
-    assert "no data" in line_chart([("loss", range(len(values)), values)])
+    assert "no data" in texts(drawn(("loss", range(len(values)), values))[0])
 
 
 @pytest.mark.parametrize("values", [[3.0], [0.0, 0.0], [-1e-9, 1e12], [5.5, 5.5000001]])
 def test_charts_keep_every_point_inside(values):
-    svg = ElementTree.fromstring(line_chart([("x", range(len(values)), values)]))
+    svg, (line,) = drawn(("x", range(len(values)), values))
     width, height = map(float, svg.get("viewBox").split()[2:])
-    for circle in svg.findall("circle"):
-        assert 0 < float(circle.get("cx")) < width
-        assert 0 < float(circle.get("cy")) < height
-    assert len(svg.findall("text")) >= 3
+    points = list(line.iter(f"{SVG}use"))
+    assert len(points) == len(values)
+    for point in points:
+        assert 0 < float(point.get("x")) < width
+        assert 0 < float(point.get("y")) < height
+    assert len(texts(svg)) >= 3
+
+
+def test_names_of_lines_are_shown_as_they_are():
+    names = ["_orig_mod.embed", "a$b$c", "$", "<head>", "a & b"]
+    svg, lines = drawn(*((name, [1, 2], [3, 4]) for name in names))
+    assert len(lines) == len(names)
+    assert set(names) < set(texts(svg))
+
+
+def test_report_without_matplotlib_says_what_to_install(run_dir):
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; from tp_embed import cli; "
+        f"sys.exit(cli.main(['report', {str(run_dir)!r}]))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == FAILED
+    assert "pip install 'tp-embed[cli]'" in found.stderr
+    assert not (run_dir / "report.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -177,9 +177,9 @@ def test_chart_has_the_costs_of_growing_gangs(capsys, tmp_path):
     assert root.tag == svg + "svg"
     names = [each["name"] for each in data["strategies"] if not each["shard_logits"]]
     assert set(names) < {text.text for text in root.iter(svg + "text")}
-    lines = list(root.iter(svg + "polyline"))
+    lines = [g for g in root.iter(svg + "g") if g.get("id", "").startswith("line-")]
     assert len(lines) == len(chart["panels"]) * len(chart["panels"]["Time to send (ms)"])
-    assert all(len(line.get("points").split()) == 5 for line in lines)
+    assert all(len(list(line.iter(svg + "use"))) == 5 for line in lines)
 
 
 def test_chart_may_be_a_png(capsys, tmp_path):
@@ -190,10 +190,11 @@ def test_chart_may_be_a_png(capsys, tmp_path):
     assert len(set(map(tuple, pixels.reshape(-1, pixels.shape[2])))) > 20
 
 
-def test_chart_as_png_without_matplotlib_says_what_to_install(tmp_path):
+@pytest.mark.parametrize("name", ["a.png", "a.svg"])
+def test_chart_without_matplotlib_says_what_to_install(tmp_path, name):
     code = (
         "import sys; sys.modules['matplotlib'] = None; from tp_embed import cli; "
-        f"sys.exit(cli.main(['plan', *{TABLE}, '--chart', {str(tmp_path / 'a.png')!r}]))"
+        f"sys.exit(cli.main(['plan', *{TABLE}, '--chart', {str(tmp_path / name)!r}]))"
     )
     found = subprocess.run(
         [sys.executable, "-c", code], timeout=60, capture_output=True, text=True, check=False

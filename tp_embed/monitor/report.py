@@ -1,6 +1,6 @@
 """One page about a run, of what its directory has: ``tp-embed report runs/train_lm``.
 
-The page, `report.html`, is one file that needs no network: charts are SVG in it.
+The page, `report.html`, is one file that needs no network: charts are SVG in it, by matplotlib.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from .charts import Series, legend, line_chart, number
+from .charts import Series, line_charts, to_svg
 from .run_log import Run, read_run
 
 _STYLE = """
@@ -30,12 +30,6 @@ h1 { font-size: 26px; margin: 0; } h2 { font-size: 15px; margin: 0 0 8px; font-w
 .tile b { display: block; font-size: 23px; font-weight: 600; } .tile, .note { color: #666; }
 .tile b, .note b { color: #222; } .tile, .note { font-size: 13px; }
 svg { width: 100%; height: auto; display: block; }
-svg text { font: 12px system-ui, sans-serif; fill: #666; }
-svg polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
-svg .grid { stroke: #ececec; } svg .axis { fill: #999; }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 13px; color: #444; }
-.legend i { display: inline-block; width: 10px; height: 10px; border-radius: 2px;
-  margin-right: 6px; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th { text-align: left; font-weight: 500; color: #666; } td, th { padding: 4px 14px 4px 0; }
 tr + tr td { border-top: 1px solid #f0f0f0; } .num { text-align: right; }
@@ -43,7 +37,7 @@ tr + tr td { border-top: 1px solid #f0f0f0; } .num { text-align: right; }
   white-space: nowrap; } .bars td.fill { width: 99%; }
 pre { font: 12.5px/1.5 ui-monospace, monospace; white-space: pre-wrap; margin: 8px 0 0;
   overflow-wrap: anywhere; }
-summary { cursor: pointer; font-weight: 600; } .empty { color: #999; }
+summary { cursor: pointer; font-weight: 600; }
 """
 
 
@@ -59,6 +53,7 @@ def write_report(directory: Path | str, output: Path | str | None = None) -> Pat
     :param output: the file; if ``None``, `report.html` in ``directory``.
     :returns: the file.
     :raises FileNotFoundError: the directory has none of the first two.
+    :raises MissingPackageError: matplotlib isn't installed.
     """
     directory = Path(directory)
     run = read_run(directory)
@@ -144,14 +139,14 @@ def _charts(run: Run) -> list[str]:
         (name, [(name, *run.series("values", name))]) for name in run.names("values")
     ]
     return [
-        _card(
-            title,
-            legend([name for name, _, _ in lines])
-            + line_chart(lines, from_zero=" in a step " in title),
-        )
+        _card(title, _chart(lines, from_zero=" in a step " in title))
         for title, lines in [*charts, *own]
         if any(y for _, _, y in lines)
     ]
+
+
+def _chart(lines: Sequence[Series], *, x_label: str = "step", from_zero: bool) -> str:
+    return to_svg(line_charts({"": lines}, x_label=x_label, from_zero=from_zero))
 
 
 def _tables(run: Run) -> list[str]:
@@ -182,7 +177,7 @@ def _tables(run: Run) -> list[str]:
 def _memory(memory: Sequence[float], hosts: Sequence[str]) -> str:
     if len(memory) > _MOST_BARS:
         line = [used / 2**30 for used in memory]
-        return line_chart([("GiB", range(len(memory)), line)], x_label="rank", from_zero=True)
+        return _chart([("GiB", range(len(memory)), line)], x_label="rank", from_zero=True)
     rows = []
     for rank, used in enumerate(memory):
         name = f"rank {rank}" + (f", {hosts[rank]}" if rank < len(hosts) else "")
@@ -248,6 +243,16 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -
         for tag, line in lines
     )
     return f'<table class="{kind}">{body}</table>'
+
+
+def number(value: float) -> str:
+    """A number for people: 1.23M, 3550, 0.0456."""
+    if not math.isfinite(value):
+        return str(value)
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if suffix == 'k' else size):.3g}{suffix}"
+    return f"{value:.0f}" if value == int(value) or abs(value) >= 100 else f"{value:.3g}"
 
 
 def _size(num_bytes: float) -> str:
