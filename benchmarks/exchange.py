@@ -43,8 +43,6 @@ from tp_embed import ProcessGroupGang
 from turns import DTYPES, Case, measure
 from ways import DEFAULT, GROWTH, WAYS
 
-RESULTS = Path(__file__).with_name("results")
-
 # Eight times as many rows from the first to the last.
 VOCABS = (32_768, 65_536, 131_072, 262_144)
 
@@ -158,16 +156,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--grid", action="store_true", help="all cases of the report")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where the grid's files go")
     parser.add_argument("--markdown", type=Path, help="the page to write the grid's tables to")
-    parser.add_argument("--again", action="store_true", help="only write the grid's report again")
+    parser.add_argument("--json", type=Path, help="write every time of every round to this file")
+    parser.add_argument("--again", type=Path, help="only report what --json has written")
     args = parser.parse_args(arguments)
     if not select(args.ways):
         parser.error(f"--ways must match some of {', '.join(WAYS)}, but is {args.ways} instead.")
 
-    file = args.results / "exchange.json"
     if args.again:
-        results = json.loads(file.read_text())
+        results = json.loads(args.again.read_text())
     else:
         sizes = args.ranks, args.vocab, args.dim, args.tokens, args.dtype, args.ids
         table, rounds = (131_072, 1024, 4), 3
@@ -186,14 +183,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = run(grid() if args.grid else cases, left)
         results = {"machine": machine(), "initialisation": made, "cases": found}
         print(f"{time.perf_counter() - started:.0f} s in all", file=sys.stderr)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
     report = Report(results)
-    if not (args.grid or args.again):
-        print(report.tables())
-        return
-    args.results.mkdir(exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n")
-    report.write(args.results, args.markdown)
-    print(report.goals())
+    if args.markdown:
+        report.write(args.markdown)
+        print(report.goals())
+    else:
+        print(report.text() if args.grid or args.again else report.tables())
 
 
 if __name__ == "__main__":

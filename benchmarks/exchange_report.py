@@ -1,8 +1,7 @@
-"""The figures of `exchange.py` as Markdown and as charts."""
+"""The figures of `exchange.py` as Markdown, and a chart of the first case."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from pages import insert
+from tp_embed.monitor.charts import COLORS, new_figure, save
 from ways import our_name
 
 BEGIN, END = "<!-- The figures of benchmarks/exchange.py: -->", "<!-- End of the figures. -->"
@@ -99,17 +99,16 @@ class Report:
         self._cases: list[Found] = [case for case in results["cases"] if not case["axis"]]
         self._points: list[Found] = [case for case in results["cases"] if case["axis"]]
 
-    def write(self, directory: Path, page: Path | None) -> None:
-        """Writes `exchange.md` and its charts to ``directory``, and the goals, the first cases and
-        the charts to ``page``, between the marks that it has for them."""
-        directory.mkdir(parents=True, exist_ok=True)
-        self._draw(directory)
-        full = f"# Sharded embeddings in turns\n\n{self._text('')}"
-        (directory / "exchange.md").write_text(full)
-        if page is not None:
-            prefix = os.path.relpath(directory, page.parent) + "/"
-            more = f"All cases are in [exchange.md]({prefix}exchange.md).\n"
-            insert(page, BEGIN, END, f"{self._text(prefix, most_cases=1)}\n{more}")
+    def write(self, page: Path) -> None:
+        """Writes the goals and the first case to ``page``, between the marks that it has for them,
+        and a chart beside it."""
+        chart = page.with_name("exchange.svg")
+        self._draw(chart)
+        insert(page, BEGIN, END, self._text(f"![The first case]({chart.name})\n", most_cases=1))
+
+    def text(self) -> str:
+        """All there is, as Markdown."""
+        return self._text()
 
     def tables(self) -> str:
         """A table for each case."""
@@ -134,7 +133,7 @@ class Report:
         ]
         return "\n".join(lines) + "\n"
 
-    def _text(self, prefix: str, most_cases: int | None = None) -> str:
+    def _text(self, chart: str = "", most_cases: int | None = None) -> str:
         parts = [
             f"On {self._results['machine']}, one thread for each rank.\n",
             "### Goals\n",
@@ -145,15 +144,14 @@ class Report:
             self.goals(),
             "### Cases\n",
             *(self._case(case) for case in self._cases[:most_cases]),
-            f"![The first case]({prefix}exchange.svg)\n",
+            chart,
             "### Initialisation\n",
             self._initialisation(),
             "### Growth\n",
         ]
         for axis, symbol in (("vocab", "V"), ("tokens", "N"), ("ranks", "P")):
             if self._curve(axis):
-                chart = f"![Growth with {symbol}]({prefix}exchange-{axis}.svg)\n"
-                parts += [self._growth(axis, symbol), chart]
+                parts.append(self._growth(axis, symbol))
         return "\n".join(parts)
 
     # Goals
@@ -325,60 +323,20 @@ class Report:
             lines.append(_line(name, *cells))
         return "\n".join(lines) + "\n"
 
-    def _draw(self, directory: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        # The same file from the same figures, with text as text.
-        matplotlib.rcParams.update({"svg.hashsalt": "tp_embed", "svg.fonttype": "none"})
-        from matplotlib import pyplot
-
-        self._draw_bars(pyplot, directory / "exchange.svg")
-        for axis, label in (
-            ("vocab", "V, rows of the table"),
-            ("tokens", "N, tokens"),
-            ("ranks", "P, ranks"),
-        ):
-            curve = self._curve(axis)
-            if not curve:
-                continue
-            figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharex=True)
-            for panel, key, title in zip(
-                panels, ("forward", "both"), ("forward", "with backward"), strict=True
-            ):
-                for name in _timed_names(curve):
-                    times = [median(_by_name(point)[name][key]) for point in curve]
-                    style = "-" if name.startswith("tp_embed") else "--"
-                    panel.plot([p[axis] for p in curve], times, style, marker="o", label=name)
-                panel.set(xlabel=label, ylabel="ms", title=title, yscale="log")
-                panel.set_xscale("linear" if axis == "ranks" else "log", **_base(axis))
-                panel.set_xticks([p[axis] for p in curve], [str(p[axis]) for p in curve])
-                panel.minorticks_off()
-                panel.grid(alpha=0.3)
-            figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
-            figure.set_layout_engine("constrained")
-            figure.savefig(directory / f"exchange-{axis}.svg", metadata={"Date": None})
-            pyplot.close(figure)
-
-    def _draw_bars(self, pyplot: Any, file: Path) -> None:
+    def _draw(self, file: Path) -> None:
         """The first case: the forward, and what the backward adds to it."""
         case = self._cases[0]
         rows = [row for row in case["rows"] if row["both"]][::-1]
         names = [row["name"] for row in rows]
         forward, both = ([median(row[key]) for row in rows] for key in ("forward", "both"))
-        figure, panel = pyplot.subplots(figsize=(11, 0.26 * len(rows) + 1.2))
-        panel.barh(names, both, color="#56b4e9", label="with backward")
-        panel.barh(names, forward, color="#0072b2", height=0.45, label="forward")
-        panel.set(xlabel="ms", title=_short(case))
+        figure = new_figure(11, 0.26 * len(rows) + 1.2, _short(case))
+        panel = figure.subplots()
+        panel.barh(names, both, color=COLORS[5], label="with backward")
+        panel.barh(names, forward, color=COLORS[0], height=0.45, label="forward")
+        panel.set_xlabel("ms")
         panel.legend()
         panel.grid(alpha=0.3, axis="x")
-        figure.set_layout_engine("constrained")
-        figure.savefig(file, metadata={"Date": None})
-        pyplot.close(figure)
-
-
-def _base(axis: str) -> dict[str, int]:
-    return {} if axis == "ranks" else {"base": 2}
+        save(figure, file)
 
 
 def _timed_names(curve: Iterable[Found]) -> list[str]:

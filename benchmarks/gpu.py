@@ -3,8 +3,8 @@
     PYTHONPATH=. python benchmarks/gpu.py
 
 It needs torch with CUDA and this repository, not installed and no other package, and takes a few
-minutes. It prints a line for each check and a table of times next to torch's own layers, and writes
-both to `benchmarks/results/`, as a page and as JSON. `--device cpu` shows that it runs to the end.
+minutes. It prints a line for each check and a table of times next to torch's own layers. `--output`
+writes both to a directory, as a page and as JSON. `--device cpu` shows that it runs to the end.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ try:
     from tp_embed import FakeGang, OutputHead, StandardEmbedding, VocabShardedEmbedding
 except ImportError as e:
     sys.exit(f"tp_embed needs torch {TORCH[0]}.{TORCH[1]} or later and safetensors: {e}.")
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def run_checks(device: str) -> dict[str, str | None]:
@@ -158,7 +156,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--ids", default="zipf", help="a distribution of benchmarks/token_ids.py")
     parser.add_argument("--seconds", type=float, default=0.5, help="for about how long, each time")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, help="a directory to write a page and JSON to")
     args = parser.parse_args()
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         parser.error(
@@ -195,20 +193,21 @@ def main() -> int:
     ]
     text = "\n".join(page) + "\n"
     print("\n" + text)
-    args.output.mkdir(parents=True, exist_ok=True)
-    stem = name.replace(" ", "-").replace("/", "-")
-    (args.output / f"{stem}.md").write_text(text)
-    record = {
-        "device": name,
-        "versions": versions(args.device),
-        "options": options,
-        "checks": found,
-        "times": figures,
-        "steps": [vars(timing) for timing in timings],
-    }
-    (args.output / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    if args.output is not None:
+        record = {
+            "device": name,
+            "versions": versions(args.device),
+            "options": options,
+            "checks": found,
+            "times": figures,
+            "steps": [vars(timing) for timing in timings],
+        }
+        args.output.mkdir(parents=True, exist_ok=True)
+        file = args.output / f"{name.replace(' ', '-').replace('/', '-')}.json"
+        file.write_text(json.dumps(record, indent=1) + "\n")
+        file.with_suffix(".md").write_text(text)
     held = len(found) - len(failed)
-    print(f"{held} of {len(found)} checks hold. {args.output}/{stem}.md and .json have it all.")
+    print(f"{held} of {len(found)} checks hold.")
     return 1 if failed else 0
 
 
