@@ -5,7 +5,7 @@
 Trains a table and its head, with nothing between them, with an engine for each case (TP 2 x DP 2),
 and prints what it holds at the end of a backward and what its data-parallel ranks put into
 collectives. Then it times the collectives of each strategy (TP 4), with the latencies and
-bandwidths that each collective shows by itself, as `tp-embed plan --measure` takes them.
+bandwidths that each collective shows by itself.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from statistics import median
 from typing import Any
 
 import deepspeed
@@ -32,9 +33,9 @@ from tp_embed.integrations.deepspeed import initialize
 from tp_embed.nn.loss import cross_entropy
 from tp_embed.plan import Cost, Network, Setup, Strategy, cost, costs
 from tp_embed.plan.lookups import auto_dedup
-from tp_embed.plan.measure import links_of
 from tp_embed.plan.report import name_of
 from tp_embed.plan.tokens import distinct
+from tp_embed.plan.traffic import Operation, Transfer
 
 RANKS: dict[str, Any] = {
     "tp_size": 2,
@@ -222,29 +223,47 @@ class Stopwatch:
         self.seconds += time.perf_counter() - start
 
 
-def measure_network(gang: ProcessGroupGang, runs: int) -> Network:
-    """From each collective with 4 KiB, 1 MiB and 16 MiB."""
-    found: dict[str, list[float]] = {}
-    for nbytes in (1 << 12, 1 << 20, 1 << 24):
-        whole = torch.zeros(gang.size, nbytes // 4 // gang.size)
-        other, piece = torch.zeros_like(whole), whole[0].clone()
-        calls: dict[str, Callable[[], None]] = {
-            "all_gather": partial(gang.all_gather, whole, piece),
-            "all_reduce": partial(gang.all_reduce, whole),
-            "reduce_scatter": partial(gang.reduce_scatter, piece, whole),
-            "all_to_all": partial(gang.all_to_all, other, whole),
-        }
-        for operation, call in calls.items():
-            found[f"{operation} {nbytes}"] = times = []
-            for _ in range(runs):
-                dist.barrier()
-                start = time.perf_counter()
-                call()
-                times.append(time.perf_counter() - start)
-    of_ranks: list[dict[str, list[float]]] = [{} for _ in range(gang.size)]
-    dist.all_gather_object(of_ranks, found)
-    links = links_of(of_ranks, gang.size)
-    return Network(*links["all_reduce"], measured=links)
+def measure_networks(gang: ProcessGroupGang, runs: int) -> dict[Operation, Network]:
+    """From each collective with 4 KiB, 1 MiB and 16 MiB, of the slowest rank."""
+    networks: dict[Operation, Network] = {}
+    for operation in ("all_gather", "all_reduce", "reduce_scatter", "all_to_all"):
+        transfers, seconds = [], []
+        for nbytes in (1 << 12, 1 << 20, 1 << 24):
+            whole = torch.zeros(gang.size, nbytes // 4 // gang.size)
+            other, piece = torch.zeros_like(whole), whole[0].clone()
+            calls: dict[Operation, tuple[int, Callable[[], None]]] = {
+                "all_gather": (piece.nbytes, partial(gang.all_gather, whole, piece)),
+                "all_reduce": (whole.nbytes, partial(gang.all_reduce, whole)),
+                "reduce_scatter": (whole.nbytes, partial(gang.reduce_scatter, piece, whole)),
+                "all_to_all": (whole[1:].nbytes, partial(gang.all_to_all, other, whole)),
+            }
+            payload, call = calls[operation]
+            transfers.append(Transfer("", "forward", operation, "tp", gang.size, payload))
+            seconds.append(time_call(call, runs))
+        took = torch.tensor(seconds, dtype=torch.float64)
+        dist.all_reduce(took, dist.ReduceOp.MAX)
+        networks[operation] = fit(transfers, took)
+    return networks
+
+
+def time_call(call: Callable[[], None], runs: int) -> float:
+    times = []
+    for _ in range(runs):
+        dist.barrier()
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def fit(transfers: Sequence[Transfer], seconds: Tensor) -> Network:
+    """By which transfers take ``seconds``, with the least sum of squares of relative errors."""
+    counts = torch.tensor([[t.messages, t.sent] for t in transfers], dtype=torch.float64)
+    rows = counts / seconds[:, None]
+    latency, per_byte = torch.linalg.lstsq(rows, torch.ones_like(rows)).solution[:, 0].tolist()
+    if latency < 0:  # Caches make small messages faster than any link would.
+        latency, per_byte = 0.0, float(rows[:, 1].sum() / rows[:, 1].square().sum())
+    return Network(1 / per_byte, latency)
 
 
 def ids_of(setup: Setup) -> Tensor:
@@ -327,11 +346,11 @@ def compare_times(runs: int) -> None:
     """Prints how long the collectives of a forward and a backward take."""
     rank = dist.get_rank()
     gang = ProcessGroupGang(None, "cpu")
-    network = measure_network(gang, runs)
+    networks = measure_networks(gang, runs)
     if rank == 0:
         links = (
-            f"{operation} {link.bandwidth / 1e9:.2f} GB/s, {1e6 * link.latency:.0f} us"
-            for operation, link in network.measured.items()
+            f"{operation} {network.bandwidth / 1e9:.2f} GB/s, {1e6 * network.latency:.0f} us"
+            for operation, network in networks.items()
         )
         print("ms in collectives, planned / measured:", "; ".join(links))
     for tied in (False, True):
@@ -342,7 +361,7 @@ def compare_times(runs: int) -> None:
             took = measure_time(gang, setup, planned, runs)
             if rank == 0:
                 label = f"{'tied' if tied else 'untied'}, {name_of(planned)}"
-                expected = planned.seconds(setup, network)
+                expected = sum(networks[t.operation].seconds(setup, t) for t in planned.transfers)
                 print(f"  {label}: {1e3 * expected:.2f} / {1e3 * took:.2f}")
 
 

@@ -38,14 +38,13 @@ class PlanConfig:
     unique_share: float | None = MISSING
     block_unique_share: float | None = MISSING
     owner_share: float | None = MISSING
-    device: Device | None = MISSING
+    device: Device = MISSING
     memory: float | None = MISSING
     bandwidth: float | None = MISSING
     latency: float = MISSING
     gpus_per_node: int | None = MISSING
     inter_bandwidth: float | None = MISSING
     inter_latency: float | None = MISSING
-    measure: bool = MISSING
     chart: str | None = MISSING
     json: bool = MISSING
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
@@ -74,7 +73,6 @@ _SAME = (
     "gpus_per_node",
     "inter_bandwidth",
     "inter_latency",
-    "measure",
     "chart",
 )
 
@@ -92,7 +90,7 @@ def options(config: DictConfig) -> dict[str, Any]:
     return {
         **{name: config[name] for name in _SAME},
         "dedup": {True: "always", False: "never"}.get(config.embedding.dedup.value, "auto"),
-        "device": config.device and config.device.value,
+        "device": config.device.value,
         "output": "sequence" if config.embedding.output.value == "sequence" else "replicated",
         "hf_config": None,
         "vocab_size": model.vocab_size or config.data.vocab_size,

@@ -19,9 +19,8 @@ from tp_embed import FakeGang, ShardedEmbedding, VocabShardedEmbedding, shard_em
 from tp_embed.monitor import Traffic
 from tp_embed.nn import loss as sharded_loss
 from tp_embed.partition import Partition
-from tp_embed.plan import Link, Network, Setup, auto_strategy, cost, costs, recommend
+from tp_embed.plan import Network, Setup, auto_strategy, cost, costs, recommend
 from tp_embed.plan.lookups import auto_dedup
-from tp_embed.plan.measure import fit, links_of, network_of
 from tp_embed.plan.tokens import distinct, distinct_of_block, zipf_distinct
 from tp_embed.surgery.strategies import choose_strategies
 
@@ -464,68 +463,6 @@ def test_ring_is_as_slow_as_its_slowest_link():
         for transfer in (gathered, *data_parallel):
             seconds, fast = network.seconds(setup, transfer), one_node.seconds(setup, transfer)
             assert seconds == pytest.approx(10 * fast if transfer in slow else fast)
-
-
-def test_operations_that_were_measured_go_before_others():
-    setup = Setup(1000, 8, head=False, tp_size=4, dp_size=2, dtype="fp32", tokens=10)
-    gathered, reduced, *_ = cost(setup, "embed").transfers
-    network = Network(
-        1e9,
-        1e-6,
-        4,
-        1e8,
-        1e-5,
-        measured={"all_gather": Link(2e9, 5e-6)},
-        inter_measured={"all_gather": Link(1e7, 1e-4)},
-    )
-    assert network.seconds(setup, gathered) == pytest.approx(3 * 5e-6 + 240 / 2e9)
-    assert network.seconds(setup, reduced) == pytest.approx(2e-5 + reduced.sent / 1e8)
-    across = replace(network, gpus_per_node=2)
-    assert across.seconds(setup, gathered) == pytest.approx(3 * 1e-4 + 240 / 1e7)
-
-
-def test_fit_finds_the_link_that_times_are_of():
-    link = Link(3e9, 20e-6)
-    times = [
-        (n, sent, n * link.latency + sent / link.bandwidth) for n, sent in [(3, 1e3), (3, 1e7)]
-    ]
-    assert fit(times) == pytest.approx(link)
-    assert fit([(1, 1e3, 1e-6), (1, 1e6, 2e-3)]).latency == 0.0  # Faster than it could be by any.
-    assert fit([(1, 1e3, 2e-3), (1, 1e6, 1e-3)]).bandwidth > 0
-
-
-def test_links_are_of_the_slowest_rank_and_what_it_sends():
-    link = Link(2e9, 10e-6)
-    sent = {"all_gather": 3 / 4, "all_reduce": 6 / 4, "reduce_scatter": 3 / 4, "all_to_all": 3 / 4}
-    fast, slow = {}, {}
-    for operation, share in sent.items():
-        count = 6 if operation == "all_reduce" else 3
-        for nbytes in (4096, 1 << 20):
-            seconds = count * link.latency + share * nbytes / link.bandwidth
-            slow[f"{operation} {nbytes}"] = [9 * seconds, seconds, seconds / 9]
-            fast[f"{operation} {nbytes}"] = [seconds / 2]
-    found = links_of([fast, slow, fast, fast], 4)
-    assert set(found) == set(sent)
-    for each in found.values():
-        assert each == pytest.approx(link)
-
-
-def test_what_all_ranks_show_is_of_links_between_nodes():
-    def runs(seconds):
-        return {f"all_reduce {nbytes}": [seconds * nbytes] for nbytes in (1 << 12, 1 << 24)}
-
-    inside, between = 1e-9, 1e-7
-    seconds = {rank: {"world": runs(between), "gang": runs(inside)} for rank in range(4)}
-    network = network_of([[0, 1], [2, 3]], seconds, 2)
-    assert network.gpus_per_node == 2
-    setup = Setup(1000, 8, tp_size=2, dp_size=2, dtype="fp32", tokens=10)
-    over = {t.over: t for t in cost(setup, "vocab").transfers if t.operation == "all_reduce"}
-    for kind, took, size in (("tp", inside, 2), ("dp", between, 4)):
-        nbytes = over[kind].sent / (2 * (size - 1) / size)
-        assert network.seconds(setup, over[kind]) == pytest.approx(took * nbytes, rel=1e-3)
-    alone = network_of([[0, 1, 2, 3]], {r: {"world": runs(inside)} for r in range(4)}, 4)
-    assert alone.gpus_per_node is None
-    assert alone.inter_measured == {}
 
 
 def test_recommendation_depends_on_what_there_is():

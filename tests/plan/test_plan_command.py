@@ -13,7 +13,6 @@ from hydra.errors import ConfigCompositionException
 from matplotlib import image
 from transformers import GPT2Config, LlamaConfig
 
-from launch import deepspeed_command, run, torchrun_command
 from tp_embed import cli
 from tp_embed.integrations.hydra.plan import options, register_schema
 from tp_embed.integrations.hydra.plan import run as run_app
@@ -130,7 +129,6 @@ def test_json_has_all_strategies_whatever_is_shown(capsys):
     chosen, best = (data["strategies"][data[key]] for key in ("chosen", "recommended"))
     assert (chosen["name"], best["name"]) == ("vocab", "embed, dedup, local logits")
     assert data["network"] is None
-    assert data["measured"] is None
     setup = Setup(1000, 64, tp_size=2)
     off, on = cost(setup, "vocab"), cost(setup, "vocab", shard_logits=True)
     assert data["shard_logits_saves"] == {
@@ -203,55 +201,6 @@ def test_chart_without_matplotlib_says_what_to_install(tmp_path, name):
     assert "pip install 'tp-embed[cli]'" in found.stderr
     assert found.stdout == ""
     assert not list(tmp_path.iterdir())
-
-
-def measured_plan(command, *arguments):
-    """What ``plan --measure`` prints: one line of JSON, of one rank."""
-    output = run([*command, "plan", *TABLE, *arguments, "--measure", "--json"])
-    (line,) = (line for line in output.splitlines() if line.startswith("{"))
-    return json.loads(line)
-
-
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_network_is_measured_on_the_ranks_of_a_job(launcher):
-    command = {
-        "torchrun": torchrun_command("-m", "tp_embed", ranks=2),
-        "deepspeed": deepspeed_command("--module", "tp_embed", ranks=2),
-    }[launcher]
-    data = measured_plan(command, "--tp", "2")
-    assert data["measured"] == {"ranks": 2, "nodes": 1, "device": "cpu"}
-    assert data["setup"]["device"] == "cpu"
-    links = data["network"]["measured"]
-    assert set(links) == {"all_gather", "all_reduce", "reduce_scatter", "all_to_all"}
-    for bandwidth, latency in links.values():
-        assert 1e6 < bandwidth < 1e12  # Bytes a second.
-        assert 0 <= latency < 1
-    (gathered, *_) = data["strategies"][1]["transfers"]
-    bandwidth, latency = links["all_gather"]
-    assert gathered["seconds"] == pytest.approx(latency + gathered["sent"] / bandwidth)
-
-
-def test_gangs_are_measured_apart_from_all_ranks():
-    data = measured_plan(torchrun_command("-m", "tp_embed", ranks=4), "--tp", "2", "--dp", "2")
-    assert data["measured"]["ranks"] == 4
-    assert data["network"]["gpus_per_node"] is None
-
-
-def test_alone_nothing_can_be_measured(capsys):
-    code, data, _ = plan(capsys, *TABLE, "--measure")
-    assert code == cli.USAGE
-    assert "--measure must be given on several ranks" in data["error"]
-    code, data, _ = plan(capsys, *TABLE, "--measure", "--bandwidth", "1")
-    assert data["error"] == "--measure must be given without --bandwidth, but is not."
-
-
-def test_only_rank_0_says_what_is_wrong(monkeypatch, capsys):
-    for rank, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        assert cli.main(["plan", *TABLE, "--tp", "0", "--measure"]) == cli.USAGE
-        assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["flat", "text_config"])

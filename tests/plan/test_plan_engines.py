@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 import plan as benchmark
 from launch import ROOT, deepspeed_command, run
+from tp_embed.plan import Network, Setup
+from tp_embed.plan.traffic import Transfer
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +38,14 @@ def test_engine_holds_and_sends_what_is_planned(measured, case):
     for operation, payload in wanted.items():
         sent = max(row["sent"].get(operation, 0) for row in rows)
         assert 0 <= sent - payload <= padding * 4 * setup.accumulation_steps
+
+
+def test_fit_finds_the_network_that_times_are_of():
+    network, setup = Network(3e9, 20e-6), Setup(1000, 8, tp_size=4)
+    for operation in ("all_gather", "all_reduce", "reduce_scatter", "all_to_all"):
+        transfers = [Transfer("", "forward", operation, "tp", 4, n) for n in (2**10, 2**20, 2**24)]
+        seconds = torch.tensor([network.seconds(setup, t) for t in transfers], dtype=torch.float64)
+        found = benchmark.fit(transfers, seconds)
+        assert (found.bandwidth, found.latency) == pytest.approx((3e9, 20e-6))
+    # Faster than it could be by any link.
+    assert benchmark.fit(transfers[:2], torch.tensor([1e-6, 2e-3])).latency == 0.0

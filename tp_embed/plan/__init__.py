@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from .estimate import Cost, auto_strategy, cost, costs, recommend
 from .setup import Setup, Strategy
-from .traffic import Link, Network, Transfer
+from .traffic import Network, Transfer
 
 __all__ = [
     "Cost",
-    "Link",
     "Network",
     "Setup",
     "Strategy",

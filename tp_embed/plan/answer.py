@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from tp_embed.command import Report
 
@@ -16,9 +16,6 @@ from .lookups import auto_dedup
 from .report import as_data, as_lines, name_of
 from .setup import Setup, Strategy
 from .traffic import Network
-
-if TYPE_CHECKING:
-    from .measure import Measured
 
 Dedup = Literal["auto", "always", "never"]
 
@@ -49,9 +46,7 @@ def check(setup: Setup, options: Options) -> None:
         check_path(options.chart)
 
 
-def make_report(
-    setup: Setup, options: Options, network: Network | None, measured: Measured | None = None
-) -> Report:
+def make_report(setup: Setup, options: Options, network: Network | None) -> Report:
     """The whole answer; writes the chart, if there is to be one.
 
     :raises ValueError: as :func:`check`.
@@ -65,7 +60,6 @@ def make_report(
     data = {
         "setup": asdict(setup),
         "network": None if network is None else asdict(network),
-        "measured": None if measured is None else measured.data(),
         "strategies": [as_data(cost, setup, network, options.memory) for cost in found],
         "chosen": found.index(chosen),
         "recommended": found.index(best),
@@ -78,8 +72,7 @@ def make_report(
         " ".join(mark for mark, of in ((auto, chosen), ("best", best)) if of is cost)
         for cost in shown
     ]
-    lines = [] if measured is None else list(measured.lines())
-    lines += [*as_lines(setup, shown, marks, network), f"best: {name_of(best)}: {reason}"]
+    lines = [*as_lines(setup, shown, marks, network), f"best: {name_of(best)}: {reason}"]
     if saved is not None:
         lines.append(logits_line(chosen, saved))
     if options.chart is not None:

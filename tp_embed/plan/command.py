@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from tp_embed.command import Command, CommandError, Report, WrongUsageError
+from tp_embed.command import Command, Report, WrongUsageError
 
 from .answer import Dedup, Options, check, make_report
-from .measure import is_silent, measure
 from .model_config import read_table
 from .setup import GIB, ITEM_BYTES, MOMENTS, Device, Output, Setup, Strategy, refuse
 from .traffic import Network
@@ -21,11 +19,10 @@ A column is a strategy, of the rank that holds the largest shard. `none`: every 
 table and head. `embed`, `vocab`: the table is cut over its columns, or its rows; a head that shares
 no table is cut over the vocabulary. `dedup`: an id that occurs several times is sent once. `local
 logits`: the loss is computed from the logits of each rank (`--shard-logits`; the best choice is
-shown with it, if it is one). With `--measure` it is started as the job is going to be:
-  deepspeed --hostfile=hosts --module tp_embed plan --vocab-size 256000 ... --measure
-  torchrun --nproc-per-node=8 -m tp_embed plan --vocab-size 256000 ... --measure
-Not counted: the rest of the model, temporaries of the optimizer's step, and
-the buckets of ZeRO. docs/planning.md has the formulas.
+shown with it, if it is one).
+
+Not counted: the rest of the model, temporaries of the optimizer's step, and the buckets of ZeRO.
+docs/planning.md has the formulas.
 """
 
 
@@ -76,7 +73,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     )
 
     group = parser.add_argument_group("the machines")
-    group.add_argument("--device", choices=get_args(Device), help="by default cuda, or as measured")
+    group.add_argument("--device", choices=get_args(Device), default="cuda")
     group.add_argument(
         "--memory", type=float, metavar="GiB", help="what a GPU has for table, head and logits"
     )
@@ -85,9 +82,6 @@ def _add_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--gpus-per-node", type=int, metavar="G", help="by default all are in one")
     group.add_argument("--inter-bandwidth", type=float, metavar="GB/s", help="between nodes")
     group.add_argument("--inter-latency", type=float, metavar="us", help="between nodes")
-    group.add_argument(
-        "--measure", action="store_true", help="bandwidth and latency of the ranks it runs on"
-    )
     parser.add_argument(
         "--chart", type=Path, metavar="FILE", help="draw costs over P, as .svg or .png"
     )
@@ -97,11 +91,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
 def _run(values: Mapping[str, Any]) -> Report:
     try:
         return _plan(values)
-    except (CommandError, ValueError) as e:
-        error = WrongUsageError(str(e)) if isinstance(e, ValueError) else e
-        if values["measure"] and is_silent():
-            return Report(None, (), code=error.code)  # Rank 0 says it.
-        raise error from e
+    except ValueError as e:
+        raise WrongUsageError(str(e)) from e
 
 
 def _plan(values: Mapping[str, Any]) -> Report:
@@ -121,7 +112,7 @@ def _plan(values: Mapping[str, Any]) -> Report:
         block_unique_share=values["block_unique_share"],
         owner_share=values["owner_share"],
         output=values["output"],
-        device=values["device"] or "cuda",
+        device=values["device"],
     )
     memory = values["memory"]
     if memory is not None and not memory > 0:
@@ -135,20 +126,7 @@ def _plan(values: Mapping[str, Any]) -> Report:
     )
     network = _network(values)
     check(setup, options)
-    if not values["measure"]:
-        return make_report(setup, options, network)
-    if network is not None:
-        raise WrongUsageError("--measure must be given without --bandwidth, but is not.")
-    measured = measure(setup.tp_size)
-    if isinstance(measured, Report):
-        return measured  # Of another rank.
-    try:
-        setup = replace(setup, device=values["device"] or measured.device)
-        report = make_report(setup, options, measured.network, measured)
-    except BaseException:
-        measured.report.printed()
-        raise
-    return replace(report, printed=measured.report.printed)
+    return make_report(setup, options, network)
 
 
 def _network(values: Mapping[str, Any]) -> Network | None:
@@ -157,9 +135,7 @@ def _network(values: Mapping[str, Any]) -> Network | None:
             # Which is 0 where it is left out.
             if values[name] is not None and (name != "latency" or values[name]):
                 option = name.replace("_", "-")
-                raise WrongUsageError(
-                    f"--{option} must come with --bandwidth, but does not. (--measure finds all.)"
-                )
+                raise WrongUsageError(f"--{option} must come with --bandwidth, but does not.")
         return None
     inter, lag = values["inter_bandwidth"], values["inter_latency"]
     return Network(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 from .setup import Setup, refuse
 
@@ -28,35 +27,18 @@ class Transfer:
     @property
     def sent(self) -> float:
         """The bytes that a rank sends, by the ring algorithms that :mod:`tp_embed.gang` cites."""
-        return self.count * self.payload * sent_of(self.operation, self.ranks)
+        times: dict[Operation, float] = {
+            "all_gather": self.ranks - 1,
+            "all_reduce": 2 * (self.ranks - 1) / self.ranks,
+            "all_to_all": 1,
+            "reduce_scatter": (self.ranks - 1) / self.ranks,
+        }
+        return self.count * self.payload * times[self.operation]
 
     @property
     def messages(self) -> int:
         """How many messages a rank sends one after the other."""
-        return self.count * messages(self.operation, self.ranks)
-
-
-def sent_of(operation: Operation, ranks: int) -> float:
-    """How many times what it puts into one collective a rank sends."""
-    times: dict[Operation, float] = {
-        "all_gather": ranks - 1,
-        "all_reduce": 2 * (ranks - 1) / ranks,
-        "all_to_all": 1,
-        "reduce_scatter": (ranks - 1) / ranks,
-    }
-    return times[operation]
-
-
-def messages(operation: Operation, ranks: int) -> int:
-    """The messages of one collective that a rank sends one after the other."""
-    return (ranks - 1) * (2 if operation == "all_reduce" else 1)
-
-
-class Link(NamedTuple):
-    """:math:`\\beta` in bytes a second, and :math:`\\alpha` in seconds."""
-
-    bandwidth: float
-    latency: float
+        return self.count * (self.ranks - 1) * (2 if self.operation == "all_reduce" else 1)
 
 
 @dataclass(frozen=True)
@@ -71,8 +53,6 @@ class Network:
     :param gpus_per_node: if ``None``, there is one node.
     :param inter_bandwidth: of a GPU between nodes; if ``None``, as inside of one.
     :param inter_latency: likewise.
-    :param measured: what goes before that for some operations, inside a node.
-    :param inter_measured: likewise between nodes.
     """
 
     bandwidth: float
@@ -80,8 +60,6 @@ class Network:
     gpus_per_node: int | None = None
     inter_bandwidth: float | None = None
     inter_latency: float | None = None
-    measured: Mapping[Operation, Link] = field(default_factory=dict)
-    inter_measured: Mapping[Operation, Link] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("bandwidth", "inter_bandwidth", "gpus_per_node"):
@@ -98,10 +76,8 @@ class Network:
 
     def seconds(self, setup: Setup, transfer: Transfer) -> float:
         """How long a transfer takes if nothing overlaps with it."""
-        link, measured = Link(self.bandwidth, self.latency), self.measured
+        bandwidth, latency = self.bandwidth, self.latency
         if self.crosses_nodes(setup, transfer.over):
-            latency = link.latency if self.inter_latency is None else self.inter_latency
-            link = Link(self.inter_bandwidth or link.bandwidth, latency)
-            measured = self.inter_measured
-        link = measured.get(transfer.operation, link)
-        return transfer.messages * link.latency + transfer.sent / link.bandwidth
+            bandwidth = self.inter_bandwidth or bandwidth
+            latency = latency if self.inter_latency is None else self.inter_latency
+        return transfer.messages * latency + transfer.sent / bandwidth
