@@ -1,12 +1,14 @@
 """The file ``.metadata`` of ``torch.distributed.checkpoint``: what is in which file.
 
-It is a pickle of ``torch.distributed.checkpoint.metadata.Metadata``. It is read without importing
-any class: each that belongs in it has a stand-in here that keeps what it is given.
+It is a pickle of ``torch.distributed.checkpoint.metadata.Metadata``. Only torch's dataclasses that
+belong in it are unpickled.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...errors import CheckpointError, shown
+from ...errors import CheckpointError, asks_to_import, shown
 from ...files.arrays import Index
-from ...files.plain_pickle import StandIn
-from ...files.plain_pickle import load as load_pickle
 
 NAME = ".metadata"
 _MAX_DEPTH = 100
@@ -58,59 +58,6 @@ class BytesItem:
 Item = TensorItem | BytesItem
 
 
-class _Metadata(StandIn):
-    pass
-
-
-class _Tensor(StandIn):
-    pass
-
-
-class _Properties(StandIn):
-    pass
-
-
-class _Chunk(StandIn):
-    pass
-
-
-class _Bytes(StandIn):
-    pass
-
-
-class _Index(StandIn):
-    pass
-
-
-class _Storage(StandIn):
-    pass
-
-
-_MODULE = "torch.distributed.checkpoint.metadata"
-# Where torch 2.2 and older have some of them.
-_OLD_MODULE = "torch.distributed._shard.sharded_tensor.metadata"
-_STAND_INS: Mapping[tuple[str, str], type] = {
-    (_MODULE, "Metadata"): _Metadata,
-    (_MODULE, "TensorStorageMetadata"): _Tensor,
-    (_MODULE, "TensorProperties"): _Properties,
-    (_OLD_MODULE, "TensorProperties"): _Properties,
-    (_MODULE, "ChunkStorageMetadata"): _Chunk,
-    (_MODULE, "BytesStorageMetadata"): _Bytes,
-    (_MODULE, "MetadataIndex"): _Index,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Storage,
-    ("torch", "Size"): tuple,
-    # What is not looked at.
-    (_MODULE, "StorageMeta"): StandIn,
-    (_MODULE, "_MEM_FORMAT_ENCODING"): StandIn,
-    (_OLD_MODULE, "MEM_FORMAT_ENCODING"): StandIn,
-    ("torch.serialization", "_get_layout"): StandIn,
-    ("pathlib", "PosixPath"): StandIn,
-    ("pathlib", "WindowsPath"): StandIn,
-    ("pathlib._local", "PosixPath"): StandIn,
-    ("pathlib._local", "WindowsPath"): StandIn,
-}
-
-
 def read(path: Path, *, allow_unsafe: bool = False) -> tuple[dict[str, Item], dict[str, Keys]]:
     """The items of a checkpoint by their flat names, and of those that were in nested dicts and
     lists the keys that lead there.
@@ -119,16 +66,16 @@ def read(path: Path, *, allow_unsafe: bool = False) -> tuple[dict[str, Item], di
     :raises CheckpointError: it is no such file, or a damaged one.
     :raises UnsafeCheckpointError: it asks for other classes.
     """
-    root = load_pickle(path, _STAND_INS, allow_unsafe=allow_unsafe)
-    match root:
-        case _Metadata(
-            fields={"state_dict_metadata": dict(described), "storage_data": dict(stored)}
+    from torch.distributed.checkpoint.metadata import Metadata  # takes a second
+
+    match _load(path, allow_unsafe):
+        case Metadata(
+            state_dict_metadata=dict(described), storage_data=dict(stored), planner_data=keys
         ):
             storage = dict(_stored(path, index, info) for index, info in stored.items())
             if len(storage) != len(stored):
                 raise CheckpointError(f"`{path}` must not give a chunk two places, but does.")
             items = {_name(path, k): _item(path, k, v, storage) for k, v in described.items()}
-            keys = root.fields.get("planner_data")
             return items, _nesting(path, keys, items)
     raise CheckpointError(
         f"`{path}` must hold the metadata of tensors and where they are stored, but does not."
@@ -170,46 +117,139 @@ def write(path: Path, items: Mapping[str, Item], nesting: Mapping[str, Keys]) ->
     temporary.replace(path)
 
 
+def _load(path: Path, allow_unsafe: bool) -> Any:
+    data = path.read_bytes()
+    unpickler = _Unpickler(io.BytesIO(data), allow_unsafe)
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            # Python allocates a memo that is as long as the largest index in the file.
+            if "PUT" in opcode.name and argument not in range(len(data)):
+                raise ValueError(f"the memo has no {argument}")
+        value = unpickler.load()
+    except Exception as e:  # A damaged file may raise anything.
+        if not unpickler.refused:
+            raise CheckpointError(
+                f"`{path}` must be a pickle of plain values, but cannot be read: "
+                f"{type(e).__name__}: {e}. Copy it again."
+            ) from e
+    if unpickler.refused:
+        raise asks_to_import(path, sorted(unpickler.refused))
+    return value
+
+
+class _Unpickler(pickle.Unpickler):
+    """Finds what is allowed, and dtypes. Other names that the file asks for are in ``refused``."""
+
+    def __init__(self, file: io.BytesIO, allow_unsafe: bool) -> None:
+        super().__init__(file)
+        # A pickle can set attributes of the classes it names, so it gets subclasses made for it.
+        self._ignored = type("Ignored", (_Ignored,), {})
+        self._allowed = {
+            name: each if each is tuple else type(each.__name__, (each,), {})
+            for name, each in _allowed().items()
+        }
+        self._allow_unsafe = allow_unsafe
+        self.refused: set[str] = set()
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        if (module, name) in self._allowed:
+            return self._allowed[module, name]
+        if module == "torch" and isinstance(found := vars(torch).get(name), torch.dtype):
+            return found
+        if (module, name) in _IGNORED:
+            return self._ignored
+        if self._allow_unsafe:
+            return super().find_class(module, name)
+        self.refused.add(f"{module}.{name}")
+        return self._ignored  # Goes on, to name all that is refused. The result isn't used.
+
+
+class _Ignored:
+    """Takes any arguments and state, and drops them."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+_MODULE = "torch.distributed.checkpoint.metadata"
+# Where torch 2.2 and older have some of them.
+_OLD_MODULE = "torch.distributed._shard.sharded_tensor.metadata"
+_IGNORED = {
+    (_MODULE, "StorageMeta"),
+    (_MODULE, "_MEM_FORMAT_ENCODING"),
+    (_OLD_MODULE, "MEM_FORMAT_ENCODING"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("pathlib._local", "PosixPath"),
+    ("pathlib._local", "WindowsPath"),
+}
+
+
+def _allowed() -> dict[tuple[str, str], type]:
+    from torch.distributed.checkpoint import filesystem, metadata  # takes a second
+
+    class Properties(metadata.TensorProperties):
+        def __setstate__(self, state: Any) -> None:  # Torch's own checks what is ignored here.
+            self.dtype = state["dtype"] if isinstance(state, dict) else state[0]
+
+    return {
+        (_MODULE, "Metadata"): metadata.Metadata,
+        (_MODULE, "TensorStorageMetadata"): metadata.TensorStorageMetadata,
+        (_MODULE, "TensorProperties"): Properties,
+        (_OLD_MODULE, "TensorProperties"): Properties,
+        (_MODULE, "ChunkStorageMetadata"): metadata.ChunkStorageMetadata,
+        (_MODULE, "BytesStorageMetadata"): metadata.BytesStorageMetadata,
+        (_MODULE, "MetadataIndex"): metadata.MetadataIndex,
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+        ("torch", "Size"): tuple,
+    }
+
+
 def _stored(path: Path, index: Any, info: Any) -> tuple[tuple[str, Index | None], Place]:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    match info:
+        case _StorageInfo(transform_descriptors=transforms) if transforms:
+            raise CheckpointError(
+                f"What `{path}` describes must be stored as it is, but is transformed by "
+                f"{shown(transforms)}. Load it with torch and save it without."
+            )
     match index, info:
-        case _Index(fields=dict(key)), _Storage(fields=dict(place)):
-            match place:
-                case {"transform_descriptors": transforms} if transforms:
-                    raise CheckpointError(
-                        f"What `{path}` describes must be stored as it is, but is transformed by "
-                        f"{shown(transforms)}. Load it with torch and save it without."
-                    )
-                case {"relative_path": str(file), "offset": int(offset), "length": int(length)}:
-                    start = key.get("offset")
-                    found = Place(file, offset, length)
-                    name = key.get("fqn")
-                    if isinstance(name, str) and (start is None or _is_index(start)):
-                        return (name, start), found
+        case (
+            MetadataIndex(fqn=str(name), offset=start),
+            _StorageInfo(relative_path=str(file), offset=int(offset), length=int(length)),
+        ) if start is None or _is_index(start):
+            return (name, start), Place(file, offset, length)
     raise CheckpointError(
         f"`{path}` must say of each item the file, an offset and a length, but says "
-        f"{str(getattr(info, 'fields', info))[:200]}. It is damaged: copy it again."
+        f"{shown(info)}. It is damaged: copy it again."
     )
 
 
 def _item(
     path: Path, name: str, item: Any, storage: Mapping[tuple[str, Index | None], Place]
 ) -> Item:
+    from torch.distributed.checkpoint import metadata
+
     match item:
-        case _Bytes():
+        case metadata.BytesStorageMetadata():
             return BytesItem(_place(path, name, None, storage))
-        case _Tensor(
-            fields={
-                "properties": _Properties(
-                    fields=(torch.dtype() as dtype, *_) | {"dtype": torch.dtype() as dtype}
-                ),
-                "size": tuple(size),
-                "chunks": list(parts),
-            }
+        case metadata.TensorStorageMetadata(
+            properties=metadata.TensorProperties(dtype=torch.dtype() as dtype),
+            size=tuple(size),
+            chunks=list(parts),
         ) if _is_index(size):
             chunks = []
             for part in parts:
                 match part:
-                    case _Chunk(fields={"offsets": tuple(start), "sizes": tuple(shape)}) if (
+                    case metadata.ChunkStorageMetadata(
+                        offsets=tuple(start), sizes=tuple(shape)
+                    ) if (
                         _is_index(start)
                         and _is_index(shape)
                         and len(start) == len(shape) == len(size)
