@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -301,3 +302,11 @@ def test_a_changed_config_is_not_resumed_with_the_old_one(tmp_path):
     assert plan(os.path.relpath(source), request).identity == first
     (config / "config.json").write_text(json.dumps({"a": 2}))
     assert plan(source, request).identity != first
+
+
+def test_an_output_inside_its_source_is_refused(tmp_path):
+    source = tmp_path / "source"
+    convert(saved(tmp_path, {"weight": torch.zeros(4, 2)}), source, Request(to="dcp"))
+    with pytest.raises(CheckpointError, match=re.escape(f"the source `{source}`. Choose another")):
+        convert(source, source / "output", Request(to="dcp"))
+    assert not (source / "output").exists()

@@ -116,5 +116,5 @@ def check_output(source: Checkpoint, output: Path, overwrite: bool) -> None:
     if inner == outer or inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise CheckpointError(
             f"The output must not be the source, nor in it, nor around it, but `{output}` is, with "
-            f"the source `{source}`. Choose another place."
+            f"the source `{source.path}`. Choose another place."
         )
