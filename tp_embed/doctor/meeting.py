@@ -13,8 +13,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from torch._C._distributed_c10d import HashStore, PrefixStore
-
+from tp_embed._torch_private import HashStore, PrefixStore
 from tp_embed.launch.environment import Place
 from tp_embed.launch.rendezvous import MeetingError, open_store
 

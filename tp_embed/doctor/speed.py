@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
 
+from tp_embed._torch_private import PrefixStore
 from tp_embed.gang import Gang, ReduceOperation
 from tp_embed.gang.process_group import ProcessGroupGang
 

@@ -101,7 +101,7 @@ def judge(job: Job) -> Iterator[Finding]:
 
 
 def supported() -> dict[str, str]:
-    """The versions that this package says it works with, as ``{"torch": ">=2.13,<3"}``."""
+    """The versions that this package says it works with, as ``{"torch": ">=2.13,<2.14"}``."""
     try:
         requirements = metadata.requires("tp-embed") or []
         found = {"Python": metadata.metadata("tp-embed")["Requires-Python"] or ""}
@@ -117,7 +117,7 @@ def supported() -> dict[str, str]:
 def is_supported(version: str, wanted: str) -> bool:
     """Whether a version fulfils a specifier, by the numbers of its release.
 
-    >>> is_supported("2.13.0+cpu", ">=2.13,<3")
+    >>> is_supported("2.13.0+cpu", ">=2.13,<2.14")
     True
     """
     for clause in filter(None, wanted.split(",")):

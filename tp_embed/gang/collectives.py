@@ -15,8 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from tp_embed._torch_private import (
+    DisableTorchFunctionSubclass,
+    is_legacy_batched,
+    is_transformed,
+    unsafe_view,
+)
 from tp_embed.gang import Gang, graph_ops
 from tp_embed.partition import Partition
 
@@ -66,7 +71,7 @@ def reduce_partial(x: Tensor, gang: Gang) -> Tensor:
     """
     if gang.size == 1:
         return x
-    return _apply(_Sum(gang, in_place=not transformed()), x)
+    return _apply(_Sum(gang, in_place=not is_transformed()), x)
 
 
 def copy_to_gang(x: Tensor, gang: Gang) -> Tensor:
@@ -98,7 +103,7 @@ def all_gather_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
         gang.all_gather(blocks, x)
     columns = blocks.movedim(0, -2).flatten(-2)[..., : partition.size].contiguous()
     # It may be a view of `blocks`, which nobody else has: autograd lets nobody write to views.
-    output: Tensor = torch.ops.aten._unsafe_view(columns, columns.shape)
+    output: Tensor = unsafe_view(columns, columns.shape)
     return output
 
 
@@ -113,7 +118,7 @@ def gather_table(output: Tensor, block: Tensor, dim: int, gang: Gang, partition:
     :param dim: the dimension that is cut over the gang: 0, the rows, or 1, the columns.
     :param partition: how it is cut.
     """
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         block = block.detach()  # It may be a shard that refuses to be indexed.
     num_rows, width = output.shape
     step = max(1, _CHUNK_BYTES // (width * output.element_size()))
@@ -161,8 +166,7 @@ def is_batched(grad: Tensor) -> bool:
     """Whether ``grad`` is several gradients at once, by ``is_grads_batched=True``."""
     if torch.compiler.is_compiling():
         return False
-    batched: bool = torch._C._functorch.is_legacy_batchedtensor(grad)
-    return batched
+    return is_legacy_batched(grad)
 
 
 def check_sendable(grad: Tensor) -> None:
@@ -174,11 +178,6 @@ def check_sendable(grad: Tensor) -> None:
             "`is_grads_batched` must be False where the backward of a sharded layer sends "
             "gradients, but is True instead. Call `torch.autograd.grad` once for each of them."
         )
-
-
-def transformed() -> bool:
-    """Whether a transform of :mod:`torch.func` or forward-mode AD is under way."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @dataclass(frozen=True)
@@ -241,7 +240,7 @@ _Map = _Gather | _Scatter | _Sum | _Same
 
 def _apply(function: _Map, x: Tensor) -> Tensor:
     # A Function for transforms takes 30 us more, and the compiler takes none that has a `jvp`.
-    plain = torch.compiler.is_compiling() or not transformed()
+    plain = torch.compiler.is_compiling() or not is_transformed()
     output: Tensor = (_Linear if plain else _LinearTransformed).apply(x, function)
     return output
 

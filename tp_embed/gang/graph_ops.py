@@ -15,8 +15,8 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, library
-from torch._library.effects import EffectType
-from torch._subclasses.fake_tensor import FakeTensor
+
+from tp_embed._torch_private import DispatchModeKey, EffectType, FakeTensor, get_dispatch_mode
 
 
 class Table(Protocol):
@@ -46,13 +46,10 @@ def register(named: Table | _Gang) -> int:
     return handle
 
 
-_Mode = torch._C._TorchDispatchModeKey
-
-
 def is_traced(*tensors: Tensor) -> bool:
     """Whether a graph is recorded, by torch.compile, torch.export or ``make_fx``, or tensors are
     fake. Then values can't be read, and lookups have to be operators."""
-    if not torch.compiler.is_compiling() and _is_on(_Mode.PROXY):
+    if not torch.compiler.is_compiling() and _is_on(DispatchModeKey.PROXY):
         _check_inputs(tensors)
     return is_recorded(*tensors)
 
@@ -62,13 +59,13 @@ def is_recorded(*tensors: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or any(isinstance(x, FakeTensor) for x in tensors)
-        or _is_on(_Mode.PROXY)
-        or _is_on(_Mode.FAKE)
+        or _is_on(DispatchModeKey.PROXY)
+        or _is_on(DispatchModeKey.FAKE)
     )
 
 
 def _is_on(mode: Any) -> bool:
-    return torch._C._get_dispatch_mode(mode) is not None
+    return get_dispatch_mode(mode) is not None
 
 
 def _check_inputs(tensors: Sequence[Tensor]) -> None:

@@ -11,15 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
-    GroupName,
-    _get_default_group,
-    _get_default_store,
-    _new_process_group_helper,
-    _resolve_process_group,
-    _world,
-)
 
+from tp_embed._torch_private import find_backend, new_group, resolve_process_group
 from tp_embed.gang import Gang, GangError, ReduceOperation
 
 # Below this gloo's all-gather, which is one collective, is as fast as one of several rounds.
@@ -60,22 +53,21 @@ class ProcessGroupGang(Gang):
             )
         device = torch.device(device)
         try:
-            backend = group._get_backend(device)
+            backend, timeout = find_backend(group, device)
         except RuntimeError as e:
             raise ValueError(
                 f"`device` must be one for which `process_group` has a backend, but is '{device}' "
                 "instead. Pass the device of the group, or give the group a backend for it."
             ) from e
-        if backend.name() == "fake":
+        if backend == "fake":
             raise ValueError(
                 "`process_group` must be of a backend that sends, but is of torch's 'fake' one, "
                 "which has no sizes that differ by rank. Use a `FakeGang(device, rank=..., "
                 "size=...)` for dry runs."
             )
-        timeout: timedelta = backend.options._timeout
         super().__init__(dist.get_rank(group), dist.get_world_size(group), device, timeout)
         self._group = group
-        self._is_gloo = "gloo" in backend.name()
+        self._is_gloo = "gloo" in backend
 
     @property
     def global_ranks(self) -> list[int]:
@@ -87,7 +79,7 @@ class ProcessGroupGang(Gang):
         self.broadcast_objects(name)
         if self._rank not in ranks:
             return None
-        group = _new_group(
+        group = new_group(
             name[0],
             [self.global_ranks[rank] for rank in ranks],
             dist.get_backend(self._group),
@@ -221,45 +213,16 @@ class ProcessGroupGang(Gang):
         )
 
 
-def _new_group(
-    name: str, global_ranks: list[int], backend: str, timeout: timedelta
-) -> ProcessGroup:
-    """``torch.distributed.new_group()`` for callers that are only a part of the job.
-
-    That function names groups by a count that all processes of the job have to share, or, with
-    ``use_local_synchronization``, by one that the members have to share; where counts differ it
-    hangs. Here the members have agreed on a name.
-    """
-    world = _get_default_group()
-    bound_device_id = world.bound_device_id
-    # With a bound device NCCL would split the communicator of the job, for which all have to call.
-    world.bound_device_id = None
-    try:
-        group, _ = _new_process_group_helper(
-            len(global_ranks),
-            global_ranks.index(dist.get_rank()),
-            global_ranks,
-            dist.Backend(backend),
-            _get_default_store(),
-            GroupName(name),
-            timeout=timeout,
-        )
-    finally:
-        world.bound_device_id = bound_device_id
-    _world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(global_ranks)}
-    return group  # type: ignore[no-any-return]
-
-
 def _restore_gang(
     kls: type[ProcessGroupGang],
-    group_name: GroupName,
+    group_name: str,
     global_ranks: list[int],
     rank: int,
     device: torch.device,
 ) -> Gang:
     if dist.is_initialized():
         try:
-            group = _resolve_process_group(group_name)
+            group = resolve_process_group(group_name)
         except LookupError:
             group = None
         if (

@@ -9,8 +9,7 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 
-from torch._C._distributed_c10d import Store, TCPStore
-
+from tp_embed._torch_private import Store, TCPStore
 from tp_embed.launch.environment import Place
 
 

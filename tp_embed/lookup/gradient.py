@@ -12,8 +12,14 @@ from threading import Lock
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
-from torch.nn.parallel import DistributedDataParallel
 
+from tp_embed._torch_private import (
+    is_alone,
+    is_exchanged_by_ddp,
+    mark_coalesced,
+    post_accumulate_hooks_of,
+    version,
+)
 from tp_embed.lookup.distinct import Distinct
 
 _embedding_backward = torch.ops.aten.embedding_dense_backward
@@ -105,10 +111,7 @@ def check_sparse(weight: Tensor) -> None:
     :raises ValueError: ``DistributedDataParallel`` would take the sparse gradient of ``weight`` for
         a dense one.
     """
-    wrapper = DistributedDataParallel._active_ddp_module
-    if wrapper is None or not (wrapper.require_backward_grad_sync and torch.is_grad_enabled()):
-        return
-    if any(parameter is weight for parameter in wrapper._module_parameters):
+    if torch.is_grad_enabled() and is_exchanged_by_ddp(weight):
         raise ValueError(
             "`sparse` must be False for a table behind `DistributedDataParallel`, which knows "
             "sparse gradients of `torch.nn.Embedding` only, but is True instead. Pass "
@@ -120,8 +123,11 @@ def check_sparse(weight: Tensor) -> None:
 def keep_coalesced(weight: Tensor) -> None:
     """Sees to it that sparse gradients are coalesced in ``weight.grad`` too, as the optimizers want
     them: where autograd takes over the first one, it loses the mark."""
-    hooks = weight._post_accumulate_grad_hooks or {}
-    if weight.is_leaf and weight.requires_grad and not any(map(keeps_coalesced, hooks.values())):
+    if (
+        weight.is_leaf
+        and weight.requires_grad
+        and not any(map(keeps_coalesced, post_accumulate_hooks_of(weight)))
+    ):
         weight.register_post_accumulate_grad_hook(_mark_coalesced)
 
 
@@ -133,9 +139,7 @@ def keeps_coalesced(hook: object) -> bool:
 def _mark_coalesced(weight: Tensor) -> None:
     grad = weight.grad
     if grad is not None and grad.is_sparse and not grad.is_coalesced():
-        rows = grad._indices()[0]
-        if (rows[1:] > rows[:-1]).all():
-            grad._coalesced_(True)
+        mark_coalesced(grad)
 
 
 class GradBuffer:
@@ -163,7 +167,7 @@ class GradBuffer:
         with self._lock:
             buffer = self._take(shape, sums)
             buffer.index_copy_(0, rows, sums)
-            self._rows, self._version = rows, buffer._version
+            self._rows, self._version = rows, version(buffer)
             return buffer.detach()  # Of which autograd can be the only owner.
 
     def _take(self, shape: tuple[int, int], like: Tensor) -> Tensor:
@@ -171,18 +175,12 @@ class GradBuffer:
         fits = (
             buffer is not None
             and (buffer.shape, buffer.dtype, buffer.device) == (shape, like.dtype, like.device)
-            and _is_alone(buffer)
+            and is_alone(buffer)
         )
         if buffer is None or not fits:
             buffer = self._buffer = like.new_zeros(shape)
-        elif self._rows is None or buffer._version != self._version:
+        elif self._rows is None or version(buffer) != self._version:
             buffer.zero_()
         else:
             buffer.index_fill_(0, self._rows, 0)
         return buffer
-
-
-def _is_alone(tensor: Tensor) -> bool:
-    """Whether no other tensor shares its memory."""
-    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-    return count == 2  # The tensor, and the object that was just asked for.

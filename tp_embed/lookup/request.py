@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tp_embed._torch_private import unsafe_view
 from tp_embed.batch_layout import BatchLayout
 from tp_embed.gang import Gang
 from tp_embed.gang.collectives import check_sendable, is_batched
@@ -206,7 +207,7 @@ class Request:
             padded = rows.new_zeros(self._shape.numel(), rows.size(1))
             rows = padded.index_copy_(0, self._kept, rows)
         # A view that an autograd function returns could not be written to in place.
-        output: Tensor = torch.ops.aten._unsafe_view(rows, [*self._shape, rows.size(1)])
+        output: Tensor = unsafe_view(rows, [*self._shape, rows.size(1)])
         return output
 
     def gradient(self, grad: Tensor, into: GradBuffer | None) -> Tensor:

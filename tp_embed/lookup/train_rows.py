@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tp_embed._torch_private import hooks_of
 from tp_embed.lookup.gradient import as_sparse
 
 # Rows of a table: their indices, or a mask of all rows.
@@ -133,7 +134,7 @@ def mask_gradient(weight: Tensor, train_rows: Tensor, block: range) -> None:
     """
     if not (weight.requires_grad and weight.is_leaf):
         return
-    for hook in (weight._backward_hooks or {}).values():
+    for hook in hooks_of(weight):
         if isinstance(hook, RowMask):
             if hook.train_rows is train_rows or torch.equal(hook.train_rows, train_rows):
                 return

@@ -14,9 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn import Module
 
+from tp_embed._torch_private import default_store
 from tp_embed.gang import Gang, GangError
 
 _SECRET = re.compile(
@@ -36,7 +36,7 @@ def meet(gang: Gang, info: dict[str, Any], timeout: timedelta) -> list[dict[str,
     """
     if gang.size == 1:
         return [info]
-    store = _get_default_store()
+    store = default_store()
     count = store.add(f"tp_embed/monitors/{gang.rank}", 1)  # The how-manieth of this process.
     keys = [f"tp_embed/monitor/{count}/{rank}" for rank in range(gang.size)]
     store.set(keys[gang.rank], json.dumps(info))

@@ -11,6 +11,7 @@ from torch.fx import Proxy
 from torch.nn import Module, Parameter
 
 import tp_embed.parameter.optimizers  # noqa: F401 (looks at optimizers before they step)
+from tp_embed._torch_private import metadata_of
 from tp_embed.gang import Gang
 from tp_embed.lookup.train_rows import mask_gradient
 from tp_embed.parameter.sharded import local, mark_shard
@@ -97,8 +98,8 @@ class GangLayer(Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:
             destination[f"{prefix}weight"] = local(self.weight)
-        if self.gang.size > 1 and hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]][SHARD_RECORD] = self._record()
+        if self.gang.size > 1 and (metadata := metadata_of(destination)):
+            metadata[prefix[:-1]][SHARD_RECORD] = self._record()
 
     def _record(self) -> dict[str, int]:
         """What the weight is a shard of, for the metadata of a state dict."""

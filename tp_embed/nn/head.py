@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from tp_embed._torch_private import linear
 from tp_embed.gang.collectives import copy_to_gang, gather_columns, reduce_partial, scatter_columns
 from tp_embed.nn.embedding import ShardedEmbedding, VocabShardedEmbedding
 from tp_embed.nn.gang_layer import GangLayer
@@ -145,7 +146,7 @@ class OutputHead(GangLayer):
     def _product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         with unguarded():
             # torch's own: DeepSpeed's, at ZeRO 3, reads the weight in its backward.
-            return torch._C._nn.linear(x, self.weight, bias)
+            return linear(x, self.weight, bias)
 
     def _capped(self, logits: Tensor) -> Tensor:
         cap = self.soft_cap

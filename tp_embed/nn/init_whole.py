@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tp_embed._torch_private import TorchDispatchMode
 from tp_embed.gang import FakeGang, GangError
 from tp_embed.nn.init import Table, agree_on_seed, zero_pad_row
 from tp_embed.parameter.sharded import local

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.amp import is_autocast_available as _has_autocast
 from torch.nn.functional import linear
 
+from tp_embed._torch_private import is_transformed
 from tp_embed.gang import FakeGang, Gang
-from tp_embed.gang.collectives import in_graph, reduce_partial, transformed
+from tp_embed.gang.collectives import in_graph, reduce_partial
 from tp_embed.nn.token_loss import (
     LossOptions,
     check_target,
@@ -156,7 +157,7 @@ def linear_cross_entropy(
     x = x.reshape(len(flat_target), x.size(-1))
     kept = flat_target != ignore_index
     count = kept.sum() if reduction == "mean" else kept.new_ones((), dtype=torch.long)
-    if transformed() or in_graph(x):
+    if is_transformed() or in_graph(x):
         how = sum_over, loss_gang, classes, options, _dtypes(x, weight)
         return _mean(_composed_sum(x, weight, bias, flat_target, *how), count)
     if x.device.type == "cpu" and not kept.all():

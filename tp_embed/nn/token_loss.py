@@ -7,8 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tp_embed._torch_private import (
+    assert_async,
+    get_unwrapped,
+    is_functorch_wrapped,
+    is_transformed,
+)
 from tp_embed.gang import Gang, ReduceOperation
-from tp_embed.gang.collectives import gather_columns, in_graph, reduce_partial, transformed
+from tp_embed.gang.collectives import gather_columns, in_graph, reduce_partial
 from tp_embed.lookup.backward import is_needed_again
 from tp_embed.lookup.ids import as_indices
 from tp_embed.partition import Partition
@@ -64,15 +70,13 @@ def check_target(target: Tensor, ignore_index: int, classes: Partition) -> Tenso
     """
     target = as_indices(target).flatten().long()
     values = target
-    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(
-        values
-    ):
-        values = torch._C._functorch.get_unwrapped(values)  # Of all of a batch, by `vmap()`.
+    while not torch.compiler.is_compiling() and is_functorch_wrapped(values):
+        values = get_unwrapped(values)  # Of all of a batch, by `vmap()`.
     values = values.flatten()
     bad = (values != ignore_index) & ((values < 0) | (values >= classes.size))
     allowed = f"All of `target` must be in [0, {classes.size}) or {ignore_index} (ignore_index)"
     if values.device.type != "cpu" or in_graph(values):
-        torch._assert_async(~bad.any(), allowed + ".")  # Does not wait for the answer.
+        assert_async(~bad.any(), allowed + ".")  # Does not wait for the answer.
     elif bad.any():
         position = int(bad.nonzero()[0])
         raise IndexError(f"{allowed}, but token {position} has {int(values[position])} instead.")
@@ -83,7 +87,7 @@ def differentiable_losses(
     logits: Tensor, target: Tensor, gang: Gang, classes: Partition, options: LossOptions
 ) -> Tensor:
     """The loss of each token, for autograd. See :func:`token_losses` for the shapes."""
-    if transformed() or in_graph(logits):
+    if is_transformed() or in_graph(logits):
         return composed_losses(widened(logits), target, gang, classes, options)
     needed = logits.requires_grad and torch.is_grad_enabled()
     anchor = None

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 from torch.nn.utils import get_total_norm as torch_total_norm
 
+from tp_embed._torch_private import DisableTorchFunctionSubclass
 from tp_embed.gang import Gang
 
 
@@ -156,7 +157,7 @@ def _gradient(parameter: Tensor) -> Tensor | None:
 
 def _items(tensor: Tensor, order: float) -> Tensor:
     """A plain dense tensor of the items of ``tensor`` that count."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         tensor = tensor.detach()
         if not tensor.is_sparse:
             return tensor

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tp_embed._torch_private import DisableTorchFunctionSubclass, foreach_norm, unscale
 from tp_embed.gang import Gang, ReduceOperation
 from tp_embed.gang.collectives import reduce_partial
 from tp_embed.parameter.norms import gang_of, whole_norms
@@ -26,7 +27,7 @@ def reduce_table(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     ``NotImplemented``: of some dimensions only, or where a gradient would be lost."""
     if name == _UNSCALE:
         return _unscale(*args, **kwargs)
-    if name == "_foreach_norm":
+    if name == _FOREACH_NORM:
         return _foreach_norm(*args, **kwargs)
     shard, *rest = args if args else (kwargs["input"],)
     if shard._shard.is_vector:
@@ -70,7 +71,7 @@ def _foreach_norm(
     if any(map(_needs_graph, tensors)):
         return _NONE
     plain = [tensor for tensor in tensors if gang_of(tensor) is None]
-    norms = iter(torch._foreach_norm(plain, ord, dtype) if plain else ())
+    norms = iter(foreach_norm(plain, ord, dtype) if plain else ())
     of_gangs = {
         gang: iter(whole_norms([t for t in tensors if gang_of(t) is gang], gang, float(ord), dtype))
         for gang in _gangs(tensors)
@@ -80,8 +81,8 @@ def _foreach_norm(
 
 def _unscale(grads: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
     """What :class:`torch.amp.GradScaler` does: scales gradients, and looks for infinite ones."""
-    with torch._C.DisableTorchFunctionSubclass():
-        torch._amp_foreach_non_finite_check_and_unscale_(list(grads), found_inf, inv_scale)
+    with DisableTorchFunctionSubclass():
+        unscale(list(grads), found_inf, inv_scale)
     for gang in _gangs(grads):
         found = found_inf.to(gang.device, copy=True).view(1)
         gang.all_reduce(found, ReduceOperation.MAX)
@@ -141,8 +142,9 @@ _OF_ALL: dict[str, Callable[..., Any]] = {
     "sum": _sum,
 }
 NORMS = frozenset(("linalg_norm", "linalg_vector_norm", "norm"))
-_UNSCALE = "_amp_foreach_non_finite_check_and_unscale_"
-OF_GRADIENTS = NORMS | {"_foreach_norm", _UNSCALE}
+_FOREACH_NORM = foreach_norm.__name__
+_UNSCALE = unscale.__name__
+OF_GRADIENTS = NORMS | {_FOREACH_NORM, _UNSCALE}
 REDUCTIONS = OF_GRADIENTS | _OF_ALL.keys()
 
 
@@ -159,7 +161,7 @@ def _shape(shard: Any) -> tuple[int, ...]:
 
 
 def _plain(shard: Tensor) -> Tensor:
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         return shard.view_as(shard).as_subclass(Tensor)
 
 

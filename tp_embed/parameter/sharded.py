@@ -18,13 +18,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._dynamo import eval_frame
-from torch._ops import OperatorBase
 from torch.nn import Parameter
-from torch.optim import optimizer as torch_optimizer
-from torch.utils import _foreach_utils
-from torch.utils._pytree import tree_leaves
 
+from tp_embed._torch_private import (
+    DisableTorchFunctionSubclass,
+    OperatorBase,
+    never_compile,
+    rebuild_parameter,
+    rebuild_parameter_with_state,
+    support_foreach,
+    tree_leaves,
+)
 from tp_embed.gang import Gang
 from tp_embed.gang.collectives import whole_table
 from tp_embed.parameter.reductions import OF_GRADIENTS, REDUCTIONS, reduce_table
@@ -112,7 +116,7 @@ class Shard:
 
 def unguarded() -> AbstractContextManager[object]:
     """In this context shards are plain tensors: for code that knows that it has a shard."""
-    context: AbstractContextManager[object] = torch._C.DisableTorchFunctionSubclass()
+    context: AbstractContextManager[object] = DisableTorchFunctionSubclass()
     return context
 
 
@@ -421,17 +425,14 @@ class ShardedParameter(_Guarded, Parameter):
             data, requires_grad = self.detach(), self.requires_grad
         state = {key: value for key, value in vars(self).items() if key != "_shard"}
         if not state:
-            return torch._utils._rebuild_parameter, (data, requires_grad, OrderedDict())
-        rebuild = torch._utils._rebuild_parameter_with_state
-        return rebuild, (data, requires_grad, OrderedDict(), state)
+            return rebuild_parameter, (data, requires_grad, OrderedDict())
+        return rebuild_parameter_with_state, (data, requires_grad, OrderedDict(), state)
 
 
 # torch's optimizers and norms take their fast paths for the types that are listed, as DTensor is.
-torch_optimizer._foreach_supported_types.append(ShardedParameter)
-_foreach_utils._foreach_supported_types.extend((ShardedGrad, FrameworkGrad))
+support_foreach(ShardedParameter, (ShardedGrad, FrameworkGrad))
 
 # A call by code that isn't traced makes no graph of its own: its guards would not tell `clone` from
 # `detach`, and give one the graph of the other.
-_SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
 for _kind in (_Guarded, FrameworkGrad):
-    eval_frame.set_code_exec_strategy(vars(_kind)["__torch_function__"].__func__.__code__, _SKIP)
+    never_compile(vars(_kind)["__torch_function__"].__func__)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from tp_embed._torch_private import AsyncCollectiveTensor
 from tp_embed.gang import FakeGang, Gang
 from tp_embed.gang.agreement import of_all_ranks
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
+from tp_embed._torch_private import metadata_of
 from tp_embed.nn.gang_layer import SHARD_RECORD
 from tp_embed.parameter.sharded import local
 from tp_embed.state_dict.dtensors import DTensors
@@ -119,9 +120,9 @@ class _SaveHook:
             if layer.weight not in exported:
                 exported[layer.weight] = self._export(layer, local(layer.weight))
             state[key] = exported[layer.weight]
-            if self._mode != "sharded" and hasattr(state, "_metadata"):
+            if self._mode != "sharded":
                 # A whole table is a shard of nothing.
-                state._metadata.get(f"{prefix}{name}"[:-1], {}).pop(SHARD_RECORD, None)
+                metadata_of(state).get(f"{prefix}{name}"[:-1], {}).pop(SHARD_RECORD, None)
 
 
 def _before_load(
@@ -134,7 +135,7 @@ def _before_load(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    metadata = getattr(state, "_metadata", None) or {}
+    metadata = metadata_of(state)
     layers = {f"{prefix}{name}weight": layer for name, layer in layers_of(model)}
     layers = {k: e for k, e in layers.items() if k in state and not is_partitioned(e)}
     values = {key: state[key] for key in layers}

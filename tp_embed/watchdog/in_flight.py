@@ -6,7 +6,6 @@ every process group, ours and DeepSpeed's. So nothing has to be added to a colle
 
 from __future__ import annotations
 
-import json
 import sys
 import sysconfig
 import threading
@@ -17,11 +16,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from torch._C import _distributed_c10d
 from torch.distributed import distributed_c10d
-from torch.distributed.distributed_c10d import _world
 
-_c10d: Any = _distributed_c10d  # Whose recorders have no type stubs.
+from tp_embed._torch_private import group_statuses, ranks_of_group, recorded_collectives
+
 _WATCHDOG = str(Path(__file__).parent)
 _LIBRARY = str(Path(__file__).parent.parent)
 
@@ -37,7 +35,7 @@ class Place:
 def find_place(error: BaseException | None = None) -> Place:
     """Where this process is, or where ``error`` was raised in it. Takes about 40 ms, so ask only if
     something is wrong."""
-    entries = _recorded()
+    entries = recorded_collectives()
     if waiting := _waiting(entries):
         first = min(waiting, key=_begin)
         seconds = time.time() - _begin(first)
@@ -48,13 +46,6 @@ def find_place(error: BaseException | None = None) -> Place:
     if error is not None and is_of_collective(error):
         return Place(f"failed in {_describe(last)}", _gang(last))
     return Place(f"is in {_innermost_line()}, in no collective; its last was {_describe(last)}", [])
-
-
-def _recorded() -> list[dict[str, Any]]:
-    """The latest collectives. NCCL's are in a recorder of their own, if torch has NCCL."""
-    dumps = (getattr(_c10d, f"_dump_{kind}_trace_json", None) for kind in ("fr", "nccl"))
-    records = [json.loads(dump(True, False)) for dump in dumps if dump is not None]
-    return [entry for record in records for entry in record.get("entries", [])]
 
 
 def _waiting(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -76,9 +67,7 @@ def _describe(entry: dict[str, Any]) -> str:
 
 
 def _gang(entry: dict[str, Any]) -> list[int]:
-    name = entry["process_group"][0]
-    ranks = [_world.pg_group_ranks[group] for group, n in _world.pg_names.items() if n == name]
-    return sorted(ranks[0]) if ranks else []
+    return ranks_of_group(entry["process_group"][0])
 
 
 def is_of_collective(error: BaseException | None) -> bool:
@@ -102,7 +91,7 @@ class Patience:
     def is_over(self) -> bool:
         """Takes some microseconds; may be late by the time between two calls."""
         now = time.monotonic()
-        statuses = json.loads(_c10d._dump_fr_trace_json(False, True)).get("pg_status", {})
+        statuses = group_statuses()
         over = False
         for group, status in statuses.items():
             done = status["last_completed_collective"]
@@ -111,7 +100,7 @@ class Patience:
                 since = now
             self._since[group] = (done, since)
             over = over or now - since > self._seconds
-        if over and not _waiting(_recorded()):
+        if over and not _waiting(recorded_collectives()):
             # The last two came to their ends in the other order.
             self._since.clear()
             return False

@@ -17,8 +17,8 @@ from datetime import timedelta
 from typing import Any, Final, NoReturn
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
+from tp_embed._torch_private import default_store
 from tp_embed.gang import GangError
 
 from .deadline import Deadline
@@ -122,7 +122,7 @@ class Watchdog:
 
     def _connect(self) -> tuple[Hub | None, Link, str]:
         """Meets the hub, in the process of rank 0, at the address that it leaves in the store."""
-        store, key = _get_default_store(), f"tp_embed/watchdog/{Watchdog._started}"
+        store, key = default_store(), f"tp_embed/watchdog/{Watchdog._started}"
         Watchdog._started += 1
         hub = None
         if self._rank == 0:

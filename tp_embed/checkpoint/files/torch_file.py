@@ -19,6 +19,8 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
+from tp_embed._torch_private import FakeTensorMode
+
 from ..errors import CheckpointError, asks_to_import, shown
 from .arrays import Array, Span, View
 
@@ -178,8 +180,6 @@ def placeholder(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
 @cache
 def _fake_mode() -> Any:
     """One for all, since making one takes long."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second
-
     return FakeTensorMode()
 
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tp_embed._torch_private import dcp_storage_info
+
 from ...errors import CheckpointError, asks_to_import, shown
 from ...files.arrays import Index
 
@@ -86,12 +88,13 @@ def write(path: Path, items: Mapping[str, Item], nesting: Mapping[str, Keys]) ->
     """Writes what :func:`read` reads, at one moment."""
     from torch.distributed.checkpoint import filesystem, metadata  # takes a second
 
+    storage_info = dcp_storage_info()
     described: dict[str, Any] = {}
     stored: dict[metadata.MetadataIndex, Any] = {}
     for name, item in items.items():
         if isinstance(item, BytesItem):
             described[name] = metadata.BytesStorageMetadata()
-            stored[metadata.MetadataIndex(name)] = filesystem._StorageInfo(*item.place)
+            stored[metadata.MetadataIndex(name)] = storage_info(*item.place)
             continue
         described[name] = metadata.TensorStorageMetadata(
             metadata.TensorProperties(dtype=item.dtype),
@@ -103,7 +106,7 @@ def write(path: Path, items: Mapping[str, Item], nesting: Mapping[str, Keys]) ->
         )
         for number, chunk in enumerate(item.chunks):
             index = metadata.MetadataIndex(name, chunk.start, number)
-            stored[index] = filesystem._StorageInfo(*chunk.place)
+            stored[index] = storage_info(*chunk.place)
     root = metadata.Metadata(
         described,
         planner_data=dict(nesting),
@@ -190,7 +193,7 @@ _IGNORED = {
 
 
 def _allowed() -> dict[tuple[str, str], type]:
-    from torch.distributed.checkpoint import filesystem, metadata  # takes a second
+    from torch.distributed.checkpoint import metadata  # takes a second
 
     class Properties(metadata.TensorProperties):
         def __setstate__(self, state: Any) -> None:  # Torch's own checks what is ignored here.
@@ -204,17 +207,17 @@ def _allowed() -> dict[tuple[str, str], type]:
         (_MODULE, "ChunkStorageMetadata"): metadata.ChunkStorageMetadata,
         (_MODULE, "BytesStorageMetadata"): metadata.BytesStorageMetadata,
         (_MODULE, "MetadataIndex"): metadata.MetadataIndex,
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): dcp_storage_info(),
         ("torch", "Size"): tuple,
     }
 
 
 def _stored(path: Path, index: Any, info: Any) -> tuple[tuple[str, Index | None], Place]:
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import MetadataIndex
 
+    StorageInfo = dcp_storage_info()  # noqa: N806
     match info:
-        case _StorageInfo(transform_descriptors=transforms) if transforms:
+        case StorageInfo(transform_descriptors=transforms) if transforms:
             raise CheckpointError(
                 f"What `{path}` describes must be stored as it is, but is transformed by "
                 f"{shown(transforms)}. Load it with torch and save it without."
@@ -222,7 +225,7 @@ def _stored(path: Path, index: Any, info: Any) -> tuple[tuple[str, Index | None]
     match index, info:
         case (
             MetadataIndex(fqn=str(name), offset=start),
-            _StorageInfo(relative_path=str(file), offset=int(offset), length=int(length)),
+            StorageInfo(relative_path=str(file), offset=int(offset), length=int(length)),
         ) if start is None or _is_index(start):
             return (name, start), Place(file, offset, length)
     raise CheckpointError(
