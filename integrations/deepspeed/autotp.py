@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deepspeed.module_inject.auto_tp import AutoTP
-from deepspeed.module_inject.autotp_config import PartitionType
-from deepspeed.module_inject.tp_shard import AutoTPMeta
-from deepspeed.runtime.tensor_parallel import get_tensor_parallel_config
-from deepspeed.runtime.tensor_parallel.config import _get_hf_tp_plan
 from torch import Tensor
 from torch.nn import Module
 
 from tp_embed.surgery.strategies import Choices
+
+from .private import AutoTP, AutoTPMeta, PartitionType, get_hf_tp_plan, get_tensor_parallel_config
 
 NOTE = "left to AutoTP, which cuts its columns with the attention heads"
 
@@ -50,7 +47,7 @@ def _cut_by_autotp(model: Module, config: Mapping[str, Any]) -> set[str]:
         return {
             n for n, spec in specs.items() if spec and spec.partition_type != PartitionType.SKIP
         }
-    if _get_hf_tp_plan(model):  # Such a plan cuts no embeddings.
+    if get_hf_tp_plan(model):  # Such a plan cuts no embeddings.
         return set()
     blocks = tuple({block for block, _ in AutoTP.tp_parser(model)})
     return {

@@ -6,11 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deepspeed.module_inject.autotp_config import PartitionType
-from deepspeed.module_inject.layers import TensorParallel_Layer, is_autotp_training_mode
-from deepspeed.runtime.config import get_gradient_clipping
-from deepspeed.runtime.pipe import PipelineModule, TiedLayerSpec
-from deepspeed.runtime.tensor_parallel import get_tensor_parallel_config
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from torch.nn import Module
 
 from tp_embed.gang.agreement import of_all_ranks
@@ -18,6 +14,15 @@ from tp_embed.nn.head import ShardedLayer
 from tp_embed.parameter.optimizers import needs_matrix, refuse
 from tp_embed.parameter.sharded import ShardedParameter
 from tp_embed.surgery.strategies import Choices
+
+from .private import (
+    PartitionType,
+    TensorParallel_Layer,
+    get_gradient_clipping,
+    get_tensor_parallel_config,
+    is_autotp_training_mode,
+    layer_specs_of,
+)
 
 PIPELINE = (
     "The tables of a `PipelineModule` must be sharded by its specs, since it would go on calling "
@@ -191,7 +196,7 @@ def check_tied_stages(model: PipelineModule) -> None:
     """
     :raises ValueError: as :func:`check_reuse_grad`, of a model with tables of that kind.
     """
-    tied = [spec.key for spec in model._layer_specs if isinstance(spec, TiedLayerSpec)]
+    tied = [spec.key for spec in layer_specs_of(model) if isinstance(spec, TiedLayerSpec)]
     if tied and model.num_stages > 1:
         raise ValueError(
             f"`reuse_grad` must be False for the tables of pipeline stages with tied layers, "

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META, UNIVERSAL_CHECKPOINT_INFO
-from deepspeed.module_inject.layers import collect_autotp_universal_checkpoint_info
 from torch.nn import Module
 
 from tp_embed.gang import Gang
 
 from .layers import describe_parameter
 from .layout import local_shape
+from .private import (
+    DS_AUTOTP_UC_META,
+    UNIVERSAL_CHECKPOINT_INFO,
+    collect_autotp_universal_checkpoint_info,
+)
 
 _DESCRIBED_BY = "described_by", "tp_embed"
 

@@ -17,11 +17,8 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.module_inject.layers import DS_TENSOR_MODEL_PARALLEL
-from deepspeed.moe.utils import is_moe_param
-from deepspeed.runtime.pipe import PipelineModule
+from deepspeed.pipe import PipelineModule
 from deepspeed.utils import safe_get_full_fp32_param
-from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -31,6 +28,12 @@ from tp_embed.gang import GangError
 from tp_embed.parameter.sharded import local
 
 from .layout import has_mixed_up_masters, local_shape, logical_shape, map_of
+from .private import (
+    DS_TENSOR_MODEL_PARALLEL,
+    bwc_tensor_model_parallel_group,
+    is_moe_param,
+    persistent_buffers,
+)
 
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,15 +69,14 @@ def export(
         name: torch.Size(logical_shape(param)).numel() * (dtype or param.dtype).itemsize
         for name, param in parameters.items()
     }
-    all_buffers = dict(module.named_buffers())
-    buffers = {name: all_buffers[name] for name in engine._get_buffer_names()}
+    buffers = persistent_buffers(engine)
     sizes.update({name: buffer.nbytes for name, buffer in buffers.items()})
     files = _plan(sizes, max_shard_size)
 
     with _partitioned(engine), ExitStack() as stack:
         folder = _on_rank_0(lambda: stack.enter_context(_staged_directory(directory)))
         for file, names in files.items():
-            tensors = {}
+            tensors: dict[str, Any] = {}
             for name in names:
                 if name in buffers:
                     tensors[name] = buffers[name].detach().cpu().clone()

@@ -13,24 +13,15 @@ from tp_embed.nn.head import ShardedLayer
 from tp_embed.parameter.sharded import as_shard, local
 
 from .layout import local_shape
+from .private import after_linking, set_stage3, stage3_of
 
 _SETTERS = ("set_full_hp_param", "set_full_hp_grad")
-_LINK = "_link_all_hp_params"
-_STAGE_3 = "_z3_optimizer"
 
 
 def guard_full_values(model: Module, optimizer: Any) -> None:
     """Guards the weights of the tables of ``model`` now, and whenever the optimizer of the engine
     links its fp32 values to them, as it does again when a checkpoint is loaded."""
-    link = getattr(optimizer, _LINK, None)
-    if link is not None:
-
-        def link_and_guard() -> None:
-            link()
-            _guard(model)
-
-        setattr(optimizer, _LINK, link_and_guard)
-        _guard(model)
+    after_linking(optimizer, lambda: _guard(model))
 
 
 def _guard(model: Module) -> None:
@@ -47,9 +38,9 @@ def _guard(model: Module) -> None:
                 setter = known.get(name)
                 if setter is not None and not hasattr(setter, "is_guarded"):
                     setattr(layer.weight, name, _guarded(layer, setter))
-            optimizer = known.get(_STAGE_3)
+            optimizer = stage3_of(layer.weight)
             if optimizer is not None and not isinstance(optimizer, _Stage3):
-                setattr(layer.weight, _STAGE_3, _Stage3(layer, optimizer))
+                set_stage3(layer.weight, _Stage3(layer, optimizer))
 
 
 def _link_empty(weight: Any) -> None:

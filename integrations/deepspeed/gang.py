@@ -11,9 +11,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.utils import is_zero_param
-from deepspeed.utils import groups
-from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
@@ -24,6 +21,12 @@ from tp_embed.gang.process_group import ProcessGroupGang
 from .checks import check_model
 from .describe import describe_model
 from .layers import register_layer
+from .private import (
+    bwc_tensor_model_parallel_group,
+    is_zero_param,
+    make_tensor_parallel_groups,
+    tensor_parallel_group,
+)
 from .timing import log_collective
 
 
@@ -58,9 +61,9 @@ class DeepSpeedGang(ProcessGroupGang):
                     f"`tp_size` must divide the number of processes ({world_size}), "
                     f"but is {tp_size} instead."
                 )
-            groups._init_tp_mesh_device(tensor_model_parallel_size=tp_size)
+            make_tensor_parallel_groups(tp_size)
         try:
-            group = groups.get_tensor_model_parallel_group()
+            group = tensor_parallel_group()
         except AssertionError as e:
             raise GangError(
                 "DeepSpeed's tensor-parallel groups do not exist yet. Pass `tp_size`, the "

@@ -7,17 +7,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import deepspeed
-from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
-from deepspeed.runtime.tensor_parallel.init_utils import (
-    load_ds_config,
-    merge_tp_model_init_into_config,
-)
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from .checks import check_made_optimizer, check_sub_groups
 from .config import read_section
 from .full_values import guard_full_values
+from .private import TORCH_DISTRIBUTED_DEFAULT_PORT, load_ds_config, merge_tp_model_init_into_config
 from .sharding import shard_model, start_watchdog
 from .timing import time_collectives
 

@@ -6,15 +6,9 @@ module for `replaced` and then leaves it alone.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import torch
-from deepspeed.module_inject.layers import (
-    DS_IS_REPLACED_MODULE,
-    DS_TENSOR_MODEL_PARALLEL,
-    TensorParallel_Layer,
-)
 from torch import Tensor
 from torch.nn import Module, Parameter
 
@@ -25,6 +19,7 @@ from tp_embed.parameter.sharded import local
 from tp_embed.partition import Partition
 
 from .layout import local_shape
+from .private import DS_IS_REPLACED_MODULE, TensorParallel_Layer, describe, mark_replaced
 
 for _layer in get_args(ShardedLayer):
     TensorParallel_Layer.register(_layer)
@@ -44,14 +39,7 @@ def register_layer(layer: Module, gang: Gang) -> None:
         return  # By the embedding that a head shares it with, or before.
 
     shard = _Shard(gang, partition, dim)
-    for name, value in {
-        DS_IS_REPLACED_MODULE: True,
-        DS_TENSOR_MODEL_PARALLEL: True,
-        "gather_params": shard.gather_params,
-        "_tp_partition": shard.partition_params,
-    }.items():
-        setattr(weight, name, value)
-
+    mark_replaced(weight, shard.gather_params, shard.partition_params)
     describe_parameter(weight, dim, partition.sizes)
 
 
@@ -65,9 +53,9 @@ def describe_parameter(
     # As `HiddenParallelEmbedding` and `VocabParallelEmbedding` describe theirs, but for
     # `original_shape`: from it DeepSpeed would conclude that this is the one table that is cut over
     # the vocabulary, and cut others to its size when it merges them.
-    TensorParallel_Layer._set_param_uc_meta(
-        SimpleNamespace(tp_world_size=len(sizes)),
+    describe(
         parameter,
+        len(sizes),
         partition_type="row" if dim else "column",
         partition_dim=dim,
         logical_shape=tuple(logical),

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from deepspeed.checkpoint.affine import ParamAffineMap
-from deepspeed.checkpoint.constants import (
-    DS_AUTOTP_UC_META,
-)
-from deepspeed.checkpoint.universal_checkpoint import _resolve_autotp_partition
 from torch import Tensor
 from torch.nn import Parameter
+
+from .private import DS_AUTOTP_UC_META, ParamAffineMap, resolve_autotp_partition
 
 
 def map_of(param: Parameter) -> Any:
@@ -42,7 +39,7 @@ def own_shard(param: Parameter, key: str, whole: Tensor, tp_rank: int, tp_size: 
 
     *Shape:* that of the rank's shard.
     """
-    shard = _resolve_autotp_partition(param, {}, whole, tp_rank, tp_size, state_key=key)
+    shard = resolve_autotp_partition(param, {}, whole, tp_rank, tp_size, state_key=key)
     return (whole if shard is None else shard).reshape(local_shape(param))
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import deepspeed
-import torch.distributed as dist
-from deepspeed.runtime.zero.utils import is_zero_param
 from torch import Tensor
 from torch.nn import Parameter
 
 from tp_embed.monitor.tables import Monitor, Writer
 
 from .layout import has_mixed_up_masters
+from .private import bwc_tensor_model_parallel_world_size, local_gradient, loss_scale, wrap_step
 from .timing import time_collectives
 
 
@@ -85,9 +83,10 @@ class EngineMonitor(Monitor):
             timeout=timeout,
         )
         time_collectives(engine)
-        # Where gradients are reduced and not yet clipped, and the only place that all of a script's
-        # loop, a pipeline's schedule and other libraries' trainers go through.
-        take_step = engine._take_model_step
+        self._unwatch = wrap_step(engine, self._watched)
+
+    def _watched(self, take_step: Callable[..., None]) -> Callable[..., None]:
+        engine = self._engine
 
         def take_step_watched(*args: Any, **kwargs: Any) -> None:
             total = getattr(engine, "total_loss", None)  # Of the last stage of a pipeline.
@@ -97,14 +96,11 @@ class EngineMonitor(Monitor):
             take_step(*args, **kwargs)
             self._after_update()
 
-        engine._take_model_step = self._watched = take_step_watched
-        self._unwatched = take_step
+        return take_step_watched
 
     def close(self) -> None:
         super().close()
-        # What has come around it since stays, and goes on to call it, which does no harm.
-        if self._engine._take_model_step is self._watched:
-            self._engine._take_model_step = self._unwatched
+        self._unwatch()
 
     def _steps_done(self) -> int:
         return int(self._engine.global_steps)
@@ -113,27 +109,13 @@ class EngineMonitor(Monitor):
         return int(self._engine.global_samples)
 
     def _gradient(self, parameter: Parameter) -> tuple[Tensor | None, int]:
-        p: Any = parameter
-        if is_zero_param(p):
-            return p._z3_optimizer.get_local_fp32_grad_for_param(p), p.ds_process_group.size()
-        if not hasattr(p, "_hp_mapping"):
-            return p.grad, 1
-        pieces = dist.get_world_size(p._dp_group)
-        if p._hp_mapping is None:
-            return None, pieces  # Other ranks update this Parameter.
-        gradient = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).flatten()
-        own = p._hp_mapping.lp_fragment_address
-        if gradient.numel() == p.numel():  # A buffer of the whole, of which this rank has a piece.
-            gradient = gradient.narrow(0, own.start, own.numel)
-        return gradient, pieces
+        return local_gradient(parameter)
 
     def _tp_size(self) -> int:
         return _tp_size(self._engine)  # Tables may be whole where other layers are cut.
 
     def _loss_scale(self) -> float:
-        scaler = self._engine.torch_autocast_z0_gradscaler
-        scale = scaler.get_scale() if scaler else self._engine._get_optimizer_loss_scale()
-        return float(scale or 1.0)
+        return loss_scale(self._engine)
 
     def _write(self, events: list[tuple[str, float, int]]) -> None:
         super()._write(events)
@@ -144,4 +126,4 @@ class EngineMonitor(Monitor):
 def _tp_size(engine: Any) -> int:
     if engine.autotp_size() or engine.mpu is None:
         return int(engine.autotp_size()) or 1
-    return int(deepspeed.utils.bwc.bwc_tensor_model_parallel_world_size(engine.mpu))
+    return int(bwc_tensor_model_parallel_world_size(engine.mpu))

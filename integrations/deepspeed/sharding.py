@@ -9,8 +9,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.pipe.module import PipelineModule
-from deepspeed.runtime.zero.utils import is_zero_param
+from deepspeed.pipe import PipelineModule
 from deepspeed.utils import log_dist
 from torch import nn
 from torch.nn import Module
@@ -36,6 +35,7 @@ from .checks import (
 )
 from .config import SECTION, EmbedConfig
 from .gang import DeepSpeedGang
+from .private import is_zero_param
 
 
 def shard_model(

@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
-from deepspeed.comm import comm
 from torch import Tensor
 
 from tp_embed.monitor.traffic import gangs_of
+
+from .private import comm
 
 # What DeepSpeed calls the operations; it computes bandwidths by that.
 _DEEPSPEED_NAMES = {

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.checkpoint.constants import PARAM
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
+PARAM = "param"
 LATEST = "latest_universal"
 
 

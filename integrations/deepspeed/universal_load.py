@@ -6,26 +6,24 @@ leaves as they are, are loaded here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from deepspeed.checkpoint.constants import PARAM_GROUPS
-from deepspeed.runtime.pipe import PipelineModule
-from deepspeed.utils import groups
-from deepspeed.utils.bwc import (
-    bwc_tensor_model_parallel_group,
-    bwc_tensor_model_parallel_rank,
-    bwc_tensor_model_parallel_world_size,
-)
+from deepspeed.pipe import PipelineModule
 from torch import Tensor
 from torch.nn import Parameter
 
 from .layout import has_mixed_up_masters, logical_shape, own_shard
+from .private import (
+    PARAM_GROUPS,
+    bwc_tensor_model_parallel_rank,
+    bwc_tensor_model_parallel_world_size,
+    load_universal_checkpoint,
+    persistent_buffers,
+    universal_mode,
+)
 from .universal_format import (
     MOMENTS,
     STEP,
@@ -94,15 +92,14 @@ def load_universal(
         _check_scheduler(engine, saved["lr_scheduler"])
 
     _load_buffers(engine, saved["module"])
-    with _universal_mode(engine):
+    with universal_mode(engine):
         for name, param in parameters.items():
             if name in found and (stage == 0 or not param.requires_grad):
                 _load_parameter(engine, param, found[name], stage)
         if stage == 0:
             _load_optimizer(engine, parameters, found, param_groups)
-        # At ZeRO 0, `engine.load_checkpoint()` takes the optimizer for one of ZeRO afterwards.
-        load_rest = engine.load_checkpoint if stage else engine._load_checkpoint
-        path, client_state = load_rest(
+        path, client_state = load_universal_checkpoint(
+            engine,
             str(directory),
             universal.name,
             load_optimizer_states=stage > 0,
@@ -201,7 +198,7 @@ def _check_steps(found: Mapping[str, Path]) -> None:
 
 
 def _check_buffers(engine: Any, buffers: Mapping[str, Tensor], strict: bool) -> None:
-    expected = _buffers(engine)
+    expected = persistent_buffers(engine)
     missing = sorted(expected.keys() - buffers.keys())
     if missing and strict:
         raise ValueError(
@@ -224,15 +221,9 @@ def _check_scheduler(engine: Any, state: Any) -> None:
         )
 
 
-def _buffers(engine: Any) -> dict[str, Tensor]:
-    """The persistent buffers."""
-    buffers = dict(engine.module.named_buffers())
-    return {name: buffers[name] for name in engine._get_buffer_names() if name in buffers}
-
-
 @torch.no_grad()
 def _load_buffers(engine: Any, buffers: Mapping[str, Tensor]) -> None:
-    for name, buffer in _buffers(engine).items():
+    for name, buffer in persistent_buffers(engine).items():
         if name in buffers:
             buffer.copy_(buffers[name])
 
@@ -251,31 +242,6 @@ def _own_shard(engine: Any, param: Parameter, directory: Path, key: str) -> Tens
     rank = bwc_tensor_model_parallel_rank(engine.mpu)
     size = bwc_tensor_model_parallel_world_size(engine.mpu)
     return own_shard(param, key, read_tensor(directory, key), rank, size)
-
-
-@contextmanager
-def _universal_mode(engine: Any) -> Iterator[None]:
-    """As if `checkpoint.load_universal` were set in the DeepSpeed config. And with the engine's own
-    tensor-parallel group: ZeRO 3 takes that of AutoTP, which an `mpu` of another kind, or a second
-    engine, need not have, and ZeRO 1 and 2 ask an `mpu` by names that older ones lack."""
-    changes: list[tuple[Any, str, Any]] = [(engine._config, "load_universal_checkpoint", True)]
-    if engine.mpu is not None:
-        group = bwc_tensor_model_parallel_group(engine.mpu)
-        changes.append((groups, "_TENSOR_MODEL_PARALLEL_GROUP", group))
-        if engine.zero_optimization_stage() in (1, 2):
-            unit = SimpleNamespace(
-                get_tensor_model_parallel_rank=lambda: dist.get_rank(group),
-                get_tensor_model_parallel_world_size=lambda: dist.get_world_size(group),
-            )
-            changes.append((engine.optimizer, "mpu", unit))
-    before = [getattr(owner, name) for owner, name, _ in changes]
-    for owner, name, value in changes:
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for (owner, name, _), value in zip(changes, before, strict=True):
-            setattr(owner, name, value)
 
 
 def _load_optimizer(

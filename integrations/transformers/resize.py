@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -228,9 +229,13 @@ def _resize_bias(head: OutputHead, bias: Parameter, num_rows: int) -> None:
 
 
 def _check_no_engine(model: Module) -> None:
-    has_engine = getattr(model, "ds_autotp_parsed", False) or any(
-        hasattr(parameter, name) for parameter in model.parameters() for name in _OF_ENGINES
-    )
+    has_engine = False
+    if "deepspeed" in sys.modules:
+        from tp_embed.integrations.deepspeed.private import is_of_engine
+
+        has_engine = getattr(model, "ds_autotp_parsed", False) or any(
+            map(is_of_engine, model.parameters())
+        )
     if has_engine:
         raise ValueError(
             "The vocabulary must be resized before `deepspeed.initialize()`, but an engine holds "
@@ -238,7 +243,3 @@ def _check_no_engine(model: Module) -> None:
             "`tp_embed.integrations.deepspeed.to_universal()` and `resize_vocab()`, and load it "
             "with `load_universal()` into an engine of a model that has been resized."
         )
-
-
-# What ZeRO leaves on Parameters: 1 and 2, and 3.
-_OF_ENGINES = ("_hp_mapping", "_z3_optimizer", "ds_id")

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import deepspeed
-from deepspeed.module_inject.autotp_config import PartitionType
-from deepspeed.runtime.tensor_parallel import get_tensor_parallel_config
 from torch import nn
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from tp_embed.gang import Gang
 from tp_embed.integrations.deepspeed.config import read_section
+from tp_embed.integrations.deepspeed.private import PartitionType, get_tensor_parallel_config
 from tp_embed.integrations.deepspeed.sharding import shard_model
 from tp_embed.surgery.optimizer import Groups
 from tp_embed.surgery.shard import ShardingReport
