@@ -1,8 +1,8 @@
 """All private names of torch that this package uses. Other modules import them from here.
 
 Each has a line on what it is for and, after the colon, what would go wrong without it.
-``pyproject.toml`` allows the versions of torch for which all tests have passed;
-``tests/test_torch_private.py`` names what is missing in another.
+``pyproject.toml`` allows the versions of torch for which the tests have passed.
+``tests/test_torch_private.py`` names what another version lacks.
 
 What a lookup calls has another name here, and no function around it, which would take time.
 """

@@ -2,9 +2,9 @@
 here.
 
 Each has a line on what it is for and, after the colon, what would go wrong without it.
-``pyproject.toml`` allows the versions of DeepSpeed for which
-``tests/integrations/deepspeed/test_private.py``, which names what is missing, and all other tests
-have passed: its releases change what is private.
+``pyproject.toml`` allows the version of DeepSpeed for which the tests have passed, since releases
+change what is private. ``tests/integrations/deepspeed/test_private.py`` names what another version
+lacks.
 """
 
 from __future__ import annotations

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import cache
-from typing import Any
 
 from torch.nn import Module
 from transformers import PreTrainedModel
 
 from .forward import check_forward
 from .layers import has_shards
+from .mixins import give_class
 from .resize import ResizesShards
 from .save import SavesShards
 
@@ -43,35 +42,3 @@ def check_adapters(model: Module, tables: Collection[Module]) -> None:
 
 def _has_peft(model: Module) -> bool:
     return any(type(module).__module__.startswith("peft.") for module in model.modules())
-
-
-def give_class(module: Any, *mixins: type) -> None:
-    """Makes ``module`` an instance of a class of the name of its own with ``mixins`` before it."""
-    if not isinstance(module, mixins):
-        base: Any = type(module)
-        module.__class__ = _class_with(base, mixins)
-
-
-@cache
-def _class_with(base: type, mixins: tuple[type, ...]) -> type:
-    # Much of transformers goes by the name of a class: its losses, its plans, `config.json`.
-    attributes = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "__reduce_ex__": _reduce,
-        "_tp_embed_base": (base, mixins),
-    }
-    return type(base.__name__, (*mixins, base), attributes)
-
-
-def _reduce(self: Any, protocol: Any) -> Any:
-    # pickle looks classes up by their names, and would find the one that this was made from.
-    base, mixins = type(self)._tp_embed_base
-    _, _, *state = super(type(self), self).__reduce_ex__(protocol)
-    return (_new, (base, mixins), *state)
-
-
-def _new(base: type, mixins: tuple[type, ...]) -> Any:
-    made: Any = _class_with(base, mixins)
-    return made.__new__(made)

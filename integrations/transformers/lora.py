@@ -18,6 +18,7 @@ from tp_embed.nn.embedding import ShardedEmbedding, VocabShardedEmbedding
 from tp_embed.nn.head import OutputHead, ShardedLayer
 
 from .layers import has_shards, sharded_layers, table_shape
+from .mixins import give_class
 from .save import SavesShards
 
 
@@ -96,8 +97,6 @@ def _showing_sizes(model: Module) -> Iterator[None]:
 
 def adapt_lora(model: Module) -> None:
     """Makes what PEFT has put around sharded tables know of it. Doing it twice does no harm."""
-    from .classes import give_class  # It calls this.
-
     modules: list[Any] = list(model.modules())
     for module in modules:
         if isinstance(module, lora.LoraLayer) and isinstance(module.get_base_layer(), ShardedLayer):
