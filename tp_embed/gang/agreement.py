@@ -32,10 +32,11 @@ def check_agreement(gang: Gang, facts: Mapping[str, object]) -> None:
             )
 
 
-def raise_together(gang: Gang, action: Callable[[], _T]) -> _T:
+def raise_together(gang: Gang, action: Callable[[], _T], what: str | None = None) -> _T:
     """What ``action`` returns. All ranks have to call it, so that an exception of one, which would
     leave the others waiting in the next collective, ends them all. ``action`` sends nothing.
 
+    :param what: what ``action`` is, for the error of the other ranks, such as "The export".
     :raises GangError: ``action`` has raised anything on another rank, running out of memory and
         ``KeyboardInterrupt`` included, but not here. A rank where it has raised raises that.
     """
@@ -49,7 +50,10 @@ def raise_together(gang: Gang, action: Callable[[], _T]) -> _T:
             raise e
     for rank, failure in enumerate(of_all_ranks(gang, None)):
         if failure is not None:
-            raise GangError(f"Rank {rank} of {gang} has failed, and this one with it: {failure}")
+            of_rank = f"Rank {rank} of {gang} has failed, and this one with it"
+            if what is not None:
+                of_rank = f"{what} failed on rank {rank} of {gang}"
+            raise GangError(f"{of_rank}: {failure}")
     return result
 
 
@@ -66,6 +70,8 @@ def _describe(error: BaseException) -> str:
 def of_all_ranks(gang: Gang, own: Any) -> list[Any]:
     """What each rank gives as ``own``, by rank: strings and the like, which need no pickle."""
     text = json.dumps(own).encode()
+    if gang.size == 1:
+        return [json.loads(text)]  # On any device, even on meta.
     sizes = torch.empty(gang.size, dtype=torch.int64, device=gang.device)
     gang.all_gather(sizes, torch.tensor(len(text), device=gang.device))
     counts = sizes.tolist()

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from tp_embed._torch_private import TorchDispatchMode
-from tp_embed.gang import FakeGang, GangError
+from tp_embed.gang import FakeGang
+from tp_embed.gang.agreement import raise_together
 from tp_embed.nn.init import Table, agree_on_seed, zero_pad_row
 from tp_embed.parameter.sharded import local
 
@@ -33,21 +34,16 @@ def fill_from_whole_table(
     """
     gang = embed.gang
     seed = agree_on_seed(gang)
-    whole, error = None, None
-    # A fake gang has no rank 0 to receive from.
-    if gang.rank == 0 or isinstance(gang, FakeGang):
-        try:
-            whole = new_whole()
-            _run(init_fn, whole, seed)
-        except Exception as e:
-            error = e
-    if gang.size > 1:
-        outcome = [repr(error) if error else None]
-        gang.broadcast_objects(outcome)
-        if outcome[0] and not error:
-            raise GangError(f"`init_fn` failed on rank 0 of {gang}: {outcome[0]}")
-    if error:
-        raise error
+
+    def fill() -> Table | None:
+        # A fake gang has no rank 0 to receive from.
+        if gang.rank != 0 and not isinstance(gang, FakeGang):
+            return None
+        whole = new_whole()
+        _run(init_fn, whole, seed)
+        return whole
+
+    whole = raise_together(gang, fill, "`init_fn`")
     if whole is not embed:
         _receive_block(embed, whole)
 
