@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tp_embed.checkpoint.contents import MASTER, MOMENTS
+from tp_embed.checkpoint.formats.universal.paths import (
+    LATEST,
+    parameter_directory,
+    parameters_of,
+    state_file,
+)
 from tp_embed.checkpoint.staging import staged
 from tp_embed.nn.embedding import InitFn, StandardEmbedding
 
-from .universal_format import (
-    LATEST,
-    MOMENTS,
-    find_universal,
-    parameters_of,
-    read_tensor,
-    write_tensor,
-)
+from .universal_format import find_universal, read_tensor, write_tensor
 
 
 def resize_vocab(
@@ -65,10 +65,10 @@ def resize_vocab(
         universal = stage.path / old.name
         shutil.copytree(old, universal)
         for name, directory in matched.items():
-            new = universal / "zero" / name
+            new = parameter_directory(universal, name)
             for key in _keys(directory):
                 tensor = read_tensor(directory, key)
-                write_tensor(new, key, _resize(tensor, num_embeddings, init_fn, key == "fp32"))
+                write_tensor(new, key, _resize(tensor, num_embeddings, init_fn, key == MASTER))
         (stage.path / LATEST).write_text(old.name)
 
 
@@ -88,7 +88,7 @@ def _matching(source: Path, names: Sequence[str]) -> dict[str, Path]:
 
 
 def _check_sizes(matched: dict[str, Path], num_embeddings: int, shrink: bool) -> None:
-    shapes = {name: tuple(read_tensor(path, "fp32").shape) for name, path in matched.items()}
+    shapes = {name: tuple(read_tensor(path, MASTER).shape) for name, path in matched.items()}
     sizes = {shape[0] if shape else 0 for shape in shapes.values()}
     if len(sizes) != 1 or any(len(shape) > 2 for shape in shapes.values()):
         raise ValueError(
@@ -109,7 +109,7 @@ def _check_sizes(matched: dict[str, Path], num_embeddings: int, shrink: bool) ->
 
 def _keys(directory: Path) -> list[str]:
     """The tensors of a Parameter: a frozen one has no moments."""
-    return [key for key in ("fp32", *MOMENTS) if (directory / f"{key}.pt").is_file()]
+    return [key for key in (MASTER, *MOMENTS) if state_file(directory, key).is_file()]
 
 
 def _resize(old: Tensor, size: int, init_fn: InitFn | None, draw: bool) -> Tensor:

@@ -15,6 +15,15 @@ from deepspeed.pipe import PipelineModule
 from torch import Tensor
 from torch.nn import Parameter
 
+from tp_embed.checkpoint.contents import MASTER, MOMENTS
+from tp_embed.checkpoint.formats.universal.paths import (
+    STEP,
+    model_file,
+    optimizer_state_file,
+    parameters_of,
+    state_file,
+)
+
 from .layout import has_mixed_up_masters, logical_shape, own_shard
 from .private import (
     PARAM_GROUPS,
@@ -24,18 +33,7 @@ from .private import (
     persistent_buffers,
     universal_mode,
 )
-from .universal_format import (
-    MOMENTS,
-    STEP,
-    find_universal,
-    hyperparameters,
-    load,
-    model_file,
-    optimizer_state_file,
-    parameters_of,
-    read_step,
-    read_tensor,
-)
+from .universal_format import find_universal, load, read_step, read_tensor
 
 
 def load_universal(
@@ -149,7 +147,7 @@ def _check_parameters(
 ) -> None:
     """That there is all that the engine wants, and no more."""
     unknown = [
-        name for name in found.keys() - parameters.keys() if (found[name] / f"{STEP}.pt").is_file()
+        name for name in found.keys() - parameters.keys() if state_file(found[name], STEP).is_file()
     ]
     if unknown:
         raise ValueError(
@@ -165,10 +163,10 @@ def _check_parameters(
                     + (", or pass `strict=False`." if not param.requires_grad else ".")
                 )
             continue
-        keys = ("fp32", *MOMENTS) if param.requires_grad else ("fp32",)
+        keys = (MASTER, *MOMENTS) if param.requires_grad else (MASTER,)
         expected = logical_shape(param)
         for key in keys:
-            if not (found[name] / f"{key}.pt").is_file():
+            if not state_file(found[name], key).is_file():
                 raise ValueError(
                     f"The checkpoint must have the optimizer's state of `{name}`, but lacks its "
                     f"`{key}`: it was frozen. Freeze it, or save it as trained."
@@ -187,7 +185,7 @@ def _check_steps(found: Mapping[str, Path]) -> None:
     steps = {
         name: float(read_step(path))
         for name, path in found.items()
-        if (path / f"{STEP}.pt").is_file()
+        if state_file(path, STEP).is_file()
     }
     if len(set(steps.values())) > 1:
         fewest = min(steps, key=lambda name: steps[name])
@@ -232,10 +230,10 @@ def _load_buffers(engine: Any, buffers: Mapping[str, Tensor]) -> None:
 def _load_parameter(engine: Any, param: Parameter, directory: Path, stage: int) -> None:
     """Loads a Parameter that DeepSpeed does not."""
     if stage == 3:
-        fragment = engine.optimizer.load_hp_checkpoint_state(str(directory), "fp32", param=param)
+        fragment = engine.optimizer.load_hp_checkpoint_state(str(directory), MASTER, param=param)
         param.ds_tensor.copy_(fragment)  # type: ignore[attr-defined]
     else:
-        param.copy_(_own_shard(engine, param, directory, "fp32"))
+        param.copy_(_own_shard(engine, param, directory, MASTER))
 
 
 def _own_shard(engine: Any, param: Parameter, directory: Path, key: str) -> Tensor:
@@ -261,9 +259,14 @@ def _load_optimizer(
             state[index] = {key: _own_shard(engine, param, path, key).clone() for key in MOMENTS}
             state[index][STEP] = read_step(path)
     new_groups = [
-        {**own, **hyperparameters(group)} for own, group in zip(own_groups, groups, strict=True)
+        {**own, **_hyperparameters(group)} for own, group in zip(own_groups, groups, strict=True)
     ]
     optimizer.load_state_dict({"state": state, PARAM_GROUPS: new_groups})
+
+
+def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A param group of an optimizer without its Parameters."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
 def _mend_zero3(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -271,7 +274,7 @@ def _mend_zero3(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, 
     gives all groups those of the first, and all states one tensor, which then counts each step
     several times."""
     for own, group in zip(optimizer.param_groups, groups, strict=True):
-        own.update(hyperparameters(group))
+        own.update(_hyperparameters(group))
     for state in optimizer.state.values():
         if isinstance(state[STEP], Tensor):
             state[STEP] = state[STEP].clone()

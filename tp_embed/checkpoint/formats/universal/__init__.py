@@ -1,9 +1,7 @@
 """Universal checkpoints, which DeepSpeed's engines of every ZeRO stage and rank count load.
 
-Source: ``deepspeed.checkpoint.ds_to_universal`` and ``DeepSpeedEngine._load_checkpoint``. A
-directory ``zero/<name>`` for each Parameter holds it whole, as ``fp32.pt``, and if it was trained
-``exp_avg.pt``, ``exp_avg_sq.pt`` and ``step.pt``; ``zero/optimizer_state.pt`` has the param groups,
-and a file for each tensor-parallel rank the buffers and the rest of the training run.
+Source: ``deepspeed.checkpoint.ds_to_universal`` and ``DeepSpeedEngine._load_checkpoint``. Where
+the files are is in ``paths.py``.
 
 What DeepSpeed's converter writes differs: at ZeRO 1 and 2, there are also directories for buffers,
 for second names and for what is frozen, of which the model files have the proper values; at ZeRO 3
@@ -29,16 +27,18 @@ from ..deepspeed.files import ModelFile, Saved, array_of, expect
 from ..deepspeed.fragments import frozen_shard
 from ..deepspeed.layout import Layout
 from .cuts import cuts_of_whole
-from .files import (
-    LATEST,
-    OPTIMIZER_STATE,
-    STEP,
-    locate,
-    open_file,
-    open_ranks,
-    read_entry,
-)
+from .files import locate, open_file, open_ranks, read_entry
 from .layout import lay_out
+from .paths import (
+    LATEST,
+    STEP,
+    files_of_parameters,
+    is_universal,
+    optimizer_state_file,
+    parameter_directory,
+    parameters_of,
+    state_file,
+)
 from .run import read_extra, read_groups, read_step
 
 __all__ = ["lay_out", "read", "recognises"]
@@ -54,7 +54,7 @@ _INFO = "universal_checkpoint_info"
 
 
 def recognises(path: Path) -> bool:
-    return (path / "zero").is_dir() or (path / LATEST).is_file()
+    return is_universal(path) or (path / LATEST).is_file()
 
 
 def read(path: Path, options: ReadOptions) -> Checkpoint:
@@ -62,22 +62,19 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     kinds = open_ranks(directory, options)
     saved = kinds[0]
     model = saved.models[0][0]
-    entries = {
-        entry.name: entry for entry in sorted((directory / "zero").iterdir()) if entry.is_dir()
-    }
+    entries = parameters_of(directory)
     if lost := [name for name in model.trained if name not in entries]:
         raise CheckpointError(
-            f"There must be a directory `{directory / 'zero' / lost[0]}`, since the model files "
-            "have its Parameter, but there is none. Copy the whole checkpoint."
+            f"There must be a directory `{parameter_directory(directory, lost[0])}`, since the "
+            "model files have its Parameter, but there is none. Copy the whole checkpoint."
         )
     trained = {
         name
         for name, entry in entries.items()
-        if any((entry / f"{state}.pt").exists() for state in MOMENTS)
+        if any(state_file(entry, state).exists() for state in MOMENTS)
     }
     ties = _ties(model, trained)
-    optimizer_path = directory / "zero" / OPTIMIZER_STATE
-    state_file = open_file(optimizer_path, options) if trained else None
+    saved_optimizer = open_file(optimizer_state_file(directory), options) if trained else None
 
     tensors: dict[Key, Array] = {}
     files: dict[str, TorchFile] = {}
@@ -88,13 +85,13 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
         if name in ties or name in model.buffers or (name in model.module and name not in trained):
             continue
         for state in (MASTER, *MOMENTS) if name in trained else (MASTER,):
-            file = open_file(entry / f"{state}.pt", options)
+            file = open_file(state_file(entry, state), options)
             tensors[Key(name, state)] = read_entry(file, flat_shapes.get(name))
             files.setdefault(name, file)
-        if state_file is not None and name in trained:
-            steps[name] = read_step(entry / f"{STEP}.pt", state_file, options)
+        if saved_optimizer is not None and name in trained:
+            steps[name] = read_step(state_file(entry, STEP), saved_optimizer, options)
 
-    info = _info(model, state_file)
+    info = _info(model, saved_optimizer)
     layout = Layout(info, saved.tp_size, options, model.file.path)
     shapes = {key.name: array.shape for key, array in tensors.items()}
     cuts = cuts_of_whole(shapes, layout, files)
@@ -104,10 +101,10 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     }
     tensors = _in_order([*model.module, *model.trained], {**tensors, **rest})
     names = list(dict.fromkeys(key.name for key in tensors))
-    extra, notes = read_extra(model, state_file)
+    extra, notes = read_extra(model, saved_optimizer)
     optimizer = None
-    if state_file is not None:
-        groups, more = read_groups(state_file, model, names, trained)
+    if saved_optimizer is not None:
+        groups, more = read_groups(saved_optimizer, model, names, trained)
         optimizer, notes = Optimizer(groups, steps), [*notes, *more]
         tensors = _in_order(chain(*(group["params"] for group in groups)), tensors)
     if len(set(steps.values())) > 1:
@@ -129,7 +126,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
         notes=tuple(notes),
         files=(
             *(path for saved in kinds for path in saved.paths),
-            *sorted((directory / "zero").glob("**/*.pt")),
+            *files_of_parameters(directory),
         ),
     )
 
@@ -181,9 +178,9 @@ def _in_module(model: ModelFile, name: str) -> Array:
     return array_of(model.file, model.module.get(name), what)
 
 
-def _info(model: ModelFile, state_file: TorchFile | None) -> dict[str, Any]:
+def _info(model: ModelFile, saved_optimizer: TorchFile | None) -> dict[str, Any]:
     """What the checkpoint says of how its Parameters were cut."""
-    for file in (model.file, *([] if state_file is None else [state_file])):
+    for file in (model.file, *([] if saved_optimizer is None else [saved_optimizer])):
         info = expect(file.root, dict, "The content", file.path).get(_INFO)
         if info is not None:
             return expect(info, dict, f"`{_INFO}`", file.path)

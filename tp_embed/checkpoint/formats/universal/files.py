@@ -1,4 +1,4 @@
-"""The files of a universal checkpoint, and what of their content can be relied on."""
+"""Opens the files of a universal checkpoint, and finds what of their content can be relied on."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from ...errors import CheckpointError
 from ...files.arrays import Array, View
 from ...files.torch_file import TorchFile
 from ..deepspeed.files import STAND_INS, Saved, array_of, open_tag, read_latest, refuse_others
-
-LATEST = "latest_universal"
-OPTIMIZER_STATE = "optimizer_state.pt"
-STEP = "step"
+from . import paths
+from .paths import LATEST, is_universal
 
 _MODEL_FILE = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
 
@@ -27,7 +25,7 @@ def locate(path: Path, options: ReadOptions) -> Path:
     :raises CheckpointError: there is none.
     :raises UnsafeCheckpointError: the file ``latest_universal`` leads out of ``path``.
     """
-    if (path / "zero").is_dir():
+    if is_universal(path):
         return path
     tag, named_by = options.tag, "`--tag`"
     if tag is None:
@@ -39,7 +37,7 @@ def locate(path: Path, options: ReadOptions) -> Path:
             )
         tag, named_by = read_latest(file), f"`{file}`"
     directory = path / tag
-    if not (directory / "zero").is_dir():
+    if not is_universal(directory):
         raise CheckpointError(
             f"{named_by} must name a universal checkpoint in `{path}`, but `{directory}` has no "
             "directory `zero`. Copy the whole checkpoint, or name another with `--tag`."
@@ -101,7 +99,7 @@ def read_entry(file: TorchFile, flat_shape: tuple[int, ...] | None) -> Array:
             raise CheckpointError(
                 f"`{file.path}` must be of a Parameter that all ranks have, but is of experts."
             )
-        case {"param": Tensor() as tensor}:
+        case {paths.PARAM: Tensor() as tensor}:
             flat_shape = None
         case other:
             raise CheckpointError(

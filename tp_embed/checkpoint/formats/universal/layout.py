@@ -19,7 +19,16 @@ from ..deepspeed.cut_info import write_info
 from ..deepspeed.files import SCALARS, STRUCTURE
 from ..deepspeed.shards import DS_VERSION, step_of
 from .cuts import cut_entries
-from .files import LATEST, OPTIMIZER_STATE, STEP
+from .paths import (
+    LATEST,
+    OPTIMIZER_STATE,
+    PARAM,
+    STEP,
+    model_file,
+    optimizer_state_file,
+    parameter_directory,
+    state_file,
+)
 
 # Of a file name on Linux.
 _MAX_NAME_BYTES = 255
@@ -31,25 +40,25 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
     step = step_of(checkpoint)
     tag = f"global_step{step}_universal"
     directory = path / tag
-    (directory / "zero").mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     arrays: dict[Key, Array] = {}
     for key, array in checkpoint.tensors.items():
         if key.name not in checkpoint.buffers:
-            folder = directory / "zero" / key.name
-            folder.mkdir(exist_ok=True)
+            folder = parameter_directory(directory, key.name)
+            folder.mkdir(parents=True, exist_ok=True)
             param = placeholder(array.shape, array.dtype)
-            entry = {"param": param, **cut_entries(target.cuts[key.name])}
-            file = lay_out_file(folder / f"{key.state}.pt", entry)
-            arrays[key] = file.array(file.root["param"])
+            entry = {PARAM: param, **cut_entries(target.cuts[key.name])}
+            file = lay_out_file(state_file(folder, key.state), entry)
+            arrays[key] = file.array(file.root[PARAM])
     info = _info(checkpoint, target)
     if steps:
         optimizer_state, by_name = _optimizer_state(checkpoint, steps)
         # Not in the model files, which an engine gives to its client: if that saves it with another
         # checkpoint, of other cuts, DeepSpeed puts it in the place of what is true there.
-        lay_out_file(directory / "zero" / OPTIMIZER_STATE, {**optimizer_state, **info})
+        lay_out_file(optimizer_state_file(directory), {**optimizer_state, **info})
         info = {}
         for name, value in by_name.items():
-            lay_out_file(directory / "zero" / name / f"{STEP}.pt", value)
+            lay_out_file(state_file(parameter_directory(directory, name), STEP), value)
     arrays |= _lay_out_ranks(checkpoint, target, directory, {"global_steps": step, **info})
     (path / LATEST).write_text(tag)
     return Output({key: arrays[key] for key in checkpoint.tensors})
@@ -143,10 +152,10 @@ def _lay_out_ranks(
             module[key.name] = placeholder(shape, array.dtype)
         files = [
             lay_out_file(
-                directory / f"{prefix}mp_rank_{rank:02d}_model_states.pt",
+                model_file(directory, rank, stage),
                 {**common, "module": module},
             )
-            for prefix in ("", "zero_pp_rank_0_")
+            for stage in (1, 3)
         ]
         for key in buffers:
             copies = [file.array(file.root["module"][key.name]) for file in files]
