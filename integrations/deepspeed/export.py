@@ -24,7 +24,9 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from tp_embed.checkpoint.staging import staged
-from tp_embed.gang import GangError
+from tp_embed.gang import Gang
+from tp_embed.gang.agreement import raise_together
+from tp_embed.gang.process_group import ProcessGroupGang
 from tp_embed.parameter.sharded import local
 
 from .layout import has_mixed_up_masters, local_shape, logical_shape, map_of
@@ -72,9 +74,10 @@ def export(
     buffers = persistent_buffers(engine)
     sizes.update({name: buffer.nbytes for name, buffer in buffers.items()})
     files = _plan(sizes, max_shard_size)
+    on_rank_0 = partial(_on_rank_0, ProcessGroupGang(None, engine.device))
 
     with _partitioned(engine), ExitStack() as stack:
-        folder = _on_rank_0(lambda: stack.enter_context(_staged_directory(directory)))
+        folder = on_rank_0(lambda: stack.enter_context(_staged_directory(directory)))
         for file, names in files.items():
             tensors: dict[str, Any] = {}
             for name in names:
@@ -82,10 +85,10 @@ def export(
                     tensors[name] = buffers[name].detach().cpu().clone()
                 else:
                     tensors[name] = _gather(engine, parameters[name], dtype)
-            _on_rank_0(partial(_write_tensors, folder, file, tensors))
-        _on_rank_0(partial(_write_index, folder, files, sizes))
-        _on_rank_0(partial(_write_config, folder, module, dtype))
-        _on_rank_0(stack.close)
+            on_rank_0(partial(_write_tensors, folder, file, tensors))
+        on_rank_0(partial(_write_index, folder, files, sizes))
+        on_rank_0(partial(_write_config, folder, module, dtype))
+        on_rank_0(stack.close)
 
 
 @contextmanager
@@ -184,16 +187,12 @@ def _gather(engine: Any, param: Parameter, dtype: torch.dtype | None) -> Tensor 
         if shard.numel():
             dist.send(shard, dst=0, group=group)
         return None
-    shards = {}
-    for tp_rank, rank in enumerate(ranks):
-        if rank == 0:
-            shards[tp_rank] = shard
-            continue
-        shards[tp_rank] = shard.new_empty(layout.shard_shapes[tp_rank])
-        if shards[tp_rank].numel():
-            dist.recv(shards[tp_rank], src=rank, group=group)
-    whole: Tensor = layout.rebuild(shards)
-    return whole.cpu()
+    shards = []
+    for rank, shape in zip(ranks, layout.shards, strict=True):
+        shards.append(shard if rank == 0 else shard.new_empty(shape))
+        if rank != 0 and shards[-1].numel():
+            dist.recv(shards[-1], src=rank, group=group)
+    return layout.rebuild(shards).cpu()
 
 
 @torch.no_grad()
@@ -206,21 +205,9 @@ def _shard(param: Parameter, dtype: torch.dtype | None) -> Tensor:
         return local(param).to(dtype or param.dtype, copy=True).contiguous()
 
 
-def _on_rank_0(action: Callable[[], Any]) -> Any:
+def _on_rank_0(world: Gang, action: Callable[[], Any]) -> Any:
     """Does ``action`` on rank 0; if it fails, all ranks do. All ranks call it."""
-    result, error = None, None
-    if dist.get_rank() == 0:
-        try:
-            result = action()
-        except Exception as e:
-            error = e
-    message = [error and f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(message, src=0)
-    if error is not None:
-        raise error
-    if message[0] is not None:
-        raise GangError(f"Rank 0 could not export the model. {message[0]}")
-    return result
+    return raise_together(world, lambda: action() if world.rank == 0 else None, "The export")
 
 
 def _write_tensors(folder: Path, file: str, tensors: dict[str, Tensor]) -> None:

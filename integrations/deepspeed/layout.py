@@ -10,14 +10,16 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from .private import DS_AUTOTP_UC_META, ParamAffineMap, resolve_autotp_partition
+from tp_embed.checkpoint.formats.deepspeed.affine import AffineMap
+
+from .private import DS_AUTOTP_UC_META, resolve_autotp_partition
 
 
-def map_of(param: Parameter) -> Any:
-    """The ``ParamAffineMap`` of ``param``, or ``None`` if it is not known to be cut."""
+def map_of(param: Parameter) -> AffineMap | None:
+    """The map of ``param``, or ``None`` if it is not known to be cut."""
     conversion = getattr(param, DS_AUTOTP_UC_META, {}).get("conversion", {})
     entry = conversion.get("affine_map")
-    return entry and ParamAffineMap.from_dict(entry)
+    return None if entry is None else AffineMap.from_dict(entry)
 
 
 def local_shape(param: Parameter) -> tuple[int, ...]:
@@ -29,7 +31,7 @@ def logical_shape(param: Parameter) -> tuple[int, ...]:
     """The shape of the whole Parameter."""
     layout = map_of(param)
     if layout is not None:
-        return tuple(layout.logical_shape)
+        return layout.shape
     meta = getattr(param, DS_AUTOTP_UC_META, {})
     return tuple(meta.get("logical_shape") or local_shape(param))
 

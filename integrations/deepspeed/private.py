@@ -16,9 +16,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-# How the format of universal checkpoints describes cuts: shards would be merged wrongly.
-from deepspeed.checkpoint.affine import ParamAffineMap as ParamAffineMap
-
 # The attributes that describe a Parameter, and a model, to universal checkpoints, and an entry of
 # theirs: DeepSpeed would not find what we tell it.
 from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META as DS_AUTOTP_UC_META

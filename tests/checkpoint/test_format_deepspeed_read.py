@@ -356,6 +356,9 @@ def test_affine_maps_rebuild_what_deepspeed_does(tmp_path, name):
         shards.append(View(Span(path, 0, shard.numel(), shard.dtype), shard.shape))
     found = AffineMap.parse("p", expected.to_dict(), tp_size, tmp_path)
     assert torch.equal(found.join("p", shards).load(), tensor)
+    held = [expected.extract(tensor, rank) for rank in range(tp_size)]
+    assert torch.equal(found.rebuild(held), expected.rebuild(dict(enumerate(held))))
+    assert torch.equal(found.rebuild(held), tensor)
     assert found.is_replicated == (name == "replicated")
     cut = found.cut()
     assert (cut is None) == (name in ("replicated", "partly replicated"))

@@ -15,14 +15,10 @@ import universal_job as job
 from launch import deepspeed_command, run
 from llama import DIM, VOCAB
 from tp_embed.checkpoint import CheckpointError
+from tp_embed.checkpoint.formats.universal.paths import model_file, parameters_of
 from tp_embed.integrations.deepspeed.resize import resize_vocab
 from tp_embed.integrations.deepspeed.universal import to_universal
-from tp_embed.integrations.deepspeed.universal_format import (
-    model_file,
-    parameters_of,
-    read_step,
-    read_tensor,
-)
+from tp_embed.integrations.deepspeed.universal_format import read_step, read_tensor
 from tp_embed.nn import init
 
 KEYS = ("fp32", "exp_avg", "exp_avg_sq")
@@ -427,7 +423,7 @@ def test_errors_change_nothing(trained, loaded):
             "z1": "FileNotFoundError: `",
             "tag": "ValueError: `",
             "dtype": "ValueError: `dtype` must be one of",
-            "export": "GangError: Rank 0 could not" if rank else "FileExistsError: `",
+            "export": "GangError: The export failed on rank 0" if rank else "FileExistsError: `",
         }.items():
             assert errors[tag].startswith(message), errors[tag]
 

@@ -13,6 +13,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ...cuts import Cut
 from ...errors import CheckpointError
 from ...files.arrays import Array, Index, Joined, Tile, contiguous_strides, part
@@ -46,25 +48,32 @@ class AffineMap:
         is no box, or of values that are scaled, which DeepSpeed 0.19 does not write.
         """
         try:
-            shape = _index(entry["logical_shape"])
-            ranks = {int(rank): value for rank, value in entry["ranks"].items()}
-            shards = tuple(_index(ranks[rank]["shard_shape"]) for rank in range(len(ranks)))
-            pieces = tuple(
-                _piece(rank, piece, shape, shards[rank])
-                for rank in range(len(ranks))
-                for piece in ranks[rank]["pieces"]
-            )
+            found = AffineMap.from_dict(entry)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
             raise CheckpointError(
                 f"The map of `{name}` in `{path}` must say by pieces how it is cut, each a box "
                 f"without a scale, but does not: {type(e).__name__}: {e}. Say how it is cut with "
                 "`--rules`, or copy the file again."
             ) from e
-        if len(shards) != tp_size:
+        if len(found.shards) != tp_size:
             raise CheckpointError(
                 f"The map of `{name}` in `{path}` must be for {tp_size} tensor-parallel ranks, of "
-                f"which there are files, but is for {len(shards)}."
+                f"which there are files, but is for {len(found.shards)}."
             )
+        return found
+
+    @staticmethod
+    def from_dict(entry: Any) -> AffineMap:
+        """What :meth:`to_dict` makes. An entry that is not like that raises any of the errors that
+        :meth:`parse` explains."""
+        shape = _index(entry["logical_shape"])
+        ranks = {int(rank): value for rank, value in entry["ranks"].items()}
+        shards = tuple(_index(ranks[rank]["shard_shape"]) for rank in range(len(ranks)))
+        pieces = tuple(
+            _piece(rank, piece, shape, shards[rank])
+            for rank in range(len(ranks))
+            for piece in ranks[rank]["pieces"]
+        )
         return AffineMap(shape, shards, pieces)
 
     @staticmethod
@@ -158,6 +167,14 @@ class AffineMap:
             [tiles[0] if len(tiles) == 1 else _copies(what, tiles) for tiles in found.values()],
         )
 
+    def rebuild(self, shards: Sequence[Tensor]) -> Tensor:
+        """The whole, from the tensors that all ranks hold, in new memory."""
+        whole = shards[0].new_empty(self.shape)
+        for piece in self.pieces:
+            shard = shards[piece.rank]
+            _box(whole, piece.source, piece.shape).copy_(_box(shard, piece.dest, piece.shape))
+        return whole
+
 
 def find_maps(info: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     """The entries of a checkpoint, by patterns of names.
@@ -174,6 +191,10 @@ def find_maps(info: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
             "with `--rules`."
         )
     return params
+
+
+def _box(tensor: Tensor, start: Index, shape: Index) -> Tensor:
+    return tensor[tuple(slice(i, i + n) for i, n in zip(start, shape, strict=True))]
 
 
 def _copies(what: str, tiles: Sequence[Tile]) -> Tile:
