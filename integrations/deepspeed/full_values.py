@@ -13,7 +13,7 @@ from tp_embed.nn.head import ShardedLayer
 from tp_embed.parameter.sharded import as_shard, local
 
 from .layout import local_shape
-from .private import after_linking, set_stage3, stage3_of
+from .private import after_linking, is_of_engine, link_empty, set_stage3, stage3_of
 
 _SETTERS = ("set_full_hp_param", "set_full_hp_grad")
 
@@ -32,7 +32,7 @@ def _guard(model: Module) -> None:
     for layer in model.modules():
         if isinstance(layer, ShardedLayer):
             known = vars(layer.weight)
-            if layer.weight.numel() == 0 and not known.keys() & {"_hp_mapping", _STAGE_3}:
+            if layer.weight.numel() == 0 and not is_of_engine(layer.weight):
                 _link_empty(layer.weight)
             for name in _SETTERS:
                 setter = known.get(name)
@@ -49,10 +49,7 @@ def _link_empty(weight: Any) -> None:
     def get(*_: Any) -> Tensor | None:
         return as_shard(torch.empty_like(weight, dtype=torch.float32), weight)
 
-    weight._hp_mapping = None
-    weight.get_full_hp_param = weight.get_full_hp_grad = get
-    for name in _SETTERS:
-        setattr(weight, name, lambda *_: None)
+    link_empty(weight, get)
 
 
 def _guarded(layer: Any, setter: Callable[..., None]) -> Callable[..., None]:

@@ -136,6 +136,14 @@ def stage3_of(parameter: Any) -> Any:
     return vars(parameter).get("_z3_optimizer")
 
 
+def link_empty(parameter: Any, get: Callable[..., Any]) -> None:
+    """Lets an empty Parameter have the values that ``get`` gives, as ZeRO 1 and 2 let others:
+    ranks would be left waiting for this one."""
+    parameter._hp_mapping = None
+    parameter.get_full_hp_param = parameter.get_full_hp_grad = get
+    parameter.set_full_hp_param = parameter.set_full_hp_grad = lambda *_: None
+
+
 def set_stage3(parameter: Any, optimizer: Any) -> None:
     parameter._z3_optimizer = optimizer
 
