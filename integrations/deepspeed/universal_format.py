@@ -63,9 +63,11 @@ def read_tensor(parameter: Path, key: str) -> Tensor:
 
 
 def write_tensor(parameter: Path, key: str, tensor: Tensor) -> None:
+    """Writes ``tensor`` as DeepSpeed writes a state of a Parameter: ``parameter/key.pt``."""
     parameter.mkdir(parents=True, exist_ok=True)
     torch.save({PARAM: tensor.detach().contiguous().clone()}, state_file(parameter, key))
 
 
 def read_step(parameter: Path) -> Any:
+    """Reads the step of the optimizer from the directory of a Parameter."""
     return load(state_file(parameter, STEP))

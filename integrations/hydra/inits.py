@@ -13,11 +13,15 @@ from omegaconf import MISSING
 
 
 class Fan(str, Enum):  # noqa: UP042 (OmegaConf compares `str(choice)`)
+    """Which fan :func:`~tp_embed.nn.init.kaiming_normal` takes."""
+
     fan_in = "fan_in"
     fan_out = "fan_out"
 
 
 class Nonlinearity(str, Enum):  # noqa: UP042
+    """The nonlinearities that :func:`torch.nn.init.calculate_gain` knows."""
+
     linear = "linear"
     sigmoid = "sigmoid"
     tanh = "tanh"
@@ -36,34 +40,46 @@ class Init:
 
 @dataclass
 class Constant(Init):
+    """The parameters of ``constant``."""
+
     value: float = MISSING
 
 
 @dataclass
 class Normal(Init):
+    """The parameters of ``normal``."""
+
     mean: float = MISSING
     std: float = MISSING
 
 
 @dataclass
 class Uniform(Init):
+    """The parameters of ``uniform``."""
+
     a: float = MISSING
     b: float = MISSING
 
 
 @dataclass
 class TruncNormal(Normal):
+    """The parameters of ``trunc_normal``."""
+
     a: float = MISSING
     b: float = MISSING
 
 
 @dataclass
 class Xavier(Init):
+    """The parameters of ``xavier_normal`` and ``xavier_uniform``."""
+
     gain: float = MISSING
 
 
 @dataclass
 class Kaiming(Init):
+    """The parameters of ``kaiming_normal`` and ``kaiming_uniform``."""
+
     a: float = MISSING
     mode: Fan = MISSING
     nonlinearity: Nonlinearity = MISSING
@@ -71,6 +87,8 @@ class Kaiming(Init):
 
 @dataclass
 class FromTensor(Init):
+    """The parameters of ``from_tensor``."""
+
     source: str = MISSING
     key: str | None = None
 

@@ -107,6 +107,8 @@ class DataConfig:
 
 @dataclass
 class AdamParams:
+    """What DeepSpeed's ``Adam`` and ``AdamW`` take."""
+
     lr: float = MISSING
     betas: list[float] = MISSING
     eps: float = MISSING
@@ -117,12 +119,16 @@ class AdamParams:
 
 @dataclass
 class AdamConfig:
+    """The section ``optimizer`` of a DeepSpeed config, for Adam."""
+
     type: str = MISSING
     params: AdamParams = field(default_factory=AdamParams)
 
 
 @dataclass
 class SGDParams:
+    """What DeepSpeed's ``SGD`` takes."""
+
     lr: float = MISSING
     momentum: float = MISSING
     weight_decay: float = MISSING
@@ -130,6 +136,8 @@ class SGDParams:
 
 @dataclass
 class SGDConfig:
+    """The section ``optimizer`` of a DeepSpeed config, for SGD."""
+
     type: str = MISSING
     params: SGDParams = field(default_factory=SGDParams)
 

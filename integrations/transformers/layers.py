@@ -20,6 +20,7 @@ def sharded_layers(model: Module) -> Iterator[tuple[str, ShardedLayer]]:
 
 
 def has_shards(model: Module) -> bool:
+    """Returns whether ``model`` has a sharded embedding or head."""
     return any(True for _ in sharded_layers(model))
 
 

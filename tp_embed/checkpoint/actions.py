@@ -27,6 +27,7 @@ SHOWN_DIFFERENCES = 20
 
 
 def no_progress(total: int) -> AbstractContextManager[Callable[[int], object]]:
+    """Shows no progress: counts no bytes."""
     return nullcontext(lambda nbytes: None)
 
 

@@ -27,6 +27,7 @@ _SHOWN = 5  # Differences of configs.
 
 
 def look(config: str | None) -> dict[str, Any]:
+    """Collects what all ranks should have in common: variables, a config, hashes of numbers."""
     environment = {
         name: value
         for name, value in sorted(os.environ.items())
@@ -39,6 +40,7 @@ def look(config: str | None) -> dict[str, Any]:
 
 
 def judge(job: Job) -> Iterator[Finding]:
+    """Yields findings on what ranks should have in common."""
     parts = job.part("agreement")
     everywhere = tuple(parts)
     if "config" in parts[0]:

@@ -42,7 +42,8 @@ def fold(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def name_ranks(ranks: Iterable[int]) -> str:
-    """
+    """Names ranks as a reader would.
+
     >>> name_ranks([0, 1, 2, 5])
     'ranks 0-2, 5'
     >>> name_ranks([3])

@@ -19,6 +19,7 @@ _TIMEOUT = 120.0
 
 
 def judge() -> Iterator[Finding]:
+    """Yields which optional parts cannot be imported, and how to install them."""
     processes = {}
     for module, package in PARTS.items():
         try:

@@ -18,6 +18,7 @@ from .job import Job
 
 
 def look() -> dict[str, Any]:
+    """Lists the locks of extensions that are being compiled, and who holds them."""
     root, found = build_root(), []
     # By default there is a directory for each version of Python and CUDA between.
     for path in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):

@@ -24,6 +24,7 @@ _FILES = 4096
 
 
 def look() -> dict[str, Any]:
+    """Collects the devices, the memory and the limits of this rank's machine."""
     try:
         shm = shutil.disk_usage("/dev/shm").free
     except OSError:
@@ -54,12 +55,14 @@ def has_gpus_for_torch() -> bool:
 
 
 def device_names() -> list[str]:
+    """Names the accelerators that this process sees."""
     if device_type() == "cpu":
         return []
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 def judge(job: Job) -> Iterator[Finding]:
+    """Yields findings on devices, memory and limits."""
     parts, places = job.part("machine"), job.part("place")
     kinds = {rank: part["device"] for rank, part in parts.items()}
     if len(set(kinds.values())) > 1:

@@ -19,6 +19,7 @@ GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 
 
 def look(master_addr: str | None) -> dict[str, Any]:
+    """Collects the interfaces of this host, and the addresses that names resolve to."""
     return {
         "interfaces": interfaces(),
         "host_address": _resolve(socket.gethostname()),
@@ -65,6 +66,7 @@ def address_of(part: Mapping[str, Any]) -> str | None:
 
 
 def judge(job: Job) -> Iterator[Finding]:
+    """Yields findings on names, addresses and interfaces."""
     parts = job.part("network")
     several = len(job.nodes) > 1
     for rank, part in parts.items():

@@ -15,6 +15,7 @@ def gangs_of(size: int, tp_size: int) -> list[list[int]]:
 
 
 def judge(job: Job, tp_size: int | None) -> Iterator[Finding]:
+    """Yields findings on where the ranks run and which gangs they form."""
     places = job.part("place")
     everywhere = tuple(places)
     yield from _judge_places(job, places)

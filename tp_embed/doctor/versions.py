@@ -33,6 +33,7 @@ _COMPARE = {
 
 
 def look() -> dict[str, Any]:
+    """Collects the versions of Python, of packages, and of what torch was built with."""
     found = {"Python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -50,6 +51,7 @@ def look() -> dict[str, Any]:
 
 
 def judge(job: Job) -> Iterator[Finding]:
+    """Yields findings on versions."""
     parts = job.part("versions")
     everywhere = tuple(parts)
     agreed = True

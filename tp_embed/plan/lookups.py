@@ -75,6 +75,8 @@ class Lookup(ABC):
 
 
 class ColumnsToAll(Lookup):
+    """Cut over the columns; all ranks take whole rows: an all-gather."""
+
     def transfers(self) -> Iterator[Transfer]:
         yield self.send("forward", "all_gather", self._rows * self.columns.block)
 
@@ -94,6 +96,8 @@ class ColumnsToAll(Lookup):
 
 
 class ColumnsToBlocks(Lookup):
+    """Cut over the columns; each rank takes whole rows of a block of positions: an all-to-all."""
+
     def transfers(self) -> Iterator[Transfer]:
         dim, ends = self.setup.embed_dim, {*_ends(self.columns), *_ends(self.blocks)}
 
@@ -121,6 +125,8 @@ class ColumnsToBlocks(Lookup):
 
 
 class RowsToAll(Lookup):
+    """Cut over the vocabulary; all ranks take all rows: an all-reduce, or an all-gather of rows."""
+
     def transfers(self) -> Iterator[Transfer]:
         dim, rows = self.setup.embed_dim, distinct(self.setup)
         if not self.dedup:
@@ -163,6 +169,8 @@ class RowsToAll(Lookup):
 
 
 class RowsToBlocks(Lookup):
+    """Cut over the vocabulary; each rank takes a block of positions."""
+
     def transfers(self) -> Iterator[Transfer]:
         setup, most = self.setup, self.blocks.block
         dim, size = setup.embed_dim, setup.tp_size

@@ -98,6 +98,10 @@ class Setup:
 
 
 def refuse(name: str, expected: str, value: object) -> None:
+    """Raises that ``name`` must be ``expected``, but is ``value``.
+
+    :raises ValueError: always.
+    """
     raise ValueError(f"`{name}` must be {expected}, but is {value!r} instead.")
 
 
@@ -109,6 +113,7 @@ def head_cut(setup: Setup, strategy: Strategy) -> Strategy:
 
 
 def block(setup: Setup, strategy: Strategy) -> int:
+    """Returns the rows or columns of the largest shard: the size, divided and rounded up."""
     size = setup.vocab_size if strategy == "vocab" else setup.embed_dim
     return Partition(size, setup.tp_size).block
 

@@ -30,12 +30,14 @@ def is_partitioned(layer: ShardedLayer) -> bool:
 
 
 def table_shape(layer: ShardedLayer) -> tuple[int, int]:
+    """Returns the sizes of the whole table: V, E."""
     rows, columns = layer.weight.shape
     size = layer.partition.size
     return (rows, size) if layer.shard_dim else (size, columns)
 
 
 def record_of(layer: ShardedLayer) -> dict[str, int]:
+    """Returns which shard of the table this rank holds, as a state dict records it."""
     gang: Gang = layer.gang
     return {"dim": layer.shard_dim, "rank": gang.rank, "num_shards": gang.size}
 
@@ -50,10 +52,12 @@ def gathered(
 
 
 def own_block(layer: ShardedLayer, block: Tensor) -> Tensor:
+    """Returns ``block`` as it is, for a state dict of shards."""
     return block
 
 
 def distributed(layer: ShardedLayer, block: Tensor) -> Tensor:
+    """Returns ``block`` as a DTensor of the whole table."""
     return as_dtensor(block, layer.shard_dim, table_shape(layer), layer.gang)
 
 

@@ -239,4 +239,5 @@ def _only_scales(module: nn.Embedding) -> bool:
 
 
 def skip(name: str) -> str:
+    """Says how to leave the table ``name`` as it is: the end of an error."""
     return f"Leave it as it is with `rules={{{name!r}: 'none'}}` and no `init_fn`."

@@ -317,6 +317,7 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
 
 
 def contiguous_strides(shape: Sequence[int]) -> Index:
+    """Returns the strides of a contiguous tensor of ``shape``, in elements."""
     return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 

@@ -43,6 +43,7 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` as indented JSON, with a newline at the end."""
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 

@@ -44,12 +44,14 @@ _PLACE = re.compile(r"pp_(\d{1,9})/tp_(\d{1,9})/sdp_(\d{1,9})\.pt", re.ASCII)
 
 
 def recognises(path: Path) -> bool:
+    """Returns whether ``path`` has the directory of a first rank, ``pp_00/tp_00``."""
     if not path.is_dir():
         return False
     return any(any(path.glob(f"{inner}pp_00/tp_00")) for inner in ("", "model/", "step_*/model/"))
 
 
 def read(path: Path, options: ReadOptions) -> Checkpoint:
+    """Joins the shards of all tensor-parallel ranks and pipeline stages."""
     directory, step = _model_directory(path, options.tag)
     grid = _find_files(directory)
     shards: dict[str, list[Array]] = {}
@@ -187,6 +189,10 @@ def _stacked(name: str, held: list[dict[str, Array]], paths: list[Path]) -> Arra
 
 
 def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
+    """Lays out one file for each tensor-parallel rank.
+
+    :raises CheckpointError: a tensor does not divide evenly among the ranks.
+    """
     for name in checkpoint.names:
         if (cut := target.cuts[name]) is not None:
             check_even(name, cut, "fairseq2")

@@ -40,10 +40,15 @@ BUFFERS = "buffer_names"
 
 
 def recognises(path: Path) -> bool:
+    """Returns whether ``path`` is a file with an ending of ``torch.save()``."""
     return path.is_file() and path.suffix in (".pt", ".pth", ".bin", ".ckpt")
 
 
 def read(path: Path, options: ReadOptions) -> Checkpoint:
+    """Reads a state dict, or a dict that holds one beside an optimizer.
+
+    :raises CheckpointError: the file holds no dict.
+    """
     file = TorchFile(path, allow_unsafe=options.allow_unsafe_pickle)
     root = file.root
     if not isinstance(root, Mapping):
@@ -149,6 +154,7 @@ def read_optimizer(
 
 
 def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
+    """Lays out one file with a dict of the model, the optimizer, and what is beside them."""
     held = {key: placeholder(array.shape, array.dtype) for key, array in checkpoint.tensors.items()}
     model = {key.name: tensor for key, tensor in held.items() if key.state == WEIGHT}
     model |= {alias: model[name] for alias, name in checkpoint.ties.items()}

@@ -53,10 +53,15 @@ Tree = dict[str | int, Any]
 
 
 def recognises(path: Path) -> bool:
+    """Returns whether ``path`` is a directory with the metadata of DCP."""
     return path.is_dir() and (path / metadata.NAME).is_file()
 
 
 def read(path: Path, options: ReadOptions) -> Checkpoint:
+    """Reads what ``.metadata`` says of the tensors, and no tensor.
+
+    :raises CheckpointError: ``.metadata`` is missing: saving was not finished.
+    """
     found = path / metadata.NAME
     if not found.is_file():
         raise CheckpointError(
@@ -284,6 +289,7 @@ class _Reader:
 
 
 def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
+    """Lays out one file of tensors and values; ``.metadata`` is written last."""
     found = path / metadata.NAME
     if not found.exists():  # It is written last.
         with Layout(path) as layout:

@@ -45,6 +45,8 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorItem:
+    """A tensor: its dtype, its shape, and the chunks that make it up."""
+
     dtype: torch.dtype
     shape: Index
     chunks: tuple[Chunk, ...]

@@ -37,6 +37,7 @@ __all__ = [
 
 
 def recognises(path: Path) -> bool:
+    """Returns whether ``path`` is a checkpoint directory of DeepSpeed, or one tag in it."""
     return path.is_dir() and (
         is_tag(path) or any(is_tag(tag) for tag in sorted(path.iterdir()) if tag.is_dir())
     )

@@ -45,6 +45,7 @@ class _Names:
 
 
 def read(path: Path, options: ReadOptions) -> Checkpoint:
+    """Joins the model and optimizer files of all ranks of one tag."""
     saved = open_tag(find_tag(path, options.tag), options)
     model = saved.models[0][0]
     names = _names(model)

@@ -69,6 +69,7 @@ class _File(NamedTuple):
 
 
 def recognises(path: Path) -> bool:
+    """Returns whether ``path`` is a Hugging Face model directory, or a safetensors file."""
     if path.is_dir():
         return any(
             (path / f"{name}{index}").is_file()
@@ -79,6 +80,10 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, options: ReadOptions) -> Checkpoint:
+    """Reads the weights of one file, or of all files that an index lists.
+
+    :raises CheckpointError: the index and its files do not fit.
+    """
     found = _find(path)
     if found.name.endswith(".index.json"):
         index = read_json(found)
@@ -217,6 +222,7 @@ def _read_file(path: Path, options: ReadOptions) -> _File:
 
 
 def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
+    """Lays out safetensors files of at most ``max_shard_size`` bytes, and their index."""
     if target.max_shard_size < 1:
         raise CheckpointError(
             f"`--max-shard-size` must be at least 1 byte, but is {target.max_shard_size}."

@@ -67,6 +67,7 @@ def copy_settings(checkpoint: Checkpoint, target: Target, path: Path) -> None:
 
 
 def settings_of(directory: Path) -> list[Path]:
+    """Lists the files of ``directory`` that hold settings of a model or a tokenizer."""
     return sorted(
         file
         for file in directory.iterdir()

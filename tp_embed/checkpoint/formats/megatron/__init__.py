@@ -58,10 +58,12 @@ _DIVISOR = "make_vocab_size_divisible_by"
 
 
 def recognises(path: Path) -> bool:
+    """Returns whether ``path`` is a checkpoint directory of Megatron-LM."""
     return path.is_dir() and is_root(path)
 
 
 def read(path: Path, options: ReadOptions) -> Checkpoint:
+    """Joins the files of all tensor-parallel ranks and pipeline stages."""
     grid = open_ranks(directory_of(path, options.tag), options.allow_unsafe_pickle)
     first = grid[0][0]
     shards, ties, notes = merge_stages(grid)
@@ -194,6 +196,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
+    """Lays out one file for each tensor-parallel rank, with the vocabulary padded for Megatron."""
     source_args = checkpoint.extra.get(ARGS)
     args = dict(source_args) if isinstance(source_args, Mapping) else {}
     divisor = args.get(_DIVISOR, 128)

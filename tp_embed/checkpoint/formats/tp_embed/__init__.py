@@ -38,6 +38,7 @@ _MANIFEST = "manifest.json"
 
 
 def recognises(path: Path) -> bool:
+    """Returns whether ``path`` is a directory with safetensors files of ranks."""
     return path.is_dir() and any(path.glob("rank-*-of-*.safetensors"))
 
 
@@ -78,6 +79,10 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
 
 
 def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
+    """Lays out one safetensors file for each rank, and the manifest.
+
+    :raises CheckpointError: what is beside tensors is no plain value.
+    """
     try:
         value = manifest_json(checkpoint, target)
         # What could not be read is not written.

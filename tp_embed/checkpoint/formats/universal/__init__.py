@@ -54,10 +54,12 @@ _INFO = "universal_checkpoint_info"
 
 
 def recognises(path: Path) -> bool:
+    """Returns whether ``path`` is a universal checkpoint of DeepSpeed, or holds one."""
     return is_universal(path) or (path / LATEST).is_file()
 
 
 def read(path: Path, options: ReadOptions) -> Checkpoint:
+    """Reads the whole tensors of a universal checkpoint, and what its model files say of them."""
     directory = locate(path, options)
     kinds = open_ranks(directory, options)
     saved = kinds[0]

@@ -35,6 +35,7 @@ _MAX_NAME_BYTES = 255
 
 
 def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
+    """Lays out one file for each tensor and state, beside the model files of the ranks."""
     _check(checkpoint)
     steps = _steps(checkpoint)
     step = step_of(checkpoint)
