@@ -8,6 +8,7 @@ import subprocess
 import sys
 import termios
 from contextlib import nullcontext, redirect_stderr, suppress
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,22 @@ def test_command_is_installed():
     command = Path(sys.executable).with_name("tp-embed")
     output = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
     assert "convert" in output
+
+
+def test_version_is_printed_without_torch():
+    script = """
+import sys
+from tp_embed.cli import main
+try:
+    main(["--version"])
+except SystemExit as e:
+    assert e.code == 0
+assert "torch" not in sys.modules
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
+    assert output == f"tp-embed {version('tp-embed')}\n"
 
 
 def test_formats_of_the_command_are_those_of_the_library():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_wheel_holds_the_tree_and_nothing_else(wheel):
 
 
 def test_installed_package_has_one_top_level_name_of_its_own_and_is_lazy(python):
-    script = """
+    script = f"""
 import importlib.util, sys
 from importlib.resources import files
 import tp_embed
@@ -69,6 +70,8 @@ assert importlib.util.find_spec("integrations") is None
 assert importlib.util.find_spec("configs") is None
 assert importlib.util.find_spec("tp_embed.integrations.deepspeed") is not None
 assert "shard_embeddings" in dir(tp_embed)
+assert tp_embed.__version__ == {version()!r}
+assert "torch" not in sys.modules
 print(*sorted(p.name for p in (files("tp_embed.configs") / "groups/tp_embed/init").iterdir()))
 """
     output = subprocess.run(
@@ -103,3 +106,29 @@ def test_every_public_name_can_be_imported():
     assert set(tp_embed.__all__) == set(tp_embed._MODULE_OF)
     with pytest.raises(AttributeError, match="has no attribute 'Embeding'"):
         tp_embed.Embeding  # noqa: B018 (looking it up is the test)
+
+
+def version():
+    """What pyproject.toml says."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_version_is_the_one_of_the_project_and_needs_no_torch(tmp_path):
+    script = """
+import sys, tp_embed
+print(tp_embed.__version__, dir(tp_embed) == sorted([*tp_embed.__all__, "__version__"]))
+assert not any(name in sys.modules for name in ("torch", "safetensors"))
+"""
+    # Without site-packages (-S) there is the source alone, which no package is installed from.
+    (tmp_path / "tp_embed").symlink_to(ROOT / "tp_embed")
+    for flags, shown in (([], version()), (["-S"], "0+unknown")):
+        command = [sys.executable, *flags, "-c", script]
+        output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert output.stdout.split() == [shown, "True"]
+
+
+def test_dir_lists_public_names_only():
+    import tp_embed
+
+    tp_embed.shard_embeddings  # noqa: B018 (importing modules must not add their names)
+    assert dir(tp_embed) == sorted([*tp_embed.__all__, "__version__"])

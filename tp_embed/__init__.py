@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from tp_embed.surgery.carry import shardwise
     from tp_embed.surgery.shard import shard_embeddings
 
+    __version__: str
+
 _MODULE_OF = {
     "BatchLayout": "batch_layout",
     "Embedding": "nn.embedding",
@@ -69,12 +71,25 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _MODULE_OF:
+    if name == "__version__":
+        value: object = _version()
+    elif name in _MODULE_OF:
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, "__version__"])
+
+
+def _version() -> str:
+    """Returns the version of the installed package, or "0+unknown" if only the source is there."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("tp-embed")
+    except PackageNotFoundError:
+        return "0+unknown"

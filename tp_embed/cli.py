@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
+import tp_embed
 from tp_embed.checkpoint import command as checkpoint_command
 from tp_embed.checkpoint.choices import FORMATS
 from tp_embed.command import (
@@ -132,6 +133,17 @@ def _print(line: str, stream: TextIO) -> None:
     print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
+class _Version(argparse.Action):
+    """Prints the version. It is looked up when asked for, as that takes time."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        print(parser.prog, tp_embed.__version__)
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     how: dict[str, Any] = {
         "formatter_class": argparse.RawDescriptionHelpFormatter,
@@ -141,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tp-embed", description=description, epilog=EXIT_CODES, **how
     )
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
     parsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS.values():
         epilog = f"{command.epilog}\n{EXIT_CODES}"
