@@ -19,7 +19,7 @@ from torch import nn
 from tp_embed import cli
 from tp_embed.checkpoint import formats
 from tp_embed.checkpoint.options import parse_size
-from tp_embed.command import WrongUsageError
+from tp_embed.command import BROKEN_PIPE, WrongUsageError
 
 ROWS, COLUMNS = 40, 8
 COMMAND = [sys.executable, "-m", "tp_embed"]
@@ -454,7 +454,7 @@ def test_reader_that_goes_away_is_no_error(source):
     process.stdout.close()
     assert process.stderr.read() == b""
     process.stderr.close()
-    assert process.wait() == cli.BROKEN_PIPE
+    assert process.wait() == BROKEN_PIPE
 
 
 @pytest.mark.parametrize(

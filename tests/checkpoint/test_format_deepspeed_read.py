@@ -10,6 +10,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ ROBIN = {"round_robin_gradients": True}
 TYPED_NAMES = tuple(optimizer_names(job.build({"typed": True})))
 
 # By the number of ranks. Those without tensor parallelism come first.
-CASES = {
+CASES: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "dp z0 bf16": {"stage": 0, **BF16},
         "dp z0 typed": {"stage": 0, "typed": True},

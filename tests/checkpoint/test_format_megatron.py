@@ -25,6 +25,7 @@ from tp_embed.checkpoint.contents import Checkpoint, Key, ReadOptions
 from tp_embed.checkpoint.cuts import Rule
 from tp_embed.checkpoint.errors import CheckpointError, UnsafeCheckpointError
 from tp_embed.checkpoint.formats import megatron
+from tp_embed.checkpoint.formats.megatron.files import TRACKER
 
 VOCAB, HIDDEN, FFN, LAYERS = 301, 24, 48, 4
 TABLE = "embedding.word_embeddings.weight"
@@ -320,7 +321,7 @@ def save_stage(path: Path, stage: int, size: int, content: Mapping[str, Any], **
             key: {name: shard(name, tensor, rank, size) for name, tensor in model.items()}
             for key, model in content.items()
         }
-        save(path, f"{rank:02d}_{stage:03d}", models.pop("model", None), **models, **root)  # type: ignore[arg-type]
+        save(path, f"{rank:02d}_{stage:03d}", models.pop("model", None), **models, **root)
 
 
 def test_pipeline_stages_are_put_together(tmp_path: Path) -> None:
@@ -460,7 +461,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
         "must hold `iter_0000100`",
     ),
     "a tracker of garbage": (
-        lambda path: (path / megatron.TRACKER).write_bytes(b"\xff../../etc"),
+        lambda path: (path / TRACKER).write_bytes(b"\xff../../etc"),
         "must be `release` or a number",
     ),
     "a truncated file": (

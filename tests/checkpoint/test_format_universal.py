@@ -7,6 +7,7 @@ import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ TRAINED_TP = {
     "z3 typed": {"stage": 3, "typed": True},
 }
 TRAINED_DP = {"dp z3": {"stage": 3}}
-LOADED_TP = {
+LOADED_TP: dict[str, dict[str, Any]] = {
     "torch to z1": {"stage": 1, "typed": True, "load": "torch typed"},
     "torch with rules to z2": {"stage": 2, "typed": True, "load": "torch typed with rules"},
     "torch to z3": {"stage": 3, "typed": True, "load": "torch typed"},
@@ -62,7 +63,7 @@ LOADED_TP = {
     "z2 tied to z1": {"stage": 1, "tied": True, "load": "z2 tied copied"},
     "z3 typed again": {"stage": 3, "typed": True, "load": "z3 typed copied"},
 }
-LOADED_DP = {
+LOADED_DP: dict[str, dict[str, Any]] = {
     "torch to deepspeed z1": {"stage": 1, "load": "torch", "by_deepspeed": True},
     "torch to deepspeed z3": {"stage": 3, "load": "torch", "by_deepspeed": True},
     "dp z3 again": {"stage": 3, "load": "dp z3 copied", "by_deepspeed": True},
@@ -523,7 +524,7 @@ def test_deepspeed_cuts_without_a_map_as_it_is_said(stacked, name):
     for rank in range(2):
         dim = 1 if name == "o.weight" else 0
         shard = torch.cat([part.chunk(2, dim)[rank] for part in parts], dim)
-        param = torch.nn.Parameter(torch.zeros_like(whole if name == "norm.weight" else shard))
+        param: Any = torch.nn.Parameter(torch.zeros_like(whole if name == "norm.weight" else shard))
         fragment = torch.zeros(param.numel())
         param._hp_mapping = Namespace(
             lp_fragment_address=Namespace(start=0, numel=param.numel()),

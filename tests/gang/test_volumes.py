@@ -139,7 +139,7 @@ def expected(kind, num_embeddings, embed_dim, output, dedup, rank, size):
 def test_lookups_send_what_is_documented(pool, kind, output, dtype, size, sizes):
     for dedup in (True, False):
         for rank, seen in enumerate(pool(size, looked_up, kind, *sizes, dtype, output, dedup)):
-            wanted = expected(kind, *sizes, output, dedup, rank, size)
+            wanted = expected(kind, *sizes, output, dedup, rank, size)  # type: ignore[call-arg]
             assert seen == tuple(
                 {name: int(items * dtype.itemsize) for name, items in each.items()}
                 for each in wanted

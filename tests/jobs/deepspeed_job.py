@@ -131,7 +131,7 @@ def fused_losses() -> list[list[torch.Tensor]]:
         else:
             loss = vocab_parallel_linear_cross_entropy(
                 x,
-                embed.weight.to_local(),
+                embed.weight.to_local(),  # type: ignore[attr-defined]
                 target,
                 tp_group=gang.as_process_group(),
                 vocab_start_index=embed.rows.start,

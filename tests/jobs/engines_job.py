@@ -147,9 +147,9 @@ class ParallelLinear(nn.Module):
         self.gang, self.dim = gang, dim
         shard = linear.weight.detach().chunk(gang.size, dim)[gang.rank].clone()
         self.weight = nn.Parameter(shard)
-        self.weight.tensor_model_parallel = True
-        self.weight.partition_dim = dim
-        self.weight.partition_stride = 1
+        told = {"tensor_model_parallel": True, "partition_dim": dim, "partition_stride": 1}
+        for name, value in told.items():
+            setattr(self.weight, name, value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.dim == 0:
@@ -449,9 +449,9 @@ def refusals(directory: Path) -> dict[str, str]:
         "init": error(build(), section(init="normale")),
         "module": error(build(), section(init="no_such_module.normal")),
         "path": error(build(), str(path)),
-        "args": error(build(), None, args=SimpleNamespace(deepspeed_config=str(path))),  # type: ignore[arg-type]
-        "no config": error(build(), None),  # type: ignore[arg-type]
-        "no model": error(None, config()),  # type: ignore[arg-type]
+        "args": error(build(), None, args=SimpleNamespace(deepspeed_config=str(path))),
+        "no config": error(build(), None),
+        "no model": error(None, config()),
         "section": error(build(), section(strategy="vocab" if dist.get_rank() % 2 else "embed")),
         "seed": error(build(dist.get_rank()), config() | AUTOTP),
         "alone": error(build(sparse=dist.get_rank() % 2 == 1), section()),

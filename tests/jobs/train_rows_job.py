@@ -57,7 +57,7 @@ def train_alone() -> tuple[list[float], torch.Tensor]:
 
 def train(mpu: Any, stage: int, strategy: str) -> tuple[list[float], torch.Tensor]:
     model = build()
-    model.embed.weight.no_weight_decay = True
+    model.embed.weight.no_weight_decay = True  # type: ignore[attr-defined]
     section = {"strategy": strategy, "train_rows": {"embed": ROWS}}
     ds_config = config(stage, tp_embed=section)
     del ds_config["optimizer"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -197,7 +198,8 @@ def full_tensors(gang):
         embed = kind.from_embedding(whole, gang)
         if gang.size > 1:
             assert type(embed.weight) is ShardedParameter
-            for weight in (embed.weight, embed.weight.detach(), OutputHead(embed).weight):
+            weights: list[Any] = [embed.weight, embed.weight.detach(), OutputHead(embed).weight]
+            for weight in weights:
                 full = weight.full_tensor()
                 assert type(full) is torch.Tensor
                 assert torch.equal(full, whole.weight)

@@ -103,8 +103,9 @@ class World:
         block = plain(embed.weight if block is None else block)
         if self.is_torch or not isinstance(embed, tuple(SHARDED.values())):
             return block.clone()
+        table: Any = embed
         whole = block.new_empty(ROWS, DIM)
-        gather_table(whole, block, embed.shard_dim, self.gang, embed.partition)
+        gather_table(whole, block, table.shard_dim, self.gang, table.partition)
         return whole
 
 

@@ -131,11 +131,13 @@ class Emulated(Tensor):
     def new_tensor(self, data: Any) -> Tensor:  # type: ignore[override]
         return torch.tensor(data).to(self.device, self.dtype)
 
-    def __getitem__(self, index: Any) -> Tensor:  # type: ignore[override]
+    def __getitem__(self, index: Any) -> Tensor:
         return super().__getitem__(self.new_tensor(index) if isinstance(index, list) else index)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _run(func, args, dict(kwargs or {}))
 
 

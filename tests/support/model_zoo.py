@@ -154,7 +154,7 @@ def inputs(model: Any) -> Iterator[dict[str, Tensor]]:
     text = [name for name in ("input_ids", "bbox") if name in every]
     decoder = [name for name in ("decoder_input_ids",) if name in every]
     others = [n for n in every if n not in (*text, *decoder)]
-    choices = [text, text + decoder]
+    choices: list[list[str]] = [text, text + decoder]
     for name in others:
         choices += [[*text, name], [name], [name, *decoder], [*text, *decoder, name]]
     for names in choices:

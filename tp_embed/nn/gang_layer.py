@@ -110,7 +110,7 @@ class GangLayer(Module):
         """
         :raises TypeError: ``x`` is of a recorder that would not see what is sent.
         """
-        name = "torch.jit.trace" if torch.jit.is_tracing() else None  # type: ignore[attr-defined]
+        name = "torch.jit.trace" if torch.jit.is_tracing() else None
         if isinstance(x, Proxy):
             name = "torch.fx.symbolic_trace"
         if name is not None:

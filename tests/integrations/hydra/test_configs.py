@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from functools import partial
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import hydra
 import pytest
@@ -94,7 +94,7 @@ def test_there_is_a_config_for_every_init_function_with_its_parameters():
 
 
 def test_schemas_of_init_functions_have_the_types_of_their_parameters():
-    assert [mode.value for mode in Fan] == list(init.Fan.__args__)
+    assert [mode.value for mode in Fan] == list(get_args(init.Fan))
     for name, fn in init_functions().items():
         types = get_type_hints(INITS[name])
         for key, parameter in list(inspect.signature(fn).parameters.items())[1:]:

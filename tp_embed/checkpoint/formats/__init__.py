@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
-from ..choices import FORMATS
+from ..choices import FORMATS as FORMATS
 from ..contents import MASTER, MOMENTS, WEIGHT, Checkpoint, Key, Output, ReadOptions, Target
 from ..errors import CheckpointError
 
