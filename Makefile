@@ -14,7 +14,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: help setup train test nightly gpu lint types floors check format clean
+.PHONY: help setup hooks train test nightly gpu lint types layers check format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ $(READY): pyproject.toml constraints.txt
 	rm -f $(TORCH_EXTENSIONS_DIR)/*/lock # of a compilation that was killed: it blocks the next one
 	DS_ACCELERATOR=cpu python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load()'
 	touch $@
+
+hooks: $(READY) ## Check what is committed at each `git commit`
+	pre-commit install
 
 # Logits are large: let the C library keep their memory from step to step, and not return it.
 train: export MALLOC_MMAP_MAX_ := 0
@@ -65,10 +68,10 @@ lint: $(READY) ## Check the style
 types: $(READY) ## Check the types
 	mypy
 
-floors: $(READY) ## Check that a room imports only from the floors below it
+layers: $(READY) ## Check that a package imports only from the layers below it
 	lint-imports
 
-check: lint types floors ## All checks but the tests
+check: lint types layers ## All checks but the tests
 
 format: $(READY) ## Put the code into shape
 	ruff check --fix .
