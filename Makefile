@@ -14,7 +14,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: help setup hooks train test nightly gpu lint types layers check format clean
+.PHONY: help setup hooks train test nightly coverage gpu lint types layers check format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -47,6 +47,12 @@ test: $(READY) ## Run the tests, WORKERS=2, ARGS='-k parity'
 nightly: $(READY) ## Run the wide tests, which take long: all families of models, 2,000 random programs
 	pytest --numprocesses $(WORKERS) --dist loadfile -m nightly $(ARGS)
 
+# Ranks, launchers and commands count too: each process writes a file, and `combine` joins them.
+coverage: $(READY) ## Run the tests and show the lines that no process ran, ARGS='tests/gang'
+	rm -f .coverage .coverage.*
+	coverage run -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS); \
+	  status=$$?; coverage combine --quiet && coverage report && exit $$status
+
 # The machine may reach no package index: any torch on it will do that sees a GPU.
 gpu: ## Check what holds on one GPU, and time it, ARGS='--size 8'
 	@sees_gpu='import safetensors, torch; assert torch.cuda.is_available()'; \
@@ -78,4 +84,4 @@ format: $(READY) ## Put the code into shape
 	ruff format .
 
 clean: ## Remove what the commands made
-	rm -rf $(VENV) build dist outputs runs *.egg-info
+	rm -rf $(VENV) build dist outputs runs *.egg-info .coverage .coverage.*

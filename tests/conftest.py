@@ -24,7 +24,7 @@ settings.load_profile("tp_embed")
 def pool() -> Iterator[Pool]:
     pool = Pool()
     yield pool
-    pool.stop()
+    pool.close()
 
 
 @pytest.fixture(autouse=True)

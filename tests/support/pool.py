@@ -110,6 +110,14 @@ class Pool:
         files = sorted(Path(self._dir.name).glob("stack*"))
         return "\n".join(f"--- {file.name}\n{file.read_text()}" for file in files)
 
+    def close(self) -> None:
+        """Lets the workers end by themselves, which writes what coverage has counted in them."""
+        for _, connection in self._workers:
+            connection.close()
+        for process, _ in self._workers:
+            process.join(30)
+        self.stop()
+
     def stop(self) -> None:
         for process, connection in self._workers:
             connection.close()
