@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,8 @@ def test_tensors_have_the_private_name(name):
 
 
 def test_process_groups_and_state_dicts_have_the_private_names():
-    assert nn.Linear(1, 1).state_dict()._metadata.keys() == {""}
+    state_dict: Any = nn.Linear(1, 1).state_dict()
+    assert state_dict._metadata.keys() == {""}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         backend = dist.group.WORLD._get_backend(torch.device("cpu"))

@@ -119,7 +119,7 @@ _dump_flight_record: Any = _distributed_c10d._dump_fr_trace_json  # type: ignore
 # The store of the job: the watchdog and the monitor meet by it.
 default_store = distributed_c10d._get_default_store
 # The process group of a name: a pickled gang would not find the one that it had.
-resolve_process_group: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+resolve_process_group: Any = distributed_c10d._resolve_process_group
 
 
 def is_transformed() -> bool:

@@ -145,6 +145,7 @@ def link_empty(parameter: Any, get: Callable[..., Any]) -> None:
 
 
 def set_stage3(parameter: Any, optimizer: Any) -> None:
+    """Lets a Parameter know ``optimizer`` as that of ZeRO 3."""
     parameter._z3_optimizer = optimizer
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -25,7 +27,8 @@ def make_layers(gang, kind):
     for part in (embed.weight.data, embed.weight.detach(), embed.weight.clone()):
         with pytest.raises(ValueError, match=r"`embedding` must be given the whole table"):
             nn.Embedding.from_pretrained(part)(IDS)
-    whole = nn.Embedding.from_pretrained(embed.weight.full_tensor())
+    weight: Any = embed.weight
+    whole = nn.Embedding.from_pretrained(weight.full_tensor())
     assert torch.equal(whole(IDS), embed(IDS))
 
 

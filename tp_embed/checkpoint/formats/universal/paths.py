@@ -21,6 +21,7 @@ _ZERO = "zero"
 
 
 def is_universal(directory: Path) -> bool:
+    """Returns whether ``directory`` is a universal checkpoint."""
     return (directory / _ZERO).is_dir()
 
 
@@ -35,6 +36,7 @@ def files_of_parameters(directory: Path) -> list[Path]:
 
 
 def parameter_directory(directory: Path, name: str) -> Path:
+    """Returns where a universal checkpoint keeps the states of the Parameter ``name``."""
     return directory / _ZERO / name
 
 
@@ -44,6 +46,7 @@ def state_file(parameter: Path, state: str) -> Path:
 
 
 def optimizer_state_file(directory: Path) -> Path:
+    """Returns where a universal checkpoint keeps the optimizer's param groups."""
     return directory / _ZERO / OPTIMIZER_STATE
 
 
