@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tp_embed import GangError, StandardEmbedding, shard_embeddings
-from tp_embed.gang.agreement import check_agreement, raise_together
+from tp_embed.gang.agreement import meet, raise_together
 from tp_embed.nn import init
 
 
@@ -155,10 +155,10 @@ def test_ranks_that_fail_together_raise_their_own(pool):
 
 def agree(gang, size_of_fact):
     """Facts of any size; None stands for what a rank does not know of."""
-    check_agreement(gang, {"a": "x" * size_of_fact, "b": (1, torch.float32), "c": None})
+    meet(gang, lambda known: known.update(a="x" * size_of_fact, b=(1, torch.float32), c=None))
     facts = {"a": 1} if gang.rank else {"a": 1, "b": 2}
     with pytest.raises(GangError) as error:
-        check_agreement(gang, facts)
+        meet(gang, lambda known: known.update(facts))
     return str(error.value)
 
 
