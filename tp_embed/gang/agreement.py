@@ -18,7 +18,12 @@ Facts = dict[str, object]
 _MOST_CHARACTERS = 2000
 
 
-def meet(gang: Gang, action: Callable[[Facts], _T], others: Sequence[Gang] = ()) -> _T:
+def meet(
+    gang: Gang,
+    action: Callable[[Facts], _T],
+    others: Sequence[Gang] = (),
+    what: str | None = None,
+) -> _T:
     """Runs ``action`` and tells the other ranks what came of it, so that either all go on or all
     raise. All ranks have to call it: an exception of one would leave the others waiting in the
     next collective.
@@ -28,6 +33,7 @@ def meet(gang: Gang, action: Callable[[Facts], _T], others: Sequence[Gang] = ())
     :param action: sends nothing. It is given a dictionary, into which it writes what has to be the
         same on every rank of ``gang``.
     :param others: further gangs that this rank is in, which hear of a failure too.
+    :param what: what ``action`` is, for the error of the other ranks, such as "The export".
     :returns: what ``action`` returns.
     :raises GangError: ranks disagree on a fact, or ``action`` has raised anything on another rank,
         running out of memory and ``KeyboardInterrupt`` included, but not here. A rank where it has
@@ -39,30 +45,32 @@ def meet(gang: Gang, action: Callable[[Facts], _T], others: Sequence[Gang] = ())
     except BaseException as e:
         # Whatever comes of telling the others, this rank raises what it has met.
         try:
-            _exchange(gang, others, facts, _describe(e))
+            _exchange(gang, others, facts, _describe(e), what)
         finally:
             raise e
-    problem = _exchange(gang, others, facts, None)
+    problem = _exchange(gang, others, facts, None, what)
     if problem is not None:
         raise GangError(problem)
     return result
 
 
-def raise_together(gang: Gang, action: Callable[[], _T]) -> _T:
+def raise_together(gang: Gang, action: Callable[[], _T], what: str | None = None) -> _T:
     """:func:`meet` with an ``action`` that has no facts to compare."""
-    return meet(gang, lambda facts: action())
+    return meet(gang, lambda facts: action(), what=what)
 
 
-def _exchange(gang: Gang, others: Sequence[Gang], facts: Facts, failure: str | None) -> str | None:
+def _exchange(
+    gang: Gang, others: Sequence[Gang], facts: Facts, failure: str | None, what: str | None
+) -> str | None:
     """The first problem of any rank."""
     reprs = {name: repr(fact) for name, fact in facts.items()}
     reports = of_all_ranks(gang, {"facts": reprs, "failure": failure})
     failures = [report["failure"] for report in reports]
     problem = _disagreement(gang, [report["facts"] for report in reports], failures)
-    problem = problem or _first_failure(gang, failures)
+    problem = problem or _first_failure(gang, failures, what)
     for other in others:
         told = of_all_ranks(other, problem)
-        problem = problem or _first_failure(other, told)
+        problem = problem or _first_failure(other, told, what)
     return problem
 
 
@@ -84,9 +92,11 @@ def _disagreement(
     return None
 
 
-def _first_failure(gang: Gang, failures: list[str | None]) -> str | None:
+def _first_failure(gang: Gang, failures: list[str | None], what: str | None) -> str | None:
     for rank, failure in enumerate(failures):
         if failure is not None:
+            if what is not None:
+                return f"{what} failed on rank {rank} of {gang}: {failure}"
             return f"Rank {rank} of {gang} has failed, and this one with it: {failure}"
     return None
 
@@ -104,6 +114,8 @@ def _describe(error: BaseException) -> str:
 def of_all_ranks(gang: Gang, own: Any) -> list[Any]:
     """What each rank gives as ``own``, by rank: strings and the like, which need no pickle."""
     text = json.dumps(own).encode()
+    if gang.size == 1:
+        return [json.loads(text)]  # On any device, even on meta.
     sizes = torch.empty(gang.size, dtype=torch.int64, device=gang.device)
     gang.all_gather(sizes, torch.tensor(len(text), device=gang.device))
     counts = sizes.tolist()

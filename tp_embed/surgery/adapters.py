@@ -36,7 +36,13 @@ ADAPTERS: list[Adapter] = []
 def loaded_adapters() -> list[Adapter]:
     """:data:`ADAPTERS`, with those for all packages that are loaded by now."""
     # Not entry points: an old installation of a newer source would have none, without a word.
-    integrations = import_module("tp_embed.integrations")
+    try:
+        integrations = import_module("tp_embed.integrations")
+    except ModuleNotFoundError as e:
+        raise ImportError(
+            "`tp_embed` must be installed with its integrations, which adapt models of other "
+            "packages, but they are missing. In a source tree, run `pip install -e .`."
+        ) from e
     for package in pkgutil.iter_modules(integrations.__path__):
         if package.name in sys.modules:
             folders = [str(Path(folder, package.name)) for folder in integrations.__path__]

@@ -43,9 +43,10 @@ def shard_embeddings(
     ``init_fn``: every rank cuts its block out of the table that it has. A module that was replaced
     raises when it is called.
 
-    All ranks of the gang have to call it: they compare, with an all-gather of about a kilobyte,
-    what they are about to do. Call it before an engine is built, which would keep the old
-    Parameters; an optimizer that is there already is passed as ``optimizer``.
+    All ranks of the gang have to call it. They meet before anything changes, by an all-gather of
+    about a kilobyte, and compare what they are about to do: either all go on, or all raise. Call it
+    before an engine is built, which would keep the old Parameters; an optimizer that is there
+    already is passed as ``optimizer``.
 
     :param model: the model. It is left as it was if an error is raised.
     :param gang: the tensor-parallel gang.
@@ -84,7 +85,8 @@ def shard_embeddings(
     :raises TypeError: a table is of a class with a ``forward`` of its own, which would be lost.
         ``parameters`` is no list.
     :raises IndexError: ``train_rows`` names a row that a table does not have.
-    :raises GangError: the ranks disagree on strategies, sizes, dtypes, or the values of a table.
+    :raises GangError: the ranks disagree on strategies, sizes, dtypes, or the values of a table, or
+        another rank has failed.
     """
     options = ShardingOptions(
         strategy=strategy,
