@@ -61,10 +61,10 @@ class Partition:
 def auto_strategy(
     num_embeddings: int, embed_dim: int, num_shards: int, *, tied: bool
 ) -> Literal["embed", "vocab"]:
-    """What ``"auto"`` of :func:`tp_embed.shard_embeddings` takes: the cut with the smaller largest
-    shard, if the other one is larger by more than a tenth. Else ``"vocab"`` for a table that is
-    tied to a head, whose logits can then stay sharded, and ``"embed"`` for others, which sends
-    less.
+    """Chooses the cut for ``"auto"`` of :func:`tp_embed.shard_embeddings`. If the largest shard of
+    one cut is more than a tenth larger than the other's, takes the other. Else takes ``"vocab"``
+    for a table that is tied to a head, whose logits can then stay sharded, and ``"embed"`` for
+    other tables, since it sends less.
 
     >>> auto_strategy(128_000, 4096, 8, tied=False)
     'embed'

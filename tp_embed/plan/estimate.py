@@ -66,8 +66,8 @@ class Cost:
 
 
 def auto_strategy(setup: Setup) -> Strategy:
-    """What ``"auto"`` of :func:`tp_embed.shard_embeddings` takes, by the size of the table, its tie
-    and the gang alone; see :func:`tp_embed.partition.auto_strategy`."""
+    """Chooses the strategy as ``"auto"`` of :func:`tp_embed.shard_embeddings` does, by the sizes of
+    table and gang and the tie alone; see :func:`tp_embed.partition.auto_strategy`."""
     return partition.auto_strategy(
         setup.vocab_size, setup.embed_dim, setup.tp_size, tied=setup.tied
     )

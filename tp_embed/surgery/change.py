@@ -22,8 +22,8 @@ from tp_embed.surgery.report import TableReport
 
 @dataclass(frozen=True)
 class TableChange:
-    """What becomes of a table: ``modules``, new ones for old ones, around a ``shard``; or new
-    ``values``, or nothing."""
+    """What becomes of a table: new ``modules`` replace old ones, with a ``shard`` as the weight; or
+    the table gets new ``values``; or nothing happens."""
 
     group: TableGroup
     strategy: Strategy
@@ -64,8 +64,8 @@ def make_change(
     options: ShardingOptions,
     train_rows: Tensor | None,
 ) -> TableChange:
-    """Makes what takes the place of a table, whose weight is whole here. The model stays as it is.
-    It sends what ``options.init_fn`` sends; without one, nothing."""
+    """Makes the modules that replace a table, while its weight is whole. Leaves the model as it is.
+    Sends what ``options.init_fn`` sends; without one, nothing."""
     shape = tuple(group.weight.shape)
     if strategy == "none":
         return TableChange(group, strategy, shape, values=_draw(group, gang, options))
@@ -89,7 +89,7 @@ def make_change(
 
 
 def _draw(group: TableGroup, gang: Gang, options: ShardingOptions) -> Tensor | None:
-    """New values of a table that is left whole: drawn over the gang, so that its ranks agree."""
+    """Draws new values for a table that is left whole, over the gang so that its ranks agree."""
     if options.init_fn is None or not group.embeddings:
         return None
     drawn = ShardingOptions(init_fn=options.init_fn)

@@ -108,7 +108,7 @@ def _runs(module: Module, forward: Callable[..., object]) -> bool:
 
 def check_weight(group: TableGroup, shape: tuple[int, ...]) -> None:
     """
-    :param shape: that of the weight, which may be elsewhere.
+    :param shape: the shape of the whole weight, of which this rank may hold a part.
     :raises ValueError: the weight of the table is not a whole Parameter of a floating dtype.
     """
     name = group.names[0]

@@ -32,7 +32,7 @@ from tp_embed.surgery.strategies import (
 
 @dataclass
 class ShardingPlan:
-    """What becomes of each table of ``model``. It changes nothing until it is applied.
+    """Says what becomes of each table of ``model``. Nothing changes until it is applied.
 
     :param choices: the tables, each with its strategy.
     :param rows: for each table the rows that train, or ``None`` for all.
@@ -163,13 +163,14 @@ _Plan = TypeVar("_Plan", bound=ShardingPlan | None)
 
 
 def agree_on_plan(model: Module, gang: Gang, prepare: Callable[[Facts], _Plan]) -> _Plan:
-    """The plan that ``prepare`` makes, checked and ready to apply; or ``None``, if it makes none on
-    any rank. All ranks call it. Either all get their plans, or all raise.
+    """Runs ``prepare``, and checks the plan that it returns and makes its modules. All ranks call
+    it. Either all get their plans, ready to apply, or all raise.
 
-    The ranks meet once. They meet a second time if tables are fetched or drawn, which sends
-    something: before it they agree on strategies and shapes.
+    The ranks meet once. They meet a second time if tables are fetched or drawn, since that sends
+    something, and they have to agree on strategies and shapes before.
 
-    :param prepare: as the ``action`` of :func:`meet`.
+    :param prepare: the first part of the ``action`` of :func:`meet`. It returns ``None`` on all
+        ranks if there is nothing to shard.
     :raises GangError: ranks disagree, or another rank has failed.
     """
     others = gang.fetched_with(model)

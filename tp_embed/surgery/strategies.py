@@ -22,8 +22,8 @@ Choices = list[tuple[TableGroup, Strategy]]
 
 
 def tables_to_choose_for(model: Module, options: ShardingOptions) -> list[TableGroup]:
-    """The tables of ``model``: those of embeddings, and of heads that ``options`` shard although
-    they may be tied to none.
+    """Finds the tables of the embeddings of ``model``, and of output heads that ``options`` shard
+    even if they are tied to no embedding.
 
     :raises ValueError: a strategy is unknown, or a rule names a head that is more than linear.
     """
@@ -37,7 +37,7 @@ def tables_to_choose_for(model: Module, options: ShardingOptions) -> list[TableG
 def choose_strategies(
     tables: list[TableGroup], options: ShardingOptions, tp_size: int, left: Collection[str] = ()
 ) -> Choices:
-    """Each table with what becomes of it over a gang of ``tp_size``: a strategy but ``"auto"``.
+    """Chooses a strategy for each table over a gang of ``tp_size``; never ``"auto"``.
 
     :param left: the names of tables that stay whole, unless a rule names them.
     :raises ValueError: a rule matches no table.
