@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tp_embed import Partition
+from tp_embed.partition import auto_strategy
 
 
 @given(size=st.integers(0, 300), num_shards=st.integers(1, 40))
@@ -41,3 +42,17 @@ def test_more_shards_than_items_leaves_empty_ones():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    num_shards=st.integers(1, 40),
+    tied=st.booleans(),
+)
+def test_auto_takes_no_shards_that_are_larger_by_more_than_a_tenth(sizes, num_shards, tied):
+    rows, columns = (Partition(size, num_shards).block for size in sizes)
+    shards = {"vocab": rows * sizes[1], "embed": sizes[0] * columns}
+    found = auto_strategy(*sizes, num_shards, tied=tied)
+    assert shards[found] <= 1.1 * min(shards.values())
+    if max(shards.values()) <= 1.1 * min(shards.values()):
+        assert found == ("vocab" if tied else "embed")

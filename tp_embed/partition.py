@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+# Shards whose sizes differ by less than that are alike.
+_ALIKE = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +56,21 @@ class Partition:
             raise ValueError(f"`rank` must be in [0, {self.num_shards}), but is {rank} instead.")
         start = min(rank * self.block, self.size)
         return range(start, min(start + self.block, self.size))
+
+
+def auto_strategy(
+    num_embeddings: int, embed_dim: int, num_shards: int, *, tied: bool
+) -> Literal["embed", "vocab"]:
+    """Chooses the cut for ``"auto"`` of :func:`tp_embed.shard_embeddings`. If the largest shard of
+    one cut is more than a tenth larger than the other's, takes the other. Else takes ``"vocab"``
+    for a table that is tied to a head, whose logits can then stay sharded, and ``"embed"`` for
+    other tables, since it sends less.
+
+    >>> auto_strategy(128_000, 4096, 8, tied=False)
+    'embed'
+    """
+    by_rows = Partition(num_embeddings, num_shards).block * embed_dim
+    by_columns = num_embeddings * Partition(embed_dim, num_shards).block
+    if tied:
+        return "vocab" if by_rows <= _ALIKE * by_columns else "embed"
+    return "embed" if by_columns <= _ALIKE * by_rows else "vocab"

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
 
-from tp_embed.surgery.strategies import Choices
+from tp_embed.surgery.discovery import TableGroup
 
 from .private import AutoTP, AutoTPMeta, PartitionType, get_hf_tp_plan, get_tensor_parallel_config
 
 NOTE = "left to AutoTP, which cuts its columns with the attention heads"
 
 
-def per_head_tables(model: Module, config: Mapping[str, Any], choices: Choices) -> list[str]:
+def per_head_tables(
+    model: Module, config: Mapping[str, Any], tables: Sequence[TableGroup]
+) -> list[str]:
     """The names of the tables with a column for each attention head, such as the relative position
     biases of T5, that AutoTP is going to cut. A rank needs the columns of its own heads, where a
     sharded table gives all of them."""
     num_heads = AutoTPMeta.from_model_config(getattr(model, "config", None)).num_attention_heads
     found = [
         name
-        for group, _ in choices
+        for group in tables
         if not group.heads and _shape(group.weight)[-1] == num_heads
         for name in group.names
     ]

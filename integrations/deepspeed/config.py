@@ -22,7 +22,7 @@ from tp_embed.lookup.train_rows import Rows, read_rows
 from tp_embed.nn import init as init_functions
 from tp_embed.nn.embedding import InitFn
 from tp_embed.nn.init import is_blockwise
-from tp_embed.surgery.strategies import Strategy
+from tp_embed.surgery.options import ShardingOptions, Strategy
 
 SECTION = "tp_embed"
 
@@ -96,8 +96,21 @@ class EmbedConfig(BaseModel):
         return {name: read_rows(rows) for name, rows in self.train_rows.items()}
 
     @property
-    def init_fn(self) -> InitFn | None:
-        return None if self.init is None else _init_function(self.init)
+    def options(self) -> ShardingOptions:
+        """What is passed on to the surgery."""
+        return ShardingOptions(
+            strategy=self.strategy,
+            rules=self.rules,
+            tie_head=self.tie_head,
+            shard_head=self.shard_head,
+            output=self.output,
+            dedup=self.dedup,
+            sparse=self.sparse,
+            reuse_grad=self.reuse_grad,
+            check_ids=self.check_ids,
+            init_fn=None if self.init is None else _init_function(self.init),
+            train_rows=self.rows,
+        )
 
 
 def read_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], EmbedConfig]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self, final
 
 import deepspeed
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
 
-from tp_embed.gang import GangError
+from tp_embed.gang import Gang, GangError
 from tp_embed.gang.process_group import ProcessGroupGang
 
 from .checks import check_model
@@ -117,17 +117,28 @@ class DeepSpeedGang(ProcessGroupGang):
     def adopt(self, layer: Module) -> None:
         register_layer(layer, self)
 
-    @contextmanager
-    def sharding(self, model: Module) -> Iterator[None]:
+    def check_model(self, model: Module) -> None:
         check_model(model)
-        yield
+
+    def describe_model(self, model: Module) -> None:
         describe_model(model, self)
 
     def whole(self, *parameters: Tensor, modified: bool = False) -> AbstractContextManager[object]:
         """Fetches what ``deepspeed.zero.Init`` has partitioned."""
         partitioned: list[Any] = [p for p in parameters if is_zero_param(p)]
-        for parameter in partitioned:
-            ranks = dist.get_process_group_ranks(parameter.ds_process_group)
+        if not partitioned:
+            return nullcontext()
+        return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modified else None)
+
+    def whole_shape(self, parameter: Tensor) -> tuple[int, ...]:
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+    def fetched_with(self, model: Module) -> Sequence[Gang]:
+        """The groups over which ``deepspeed.zero.Init`` has partitioned ``model``."""
+        partitioned: list[Any] = [p for p in model.parameters() if is_zero_param(p)]
+        found = dict.fromkeys(p.ds_process_group for p in partitioned)
+        for group in found:
+            ranks = dist.get_process_group_ranks(group)
             if len(set(ranks) & set(self.global_ranks)) > 1:
                 raise ValueError(
                     "`deepspeed.zero.Init` must partition over data-parallel ranks, but does over "
@@ -135,6 +146,4 @@ class DeepSpeedGang(ProcessGroupGang):
                     "would be mixed up. Pass it `data_parallel_group=deepspeed.utils.groups."
                     "get_data_parallel_group()`, or that of your `mpu`."
                 )
-        if not partitioned:
-            return nullcontext()
-        return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modified else None)
+        return [ProcessGroupGang(group, self.device) for group in found]

@@ -16,10 +16,10 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from tp_embed.gang import FakeGang, Gang
-from tp_embed.gang.agreement import check_agreement, raise_together
+from tp_embed.gang.agreement import Facts
 from tp_embed.nn.embedding import ShardedEmbedding, VocabShardedEmbedding
-from tp_embed.surgery.shard import ShardingReport, shard_embeddings
-from tp_embed.surgery.strategies import Choices, Strategy, choose_strategies
+from tp_embed.surgery.plan import ShardingPlan, agree_on_plan, plan_sharding
+from tp_embed.surgery.report import ShardingReport
 from tp_embed.watchdog import Watchdog
 
 from .autotp import NOTE, per_head_tables
@@ -63,25 +63,22 @@ def shard_model(
     autotp_size = (ds_config.get("tensor_parallel") or {}).get("autotp_size", 0)
     gang = _find_gang(model, autotp_size, mpu)
     dp_size = _dp_size(model, gang, mpu)
-    check_agreement(
-        gang,
-        {
-            f"the section `{SECTION}`": section.model_dump(),
-            "the seed of torch": torch.initial_seed(),
-        },
-    )
 
-    def check_all() -> list[str]:
-        left = _check(model, gang, section, ds_config, dp_size)
+    def prepare(facts: Facts) -> ShardingPlan | None:
+        facts[f"the section `{SECTION}`"] = section.model_dump()
+        facts["the seed of torch"] = torch.initial_seed()
+        if gang.size > 1:
+            check_config(ds_config)
+        plan = _plan(model, gang, section, ds_config, optimizer, parameters)
+        if plan is not None:
+            _check_plan(plan, section, ds_config, dp_size)
         check(gang)
-        return left
+        return plan
 
-    left = raise_together(gang, check_all)
-    report = ShardingReport(())
+    plan = agree_on_plan(model, gang, prepare)
+    report = ShardingReport(()) if plan is None else _apply(plan, section)
     if isinstance(model, PipelineModule):
         _check_stages(model, gang, ds_config, dp_size)
-    elif not _is_out_of_reach(model, gang):
-        report = _shard(model, gang, section, left, optimizer, parameters)
     log_dist(f"tp_embed over {gang}:\n{report}", ranks=[0])
     return report
 
@@ -111,80 +108,79 @@ def _dp_size(model: Module, gang: Gang, mpu: Any) -> int:
     return dist.get_world_size() // gang.size if size is None else int(size())
 
 
-def _check(
-    model: Module, gang: Gang, section: EmbedConfig, ds_config: dict[str, Any], dp_size: int
-) -> list[str]:
-    """Finds out what would be refused before anything is changed.
-
-    :returns: the names of tables that are left to AutoTP.
-    """
-    if gang.size > 1:
-        check_config(ds_config)
+def _plan(
+    model: Module,
+    gang: Gang,
+    section: EmbedConfig,
+    ds_config: dict[str, Any],
+    optimizer: Any,
+    parameters: list[Any] | None,
+) -> ShardingPlan | None:
+    """None for a model whose tables stay as they are."""
     if isinstance(model, PipelineModule):
         if model.num_stages > 1:
             check_clipping(ds_config)
-        return []
+        return None
     if _is_out_of_reach(model, gang):
         if section.init is not None:
             raise ValueError(
                 f"`{SECTION}.init` must be left out for a model of `deepspeed.zero.Init` without "
                 f"tensor parallelism, but is {section.init!r}. Initialize it where it is built."
             )
-        return []
-    choices = _choose(model, gang, section, section.rules)
-    left = per_head_tables(model, ds_config, choices)
-    choices = _choose(model, gang, section, _rules(section, left))
-    check_choices(model, ds_config, choices, left)
-    if gang.size > 1:
-        check_optimizer_type(ds_config, choices)
-    _check_gradients(model, choices, section, ds_config, dp_size)
+        return None
+    return plan_sharding(
+        model,
+        gang,
+        section.options,
+        optimizer=optimizer if isinstance(optimizer, Optimizer) else None,
+        parameters=parameters,
+        leave=lambda tables: per_head_tables(model, ds_config, tables),
+    )
+
+
+def _check_plan(
+    plan: ShardingPlan, section: EmbedConfig, ds_config: dict[str, Any], dp_size: int
+) -> None:
+    check_choices(plan.model, ds_config, plan.choices, plan.left)
+    if plan.gang.size > 1:
+        check_optimizer_type(ds_config, plan.choices)
+    _check_gradients(plan, ds_config, dp_size)
     if section.shard_logits:
         from tp_embed.integrations.transformers import check_loss  # An optional dependency.
 
-        check_loss(model)
-        heads = {head: chosen for group, chosen in choices for head in group.heads}
-        chosen = heads.get(cast(Any, model).get_output_embeddings(), "none")
+        check_loss(plan.model)
+        heads = {head: chosen for group, chosen in plan.choices for head in group.heads}
+        chosen = heads.get(cast(Any, plan.model).get_output_embeddings(), "none")
         if chosen != "vocab":
             raise ValueError(
                 f"The strategy for the output head must be 'vocab' with `{SECTION}.shard_logits`, "
                 f"but is {chosen!r} instead. Set `{SECTION}.strategy` to 'vocab', or "
                 f"`{SECTION}.shard_logits` to false."
             )
-    return left
 
 
-def _choose(model: Module, gang: Gang, section: EmbedConfig, rules: dict[str, Strategy]) -> Choices:
-    return choose_strategies(
-        model,
-        section.strategy,
-        rules,
-        section.tie_head,
-        section.shard_head,
-        gang.size,
-        section.output,
+def _apply(plan: ShardingPlan, section: EmbedConfig) -> ShardingReport:
+    report = plan.apply()
+    if section.shard_logits:
+        from tp_embed.integrations.transformers import shard_logits
+
+        shard_logits(plan.model)
+    notes = dict.fromkeys(plan.left, NOTE)
+    return ShardingReport(
+        tuple(replace(table, note=notes.get(table.name, "")) for table in report.tables)
     )
 
 
-def _rules(section: EmbedConfig, left: list[str]) -> dict[str, Strategy]:
-    return section.rules | {name: "none" for name in left if name not in section.rules}
-
-
-def _check_gradients(
-    model: Module,
-    choices: Choices,
-    section: EmbedConfig,
-    ds_config: dict[str, Any],
-    dp_size: int,
-) -> None:
+def _check_gradients(plan: ShardingPlan, ds_config: dict[str, Any], dp_size: int) -> None:
     """Checks that the engine can do with the kinds of gradients that the tables give, those that
     are sharded already included."""
-    sharded = _sharded_tables(model)
+    sharded = _sharded_tables(plan.model)
 
     def is_asked(option: str) -> bool:
-        wanted = getattr(section, option)
+        wanted = getattr(plan.options, option)
         return any(getattr(table, option) for table in sharded) or any(
             getattr(table, option, False) if wanted is None or chosen == "none" else wanted
-            for group, chosen in choices
+            for group, chosen in plan.choices
             for table in group.embeddings
         )
 
@@ -203,39 +199,6 @@ def _is_out_of_reach(model: Module, gang: Gang) -> bool:
     """Whether the Parameters are partitioned by `deepspeed.zero.Init` while there is no tensor
     parallelism, for which alone it would be worth to fetch them."""
     return isinstance(gang, FakeGang) and any(map(is_zero_param, model.parameters()))
-
-
-def _shard(
-    model: Module,
-    gang: Gang,
-    section: EmbedConfig,
-    left: list[str],
-    optimizer: Any,
-    parameters: list[Any] | None,
-) -> ShardingReport:
-    report = shard_embeddings(
-        model,
-        gang,
-        strategy=section.strategy,
-        rules=_rules(section, left),
-        tie_head=section.tie_head,
-        shard_head=section.shard_head,
-        output=section.output,
-        dedup=section.dedup,
-        sparse=section.sparse,
-        reuse_grad=section.reuse_grad,
-        check_ids=section.check_ids,
-        init_fn=section.init_fn,
-        train_rows=section.rows,
-        optimizer=optimizer if isinstance(optimizer, Optimizer) else None,
-        parameters=parameters,
-    )
-    if section.shard_logits:
-        from tp_embed.integrations.transformers import shard_logits
-
-        shard_logits(model)
-    tables = [replace(table, note=NOTE) if table.name in left else table for table in report.tables]
-    return ShardingReport(tuple(tables))
 
 
 def _check_stages(

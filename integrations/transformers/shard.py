@@ -14,7 +14,7 @@ from tp_embed.integrations.deepspeed.config import read_section
 from tp_embed.integrations.deepspeed.private import PartitionType, get_tensor_parallel_config
 from tp_embed.integrations.deepspeed.sharding import shard_model
 from tp_embed.surgery.optimizer import Groups
-from tp_embed.surgery.shard import ShardingReport
+from tp_embed.surgery.report import ShardingReport
 
 _GATHER = "stage3_gather_16bit_weights_on_model_save"
 

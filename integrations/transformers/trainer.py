@@ -10,7 +10,7 @@ from transformers.utils import logging
 from tp_embed.integrations.deepspeed.config import read_section
 from tp_embed.integrations.deepspeed.full_values import guard_full_values
 from tp_embed.integrations.deepspeed.sharding import start_watchdog
-from tp_embed.surgery.shard import ShardingReport
+from tp_embed.surgery.report import ShardingReport
 from tp_embed.watchdog import Watchdog
 
 from .forward import check_forward

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tp_embed import GangError, StandardEmbedding, shard_embeddings
-from tp_embed.gang.agreement import check_agreement, raise_together
+from tp_embed.gang.agreement import meet, raise_together
 from tp_embed.nn import init
 
 
@@ -155,10 +155,10 @@ def test_ranks_that_fail_together_raise_their_own(pool):
 
 def agree(gang, size_of_fact):
     """Facts of any size; None stands for what a rank does not know of."""
-    check_agreement(gang, {"a": "x" * size_of_fact, "b": (1, torch.float32), "c": None})
+    meet(gang, lambda known: known.update(a="x" * size_of_fact, b=(1, torch.float32), c=None))
     facts = {"a": 1} if gang.rank else {"a": 1, "b": 2}
     with pytest.raises(GangError) as error:
-        check_agreement(gang, facts)
+        meet(gang, lambda known: known.update(facts))
     return str(error.value)
 
 
@@ -177,3 +177,54 @@ def operations(gang):
     with gang.register_collective_hook(lambda name, _: called.append(name) or nullcontext()):
         raise_together(gang, lambda: None)
     return called
+
+
+def disagree_and_fail(gang):
+    """Rank 1 has another fact, and fails before it comes to the next one."""
+
+    def action(facts):
+        facts["a"] = gang.rank == 1
+        if gang.rank == 1:
+            raise ValueError("wrong")
+        facts["b"] = 0
+
+    with pytest.raises((GangError, ValueError)) as error:
+        meet(gang, action)
+    return type(error.value).__name__, str(error.value)
+
+
+def test_what_ranks_disagree_on_explains_a_failure(pool):
+    found = pool(3, disagree_and_fail)
+    assert found[1] == ("ValueError", "wrong")
+    for kind, message in found[::2]:
+        assert kind == "GangError"
+        assert "must agree on a, but disagree: rank 0: False, rank 1: True, rank 2: F" in message
+
+
+def fail_in_a_grid(gang, failing):
+    """Ranks in rows and columns of two: each meets its row, and its column hears of it."""
+    rows = [gang.create_gang(ranks) for ranks in ([0, 1], [2, 3])]
+    columns = [gang.create_gang(ranks) for ranks in ([0, 2], [1, 3])]
+    (row,), (column,) = ([part for part in parts if part] for parts in (rows, columns))
+
+    def action(facts):
+        facts["row"] = gang.rank // 2  # Only ranks of a row compare facts.
+        if gang.rank in failing:
+            raise MemoryError(f"no memory on {gang.rank}")
+        return gang.rank
+
+    try:
+        return meet(row, action, [column])
+    except (GangError, MemoryError) as e:
+        return f"{type(e).__name__}: {e}"
+
+
+@pytest.mark.parametrize("failing", [[0], [3], [1, 2]])
+def test_other_gangs_hear_of_a_failure(pool, failing):
+    for rank, outcome in enumerate(pool(4, fail_in_a_grid, failing)):
+        assert outcome.startswith("MemoryError" if rank in failing else "GangError: Rank ")
+        assert "MemoryError: no memory on " in outcome
+
+
+def test_all_of_a_grid_go_on(pool):
+    assert pool(4, fail_in_a_grid, []) == [0, 1, 2, 3]

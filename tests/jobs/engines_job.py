@@ -473,6 +473,8 @@ def refusals(directory: Path) -> dict[str, str]:
 
 
 def main(out: Path) -> None:
+    import engines_meetings  # Which imports from here.
+
     torch.set_num_threads(1)
     deepspeed.init_distributed()
     # First: DeepSpeed keeps the groups of the last engine for those that bring none.
@@ -483,6 +485,8 @@ def main(out: Path) -> None:
     seen["built before"] = built_before()
     seen["zero.Init"] = [zero_init(by_mpu) for by_mpu in (False, True)]
     seen["zero.Init over the gang"] = zero_init_over_the_gang()
+    seen["fail alone at ZeRO 3"] = engines_meetings.fail_alone_at_zero_3()
+    seen["meetings"] = engines_meetings.meetings()
     seen["sparse"] = sparse()
     seen["sparse clipped unchecked"] = sparse_clipped_unchecked()
     seen["sparse volumes"] = sparse_volumes()

@@ -22,7 +22,8 @@ from tp_embed.partition import Partition
 from tp_embed.plan import Network, Setup, auto_strategy, cost, costs, recommend
 from tp_embed.plan.lookups import auto_dedup
 from tp_embed.plan.tokens import distinct, distinct_of_block, zipf_distinct
-from tp_embed.surgery.strategies import choose_strategies
+from tp_embed.surgery.options import ShardingOptions
+from tp_embed.surgery.plan import plan_sharding
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -388,14 +389,16 @@ def test_auto_is_what_shard_embeddings_takes(tied):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_tables_of_models_get_what_the_planner_takes(tied, sizes, tp_size):
     setup = Setup(*sizes, tied=tied, tp_size=tp_size)
-    ((table, strategy), *heads) = choose_strategies(Model(setup), "auto", None, True, True, tp_size)
+    gang = FakeGang("cpu", size=tp_size)
+    ((table, strategy), *heads) = plan_sharding(Model(setup), gang, ShardingOptions()).choices
     assert strategy == auto_strategy(setup)
     assert bool(table.heads) == tied
     assert [strategy for _, strategy in heads] == ["vocab"] * (not tied)
     assert auto_strategy(Setup(12, 6, tp_size=4)) == "vocab"  # 18 items, not 24.
-    ((_, strategy), *_) = choose_strategies(
-        Model(Setup(12, 6)), "auto", None, True, True, 4, output="shard"
-    )
+    by_columns = ShardingOptions(output="shard")
+    ((_, strategy), *_) = plan_sharding(
+        Model(Setup(12, 6)), FakeGang("cpu", size=4), by_columns
+    ).choices
     assert strategy == "embed"
 
 

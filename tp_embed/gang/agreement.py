@@ -1,9 +1,9 @@
-"""Makes sure that the ranks of a gang are about to do the same."""
+"""Lets the ranks of a gang meet before they act: they agree, or all of them raise."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,49 +12,93 @@ from tp_embed.gang import Gang, GangError
 
 _T = TypeVar("_T")
 
+# What has to be the same on every rank, by what the error calls it.
+Facts = dict[str, object]
+
 _MOST_CHARACTERS = 2000
 
 
-def check_agreement(gang: Gang, facts: Mapping[str, object]) -> None:
-    """Compares what each rank says of itself. All ranks have to call it; they gather their facts.
+def meet(
+    gang: Gang,
+    action: Callable[[Facts], _T],
+    others: Sequence[Gang] = (),
+    what: str | None = None,
+) -> _T:
+    """Runs ``action`` and tells the other ranks what came of it, so that either all go on or all
+    raise. All ranks have to call it: an exception of one would leave the others waiting in the
+    next collective.
 
-    :param facts: what has to be the same on every rank, by what it is called in the error.
-    :raises GangError: ranks disagree; the error is raised on all of them.
-    """
-    all_facts = of_all_ranks(gang, {name: repr(fact) for name, fact in facts.items()})
-    for name in dict.fromkeys(name for one in all_facts for name in one):
-        found = [one.get(name, repr("nothing")) for one in all_facts]
-        if len(set(found)) > 1:
-            by_rank = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(found))
-            raise GangError(
-                f"The ranks of {gang} must agree on {name}, but disagree: {by_rank}. Build the "
-                "same model from the same config on each, with torch seeded alike."
-            )
+    Sends two all-gathers: 8 (P-1) bytes, and the facts and the error of this rank (P-1) times.
 
-
-def raise_together(gang: Gang, action: Callable[[], _T], what: str | None = None) -> _T:
-    """What ``action`` returns. All ranks have to call it, so that an exception of one, which would
-    leave the others waiting in the next collective, ends them all. ``action`` sends nothing.
-
+    :param action: sends nothing. It is given a dictionary, into which it writes what has to be the
+        same on every rank of ``gang``.
+    :param others: further gangs that this rank is in, which hear of a failure too.
     :param what: what ``action`` is, for the error of the other ranks, such as "The export".
-    :raises GangError: ``action`` has raised anything on another rank, running out of memory and
-        ``KeyboardInterrupt`` included, but not here. A rank where it has raised raises that.
+    :returns: what ``action`` returns.
+    :raises GangError: ranks disagree on a fact, or ``action`` has raised anything on another rank,
+        running out of memory and ``KeyboardInterrupt`` included, but not here. A rank where it has
+        raised raises that.
     """
+    facts: Facts = {}
     try:
-        result = action()
+        result = action(facts)
     except BaseException as e:
         # Whatever comes of telling the others, this rank raises what it has met.
         try:
-            of_all_ranks(gang, _describe(e))
+            _exchange(gang, others, facts, _describe(e), what)
         finally:
             raise e
-    for rank, failure in enumerate(of_all_ranks(gang, None)):
-        if failure is not None:
-            of_rank = f"Rank {rank} of {gang} has failed, and this one with it"
-            if what is not None:
-                of_rank = f"{what} failed on rank {rank} of {gang}"
-            raise GangError(f"{of_rank}: {failure}")
+    problem = _exchange(gang, others, facts, None, what)
+    if problem is not None:
+        raise GangError(problem)
     return result
+
+
+def raise_together(gang: Gang, action: Callable[[], _T], what: str | None = None) -> _T:
+    """:func:`meet` with an ``action`` that has no facts to compare."""
+    return meet(gang, lambda facts: action(), what=what)
+
+
+def _exchange(
+    gang: Gang, others: Sequence[Gang], facts: Facts, failure: str | None, what: str | None
+) -> str | None:
+    """The first problem of any rank."""
+    reprs = {name: repr(fact) for name, fact in facts.items()}
+    reports = of_all_ranks(gang, {"facts": reprs, "failure": failure})
+    failures = [report["failure"] for report in reports]
+    problem = _disagreement(gang, [report["facts"] for report in reports], failures)
+    problem = problem or _first_failure(gang, failures, what)
+    for other in others:
+        told = of_all_ranks(other, problem)
+        problem = problem or _first_failure(other, told, what)
+    return problem
+
+
+def _disagreement(
+    gang: Gang, all_facts: list[Mapping[str, str]], failures: list[str | None]
+) -> str | None:
+    """A rank that failed has not come to all of its facts."""
+    has_failure = any(failure is not None for failure in failures)
+    for name in dict.fromkeys(name for one in all_facts for name in one):
+        if has_failure and not all(name in one for one in all_facts):
+            continue
+        found = [one.get(name, repr("nothing")) for one in all_facts]
+        if len(set(found)) > 1:
+            by_rank = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(found))
+            return (
+                f"The ranks of {gang} must agree on {name}, but disagree: {by_rank}. Build the "
+                "same model from the same config on each, with torch seeded alike."
+            )
+    return None
+
+
+def _first_failure(gang: Gang, failures: list[str | None], what: str | None) -> str | None:
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            if what is not None:
+                return f"{what} failed on rank {rank} of {gang}: {failure}"
+            return f"Rank {rank} of {gang} has failed, and this one with it: {failure}"
+    return None
 
 
 def _describe(error: BaseException) -> str:

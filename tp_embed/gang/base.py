@@ -216,18 +216,31 @@ class Gang(ABC):
         """Called by every layer that is sharded over this gang once its Parameters exist, and
         again if they were replaced. A gang of a framework marks them as the framework expects."""
 
-    def sharding(self, model: Module) -> AbstractContextManager[object]:
-        """The tables of ``model`` are sharded over this gang in this context. A gang of a framework
-        checks the model first, and describes it to the framework at the end."""
-        return nullcontext()
+    def check_model(self, model: Module) -> None:  # noqa: B027
+        """Called before the tables of ``model`` are sharded over this gang. A gang of a framework
+        raises if the framework could not train it then."""
+
+    def describe_model(self, model: Module) -> None:  # noqa: B027
+        """Called when the tables of ``model`` are sharded over this gang. A gang of a framework
+        tells the framework what is cut."""
 
     def whole(self, *parameters: Tensor, modified: bool = False) -> AbstractContextManager[object]:
         """In this context ``parameters``, of a model that is not sharded yet, are there as a whole;
-        a gang of a framework that keeps them elsewhere fetches them. All ranks have to call it.
+        a gang of a framework that keeps them elsewhere fetches them. All ranks have to call it, and
+        those of :meth:`fetched_with`.
 
         :param modified: whether the caller changes the values, alike on every rank.
         """
         return nullcontext()
+
+    def whole_shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """The shape that ``parameter`` has in :meth:`whole`. Sends nothing."""
+        return tuple(parameter.shape)
+
+    def fetched_with(self, model: Module) -> Sequence[Gang]:
+        """The gangs with which this rank fetches the Parameters of ``model`` in :meth:`whole`; none
+        if they are here."""
+        return ()
 
     @property
     def handle(self) -> int:

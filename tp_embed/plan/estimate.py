@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from tp_embed import partition
 
 from .lookups import lookup_of
 from .setup import ITEM_BYTES, MOMENTS, Setup, Strategy, block, head_cut, refuse, shard
 from .tokens import sparse_bytes
 from .traffic import Network, Transfer
 from .transfers import transfers
-
-# Shards that differ by less than that are alike.
-_ALIKE = 1.1
 
 
 @dataclass(frozen=True)
@@ -67,22 +66,11 @@ class Cost:
 
 
 def auto_strategy(setup: Setup) -> Strategy:
-    """What ``"auto"`` of :func:`tp_embed.shard_embeddings` takes: of the strategies that cut the
-    table the one with the smaller shards, if the others are larger by more than a tenth; else
-    ``"vocab"`` for a table that is tied to a head, whose logits can then stay sharded, and what
-    sends less for others, which is ``"embed"``. Tokens and the network cancel out."""
-    table = replace(setup, head=setup.tied, output="replicated", device="cuda")
-    usual: tuple[Strategy, ...] = ("vocab", "embed") if setup.tied else ("embed", "vocab")
-    found = [cost(table, strategy) for strategy in usual]
-    least = min(each.states for each in found)
-    alike = [each for each in found if each.states <= _ALIKE * least]
-    if setup.tied:
-        return alike[0].strategy
-    return min(alike, key=lambda each: _sent_over(each, "tp")).strategy
-
-
-def _sent_over(cost: Cost, over: str) -> float:
-    return sum(transfer.sent for transfer in cost.transfers if transfer.over == over)
+    """Chooses the strategy as ``"auto"`` of :func:`tp_embed.shard_embeddings` does, by the sizes of
+    table and gang and the tie alone; see :func:`tp_embed.partition.auto_strategy`."""
+    return partition.auto_strategy(
+        setup.vocab_size, setup.embed_dim, setup.tp_size, tied=setup.tied
+    )
 
 
 def costs(setup: Setup) -> list[Cost]:

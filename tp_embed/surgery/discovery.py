@@ -106,8 +106,9 @@ def _runs(module: Module, forward: Callable[..., object]) -> bool:
     return type(module).forward is forward and "forward" not in vars(module)
 
 
-def check_weight(group: TableGroup) -> None:
+def check_weight(group: TableGroup, shape: tuple[int, ...]) -> None:
     """
+    :param shape: the shape of the whole weight, of which this rank may hold a part.
     :raises ValueError: the weight of the table is not a whole Parameter of a floating dtype.
     """
     name = group.names[0]
@@ -125,20 +126,21 @@ def check_weight(group: TableGroup) -> None:
         if not isinstance(module, nn.Embedding):
             continue
         expected = (module.num_embeddings, module.embedding_dim)
-        if group.weight.shape != expected:
+        if shape != expected:
             raise ValueError(
                 f"The table '{name}' must be whole, with a weight of the shape {expected}, but it "
-                f"has {tuple(group.weight.shape)} instead. Shard it before another tool slices or "
+                f"has {shape} instead. Shard it before another tool slices or "
                 "partitions it (AutoTP, `deepspeed.zero.Init`)."
             )
 
 
-def check_shardable(group: TableGroup) -> None:
+def check_shardable(group: TableGroup, shape: tuple[int, ...]) -> None:
     """
+    :param shape: as in :func:`check_weight`.
     :raises ValueError: the table has options, a dtype or ties that a sharded one would lose.
     :raises TypeError: it is of a class with a ``forward`` of its own, which would be lost.
     """
-    check_weight(group)
+    check_weight(group, shape)
     name = group.names[0]
     for module, places in group.embeddings.items():
         _check_embedding(module, _names(places)[0])

@@ -1,50 +1,54 @@
-"""Chooses what is to become of each table of a model, by a strategy for all and rules by name."""
+"""Chooses what becomes of each table of a model, by a strategy for all and rules by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
-from typing import Literal, Protocol, cast, get_args, runtime_checkable
+from typing import Protocol, cast, get_args, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
 from tp_embed.lookup.options import Output
 from tp_embed.lookup.train_rows import Rows, as_rows
-from tp_embed.plan.estimate import auto_strategy
-from tp_embed.plan.setup import Setup
+from tp_embed.partition import auto_strategy
 from tp_embed.surgery.discovery import TableGroup, find_places, find_tables, is_plain_head
-
-Strategy = Literal["auto", "embed", "vocab", "none"]
+from tp_embed.surgery.options import ShardingOptions, Strategy
 
 _STRATEGIES = get_args(Strategy)
 
 Choices = list[tuple[TableGroup, Strategy]]
 
 
-def choose_strategies(
-    model: Module,
-    strategy: Strategy,
-    rules: Mapping[str, Strategy] | None,
-    tie_head: bool,
-    shard_head: bool,
-    tp_size: int = 1,
-    output: Output = "replicated",
-) -> Choices:
-    """The tables of ``model``, each with what :func:`shard_embeddings` would do with it over a gang
-    of ``tp_size`` if embeddings give this ``output``: a strategy but ``"auto"``."""
-    rules = dict(rules or {})
-    for name, value in [("strategy", strategy), *((f"rules[{k!r}]", v) for k, v in rules.items())]:
+def tables_to_choose_for(model: Module, options: ShardingOptions) -> list[TableGroup]:
+    """Finds the tables of the embeddings of ``model``, and of output heads that ``options`` shard
+    even if they are tied to no embedding.
+
+    :raises ValueError: a strategy is unknown, or a rule names a head that is more than linear.
+    """
+    rules = ((f"rules[{pattern!r}]", value) for pattern, value in options.rules.items())
+    for name, value in [("strategy", options.strategy), *rules]:
         if value not in _STRATEGIES:
             raise ValueError(f"`{name}` must be one of {_STRATEGIES}, but is {value!r} instead.")
-    groups = find_tables(model, _untied_heads(model, rules, shard_head))
-    _check_patterns("rules", rules, groups)
-    found = [(group, _choose(group, strategy, rules, tie_head)) for group in groups]
-    return [(g, _auto(g, tp_size, output) if s == "auto" else s) for g, s in found]
+    return find_tables(model, _untied_heads(model, options.rules, options.shard_head))
+
+
+def choose_strategies(
+    tables: list[TableGroup], options: ShardingOptions, tp_size: int, left: Collection[str] = ()
+) -> Choices:
+    """Chooses a strategy for each table over a gang of ``tp_size``; never ``"auto"``.
+
+    :param left: the names of tables that stay whole, unless a rule names them.
+    :raises ValueError: a rule matches no table.
+    """
+    _check_patterns("rules", options.rules, tables)
+    found = [(table, _choose(table, options, left)) for table in tables]
+    return [(t, _auto(t, tp_size, options.output) if s == "auto" else s) for t, s in found]
 
 
 def _untied_heads(model: Module, rules: Mapping[str, Strategy], shard_head: bool) -> set[Module]:
-    """The heads that are to be sharded although they may be tied to no table."""
+    """The heads that are sharded although they may be tied to no table."""
     heads: set[Module] = set()
     if shard_head and isinstance(model, SupportsOutputEmbeddings):
         head = model.get_output_embeddings()
@@ -70,30 +74,26 @@ class SupportsOutputEmbeddings(Protocol):
     def get_output_embeddings(self) -> Module | None: ...
 
 
-def _choose(
-    group: TableGroup, strategy: Strategy, rules: dict[str, Strategy], tie_head: bool
-) -> Strategy:
-    for pattern, chosen in rules.items():
+def _choose(group: TableGroup, options: ShardingOptions, left: Collection[str]) -> Strategy:
+    for pattern, chosen in options.rules.items():
         if _matches(pattern, group):
-            strategy = chosen
-            break
-    else:
-        if not group.embeddings and strategy != "none":
-            return "vocab"
-        if group.embeddings and group.heads and not tie_head:
-            return "none"
-    return strategy
+            return chosen
+    if any(name in left for name in group.names):
+        return "none"
+    if not group.embeddings and options.strategy != "none":
+        return "vocab"
+    if group.embeddings and group.heads and not options.tie_head:
+        return "none"
+    return options.strategy
 
 
 def _auto(group: TableGroup, tp_size: int, output: Output) -> Strategy:
-    """What the planner takes, by nothing but sizes and ties, so that all ranks take the same."""
+    """By nothing but sizes and ties, so that all ranks take the same."""
     if not group.embeddings:
         return "vocab"
     if output == "shard" and not group.heads:
         return "embed"  # Which alone gives that.
-    sizes = _sizes(group)
-    tied = bool(group.heads)
-    return auto_strategy(Setup(*sizes, tied=tied, head=tied, tp_size=tp_size))
+    return auto_strategy(*_sizes(group), tp_size, tied=bool(group.heads))
 
 
 def _sizes(group: TableGroup) -> tuple[int, int]:
@@ -128,6 +128,8 @@ def choose_rows(choices: Choices, train_rows: Mapping[str, Rows] | None) -> list
 
 def _rows_of(group: TableGroup, chosen: Strategy, patterns: dict[str, Rows]) -> Tensor | None:
     name = group.names[0]
+    given = (getattr(module, "train_rows", None) for module in group.embeddings)
+    own = next((rows for rows in given if rows is not None), None)
     for pattern, rows in patterns.items():
         if not _matches(pattern, group):
             continue
@@ -138,11 +140,16 @@ def _rows_of(group: TableGroup, chosen: Strategy, patterns: dict[str, Rows]) -> 
                 "`weight.register_hook(lambda grad: grad * mask)`."
             )
         try:
-            return as_rows(rows, _sizes(group)[0])
+            found = as_rows(rows, _sizes(group)[0])
         except (IndexError, TypeError, ValueError) as e:
             raise type(e)(f"For the table '{name}': {e}") from None
-    given = (getattr(module, "train_rows", None) for module in group.embeddings)
-    return next((rows for rows in given if rows is not None), None)
+        if own is not None and not torch.equal(own, found):
+            raise ValueError(
+                f"`train_rows` must be the same as the table '{name}' has already, but is "
+                f"{len(found)} rows where that has {len(own)}. Leave the table out of `train_rows`."
+            )
+        return found
+    return own
 
 
 def _check_patterns(

@@ -100,6 +100,21 @@ def test_zero_init_without_tensor_parallelism(seen):
         assert losses[0] == pytest.approx(job.build()(job.batches(0)[0]).item(), rel=1e-6)
 
 
+def test_error_of_one_rank_at_zero_3_ends_all_that_fetch_with_it(seen):
+    for rank in range(4):
+        hook, draw = seen[rank]["fail alone at ZeRO 3"]
+        assert hook.startswith("ValueError: The w" if rank == 2 else "GangError: Rank ")
+        assert "must have no hook that expects the whole table" in hook
+        assert draw.startswith("MemoryError" if rank == 2 else "GangError: ")
+        assert "no memory" in draw
+
+
+def test_ranks_meet_once_and_strategies_are_chosen_once(seen):
+    for rank in range(4):
+        expected = {"sent": ["tp_embed.all_gather", "tp_embed.all_gather"], "chosen": 1}
+        assert seen[rank]["meetings"] == expected
+
+
 def test_tp_model_init(seen):
     for rank in range(4):
         assert seen[rank]["tp_model_init"] == ("ShardedEmbedding", [job.V, job.E // 2])

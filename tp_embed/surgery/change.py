@@ -1,0 +1,163 @@
+"""Makes the sharded modules of one table, and puts them in place of the old ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Module, Parameter
+
+from tp_embed.gang import Gang
+from tp_embed.nn.embedding import ShardedEmbedding, StandardEmbedding, VocabShardedEmbedding
+from tp_embed.nn.head import OutputHead
+from tp_embed.surgery.carry import LostInit, carry_module, carry_parameter, retire
+from tp_embed.surgery.discovery import Place, TableGroup, output_scale
+from tp_embed.surgery.optimizer import Shard
+from tp_embed.surgery.options import ShardingOptions, Strategy
+from tp_embed.surgery.report import TableReport
+
+
+@dataclass(frozen=True)
+class TableChange:
+    """What becomes of a table: new ``modules`` replace old ones, with a ``shard`` as the weight; or
+    the table gets new ``values``; or nothing happens."""
+
+    group: TableGroup
+    strategy: Strategy
+    shape: tuple[int, ...]
+    shard: Shard | None = None
+    modules: tuple[tuple[Module, Module, list[Place]], ...] = ()
+    values: Tensor | None = None
+
+    def apply(self, gang: Gang) -> TableReport:
+        for old, new, places in self.modules:
+            carry_module(old, new)
+            for place in places:
+                setattr(place.parent, place.attribute, new)
+            retire(old, new, places[0].name)
+        name, weight = self.group.names[0], self.group.weight
+        if self.shard is not None:
+            carry_parameter(weight, self.shard, 0 if self.strategy == "vocab" else 1, name)
+        if self.values is not None:
+            with torch.no_grad(), gang.whole(weight, modified=True):
+                weight.copy_(self.values)
+        bytes_replicated = math.prod(self.shape) * weight.element_size()
+        num_rows, dim = self.shape
+        return TableReport(
+            name,
+            num_rows,
+            dim,
+            self.strategy,
+            tied=tuple(self.group.shared_with),
+            bytes_per_rank=self.shard.parameter.nbytes if self.shard else bytes_replicated,
+            bytes_replicated=bytes_replicated,
+        )
+
+
+def make_change(
+    group: TableGroup,
+    strategy: Strategy,
+    gang: Gang,
+    options: ShardingOptions,
+    train_rows: Tensor | None,
+) -> TableChange:
+    """Makes the modules that replace a table, while its weight is whole. Leaves the model as it is.
+    Sends what ``options.init_fn`` sends; without one, nothing."""
+    shape = tuple(group.weight.shape)
+    if strategy == "none":
+        return TableChange(group, strategy, shape, values=_draw(group, gang, options))
+    first: ShardedEmbedding | VocabShardedEmbedding | None = None
+    modules: list[tuple[Module, Module, list[Place]]] = []
+    for embedding, places in group.embeddings.items():
+        table = as_standard(embedding, shape, options, train_rows)
+        new = _shard(table, strategy, gang, options, draw=first is None)
+        if first is None:
+            first = new
+        else:
+            new.weight = first.weight
+        modules.append((embedding, new, places))
+    if first is None:  # A head that is tied to no table.
+        table = as_standard(next(iter(group.heads)), shape, ShardingOptions(), train_rows)
+        first = _shard(table, strategy, gang, ShardingOptions())
+    for head, places in group.heads.items():
+        modules.append((head, OutputHead(first, bias=head.bias), places))
+    shard = Shard(first.weight, first.rows, first.columns)
+    return TableChange(group, strategy, shape, shard, tuple(modules))
+
+
+def _draw(group: TableGroup, gang: Gang, options: ShardingOptions) -> Tensor | None:
+    """Draws new values for a table that is left whole, over the gang so that its ranks agree."""
+    if options.init_fn is None or not group.embeddings:
+        return None
+    drawn = ShardingOptions(init_fn=options.init_fn)
+    table = as_standard(next(iter(group.embeddings)), tuple(group.weight.shape), drawn)
+    return _shard(table, "embed", gang, drawn).to_embedding().weight.detach()
+
+
+def _shard(
+    table: StandardEmbedding,
+    strategy: Strategy,
+    gang: Gang,
+    options: ShardingOptions,
+    draw: bool = True,
+) -> ShardedEmbedding | VocabShardedEmbedding:
+    kind = VocabShardedEmbedding if strategy == "vocab" else ShardedEmbedding
+    if options.init_fn is None or not draw:
+        return kind.from_embedding(
+            table, gang, output=options.output, dedup=options.dedup, check_ids=options.check_ids
+        )
+    new = kind(
+        gang,
+        table.num_embeddings,
+        table.embed_dim,
+        table.pad_idx,
+        init_fn=options.init_fn,
+        device=table.weight.device,
+        dtype=table.weight.dtype,
+        output=options.output,
+        dedup=options.dedup,
+        sparse=table.sparse,
+        reuse_grad=table.reuse_grad,
+        scale=table.scale,
+        check_ids=options.check_ids,
+        train_rows=table.train_rows,
+    )
+    new.weight.requires_grad_(table.weight.requires_grad)
+    return new
+
+
+def as_standard(
+    module: Module,
+    shape: tuple[int, ...],
+    options: ShardingOptions,
+    train_rows: Tensor | None = None,
+) -> StandardEmbedding:
+    """The table of ``module`` as a :class:`StandardEmbedding` of these options, with the same
+    Parameter."""
+    pad_idx, init_fn, sparse, reuse_grad, scale = None, None, False, False, None
+    if isinstance(module, StandardEmbedding):
+        pad_idx, init_fn, scale = module.pad_idx, module.init_fn, module.scale
+        sparse, reuse_grad = module.sparse, module.reuse_grad
+    elif isinstance(module, nn.Embedding):
+        pad_idx, sparse, scale = module.padding_idx, module.sparse, output_scale(module)
+        if type(module).reset_parameters is not nn.Embedding.reset_parameters:
+            init_fn = LostInit(type(module).__name__)
+    weight = cast(Parameter, module.weight)
+    num_rows, dim = shape
+    standard = StandardEmbedding(
+        num_rows,
+        dim,
+        pad_idx,
+        init_fn=init_fn,
+        device="meta",
+        dtype=weight.dtype,
+        sparse=sparse if options.sparse is None else options.sparse,
+        reuse_grad=reuse_grad if options.reuse_grad is None else options.reuse_grad,
+        scale=scale,
+    )
+    standard.weight = weight
+    standard.train_rows = train_rows  # Afterwards: it would hang a mask on the weight of the model.
+    return standard.train(module.training)

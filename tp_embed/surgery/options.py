@@ -1,0 +1,41 @@
+"""The options of a surgery."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tp_embed.lookup.exchange import Dedup
+from tp_embed.lookup.options import Output
+from tp_embed.lookup.same_ids import check_interval
+from tp_embed.lookup.train_rows import Rows
+from tp_embed.nn.embedding import InitFn
+
+Strategy = Literal["auto", "embed", "vocab", "none"]
+
+
+@dataclass(frozen=True)
+class ShardingOptions:
+    """What :func:`tp_embed.shard_embeddings` takes, which says what each means."""
+
+    strategy: Strategy = "auto"
+    rules: Mapping[str, Strategy] = field(default_factory=dict)
+    tie_head: bool = True
+    shard_head: bool = True
+    output: Output = "replicated"
+    dedup: Dedup = "auto"
+    sparse: bool | None = None
+    reuse_grad: bool | None = None
+    check_ids: int | None = None
+    init_fn: InitFn | None = None
+    train_rows: Mapping[str, Rows] | None = None
+
+    def facts(self) -> dict[str, object]:
+        """What has to be the same on every rank of the gang."""
+        names = "output", "dedup", "sparse", "reuse_grad"
+        return {
+            **{f"`{name}`": getattr(self, name) for name in names},
+            "`check_ids`": check_interval(self.check_ids),
+            "whether there is an `init_fn`": self.init_fn is not None,
+        }

@@ -1,0 +1,206 @@
+"""Plans what becomes of the tables of a model, and has the ranks agree on it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from tp_embed.gang import Gang
+from tp_embed.gang.agreement import Facts, meet
+from tp_embed.parameter.optimizers import check_optimizer, forget, mark_replaced
+from tp_embed.surgery.adapters import loaded_adapters
+from tp_embed.surgery.carry import check_module, check_parameter
+from tp_embed.surgery.change import TableChange, as_standard, make_change
+from tp_embed.surgery.discovery import TableGroup, check_shardable, check_weight, skip
+from tp_embed.surgery.optimizer import Groups, check_groups, repoint_groups, repoint_optimizer
+from tp_embed.surgery.options import ShardingOptions
+from tp_embed.surgery.report import ShardingReport
+from tp_embed.surgery.strategies import (
+    Choices,
+    choose_rows,
+    choose_strategies,
+    tables_to_choose_for,
+)
+
+
+@dataclass
+class ShardingPlan:
+    """Says what becomes of each table of ``model``. Nothing changes until it is applied.
+
+    :param choices: the tables, each with its strategy.
+    :param rows: for each table the rows that train, or ``None`` for all.
+    :param left: the names of tables that are left whole for somebody else to cut.
+    """
+
+    model: Module
+    gang: Gang
+    options: ShardingOptions
+    choices: Choices
+    rows: list[Tensor | None]
+    left: Collection[str] = ()
+    optimizer: Optimizer | None = None
+    parameters: Groups | None = None
+    changes: list[TableChange] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Checks all that can be checked without the values of tables. Sends nothing.
+
+        :raises ValueError, TypeError: as :func:`tp_embed.shard_embeddings`.
+        """
+        self.gang.check_model(self.model)
+        sharded = [group for group, chosen in self.choices if chosen != "none"]
+        if self.optimizer is not None:
+            check_groups("optimizer.param_groups", self.optimizer.param_groups, self.model)
+            if self.gang.size > 1:
+                check_optimizer(self.optimizer, [group.weight for group in sharded])
+        if self.parameters is not None:
+            check_groups("parameters", self.parameters, self.model)
+        for group, chosen in self.choices:
+            shape = self.gang.whole_shape(group.weight)
+            if chosen != "none":
+                check_shardable(group, shape)
+                self._check_carried(group)
+                for embedding in group.embeddings:
+                    as_standard(embedding, shape, self.options)
+            elif self.options.init_fn is not None:
+                check_weight(group, shape)
+        tables = {module for group in sharded for module in (*group.embeddings, *group.heads)}
+        for adapter in loaded_adapters():
+            adapter.check(self.model, tables)
+
+    def _check_carried(self, group: TableGroup) -> None:
+        name = group.names[0]
+        if self.gang.size > 1:  # Else the block is the whole table.
+            check_parameter(group.weight, name, skip(name))
+        for module in (*group.embeddings, *group.heads):
+            check_module(module, name, skip(name))
+
+    def note_facts(self, facts: Facts) -> None:
+        """Writes into ``facts`` what has to be the same on every rank of the gang."""
+        facts |= self.options.facts()
+        for (group, chosen), train in zip(self.choices, self.rows, strict=True):
+            name = group.names[0]
+            facts[f"the rows of '{name}' that train"] = "all" if train is None else _digest(train)
+            facts[f"the strategy for '{name}'"] = chosen
+            facts[f"the classes at '{name}'"] = [
+                type(module).__name__ for module in (*group.embeddings, *group.heads)
+            ]
+            facts[f"the shape of '{name}'"] = self.gang.whole_shape(group.weight)
+            facts[f"the dtype of '{name}'"] = group.weight.dtype
+
+    def make(self, facts: Facts, *, alone: bool) -> None:
+        """Makes the new modules, and writes checksums of the old tables into ``facts``.
+
+        :param alone: whether nothing is sent. Else this rank goes on after an error, as others
+            fetch and draw the next tables together with it, and raises it at the end.
+        """
+        error: BaseException | None = None
+        for (group, chosen), train in zip(self.choices, self.rows, strict=True):
+            if chosen == "none" and self.options.init_fn is None:
+                shape = self.gang.whole_shape(group.weight)
+                self.changes.append(TableChange(group, chosen, shape))
+                continue
+            with self.gang.whole(*group.parameters):
+                try:
+                    if self.options.init_fn is None:
+                        key = f"the values of '{group.names[0]}' (a checksum)"
+                        facts[key] = _checksum(group.weight)
+                    change = make_change(group, chosen, self.gang, self.options, train)
+                    self.changes.append(change)
+                except BaseException as e:
+                    if alone:
+                        raise
+                    error = error or e
+        if error is not None:
+            raise error
+
+    def apply(self) -> ShardingReport:
+        """Puts the new modules in place. All ranks call it, after they have agreed."""
+        shards = {change.group.weight: change.shard for change in self.changes if change.shard}
+        report = ShardingReport(tuple(change.apply(self.gang) for change in self.changes))
+        self.gang.describe_model(self.model)
+        for whole, shard in shards.items():
+            if shard.parameter is not whole:
+                mark_replaced(whole)
+        forget()
+        if self.optimizer is not None:
+            repoint_optimizer(self.optimizer, shards)
+        if self.parameters is not None:
+            repoint_groups(self.parameters, shards)
+        for adapter in loaded_adapters():
+            adapter.adapt(self.model)
+        return report
+
+
+def plan_sharding(
+    model: Module,
+    gang: Gang,
+    options: ShardingOptions,
+    *,
+    optimizer: Optimizer | None = None,
+    parameters: Groups | None = None,
+    leave: Callable[[Sequence[TableGroup]], Collection[str]] = lambda tables: (),
+) -> ShardingPlan:
+    """Chooses what becomes of each table. Sends nothing, and leaves the model as it is.
+
+    :param leave: is given the tables, and names those that stay whole unless a rule names them.
+    """
+    tables = tables_to_choose_for(model, options)
+    left = leave(tables)
+    choices = choose_strategies(tables, options, gang.size, left)
+    rows = choose_rows(choices, options.train_rows)
+    return ShardingPlan(model, gang, options, choices, rows, left, optimizer, parameters)
+
+
+_Plan = TypeVar("_Plan", bound=ShardingPlan | None)
+
+
+def agree_on_plan(model: Module, gang: Gang, prepare: Callable[[Facts], _Plan]) -> _Plan:
+    """Runs ``prepare``, and checks the plan that it returns and makes its modules. All ranks call
+    it. Either all get their plans, ready to apply, or all raise.
+
+    The ranks meet once. They meet a second time if tables are fetched or drawn, since that sends
+    something, and they have to agree on strategies and shapes before.
+
+    :param prepare: the first part of the ``action`` of :func:`meet`. It returns ``None`` on all
+        ranks if there is nothing to shard.
+    :raises GangError: ranks disagree, or another rank has failed.
+    """
+    others = gang.fetched_with(model)
+
+    def choose_and_check(facts: Facts) -> tuple[_Plan, bool]:
+        plan = prepare(facts)
+        if plan is None:
+            return plan, False
+        plan.check()
+        facts["whether the Parameters are partitioned"] = bool(others)
+        plan.note_facts(facts)
+        sends = bool(others) or plan.options.init_fn is not None
+        if not sends:
+            plan.make(facts, alone=True)
+        return plan, sends
+
+    plan, sends = meet(gang, choose_and_check, others)
+    if plan is not None and sends:
+        made = plan
+        meet(gang, lambda facts: made.make(facts, alone=False), others)
+    return plan
+
+
+def _checksum(table: Tensor) -> str | None:
+    """Of some items: tables that were drawn from different seeds differ in all of them."""
+    if table.is_meta or not table.numel():
+        return None
+    return _digest(table.detach().flatten()[:: max(1, table.numel() // 256)].cpu())
+
+
+def _digest(items: Tensor) -> str:
+    data = items.contiguous().view(torch.uint8).tolist()
+    return hashlib.blake2b(bytes(data), digest_size=8).hexdigest()
