@@ -14,7 +14,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: help setup hooks train test nightly coverage gpu lint types layers check format clean
+.PHONY: help setup hooks train test nightly coverage gpu lint types layers docs check format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -77,7 +77,10 @@ types: $(READY) ## Check the types
 layers: $(READY) ## Check that a package imports only from the layers below it
 	lint-imports
 
-check: lint types layers ## All checks but the tests
+docs: $(READY) ## Build the site in build/docs; warnings and dead links are errors
+	sphinx-build -q -E -W --keep-going -d build/doctrees docs build/docs
+
+check: lint types layers docs ## All checks but the tests
 
 format: $(READY) ## Put the code into shape
 	ruff check --fix .

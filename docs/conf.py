@@ -1,0 +1,77 @@
+"""How Sphinx builds the site. `make docs` takes warnings, dead links and anchors for errors."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from itertools import accumulate
+from typing import Any
+
+from sphinx.util.nodes import get_node_source, make_refnode
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed asks for an accelerator when imported.
+
+project = "tp_embed"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
+exclude_patterns = ["README.md", "prefetch.md"]  # index.rst includes README.md.
+nitpicky = True  # A role has to name something that exists: see `_resolve`.
+
+autodoc_default_options = {
+    "members": True,
+    "show-inheritance": True,
+    "inherited-members": "Module,ABC,BaseModel,BaseException,Enum,tuple",
+}
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
+python_use_unqualified_type_names = True
+
+myst_heading_anchors = 4
+
+html_theme = "furo"
+html_title = "tp_embed"
+html_show_copyright = False
+
+
+def _resolve(app: Any, env: Any, node: Any, text: Any) -> Any:
+    """Links a short name to the one page that has it, and shows other names as plain code.
+
+    A docstring of ``tp_embed.nn.init`` says ``fill`` for its neighbour, but is shown on the page of
+    ``tp_embed``. Names of other packages and of internals have no page, but internals must exist.
+    """
+    if node["refdomain"] != "py":
+        return None
+    target = node["reftarget"].lstrip(".")
+    domain = env.domains["py"]
+    found = domain.find_obj(env, "", node.get("py:class", ""), target, None, 1)
+    names = {entry.node_id: (entry.docname, name) for name, entry in found}
+    if len(names) == 1:
+        ((node_id, (docname, name)),) = names.items()
+        return make_refnode(app.builder, node["refdoc"], docname, node_id, text, name)
+    owner = (get_node_source(node) or "").partition("docstring of ")[2].partition(":")[0]
+    owners = ["builtins", *accumulate(filter(None, owner.split(".")), lambda a, b: f"{a}.{b}")]
+    is_internal = target.split(".")[0] == "tp_embed"
+    if "." in target and not is_internal:
+        return text
+    return text if any(map(_exists, [target, *(f"{o}.{target}" for o in owners)])) else None
+
+
+def _exists(name: str) -> bool:
+    """Whether ``name`` is a module, or an attribute of a module or class."""
+    module, attributes = name, []
+    while module:
+        try:
+            value: Any = import_module(module)
+        except (ImportError, ValueError):
+            module, _, attribute = module.rpartition(".")
+            attributes.insert(0, attribute)
+            continue
+        for attribute in attributes:
+            value = getattr(value, attribute, None)
+        return value is not None
+    return False
+
+
+def setup(app: Any) -> None:
+    app.connect("missing-reference", _resolve)
