@@ -14,14 +14,17 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed asks for an accelera
 project = "tp_embed"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
-exclude_patterns = ["README.md", "prefetch.md"]  # index.rst includes README.md.
+exclude_patterns = ["README.md"]  # index.rst includes it.
 nitpicky = True  # A role has to name something that exists: see `_resolve`.
 
 autodoc_default_options = {
     "members": True,
     "show-inheritance": True,
     "inherited-members": "Module,ABC,BaseModel,BaseException,Enum,tuple",
+    # For `torch.compile`; users call none of them.
+    "exclude-members": "rows_in_graph,gradient_in_graph,without_pad_row",
 }
+autodoc_inherit_docstrings = False  # Or those of torch's Module would be taken.
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88

@@ -1,0 +1,88 @@
+"""What Sphinx does not see: public names without an entry, the picture of the layers, and links of
+the files that are not pages. `make docs` checks the rest."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib import import_module
+from inspect import isclass, isfunction
+
+import pytest
+
+from launch import ROOT
+
+DOCS = ROOT / "docs"
+PACKAGES = [
+    "tp_embed",
+    "tp_embed.checkpoint",
+    "tp_embed.integrations.hydra",
+    "tp_embed.integrations.deepspeed",
+    "tp_embed.integrations.transformers",
+    "tp_embed.monitor",
+    "tp_embed.nn.init",
+    "tp_embed.nn.loss",
+    "tp_embed.plan",
+    "tp_embed.watchdog",
+]
+REFERENCE = "".join(path.read_text() for path in (DOCS / "api").glob("*.rst"))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_public_names_are_in_the_reference(package):
+    (directive,) = re.findall(
+        rf"^\.\. (auto)?module:: {re.escape(package)}\n((?:   .*\n)*)", REFERENCE, re.MULTILINE
+    )
+    is_whole = directive[0] and ":no-members:" not in directive[1]
+    if is_whole:
+        return
+    listed = set(re.findall(r"^\.\. auto\w+:: (\S+)", REFERENCE, re.MULTILINE))
+    module = import_module(package)
+    public = [n for n in module.__all__ if isclass(v := getattr(module, n)) or isfunction(v)]
+    assert public
+    assert set(public) <= listed
+
+
+def test_picture_has_the_layers_of_the_contract_in_their_order():
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    layers = config["tool"]["importlinter"]["contracts"][0]["layers"]
+    picture = (DOCS / "architecture.svg").read_text()
+    drawn = re.findall(r'font-weight="bold"[^>]*>(\w+)<', picture)
+    heights = dict(
+        zip(drawn, re.findall(r'y="(\d+)" [^>]*font-weight="bold"', picture), strict=True)
+    )
+
+    packages = [
+        [name.removeprefix("tp_embed.") for name in re.split(r" \| ", layer)] for layer in layers
+    ]
+    whole = [[name for name in layer if "." not in name] for layer in packages]
+    order = [int(heights[name]) for layer in whole for name in layer if name != "plan"]
+    assert order == sorted(order)
+    folders = {
+        path.name for path in (ROOT / "tp_embed").iterdir() if (path / "__init__.py").exists()
+    }
+    assert folders <= set(drawn)
+
+
+def slug(heading: str) -> str:
+    """As GitHub makes an anchor."""
+    text = re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/README.md"])
+def test_links(name):
+    page = ROOT / name
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in map(slug, headings), link
+
+
+def test_readme_fits_on_a_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 120
