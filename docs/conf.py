@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import os
-from importlib import import_module
-from itertools import accumulate
+import pkgutil
+import sys
 from typing import Any
 
-from sphinx.util.nodes import get_node_source, make_refnode
+from sphinx.util.nodes import make_refnode
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed asks for an accelerator when imported.
 
@@ -52,28 +53,28 @@ def _resolve(app: Any, env: Any, node: Any, text: Any) -> Any:
     if len(names) == 1:
         ((node_id, (docname, name)),) = names.items()
         return make_refnode(app.builder, node["refdoc"], docname, node_id, text, name)
-    owner = (get_node_source(node) or "").partition("docstring of ")[2].partition(":")[0]
-    owners = ["builtins", *accumulate(filter(None, owner.split(".")), lambda a, b: f"{a}.{b}")]
-    is_internal = target.split(".")[0] == "tp_embed"
-    if "." in target and not is_internal:
-        return text
-    return text if any(map(_exists, [target, *(f"{o}.{target}" for o in owners)])) else None
+    package, _, rest = target.partition(".")
+    if package == "tp_embed":
+        is_known = _exists(target)
+    else:
+        is_others = rest or package in sys.stdlib_module_names or hasattr(builtins, package)
+        is_known = is_others or _is_in_ours(target)
+    return text if is_known else None
 
 
 def _exists(name: str) -> bool:
     """Whether ``name`` is a module, or an attribute of a module or class."""
-    module, attributes = name, []
-    while module:
-        try:
-            value: Any = import_module(module)
-        except (ImportError, ValueError):
-            module, _, attribute = module.rpartition(".")
-            attributes.insert(0, attribute)
-            continue
-        for attribute in attributes:
-            value = getattr(value, attribute, None)
-        return value is not None
-    return False
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def _is_in_ours(name: str) -> bool:
+    """Whether a module of tp_embed has this name, or something of it."""
+    modules = {key: module for key, module in sys.modules.items() if key.startswith("tp_embed.")}
+    return any(key.endswith(f".{name}") or name in vars(m) for key, m in modules.items())
 
 
 def setup(app: Any) -> None:
