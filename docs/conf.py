@@ -78,4 +78,5 @@ def _is_in_ours(name: str) -> bool:
 
 
 def setup(app: Any) -> None:
+    """Is called by Sphinx."""
     app.connect("missing-reference", _resolve)

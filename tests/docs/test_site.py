@@ -44,24 +44,17 @@ def test_public_names_are_in_the_reference(package):
 
 
 def test_picture_has_the_layers_of_the_contract_in_their_order():
+    picture = (DOCS / "architecture.svg").read_text()
+    heights = {name: int(y) for y, name in re.findall(r'y="(\d+)" [^>]*bold"[^>]*>(\w+)<', picture)}
+
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())
     layers = config["tool"]["importlinter"]["contracts"][0]["layers"]
-    picture = (DOCS / "architecture.svg").read_text()
-    drawn = re.findall(r'font-weight="bold"[^>]*>(\w+)<', picture)
-    heights = dict(
-        zip(drawn, re.findall(r'y="(\d+)" [^>]*font-weight="bold"', picture), strict=True)
-    )
-
-    packages = [
-        [name.removeprefix("tp_embed.") for name in re.split(r" \| ", layer)] for layer in layers
-    ]
-    whole = [[name for name in layer if "." not in name] for layer in packages]
-    order = [int(heights[name]) for layer in whole for name in layer if name != "plan"]
+    names = [name.removeprefix("tp_embed.") for layer in layers for name in layer.split(" | ")]
+    order = [heights[name] for name in names if "." not in name]  # Parts of `plan` are several.
     assert order == sorted(order)
-    folders = {
-        path.name for path in (ROOT / "tp_embed").iterdir() if (path / "__init__.py").exists()
-    }
-    assert folders <= set(drawn)
+
+    packages = {path.parent.name for path in (ROOT / "tp_embed").glob("*/__init__.py")}
+    assert packages <= set(heights)
 
 
 def slug(heading: str) -> str:
