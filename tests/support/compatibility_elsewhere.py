@@ -119,7 +119,7 @@ ELSEWHERE = [
     Row(
         "Call a module that was replaced, kept in a list",
         "*Refused*: This `Embedding` must not be called any more: `shard_embeddings()` "
-        "has put a `ShardedEmbedding` in the place of it",
+        "replaced it by a `ShardedEmbedding`",
         "1, 3",
         "test_carry.py::test_a_replaced_module_raises_when_it_is_called",
     ),

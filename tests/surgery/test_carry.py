@@ -298,9 +298,13 @@ class Calling(nn.Linear):
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (lambda m: setattr(m, "embed", Calls(V, E)), TypeError, "leaves `__call__` as it is"),
-        (lambda m: setattr(m, "embed", Loads(V, E)), TypeError, "leaves `_load_from_state_dict`"),
-        (lambda m: setattr(m.embed, "train", print), TypeError, "leave `train` as its class"),
+        (lambda m: setattr(m, "embed", Calls(V, E)), TypeError, "must not override `__call__`"),
+        (
+            lambda m: setattr(m, "embed", Loads(V, E)),
+            TypeError,
+            "override `_load_from_state_dict`",
+        ),
+        (lambda m: setattr(m.embed, "train", print), TypeError, "must not replace `train`"),
         (lambda m: setattr(m.embed, "gang", 1), ValueError, "no attribute `gang`"),
         (lambda m: setattr(m.embed, "rows", 1), ValueError, "no attribute `rows`"),
     ],

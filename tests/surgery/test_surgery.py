@@ -295,11 +295,11 @@ BAD_TABLES = {
     ),
     "hooks of the state dict": (
         lambda m: m.bad.register_state_dict_post_hook(lambda *args: None),
-        r"'bad' must not have hooks of its state dict",
+        r"'bad' must not have state dict hooks",
     ),
     "hooks of loading": (
         lambda m: m.bad.register_load_state_dict_pre_hook(lambda *args: None),
-        r"'bad' must not have hooks of its state dict",
+        r"'bad' must not have state dict hooks",
     ),
 }
 
@@ -538,4 +538,4 @@ def test_tables_and_heads_with_more_state_are_refused():
     assert_refused(model, TypeError, "with a `forward` of its own")
     model = build("llama")
     model.lm_head.register_state_dict_post_hook(lambda *args: None)
-    assert_refused(model, ValueError, "The table 'lm_head' must not have hooks of its state dict")
+    assert_refused(model, ValueError, "The table 'lm_head' must not have state dict hooks")

@@ -1,8 +1,8 @@
-"""What integrations do for models of their packages, so that the core need not know them.
+"""Lets integrations adapt models of other packages, so that the core need not know them.
 
-``tp_embed.integrations.NAME`` is about the package ``NAME``. If that is loaded, there may be models
-of it: the module ``tp_embed.integrations.NAME.adapter`` is imported, if there is one, and adds what
-it does to :data:`ADAPTERS`.
+``tp_embed.integrations.NAME`` integrates the package ``NAME``. If that package is loaded,
+``tp_embed.integrations.NAME.adapter`` is imported, if it exists, and adds itself to
+:data:`ADAPTERS`.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from torch.nn import Module
 
 
 class Adapter(Protocol):
-    """What a package of models wants to be done when their tables are sharded."""
+    """Checks and adapts models of one package when their tables are sharded."""
 
     def check(self, model: Module, tables: Collection[Module]) -> None:
-        """Called before ``tables``, embeddings and heads in ``model``, are sharded.
+        """Runs before ``tables``, embeddings and heads of ``model``, are sharded.
 
-        :raises ValueError: something around them would not work on shards.
+        :raises ValueError: code around the tables would not work on shards.
         """
 
     def adapt(self, model: Module) -> None:
-        """Called when the tables of ``model`` are sharded. Doing it twice does no harm."""
+        """Runs after the tables of ``model`` are sharded. Must be idempotent."""
 
 
 ADAPTERS: list[Adapter] = []
 
 
 def loaded_adapters() -> list[Adapter]:
-    """:data:`ADAPTERS`, with those for all packages that are loaded by now."""
-    # Not entry points: an old installation of a newer source would have none, without a word.
+    """Returns :data:`ADAPTERS`, after importing the adapters of all loaded packages."""
+    # Not entry points: an old installation of a newer source would silently lack them.
     try:
         integrations = import_module("tp_embed.integrations")
     except ModuleNotFoundError as e:

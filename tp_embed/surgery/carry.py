@@ -1,5 +1,4 @@
-"""Carries what hangs on a table over to the shard that takes its place: hooks and attributes of the
-Parameter, its gradient, and attributes of the modules."""
+"""Carries hooks, attributes and gradients over from a table to the shard that replaces it."""
 
 from __future__ import annotations
 
@@ -35,22 +34,25 @@ _PARAMETER_HOOKS = {
     "_backward_hooks": "register_hook",
     "_post_accumulate_grad_hooks": "register_post_accumulate_grad_hook",
 }
-# How Megatron marks a Parameter that is not cut.
+# Megatron sets these on Parameters, cut or not.
 _MEGATRON = ("tensor_model_parallel", "partition_dim", "partition_stride")
-# What `deepspeed.zero.Init` leaves on a Parameter besides functions.
+# `deepspeed.zero.Init` sets these on a Parameter, besides functions.
 _ZERO_INIT = ("ds_", "is_external_param", "nvme_swapper")
-# What torch and we set on modules, which the new ones have themselves.
-_OF_TORCH = {*vars(nn.Embedding(1, 1, device="meta")), *vars(nn.Linear(1, 1, device="meta"))}
-_OURS = {*vars(StandardEmbedding(1, 1, device="meta", train_rows=[0]))}
+# Attributes of a new module that must not be overwritten.
+_TORCH_ATTRIBUTES = {
+    *vars(nn.Embedding(1, 1, device="meta")),
+    *vars(nn.Linear(1, 1, device="meta")),
+}
+_STANDARD_ATTRIBUTES = {*vars(StandardEmbedding(1, 1, device="meta", train_rows=[0]))}
 _PROPERTIES = {"partition", "rows", "columns", "reuse_grad", "shard_dim", "outputs"}
 _OWN_METHODS = {"__init__", "__repr__", "_get_name", "extra_repr", "forward"}
 
 
 def shardwise(hook: _F) -> _F:
-    """Marks a hook of a Parameter (``register_hook``, ``register_post_accumulate_grad_hook``) as
-    one that may be given a block of a table in the place of the whole table, as one that treats
-    each item alone may: ``weight.register_hook(shardwise(lambda grad: grad.clamp(-1, 1)))``.
-    :func:`~tp_embed.shard_embeddings` carries it over, and refuses others."""
+    """Marks an elementwise hook of a Parameter (``register_hook``,
+    ``register_post_accumulate_grad_hook``), which works on a block of a table as on all of it:
+    ``weight.register_hook(shardwise(lambda grad: grad.clamp(-1, 1)))``.
+    :func:`~tp_embed.shard_embeddings` carries it over, and refuses unmarked hooks."""
     marked: Any = partial(hook) if inspect.ismethod(hook) else hook
     marked._tp_embed_shardwise = True
     return marked  # type: ignore[no-any-return]
@@ -66,11 +68,11 @@ def check_parameter(weight: Tensor, name: str, fix: str) -> None:
                 raise ValueError(
                     f"The weight of the table '{name}' must have no hook that expects the whole "
                     f"table, but has {_describe(hook)} by `{register}`. If it masks rows, pass "
-                    "`train_rows` in the place of it; if it treats each item alone, mark it: "
+                    "`train_rows` instead; if it is elementwise, mark it: "
                     f"`{register}(tp_embed.shardwise(hook))`; else register it on the new weight. "
                     f"{fix}"
                 )
-    for attribute, value in _attributes(weight):
+    for attribute, value in _user_attributes(weight):
         if hasattr(ShardedParameter, attribute):
             raise ValueError(_collides(f"The weight of the table '{name}'", attribute, value, fix))
         if not _is_plain(value):
@@ -90,12 +92,12 @@ def _describe(hook: Any) -> str:
     return f"`{getattr(hook, '__module__', '?')}.{name}`"
 
 
-def _attributes(weight: Tensor) -> Iterator[tuple[str, Any]]:
-    """What others have set on ``weight``."""
+def _user_attributes(weight: Tensor) -> Iterator[tuple[str, Any]]:
+    """Yields the attributes of ``weight`` that neither torch, DeepSpeed nor Megatron has set."""
     is_zero_param = hasattr(weight, "ds_id")
     for name, value in vars(weight).items():
-        of_zero = is_zero_param and (name.startswith(_ZERO_INIT) or callable(value))
-        if not (of_zero or name in _MEGATRON or name.startswith("_dynamo")):
+        set_by_zero = is_zero_param and (name.startswith(_ZERO_INIT) or callable(value))
+        if not (set_by_zero or name in _MEGATRON or name.startswith("_dynamo")):
             yield name, value
 
 
@@ -109,19 +111,19 @@ def _is_plain(value: Any) -> bool:
 
 
 def carry_parameter(old: Tensor, shard: Shard, shard_dim: int, table: str) -> None:
-    """Gives the Parameter of ``shard`` what ``old`` has, and the name of the table for errors. The
-    handles of hooks stay good."""
+    """Copies hooks, attributes and gradient of ``old`` to the Parameter of ``shard``, and names it
+    after its table for errors. Handles of hooks stay valid."""
     new = shard.parameter
     name_shard(new, table)
     for name in _PARAMETER_HOOKS:
-        theirs, ours = getattr(old, name), getattr(new, name)
-        if theirs:
-            masks = [key for key, hook in theirs.items() if isinstance(hook, RowMask)]
-            for key in masks:  # Of other rows.
-                del theirs[key]
-            theirs.update(ours or {})
-            setattr(new, name, theirs)
-    for name, value in _attributes(old):
+        old_hooks, new_hooks = getattr(old, name), getattr(new, name)
+        if old_hooks:
+            masks = [key for key, hook in old_hooks.items() if isinstance(hook, RowMask)]
+            for key in masks:  # They mask rows of the whole table.
+                del old_hooks[key]
+            old_hooks.update(new_hooks or {})
+            setattr(new, name, old_hooks)
+    for name, value in _user_attributes(old):
         if name not in vars(new):
             setattr(new, name, value)
     if hasattr(old, _MEGATRON[0]) and not hasattr(new, _MEGATRON[0]):
@@ -134,8 +136,8 @@ def carry_parameter(old: Tensor, shard: Shard, shard_dim: int, table: str) -> No
 
 def check_module(module: Module, name: str, fix: str) -> None:
     """
-    :raises TypeError: the class of ``module`` changes what all modules do.
-    :raises ValueError: its attributes collide with those of a sharded one.
+    :raises TypeError: ``module`` overrides a method of ``nn.Module``.
+    :raises ValueError: its attributes collide with attributes of a sharded table.
     """
     for kind in type(module).__mro__:
         if kind in (nn.Embedding, nn.Linear, StandardEmbedding):
@@ -143,41 +145,40 @@ def check_module(module: Module, name: str, fix: str) -> None:
         for method, value in vars(kind).items():
             if inspect.isfunction(value) and hasattr(Module, method) and method not in _OWN_METHODS:
                 raise TypeError(
-                    f"The table '{name}' must be of a class that leaves `{method}` as it is, but "
-                    f"`{kind.__name__}` has one of its own, which a sharded table would not run. "
-                    f"{fix}"
+                    f"The table '{name}' must not override `{method}`, but `{kind.__name__}` does, "
+                    f"and a sharded table would not run it. {fix}"
                 )
-    for attribute, value in _own_attributes(module):
+    for attribute, value in _added_attributes(module):
         if callable(value) and hasattr(Module, attribute):
             raise TypeError(
-                f"The table '{name}' must leave `{attribute}` as its class has it, but has set "
-                f"another, which a sharded table would not run. {fix}"
+                f"The table '{name}' must not replace `{attribute}` on the instance, but does, "
+                f"and a sharded table would not run it. {fix}"
             )
-        if attribute in _OURS or attribute in _PROPERTIES:
+        if attribute in _STANDARD_ATTRIBUTES or attribute in _PROPERTIES:
             raise ValueError(_collides(f"The table '{name}'", attribute, value, fix))
 
 
 def _collides(what: str, attribute: str, value: object, fix: str) -> str:
     return (
-        f"{what} must have no attribute `{attribute}`, which means something else if it is "
-        f"sharded, but has {value!r}. Give it another name. {fix}"
+        f"{what} must have no attribute `{attribute}`, which sharding uses itself, "
+        f"but has {value!r}. Give it another name. {fix}"
     )
 
 
-def _own_attributes(module: Module) -> Iterator[tuple[str, Any]]:
-    """What is neither torch's nor, for a StandardEmbedding, ours."""
-    known = _OF_TORCH | {"_compiled_call_impl"}
+def _added_attributes(module: Module) -> Iterator[tuple[str, Any]]:
+    """Returns the attributes that neither torch nor ``StandardEmbedding`` has set."""
+    known = _TORCH_ATTRIBUTES | {"_compiled_call_impl"}
     if isinstance(module, StandardEmbedding):
-        known |= _OURS
+        known |= _STANDARD_ATTRIBUTES
     return ((name, value) for name, value in vars(module).items() if name not in known)
 
 
 def carry_module(old: Module, new: Module) -> None:
-    """Gives ``new`` the mode, the hooks and the attributes of ``old``."""
+    """Copies the training mode, hooks and attributes of ``old`` to ``new``."""
     new.train(old.training)
     for hooks in _MODULE_HOOKS:
         setattr(new, hooks, getattr(old, hooks))
-    for name, value in _own_attributes(old):
+    for name, value in _added_attributes(old):
         setattr(new, name, value)
     for name in old._non_persistent_buffers_set:
         if not hasattr(new, name):
@@ -185,20 +186,20 @@ def carry_module(old: Module, new: Module) -> None:
 
 
 class LostInit:
-    """The ``init_fn`` of a table whose class has a ``reset_parameters`` of its own."""
+    """Raises where a table would need the ``reset_parameters`` of its former class."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
 
     def __call__(self, embed: object) -> NoReturn:
         raise ValueError(
-            f"A table that was a `{self._kind}` must have an `init_fn` to be initialized anew, "
-            "since the `reset_parameters` of that class is lost. Pass one to `shard_embeddings()`."
+            f"A table that was a `{self._kind}` must have an `init_fn` to be reinitialized, since "
+            "the `reset_parameters` of that class is lost. Pass one to `shard_embeddings()`."
         )
 
 
 class _Retired:
-    """The ``forward`` of a module that was replaced."""
+    """Replaces the ``forward`` of a retired module by an error."""
 
     def __init__(self, message: str) -> None:
         self._message = message
@@ -208,10 +209,10 @@ class _Retired:
 
 
 def retire(old: Module, new: Module, name: str) -> None:
-    """Makes ``old`` raise when it is called. Its state can be read as before."""
+    """Makes ``old`` raise when called. Its state stays readable."""
     old._compiled_call_impl = None
     old.forward = _Retired(
-        f"This `{type(old).__name__}` must not be called any more: `shard_embeddings()` has put a "
-        f"`{type(new).__name__}` in the place of it, '{name}' of the model. Take that one from the "
-        "model wherever this one is kept: in a list, a closure, or another model."
+        f"This `{type(old).__name__}` must not be called any more: `shard_embeddings()` replaced "
+        f"it by a `{type(new).__name__}` at '{name}' of the model. Use that one wherever this one "
+        "is kept: in a list, a closure, or another model."
     )

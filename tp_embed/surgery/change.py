@@ -1,4 +1,4 @@
-"""Makes the sharded modules of one table, and puts them in place of the old ones."""
+"""Makes the sharded modules of one table, and replaces the old ones."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tp_embed.surgery.report import TableReport
 
 @dataclass(frozen=True)
 class TableChange:
-    """What becomes of a table: new ``modules`` replace old ones, with a ``shard`` as the weight; or
-    the table gets new ``values``; or nothing happens."""
+    """The change to one table: new ``modules`` replace old ones, with a ``shard`` as the weight; or
+    the table gets new ``values``; or it stays as it is."""
 
     group: TableGroup
     strategy: Strategy
@@ -64,8 +64,8 @@ def make_change(
     options: ShardingOptions,
     train_rows: Tensor | None,
 ) -> TableChange:
-    """Makes the modules that replace a table, while its weight is whole. Leaves the model as it is.
-    Sends what ``options.init_fn`` sends; without one, nothing."""
+    """Makes the modules that replace a table, while its weight is whole. Doesn't change the model.
+    Communicates only if ``options.init_fn`` does."""
     shape = tuple(group.weight.shape)
     if strategy == "none":
         return TableChange(group, strategy, shape, values=_draw(group, gang, options))
@@ -79,7 +79,7 @@ def make_change(
         else:
             new.weight = first.weight
         modules.append((embedding, new, places))
-    if first is None:  # A head that is tied to no table.
+    if first is None:  # An untied head.
         table = as_standard(next(iter(group.heads)), shape, ShardingOptions(), train_rows)
         first = _shard(table, strategy, gang, ShardingOptions())
     for head, places in group.heads.items():
@@ -89,7 +89,7 @@ def make_change(
 
 
 def _draw(group: TableGroup, gang: Gang, options: ShardingOptions) -> Tensor | None:
-    """Draws new values for a table that is left whole, over the gang so that its ranks agree."""
+    """Draws new values for a table that stays whole, over the gang so that its ranks agree."""
     if options.init_fn is None or not group.embeddings:
         return None
     drawn = ShardingOptions(init_fn=options.init_fn)
@@ -135,8 +135,7 @@ def as_standard(
     options: ShardingOptions,
     train_rows: Tensor | None = None,
 ) -> StandardEmbedding:
-    """The table of ``module`` as a :class:`StandardEmbedding` of these options, with the same
-    Parameter."""
+    """Wraps the Parameter of ``module`` in a :class:`StandardEmbedding` with these options."""
     pad_idx, init_fn, sparse, reuse_grad, scale = None, None, False, False, None
     if isinstance(module, StandardEmbedding):
         pad_idx, init_fn, scale = module.pad_idx, module.init_fn, module.scale
@@ -159,5 +158,5 @@ def as_standard(
         scale=scale,
     )
     standard.weight = weight
-    standard.train_rows = train_rows  # Afterwards: it would hang a mask on the weight of the model.
+    standard.train_rows = train_rows  # The constructor would register a mask on the model's weight.
     return standard.train(module.training)

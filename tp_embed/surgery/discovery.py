@@ -1,5 +1,4 @@
-"""Finds the tables of a model, those of its embeddings and output heads, with all that shares
-their Parameters."""
+"""Finds the tables of a model, in embeddings and output heads, with all modules that share them."""
 
 from __future__ import annotations
 
@@ -34,9 +33,9 @@ class Place:
 
 @dataclass(frozen=True)
 class TableGroup:
-    """One table: its weight and the modules that use it, with the places of each; ``others`` says
-    what is neither an embedding nor a head. ``computed`` is for a weight that is no Parameter. An
-    output head that is not tied is a table without embeddings."""
+    """One table: its weight, and the modules that use it with their places. ``others`` describes
+    users that are neither embeddings nor heads. ``computed`` marks a weight that is no Parameter.
+    An untied output head is a table without embeddings."""
 
     weight: Tensor
     computed: bool = False
@@ -51,14 +50,14 @@ class TableGroup:
 
     @property
     def names(self) -> list[str]:
-        """By all places of all embeddings, or of the head if there are none; a model that is a
-        table itself is the place ``""``."""
+        """The names of all embeddings, or of the head if there are none; ``""`` for a model that is
+        a table itself."""
         modules = self.embeddings or self.heads
         return [name for places in modules.values() for name in _names(places)]
 
     @property
     def shared_with(self) -> list[str]:
-        """The names of what is tied to the first of :attr:`names`."""
+        """The names of the modules tied to the first of :attr:`names`."""
         heads = [name for places in self.heads.values() for name in _names(places)]
         return self.names[1:] + (heads if self.embeddings else [])
 
@@ -68,7 +67,7 @@ def _names(places: list[Place]) -> list[str]:
 
 
 def find_places(model: Module) -> dict[Module, list[Place]]:
-    """All modules of ``model`` with all their places, in the order of the model."""
+    """Returns all modules of ``model`` with all their places, in the order of the model."""
     places: dict[Module, list[Place]] = {model: []}
     for prefix, parent in model.named_modules():
         for attribute, child in parent._modules.items():
@@ -79,8 +78,8 @@ def find_places(model: Module) -> dict[Module, list[Place]]:
 
 
 def find_tables(model: Module, heads: Collection[Module] = ()) -> list[TableGroup]:
-    """The tables of the ``nn.Embedding`` and :class:`StandardEmbedding` modules of ``model``, and
-    of ``heads``, in the order of the model."""
+    """Returns the tables of the ``nn.Embedding`` and :class:`StandardEmbedding` modules of
+    ``model``, and of ``heads``, in the order of the model."""
     places = find_places(model)
     groups: dict[Parameter | Module, TableGroup] = {}
     for module, module_places in places.items():
@@ -108,7 +107,7 @@ def _runs(module: Module, forward: Callable[..., object]) -> bool:
 
 def check_weight(group: TableGroup, shape: tuple[int, ...]) -> None:
     """
-    :param shape: the shape of the whole weight, of which this rank may hold a part.
+    :param shape: the shape of the whole weight; this rank may hold a part of it.
     :raises ValueError: the weight of the table is not a whole Parameter of a floating dtype.
     """
     name = group.names[0]
@@ -137,8 +136,8 @@ def check_weight(group: TableGroup, shape: tuple[int, ...]) -> None:
 def check_shardable(group: TableGroup, shape: tuple[int, ...]) -> None:
     """
     :param shape: as in :func:`check_weight`.
-    :raises ValueError: the table has options, a dtype or ties that a sharded one would lose.
-    :raises TypeError: it is of a class with a ``forward`` of its own, which would be lost.
+    :raises ValueError: the table has options, a dtype or ties that sharding would lose.
+    :raises TypeError: its class overrides ``forward``, which would be lost.
     """
     check_weight(group, shape)
     name = group.names[0]
@@ -166,35 +165,35 @@ def _check_embedding(module: Module, name: str) -> None:
     if not _runs(module, nn.Embedding.forward) and not _only_scales(module):
         raise TypeError(
             f"The table '{name}' must be a `torch.nn.Embedding`, or one that multiplies its output "
-            f"with its `embed_scale`, but is a `{type(module).__name__}` with a `forward` of its "
-            f"own instead, which a sharded table would not run. {skip(name)}"
+            f"by its `embed_scale`, but is a `{type(module).__name__}` with a `forward` of its own "
+            f"instead, which a sharded table would not run. {skip(name)}"
         )
     for option in ("max_norm", "scale_grad_by_freq"):
         if getattr(module, option):
             raise ValueError(
                 f"The table '{name}' must not use `{option}`, which sharded tables do not "
-                f"have, but it is {getattr(module, option)} instead. {skip(name)}"
+                f"support, but it is {getattr(module, option)} instead. {skip(name)}"
             )
 
 
 def _check_state(module: Module, name: str) -> None:
-    """Checks that there is nothing in the state of ``module`` that a sharded one would not have."""
+    """Checks that sharding would lose no state of ``module``."""
     if any(getattr(module, hooks) for hooks in _STATE_DICT_HOOKS):
         raise ValueError(
-            f"The table '{name}' must not have hooks of its state dict, which know the whole table "
-            f"only, but has some. Remove them first. {skip(name)}"
+            f"The table '{name}' must not have state dict hooks, which expect the whole table, but "
+            f"has some. Remove them first. {skip(name)}"
         )
     others = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
     others -= module._non_persistent_buffers_set  # Such as `embed_scale`.
     if others:
         raise ValueError(
-            f"The table '{name}' must have no Parameters, buffers and modules but its weight, "
-            f"since they would be lost, but has {sorted(others)}. {skip(name)}"
+            f"The table '{name}' must have no Parameters, buffers or modules but its weight, since "
+            f"sharding would lose them, but has {sorted(others)}. {skip(name)}"
         )
 
 
 def is_plain_head(module: Module) -> TypeGuard[nn.Linear]:
-    """Whether ``module`` is a ``nn.Linear`` that does what one does, with a weight of its own."""
+    """Returns whether ``module`` is a ``nn.Linear`` with the ``forward`` and ``weight`` of one."""
     return (
         isinstance(module, nn.Linear)
         and _runs(module, nn.Linear.forward)
@@ -203,32 +202,32 @@ def is_plain_head(module: Module) -> TypeGuard[nn.Linear]:
 
 
 def output_scale(module: nn.Embedding) -> float | Tensor | None:
-    """What a scaled embedding, such as that of Gemma 3 or BART, multiplies its output with."""
+    """Returns the factor of a scaled embedding, as in Gemma 3 or BART, or ``None``."""
     if _runs(module, nn.Embedding.forward):
         return None
     scale = getattr(module, "embed_scale", None)
     if isinstance(scale, Tensor) and scale.is_meta:
-        scale = getattr(module, "scalar_embed_scale", None)  # What Gemma 3 makes the other from.
+        scale = getattr(module, "scalar_embed_scale", None)  # Gemma 3 makes `embed_scale` of it.
         return None if scale is None else torch.tensor(scale, device="cpu")
     if isinstance(scale, Tensor) and not isinstance(scale, Parameter):
         return scale.detach().cpu()
     return scale if isinstance(scale, (float, int)) else None
 
 
-# All that the `forward` of a scaled embedding names.
-_SCALING = {"super", "forward", "embed_scale", "to", "weight", "dtype"}
+# The only names that the `forward` of a scaled embedding may use.
+_SCALING_NAMES = {"super", "forward", "embed_scale", "to", "weight", "dtype"}
 
 
 def _only_scales(module: nn.Embedding) -> bool:
-    """Whether the ``forward`` of the class of ``module`` is that of ``nn.Embedding`` times
-    ``embed_scale``: by what its code names, and by what it does with a small table."""
+    """Returns whether ``module`` runs ``nn.Embedding.forward`` times ``embed_scale``. Inspects the
+    names its code uses, then tries it on a small table."""
     forward, scale = type(module).forward, output_scale(module)
     code = getattr(inspect.unwrap(forward), "__code__", None)
     if scale is None or code is None or "forward" in vars(module):
         return False
     has_numbers = any(isinstance(constant, (int, float)) for constant in code.co_consts)
     names = {*code.co_names, *code.co_freevars} - {"__class__"}
-    if has_numbers or not names <= _SCALING:
+    if has_numbers or not names <= _SCALING_NAMES:
         return False
     small = copy.copy(module)
     weight = torch.linspace(-3.0, 3.0, 6, device="cpu", dtype=module.weight.dtype).view(2, 3)
@@ -241,5 +240,5 @@ def _only_scales(module: nn.Embedding) -> bool:
 
 
 def skip(name: str) -> str:
-    """Says how to leave the table ``name`` as it is: the end of an error."""
+    """Returns the end of an error: how to leave the table ``name`` as it is."""
     return f"Leave it as it is with `rules={{{name!r}: 'none'}}` and no `init_fn`."

@@ -1,4 +1,4 @@
-"""Puts the Parameters of sharded tables where an optimizer holds those of the whole ones."""
+"""Replaces whole tables by their shards in an optimizer."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-# What an optimizer takes: Parameters, or groups of them; with names, pairs for Parameters.
+# As an optimizer takes them: Parameters or `(name, Parameter)` pairs, or groups of them.
 Groups = list[Any]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A Parameter that took the place of a whole table, with the block of the table it holds."""
+    """A Parameter that replaces a whole table, with the block of the table it holds."""
 
     parameter: Parameter
     rows: range
     columns: range
 
     def cut(self, whole: Tensor) -> Tensor:
-        """The block out of what has the shape of the table."""
+        """Copies this block out of a tensor of the shape of the table."""
         rows, columns = self.rows, self.columns
         return whole[rows.start : rows.stop, columns.start : columns.stop].clone()
 
@@ -38,14 +38,14 @@ def check_groups(name: str, groups: object, model: Module) -> None:
     """
     if not isinstance(groups, list):
         raise TypeError(
-            f"`{name}` must be a list, in which Parameters can be replaced, but is a "
+            f"`{name}` must be a list, so that its Parameters can be replaced, but is a "
             f"`{type(groups).__name__}` instead. Make it one: `list(...)`."
         )
     found = []
     for entry in groups:
         if isinstance(entry, dict) and "params" in entry:
             params = entry["params"]
-            # A generator is made a list, which can be looked at twice.
+            # A generator becomes a list, since it is read twice.
             entry["params"] = [params] if isinstance(params, Tensor) else list(params)
             found += entry["params"]
         else:
@@ -66,8 +66,7 @@ def check_groups(name: str, groups: object, model: Module) -> None:
 
 
 def repoint_groups(groups: Groups, shards: Shards) -> None:
-    """Replaces the tables in a list of Parameters, of ``(name, Parameter)`` pairs, or of parameter
-    groups that :func:`check_groups` has seen, in place."""
+    """Replaces the tables in ``groups``, in place. Run :func:`check_groups` before."""
     for i, entry in enumerate(groups):
         if isinstance(entry, dict):
             repoint_groups(entry["params"], shards)
@@ -78,8 +77,8 @@ def repoint_groups(groups: Groups, shards: Shards) -> None:
 
 
 def repoint_optimizer(optimizer: Optimizer, shards: Shards) -> None:
-    """Replaces the tables in the parameter groups of ``optimizer``, in place, and cuts its states
-    of the shape of a table, such as moments; others, such as step counts, stay."""
+    """Replaces the tables in the parameter groups of ``optimizer``, in place. Cuts states of the
+    shape of a table, such as moments; keeps others, such as step counts."""
     repoint_groups(optimizer.param_groups, shards)
     for whole in [whole for whole in optimizer.state if whole in shards]:
         shard, state = shards[whole], optimizer.state.pop(whole)

@@ -17,7 +17,7 @@ Strategy = Literal["auto", "embed", "vocab", "none"]
 
 @dataclass(frozen=True)
 class ShardingOptions:
-    """What :func:`tp_embed.shard_embeddings` takes, which says what each means."""
+    """Options of :func:`tp_embed.shard_embeddings`, documented there."""
 
     strategy: Strategy = "auto"
     rules: Mapping[str, Strategy] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class ShardingOptions:
     train_rows: Mapping[str, Rows] | None = None
 
     def facts(self) -> dict[str, object]:
-        """What has to be the same on every rank of the gang."""
+        """Returns the options that must be the same on every rank of the gang."""
         names = "output", "dedup", "sparse", "reuse_grad"
         return {
             **{f"`{name}`": getattr(self, name) for name in names},

@@ -1,4 +1,4 @@
-"""Plans what becomes of the tables of a model, and has the ranks agree on it."""
+"""Plans the sharding of a model's tables, and has all ranks agree on it."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from tp_embed.surgery.strategies import (
 
 @dataclass
 class ShardingPlan:
-    """Says what becomes of each table of ``model``. Nothing changes until it is applied.
+    """Plans a change for each table of ``model``. Nothing changes until :meth:`apply`.
 
     :param choices: the tables, each with its strategy.
-    :param rows: for each table the rows that train, or ``None`` for all.
-    :param left: the names of tables that are left whole for somebody else to cut.
+    :param rows: the rows that train, for each table, or ``None`` for all.
+    :param left: the names of tables that stay whole for another tool to cut.
     """
 
     model: Module
@@ -50,7 +50,7 @@ class ShardingPlan:
     changes: list[TableChange] = field(default_factory=list)
 
     def check(self) -> None:
-        """Checks all that can be checked without the values of tables. Sends nothing.
+        """Checks everything but the values of tables. No communication.
 
         :raises ValueError, TypeError: as :func:`tp_embed.shard_embeddings`.
         """
@@ -77,13 +77,13 @@ class ShardingPlan:
 
     def _check_carried(self, group: TableGroup) -> None:
         name = group.names[0]
-        if self.gang.size > 1:  # Else the block is the whole table.
+        if self.gang.size > 1:  # At size 1 the block is the whole table.
             check_parameter(group.weight, name, skip(name))
         for module in (*group.embeddings, *group.heads):
             check_module(module, name, skip(name))
 
     def note_facts(self, facts: Facts) -> None:
-        """Writes into ``facts`` what has to be the same on every rank of the gang."""
+        """Adds to ``facts`` everything that must be the same on every rank of the gang."""
         facts |= self.options.facts()
         for (group, chosen), train in zip(self.choices, self.rows, strict=True):
             name = group.names[0]
@@ -96,10 +96,10 @@ class ShardingPlan:
             facts[f"the dtype of '{name}'"] = group.weight.dtype
 
     def make(self, facts: Facts, *, alone: bool) -> None:
-        """Makes the new modules, and writes checksums of the old tables into ``facts``.
+        """Makes the new modules, and adds checksums of the old tables to ``facts``.
 
-        :param alone: whether nothing is sent. Else this rank goes on after an error, as others
-            fetch and draw the next tables together with it, and raises it at the end.
+        :param alone: whether this needs no communication. If it does, a rank continues after an
+            error, since others fetch and draw the next tables with it, and raises at the end.
         """
         error: BaseException | None = None
         for (group, chosen), train in zip(self.choices, self.rows, strict=True):
@@ -122,7 +122,7 @@ class ShardingPlan:
             raise error
 
     def apply(self) -> ShardingReport:
-        """Puts the new modules in place. All ranks call it, after they have agreed."""
+        """Replaces the old modules. All ranks must call it, after they have agreed."""
         shards = {change.group.weight: change.shard for change in self.changes if change.shard}
         report = ShardingReport(tuple(change.apply(self.gang) for change in self.changes))
         self.gang.describe_model(self.model)
@@ -148,9 +148,10 @@ def plan_sharding(
     parameters: Groups | None = None,
     leave: Callable[[Sequence[TableGroup]], Collection[str]] = lambda tables: (),
 ) -> ShardingPlan:
-    """Chooses what becomes of each table. Sends nothing, and leaves the model as it is.
+    """Chooses a change for each table. No communication; doesn't change the model.
 
-    :param leave: is given the tables, and names those that stay whole unless a rule names them.
+    :param leave: takes the tables, and returns the names of tables that stay whole unless a rule
+        names them.
     """
     tables = tables_to_choose_for(model, options)
     left = leave(tables)
@@ -163,14 +164,14 @@ _Plan = TypeVar("_Plan", bound=ShardingPlan | None)
 
 
 def agree_on_plan(model: Module, gang: Gang, prepare: Callable[[Facts], _Plan]) -> _Plan:
-    """Runs ``prepare``, and checks the plan that it returns and makes its modules. All ranks call
-    it. Either all get their plans, ready to apply, or all raise.
+    """Runs ``prepare``, checks the plan it returns, and makes its modules. All ranks must call it.
+    Either all return a plan that is ready to apply, or all raise.
 
-    The ranks meet once. They meet a second time if tables are fetched or drawn, since that sends
-    something, and they have to agree on strategies and shapes before.
+    The ranks meet once; twice if tables are fetched or drawn, since these communicate and need an
+    agreement on strategies and shapes before.
 
-    :param prepare: the first part of the ``action`` of :func:`meet`. It returns ``None`` on all
-        ranks if there is nothing to shard.
+    :param prepare: the first part of the ``action`` of :func:`meet`. Returns ``None`` on all ranks
+        if there is nothing to shard.
     :raises GangError: ranks disagree, or another rank has failed.
     """
     others = gang.fetched_with(model)
@@ -195,7 +196,7 @@ def agree_on_plan(model: Module, gang: Gang, prepare: Callable[[Facts], _Plan]) 
 
 
 def _checksum(table: Tensor) -> str | None:
-    """Of some items: tables that were drawn from different seeds differ in all of them."""
+    """Hashes about 256 items: tables drawn from different seeds differ in all of them."""
     if table.is_meta or not table.numel():
         return None
     return _digest(table.detach().flatten()[:: max(1, table.numel() // 256)].cpu())

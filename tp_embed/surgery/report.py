@@ -1,4 +1,4 @@
-"""What `shard_embeddings()` did, table by table."""
+"""Reports what `shard_embeddings()` did, table by table."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TableReport:
-    """What became of one table: its name in the model, logical sizes, the strategy, the names of
-    the heads and tables that share it, its bytes on one rank now and before, and what else there
-    is to say."""
+    """The result for one table: its name in the model, logical sizes, the strategy, the names of
+    heads and tables that share it, its bytes on one rank now and before, and a note."""
 
     name: str
     num_embeddings: int
@@ -38,13 +37,13 @@ class ShardingReport:
 
     @property
     def bytes_per_rank(self) -> int:
-        """The bytes of all tables on this rank. Gradients and optimizer states come on top, and
-        shrink alike."""
+        """The bytes of all tables on this rank, without gradients and optimizer states, which
+        shrink by the same factor."""
         return sum(table.bytes_per_rank for table in self.tables)
 
     @property
     def bytes_replicated(self) -> int:
-        """The bytes that the same tables take where every rank holds all of them."""
+        """The bytes of the same tables if every rank holds them whole."""
         return sum(table.bytes_replicated for table in self.tables)
 
     def __str__(self) -> str:

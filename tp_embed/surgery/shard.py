@@ -1,4 +1,4 @@
-"""Replaces the embedding tables of a model by sharded ones, with the heads tied to them."""
+"""Replaces the embedding tables of a model, and heads tied to them, by sharded ones."""
 
 from __future__ import annotations
 
@@ -36,53 +36,51 @@ def shard_embeddings(
     optimizer: Optimizer | None = None,
     parameters: Groups | None = None,
 ) -> ShardingReport:
-    """Replaces every ``nn.Embedding`` and :class:`StandardEmbedding` of ``model``, in place, by one
-    that is sharded over ``gang``; a ``nn.Linear`` that shares the table becomes an
-    :class:`OutputHead`. ``requires_grad``, dtype, device, the hooks and attributes of the modules
-    and the plain attributes of the Parameter stay. So do the values, unless there is an
-    ``init_fn``: every rank cuts its block out of the table that it has. A module that was replaced
-    raises when it is called.
+    """Shards every ``nn.Embedding`` and :class:`StandardEmbedding` of ``model`` over ``gang``, in
+    place. A ``nn.Linear`` that shares the table becomes an :class:`OutputHead`.
 
-    All ranks of the gang have to call it. They meet before anything changes, by an all-gather of
-    about a kilobyte, and compare what they are about to do: either all go on, or all raise. Call it
-    before an engine is built, which would keep the old Parameters; an optimizer that is there
-    already is passed as ``optimizer``.
+    Keeps ``requires_grad``, dtype, device, hooks and attributes of the modules, and plain
+    attributes of the Parameter. Without ``init_fn`` it keeps the values too: every rank cuts its
+    block out of its own table. A replaced module raises when called.
 
-    :param model: the model. It is left as it was if an error is raised.
+    All ranks of the gang must call it. Before anything changes, they compare their plans in an
+    all-gather of about a kilobyte: either all continue, or all raise. Call it before an engine is
+    built, which would keep the old Parameters; pass an existing optimizer as ``optimizer``.
+
+    :param model: the model. It is unchanged if an error is raised.
     :param gang: the tensor-parallel gang.
     :param strategy: ``"embed"`` shards the embedding dimension, ``"vocab"`` the vocabulary,
-        ``"none"`` leaves tables as they are. ``"auto"`` takes ``"vocab"`` for tables that are tied
-        to a head, whose logits are then gathered and not summed, and else ``"embed"``, which
-        sends half of what ``"vocab"`` does.
-    :param rules: strategies for the tables of which a name matches a pattern as in
-        :mod:`fnmatch`, the first match counts: ``{"*.wpe": "none"}``. Embeddings that share a
-        Parameter are one table with several names. The full name of a ``nn.Linear`` that is tied
-        to no table makes it a table of its own: an output head.
-    :param tie_head: whether tables that are tied to a head are sharded, together with it; if not,
-        they are left whole unless a rule names them.
-    :param shard_head: whether the output head that ``model.get_output_embeddings()`` names is
-        sharded if it is tied to no table: over the vocabulary, unless a rule names it.
-    :param output: the layout of what all embeddings give, those of positions too, see
-        :class:`ShardedEmbedding`. For anything but ``"replicated"`` the model has to be written for
-        it. Heads, tied or not, take hidden states that are whole and the same on every rank.
-    :param dedup: whether a row is sent once that several positions want, see
+        ``"none"`` leaves tables whole. ``"auto"`` uses ``"vocab"`` for tables tied to a head, whose
+        logits are then gathered and not summed, and ``"embed"``, which sends half as much, for
+        others.
+    :param rules: strategies by :mod:`fnmatch` patterns on table names; the first match counts:
+        ``{"*.wpe": "none"}``. Embeddings that share a Parameter are one table with several names.
+        The full name of an untied ``nn.Linear`` selects it as an output head.
+    :param tie_head: whether to shard tables tied to a head, together with it; if not, they stay
+        whole unless a rule names them.
+    :param shard_head: whether to shard an untied ``model.get_output_embeddings()``: over the
+        vocabulary, unless a rule names it.
+    :param output: the layout of the outputs of all embeddings, position embeddings included; see
+        :class:`ShardedEmbedding`. Anything but ``"replicated"`` needs a model written for it.
+        Heads, tied or not, take hidden states that are whole and the same on every rank.
+    :param dedup: whether to send a row once if several positions need it, see
         :class:`ShardedEmbedding`.
-    :param sparse: whether gradients are sparse; if ``None``, where they were.
-    :param reuse_grad: whether dense gradients are put into the same memory, one after the other,
-        see :class:`ShardedEmbedding`, which also says when not to; if ``None``, where they were.
+    :param sparse: whether gradients are sparse; ``None`` keeps each table's setting.
+    :param reuse_grad: whether dense gradients reuse the same memory, see
+        :class:`ShardedEmbedding`, also for when not to; ``None`` keeps each table's setting.
     :param check_ids: at which lookups ranks compare their ids, see :class:`ShardedEmbedding`.
-    :param init_fn: initializes every table anew, those that are not sharded too, to the same values
-        for each strategy. Heads that are tied to no table keep their values.
-    :param train_rows: the rows that get a gradient, for tables of which a name matches a pattern:
+    :param init_fn: reinitializes every table, sharded or not, to the same values for each strategy.
+        Untied heads keep their values.
+    :param train_rows: the rows that get a gradient, by patterns on table names:
         ``{"*.embed_tokens": slice(32000, None)}``; see :class:`StandardEmbedding`.
-    :param optimizer: an optimizer over the Parameters of ``model``; it gets the new ones, with its
-        states cut to the shards.
-    :param parameters: a list of Parameters or parameter groups; likewise, in place.
+    :param optimizer: an optimizer over the Parameters of ``model``. Its Parameters are replaced,
+        and its states cut to the shards.
+    :param parameters: a list of Parameters or parameter groups; they are replaced in place.
     :raises ValueError: a strategy, rule or option is unknown, a rule matches no table, or a table
         cannot be sharded: it has options, ties, or hooks and attributes of its Parameter that
         would be lost; see :func:`tp_embed.shardwise` for hooks. ``optimizer`` looks at whole
         matrices, as Adafactor, LAMB and Muon do, or has states that cannot be cut.
-    :raises TypeError: a table is of a class with a ``forward`` of its own, which would be lost.
+    :raises TypeError: the class of a table overrides ``forward``, which would be lost.
         ``parameters`` is no list.
     :raises IndexError: ``train_rows`` names a row that a table does not have.
     :raises GangError: the ranks disagree on strategies, sizes, dtypes, or the values of a table, or

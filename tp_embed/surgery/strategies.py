@@ -1,4 +1,4 @@
-"""Chooses what becomes of each table of a model, by a strategy for all and rules by name."""
+"""Chooses the strategy of each table of a model."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Choices = list[tuple[TableGroup, Strategy]]
 
 def tables_to_choose_for(model: Module, options: ShardingOptions) -> list[TableGroup]:
     """Finds the tables of the embeddings of ``model``, and of output heads that ``options`` shard
-    even if they are tied to no embedding.
+    even if untied.
 
-    :raises ValueError: a strategy is unknown, or a rule names a head that is more than linear.
+    :raises ValueError: a strategy is unknown, or a rule names a head that is not plainly linear.
     """
     rules = ((f"rules[{pattern!r}]", value) for pattern, value in options.rules.items())
     for name, value in [("strategy", options.strategy), *rules]:
@@ -48,7 +48,7 @@ def choose_strategies(
 
 
 def _untied_heads(model: Module, rules: Mapping[str, Strategy], shard_head: bool) -> set[Module]:
-    """The heads that are sharded although they may be tied to no table."""
+    """Returns the heads to shard even if they are untied."""
     heads: set[Module] = set()
     if shard_head and isinstance(model, SupportsOutputEmbeddings):
         head = model.get_output_embeddings()
@@ -59,9 +59,9 @@ def _untied_heads(model: Module, rules: Mapping[str, Strategy], shard_head: bool
         if isinstance(module, nn.Linear) and named:
             if not is_plain_head(module):
                 raise ValueError(
-                    f"`rules` must name embeddings, or `torch.nn.Linear` heads with a weight and "
-                    f"the `forward` of that class, but '{named[0]}' is a "
-                    f"`{type(module).__name__}` that differs in one of these."
+                    f"`rules` must name embeddings, or heads with the weight and the `forward` of "
+                    f"`torch.nn.Linear`, but '{named[0]}' is a `{type(module).__name__}` that "
+                    "changes one of these."
                 )
             heads.add(module)
     return heads
@@ -69,7 +69,7 @@ def _untied_heads(model: Module, rules: Mapping[str, Strategy], shard_head: bool
 
 @runtime_checkable
 class SupportsOutputEmbeddings(Protocol):
-    """A model of transformers, or one that says as they do which module its output head is."""
+    """A model that names its output head as models of transformers do."""
 
     def get_output_embeddings(self) -> Module | None: ...
 
@@ -88,21 +88,21 @@ def _choose(group: TableGroup, options: ShardingOptions, left: Collection[str]) 
 
 
 def _auto(group: TableGroup, tp_size: int, output: Output) -> Strategy:
-    """By nothing but sizes and ties, so that all ranks take the same."""
+    """Chooses by sizes and ties only, so that all ranks choose the same."""
     if not group.embeddings:
         return "vocab"
     if output == "shard" and not group.heads:
-        return "embed"  # Which alone gives that.
+        return "embed"  # No other strategy supports it.
     return auto_strategy(*_sizes(group), tp_size, tied=bool(group.heads))
 
 
 def _sizes(group: TableGroup) -> tuple[int, int]:
-    """V and E, not those of the weight, which DeepSpeed may have put elsewhere."""
+    """Returns V and E. The weight may not have them: DeepSpeed may have partitioned it."""
     if not group.embeddings:
         head = next(iter(group.heads))
         return head.out_features, head.in_features
     module = cast(nn.Embedding, next(iter(group.embeddings)))
-    return module.num_embeddings, module.embedding_dim  # As StandardEmbedding has them too.
+    return module.num_embeddings, module.embedding_dim  # StandardEmbedding has the same names.
 
 
 def _matches(pattern: str, group: TableGroup) -> bool:
@@ -110,11 +110,12 @@ def _matches(pattern: str, group: TableGroup) -> bool:
 
 
 def choose_rows(choices: Choices, train_rows: Mapping[str, Rows] | None) -> list[Tensor | None]:
-    """For each table the rows that train, if not all do: those of the first pattern that matches.
+    """Returns the rows that train for each table, from the first pattern that matches; ``None`` if
+    all train.
 
-    :raises TypeError: ``train_rows`` is no mapping, or maps to something else than rows.
-    :raises ValueError: a pattern matches no table, or one that is left whole.
-    :raises IndexError: a row is not one of the table.
+    :raises TypeError: ``train_rows`` is no mapping, or its values are not rows.
+    :raises ValueError: a pattern matches no table, or one that stays whole.
+    :raises IndexError: a row is not in the table.
     """
     if train_rows is not None and not isinstance(train_rows, Mapping):
         raise TypeError(
@@ -135,8 +136,8 @@ def _rows_of(group: TableGroup, chosen: Strategy, patterns: dict[str, Rows]) -> 
             continue
         if chosen == "none":
             raise ValueError(
-                f"The table '{name}' must be sharded to be given `train_rows`, but has the "
-                "strategy 'none'. Leave it out, and mask its gradient: "
+                f"The table '{name}' must be sharded to use `train_rows`, but has the strategy "
+                "'none'. Leave it out, and mask its gradient: "
                 "`weight.register_hook(lambda grad: grad * mask)`."
             )
         try:
@@ -145,8 +146,9 @@ def _rows_of(group: TableGroup, chosen: Strategy, patterns: dict[str, Rows]) -> 
             raise type(e)(f"For the table '{name}': {e}") from None
         if own is not None and not torch.equal(own, found):
             raise ValueError(
-                f"`train_rows` must be the same as the table '{name}' has already, but is "
-                f"{len(found)} rows where that has {len(own)}. Leave the table out of `train_rows`."
+                f"`train_rows` must be the same as the table '{name}' has already, but has "
+                f"{len(found)} rows where the table has {len(own)}. Leave the table out of "
+                "`train_rows`."
             )
         return found
     return own
@@ -159,6 +161,5 @@ def _check_patterns(
     if unmatched:
         names = [name for group in groups for name in group.names]
         raise ValueError(
-            f"`{argument}` must match the name of a table each, but {unmatched} match none of "
-            f"{names}."
+            f"`{argument}` must match names of tables, but {unmatched} match none of {names}."
         )
