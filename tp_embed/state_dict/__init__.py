@@ -1,1 +1,1 @@
-"""State dicts of models with sharded tables: hooks that shard and unshard on save and load."""
+"""Saves and loads state dicts of models with sharded tables, whole or by shard."""

@@ -1,7 +1,7 @@
-"""Takes a rank's block out of DTensors, whatever mesh they are cut over.
+"""Takes a rank's block out of DTensors over any mesh.
 
-What a rank sees of a DTensor is its own mesh, which may be another than that of the next rank of
-its gang. So the ranks of a gang tell each other first, and go the same way.
+Each rank sees only its own mesh of a DTensor, and the next rank of its gang may see another one.
+So the ranks of a gang exchange their layouts first, and take the same path.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tp_embed.gang.agreement import of_all_ranks
 
 
 def as_dtensor(block: Tensor, dim: int, shape: tuple[int, int], gang: Gang) -> Tensor:
-    """The table of ``shape`` of which this rank holds ``block``; nothing is sent or copied."""
+    """Wraps this rank's ``block`` of a table of ``shape``. No communication, no copy."""
     tensor: Tensor = DTensor.from_local(
         block,
         DeviceMesh.from_group(gang.as_process_group(), block.device.type),
@@ -44,7 +44,7 @@ class Layout:
     ranks: tuple[int, ...]
     """The global ranks of the mesh, in row-major order."""
     is_ascending: bool
-    """Along each dimension of the mesh."""
+    """Whether the ranks ascend along each dimension of the mesh."""
 
     @classmethod
     def of(cls, value: DTensor) -> Layout:
@@ -59,7 +59,7 @@ class Layout:
 
     @classmethod
     def received(cls, fields: list[Any] | None) -> Layout | None:
-        """From another rank, which sends lists for tuples."""
+        """Decodes the layout of another rank, which sends lists for tuples."""
         if fields is None:
             return None
         values: Any = (tuple(field) if isinstance(field, list) else field for field in fields)
@@ -67,10 +67,10 @@ class Layout:
 
 
 class DTensors:
-    """The DTensors of a state dict that is loaded.
+    """The DTensors of a state dict to load.
 
-    All ranks of each gang have to make it, if there is one at all; they broadcast some 200 bytes
-    for each.
+    All ranks of each gang in ``found`` must construct it; they exchange about 200 bytes per
+    DTensor.
 
     :param found: the DTensors by their keys, with the gangs of their tables.
     """
@@ -78,22 +78,21 @@ class DTensors:
     def __init__(self, found: Mapping[str, tuple[DTensor, Gang]]) -> None:
         self._layouts: dict[str, list[Layout | None]] = {}
         for gang in dict.fromkeys(gang for _, gang in found.values()):
-            of_gang = {key: value for key, (value, other) in found.items() if other is gang}
-            sent = {key: astuple(Layout.of(value)) for key, value in of_gang.items()}
-            all_layouts = of_all_ranks(gang, sent)
-            for key in of_gang:
+            own = {k: astuple(Layout.of(value)) for k, (value, g) in found.items() if g is gang}
+            all_layouts = of_all_ranks(gang, own)
+            for key in own:
                 self._layouts[key] = [Layout.received(layouts.get(key)) for layouts in all_layouts]
 
     def on_this_rank(
         self, key: str, value: DTensor, dim: int, shape: tuple[int, int], gang: Gang
     ) -> tuple[Tensor, bool]:
-        """What this rank has of the DTensor at ``key``, put together if need be.
+        """Returns the table at ``key``, or this rank's block of it. Gathers only if needed.
 
         :param dim: the dimension that the table is cut along, over ``gang``.
-        :param shape: that of the whole table.
-        :returns: the table, and whether it is whole; else it is this rank's block.
-        :raises ValueError: on all ranks of the gang, if the DTensor is of another shape, or can't
-            be put together by the gang alone.
+        :param shape: the shape of the whole table.
+        :returns: the tensor, and whether it is the whole table.
+        :raises ValueError: on all ranks of the gang, if the DTensor has another shape, or the gang
+            alone can't gather it.
         """
         layouts, members = self._checked(key, shape), _global_ranks(gang)
         placements = layouts[0].placements
@@ -102,11 +101,11 @@ class DTensors:
         is_cut_alike = all(list(layout.ranks) == members for layout in layouts)
         if is_cut_alike and placements == (repr(Shard(dim)),):
             return _arrived(value.to_local()), False
-        _check_come_along(layouts, members)
+        _check_same_mesh(layouts, members)
         return value.full_tensor(), True
 
     def _checked(self, key: str, shape: tuple[int, int]) -> list[Layout]:
-        """What each rank of the gang sees."""
+        """Returns the layout that each rank of the gang sees, after checking that they agree."""
         layouts = [layout for layout in self._layouts[key] if layout is not None]
         cuts = [layout and (layout.shape, layout.placements) for layout in self._layouts[key]]
         if len(set(cuts)) > 1:
@@ -119,26 +118,26 @@ class DTensors:
         return layouts
 
 
-def _check_come_along(layouts: list[Layout], members: list[int]) -> None:
-    """Checks that whoever has to put a DTensor together is in the gang, and sees the same one."""
+def _check_same_mesh(layouts: list[Layout], members: list[int]) -> None:
+    """Checks that every rank of the mesh is in the gang, and sees the same layout."""
     by_rank = dict(zip(members, layouts, strict=False))
     for rank, layout in by_rank.items() or [(dist.get_rank(), layouts[0])]:
         if not layout.is_ascending:
             raise ValueError(
                 "must be a DTensor over a mesh of ascending ranks, but the ranks are "
-                f"{list(layout.ranks)}, which torch itself takes in two orders. Make the mesh of "
-                "sorted ranks, or load the whole table."
+                f"{list(layout.ranks)}, which torch orders in two ways. Make the mesh of sorted "
+                "ranks, or load the whole table."
             )
         if any(by_rank.get(other) != layout for other in layout.ranks):
             raise ValueError(
                 f"must be a DTensor over ranks of its gang, {members}, but on global rank {rank} "
                 f"it is over {list(layout.ranks)}, and would wait for ranks that may not load it. "
-                "Put it together first, on all ranks of its mesh: `full_tensor()`."
+                "Gather it first, on all ranks of its mesh: `full_tensor()`."
             )
 
 
 def _global_ranks(gang: Gang) -> list[int]:
-    if isinstance(gang, FakeGang):  # Of more than one rank it stands for ranks that aren't there.
+    if isinstance(gang, FakeGang):  # Beyond one rank, its members don't exist.
         return [dist.get_rank()] if gang.size == 1 else []
     return dist.get_process_group_ranks(gang.as_process_group())
 

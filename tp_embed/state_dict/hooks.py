@@ -1,5 +1,4 @@
-"""Hooks by which the state dict of a model holds its sharded tables in the form that is asked for,
-and takes them in any form."""
+"""Hooks that save sharded tables in a chosen form, and load them from any form."""
 
 from __future__ import annotations
 
@@ -33,40 +32,39 @@ Mode = Literal["full", "sharded", "dtensor"]
 def hook_state_dict(
     model: Module, mode: Mode = "full", *, optimizer: Optimizer | Iterable[Optimizer] = ()
 ) -> Iterator[None]:
-    """In this context ``model.state_dict()`` holds the tables of ``model`` in the form ``mode``,
-    and ``model.load_state_dict()`` takes them in any form. So do those of ``optimizer``, whose
-    states of the shape of a shard, such as moments, take the form of their table.
+    """In this context ``model.state_dict()`` returns sharded tables in the form ``mode``, and
+    ``model.load_state_dict()`` takes them in any form. The same holds for ``optimizer``: its states
+    of the shape of a shard, such as moments, take the form of their table.
 
-    - ``"full"``: the whole table, on the device of its shard. All ranks of the gang have to call
-      ``state_dict()``; it sends (P-1) times the largest shard of each table. See
-      :func:`full_state_dict` for one rank only.
-    - ``"sharded"``: this rank's shard, as without hooks, and what it is a shard of. Nothing is
-      sent, and a rank may call ``state_dict()`` alone.
+    - ``"full"``: the whole table, on the device of its shard. All ranks of the gang must call
+      ``state_dict()``, which sends (P-1) times the largest shard of each table. See
+      :func:`full_state_dict` to gather on one rank only.
+    - ``"sharded"``: this rank's shard, as without hooks, and a record that identifies it. No
+      communication; a rank may call ``state_dict()`` alone.
     - ``"dtensor"``: a :class:`~torch.distributed.tensor.DTensor` over the gang, which
-      :mod:`torch.distributed.checkpoint` saves as a whole and loads with any other gang. Nothing
-      is sent.
+      :mod:`torch.distributed.checkpoint` saves whole, and loads on any other gang. No
+      communication.
 
-    Loading takes a whole table, a DTensor, a ``ShardedTensor`` of which the local shards cover this
-    rank's, or this rank's shard. Shapes are logical ones, without padding. Unexpected and missing
-    keys are as in torch. All ranks of a gang have to load a DTensor; they tell each other how it is
-    cut (some 200 bytes from each), and put it together with ``full_tensor()`` unless it is
-    replicated, or cut as the table is. One over ranks that are not in the gang, which may not come
-    along, is refused. What is loaded with ``assign=True`` owns its memory.
+    Loading takes a whole table, a DTensor, a ``ShardedTensor`` with a local shard that covers this
+    rank's, or this rank's shard. Shapes are logical, without padding. Unexpected and missing keys
+    behave as in torch. All ranks of a gang must load a DTensor together: they exchange layouts
+    (about 200 bytes each), and gather it with ``full_tensor()`` unless it is replicated or cut like
+    the table. A DTensor over ranks outside the gang is refused, since these may not load it.
+    Tensors loaded with ``assign=True`` own their memory.
 
-    :mod:`torch.distributed.checkpoint.state_dict` goes through the same hooks: with
-    ``get_state_dict()`` and ``set_state_dict()`` under ``"dtensor"`` a training goes on from any
-    gang on any other.
+    :mod:`torch.distributed.checkpoint.state_dict` uses the same hooks: ``get_state_dict()`` and
+    ``set_state_dict()`` under ``"dtensor"`` resume a training from any gang on any other.
 
-    Tables that ZeRO 3 has partitioned stay as they are: DeepSpeed saves and loads them itself.
+    Tables partitioned by ZeRO 3 stay as they are: DeepSpeed saves and loads them itself.
 
-    :param model: the hooks are those of this module, not of its submodules.
-    :param optimizer: the optimizer of ``model``, or several. One that is left out raises when it
-        gives its state of a table that is cut, unless it is in shards that are saved.
-    :raises ValueError: ``mode`` is something else, ``optimizer`` holds no Parameter of ``model``;
-        while saving whole tables or DTensors, for a state of another shape, as Adafactor has; while
-        loading, for a state of an optimizer that has another shape or is of another shard.
+    :param model: the hooks are registered on this module, not on its submodules.
+    :param optimizer: the optimizer of ``model``, or several. In the modes ``"full"`` and
+        ``"dtensor"``, any other optimizer over a cut table raises in ``state_dict()``.
+    :raises ValueError: ``mode`` is unknown; ``optimizer`` holds no Parameter of ``model``; while
+        saving whole tables or DTensors, a state has another shape, as with Adafactor; while
+        loading, a state of an optimizer has another shape or is another shard.
     :raises TypeError: ``optimizer`` is no optimizer of torch.
-    :raises RuntimeError: while loading, for a table of another shape, or another shard.
+    :raises RuntimeError: while loading, a table has another shape or is another shard.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"`mode` must be one of {get_args(Mode)}, but is {mode!r} instead.")
@@ -83,12 +81,11 @@ def hook_state_dict(
 
 
 def full_state_dict(model: Module, *, rank: int = 0) -> dict[str, Tensor] | None:
-    """The state dict of ``model`` with whole tables, on the CPU of one rank of each gang.
+    """Gathers the state dict of ``model`` with whole tables, on the CPU of one rank of each gang.
 
-    All ranks have to call it, so that none is waited for in vain; the others hold 16 MiB of each
-    table at a time.
+    All ranks must call it. The others hold 16 MiB of each table at a time.
 
-    :param rank: the rank in its gang of who gets it.
+    :param rank: the rank in its gang that gets the state dict.
     :returns: the state dict on ``rank``; ``None`` on the other ranks.
     """
     layers = dict(layers_of(model))
@@ -106,7 +103,7 @@ def full_state_dict(model: Module, *, rank: int = 0) -> dict[str, Tensor] | None
 
 
 class _SaveHook:
-    """Replaces the tables in a state dict by what ``export`` makes of them; what is tied stays."""
+    """Exports the tables in a state dict in the form ``mode``. Tied tables stay tied."""
 
     def __init__(self, mode: Mode) -> None:
         self._mode, self._export = mode, EXPORTS[mode]
@@ -157,7 +154,7 @@ def _before_load(
 
 
 def _owned(shard: Tensor, value: Tensor) -> Tensor:
-    """A shard to assign; if it is cut out of a larger tensor, a copy, which lets that go."""
+    """Returns ``shard`` to assign. Copies a view of a larger tensor, so that this can be freed."""
     if shard is value:
         return shard
     shard = local(shard)

@@ -1,5 +1,5 @@
-"""The states that an optimizer keeps of sharded tables, such as moments, in the form of the tables:
-hooks of ``optimizer.state_dict()`` and ``optimizer.load_state_dict()``."""
+"""Hooks that save and load the optimizer states of sharded tables, such as moments, in the form of
+the tables."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _State = dict[str, Any]
 def hook_optimizers(
     model: Module, mode: str, optimizers: Optimizer | Iterable[Optimizer]
 ) -> Iterator[None]:
-    """See :func:`tp_embed.checkpoint.hook_state_dict`."""
+    """Hooks the optimizers as documented in :func:`tp_embed.checkpoint.hook_state_dict`."""
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     own = set(model.parameters())
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 "`optimizer` must be a `torch.optim.Optimizer`, or several, but is a "
-                f"`{type(optimizer).__name__}` instead. That of an engine is saved by the engine."
+                f"`{type(optimizer).__name__}` instead. An engine saves its own optimizer."
             )
         if not any(parameter in own for parameter in _parameters(optimizer)):
             raise ValueError(
@@ -61,8 +61,8 @@ def hook_optimizers(
 
 @contextmanager
 def _refused(hooks: _Hooks, known: list[Optimizer]) -> Iterator[None]:
-    """In this context another optimizer that holds tables raises when it gives its state, which
-    would have blocks of one name on all ranks. torch calls no hook by which to notice it."""
+    """In this context any other optimizer of cut tables raises in ``state_dict()``, which would
+    hold different blocks under one name. Patches ``Optimizer``, since torch has no global hook."""
     original = Optimizer.state_dict
 
     def state_dict(self: Optimizer) -> _State:
@@ -71,8 +71,8 @@ def _refused(hooks: _Hooks, known: list[Optimizer]) -> Iterator[None]:
         if names and not any(self is optimizer for optimizer in known):
             raise ValueError(
                 f"The state of the optimizer of `{names[0]}` must take the form of its table, "
-                "since each rank holds another block of it under one name, but the optimizer is "
-                "not among those of `hook_state_dict()`. Pass it: `optimizer=optimizer`."
+                "since each rank holds another block of it under one name, but the optimizer was "
+                "not passed to `hook_state_dict()`. Pass it: `optimizer=optimizer`."
             )
         return original(self)
 
@@ -97,7 +97,7 @@ class _Hooks:
                 i: record for i, record in records.items() if _is_cut(found[i])
             }
             return
-        for i, table in found.items():  # All of them, before any is sent.
+        for i, table in found.items():  # Check all before sending any.
             _check_states(state_dict["state"][i], *table)
         for i, (_, layer) in found.items():
             state_dict["state"][i] = _exported(state_dict["state"][i], layer, self._mode)
@@ -105,7 +105,7 @@ class _Hooks:
     def before_load(self, optimizer: Optimizer, state_dict: _State) -> _State | None:
         keys = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         parameters = _parameters(optimizer)
-        if len(keys) != len(parameters):  # torch says so better.
+        if len(keys) != len(parameters):  # torch raises a better error.
             return None
         state, tables = dict(state_dict["state"]), self.tables()
         pairs = zip(keys, parameters, strict=True)
@@ -125,7 +125,7 @@ class _Hooks:
         return {**state_dict, "state": state}
 
     def tables(self) -> dict[Tensor, tuple[str, ShardedLayer]]:
-        """The layers by their weights, each under its first name."""
+        """Returns the layers by their weights, with the first name of each."""
         tables: dict[Tensor, tuple[str, ShardedLayer]] = {}
         for name, layer in layers_of(self._model):
             if not is_partitioned(layer):
@@ -142,7 +142,7 @@ def _is_cut(table: tuple[str, ShardedLayer]) -> bool:
 
 
 def _is_number(value: Tensor) -> bool:
-    """Whether ``value`` is no part of the table, such as a count of steps."""
+    """Returns whether ``value`` is a single number, such as a step count."""
     return value.shape in ((), (1,))
 
 
@@ -152,8 +152,8 @@ def _check_states(state: Any, name: str, layer: ShardedLayer) -> None:
             raise ValueError(
                 "The optimizer must keep states of the shape of a sharded table, or single "
                 f"numbers, but `{path}` has the shape {tuple(value.shape)} for a shard of "
-                f"{tuple(layer.weight.shape)}, and can't be put together. Save a file for each "
-                "rank: `hook_state_dict(model, 'sharded', optimizer=...)`."
+                f"{tuple(layer.weight.shape)}, and can't be gathered. Save a file for each rank: "
+                "`hook_state_dict(model, 'sharded', optimizer=...)`."
             )
 
 
@@ -173,7 +173,7 @@ def _loaded(
     dtensors: DTensors,
     errors: list[str],
 ) -> Tensor:
-    """This rank's block of ``value``, in memory of its own."""
+    """Returns this rank's block of ``value``, in its own memory."""
     is_whole = layer.gang.size == 1 and not isinstance(value, DTensor)
     if is_whole or _is_number(value) or record == record_of(layer):
         return value
@@ -198,7 +198,7 @@ def _tensors(state: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _mapped(value: Any, path: str, function: Callable[[str, Tensor], Tensor]) -> Any:
-    """``value`` with ``function`` of each tensor in its place, called with its path."""
+    """Applies ``function`` to the path and value of each tensor nested in ``value``."""
     if isinstance(value, Tensor):
         return function(path, value)
     if isinstance(value, dict):

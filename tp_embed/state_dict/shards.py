@@ -1,5 +1,5 @@
-"""What a state dict holds of a sharded layer: its weight, and states of an optimizer of the same
-shape, in each form."""
+"""Converts a sharded weight, or an optimizer state of its shape, to and from each form of a state
+dict."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tp_embed.state_dict.dtensors import DTensors, as_dtensor
 
 
 def layers_of(model: Module) -> Iterator[tuple[str, ShardedLayer]]:
-    """The sharded layers, each with the prefix of its keys."""
+    """Yields the sharded layers, each with the prefix of its keys."""
     for name, module in model.named_modules():
         if isinstance(module, ShardedLayer):
             yield f"{name}." if name else "", module
 
 
 def is_partitioned(layer: ShardedLayer) -> bool:
-    """Whether ZeRO 3 has taken the weight away."""
+    """Returns whether ZeRO 3 has partitioned the weight."""
     return hasattr(layer.weight, "ds_shape")
 
 
@@ -45,14 +45,14 @@ def record_of(layer: ShardedLayer) -> dict[str, int]:
 def gathered(
     layer: ShardedLayer, block: Tensor, device: torch.device | str | None = None
 ) -> Tensor:
-    """The table of which ``block``, of the shape of the weight of ``layer``, is this rank's."""
+    """Gathers the whole table from each rank's ``block``, of the shape of ``layer.weight``."""
     if layer.gang.size == 1:
         return block if device is None else block.to(device)
     return whole_table(block, layer.shard_dim, layer.gang, layer.partition, device)
 
 
 def own_block(layer: ShardedLayer, block: Tensor) -> Tensor:
-    """Returns ``block`` as it is, for a state dict of shards."""
+    """Returns ``block`` unchanged, for a state dict of shards."""
     return block
 
 
@@ -67,7 +67,7 @@ EXPORTS = {"full": gathered, "sharded": own_block, "dtensor": distributed}
 def cut_block(
     layer: ShardedLayer, key: str, value: Any, dtensors: DTensors, record: object
 ) -> Tensor:
-    """This rank's shard out of what a state dict holds at ``key``."""
+    """Cuts this rank's shard out of ``value``, in any form that a state dict holds at ``key``."""
     own, shape, dim = tuple(layer.weight.shape), table_shape(layer), layer.shard_dim
     block = layer.partition.shard(layer.gang.rank)
     if isinstance(value, DTensor):
@@ -97,7 +97,7 @@ def _check_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
 
 
 def _cut_shards(layer: ShardedLayer, value: Any) -> Tensor:
-    """This rank's shard out of the local ones of a ``ShardedTensor``."""
+    """Cuts this rank's shard out of the local shards of a ``ShardedTensor``."""
     dim, own = layer.shard_dim, layer.partition.shard(layer.gang.rank)
     for shard in value.local_shards():
         start, size = shard.metadata.shard_offsets[dim], shard.metadata.shard_sizes[dim]
