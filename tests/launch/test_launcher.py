@@ -138,7 +138,7 @@ def test_first_host_of_a_node_list(nodes, expected):
 
 @pytest.mark.parametrize("nodes", ["", "[", "]a"])
 def test_node_list_that_is_none_is_refused(nodes):
-    with pytest.raises(ValueError, match="node list of Slurm must be such as"):
+    with pytest.raises(ValueError, match="node list of Slurm must look like"):
         first_host(nodes)
 
 

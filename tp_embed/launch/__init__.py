@@ -1,1 +1,1 @@
-"""Who started this process, and where its ranks meet."""
+"""Finds the launcher of this process, and opens a store to its other ranks."""

@@ -1,7 +1,7 @@
-"""Which launcher started this process, and the place that it gave it.
+"""Reads the launcher of this process, and its rank, from environment variables.
 
-Each launcher says it in environment variables of its own: ``deepspeed`` and ``torchrun`` in those
-that torch.distributed reads, Open MPI in ``OMPI_COMM_WORLD_*``, Slurm's ``srun`` in ``SLURM_*``.
+``deepspeed`` and ``torchrun`` set the variables that torch.distributed reads, Open MPI sets
+``OMPI_COMM_WORLD_*``, Slurm's ``srun`` sets ``SLURM_*``.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import final
 @final
 @dataclass(frozen=True)
 class Place:
-    """The place of a process among those of its run.
+    """The place of a process in its run.
 
-    ``local_size`` is the number of ranks of this node, or ``None`` if nobody says it.
-    ``master_addr`` and ``master_port`` are where rank 0 listens. The port is ``None`` for a process
-    that is alone, and both are for one whose launcher left them to the program.
+    ``local_size`` is the number of ranks on this node, or ``None`` if unknown. Rank 0 listens at
+    ``master_addr`` and ``master_port``. The port is ``None`` for a single process; both are if the
+    launcher leaves them to the program.
     """
 
     launcher: str
@@ -43,13 +43,13 @@ class Place:
             if not 0 <= value < bound:
                 raise ValueError(
                     f"The {name} that {_TITLES[self.launcher]} gives must fit the number of ranks, "
-                    f"but there is {self} instead. Start the program by one launcher only, in an "
+                    f"but the launcher gave {self}. Start the program by one launcher only, in an "
                     "environment without variables of another run."
                 )
 
     def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
-        """Sets what torch.distributed and DeepSpeed read, where it is missing: after that,
-        ``deepspeed.init_distributed()`` does not ask MPI by mpi4py."""
+        """Sets missing variables that torch.distributed and DeepSpeed read. After that,
+        ``deepspeed.init_distributed()`` doesn't need mpi4py."""
         port = self.master_port
         if port is None and self.size == 1:
             port = _free_port()
@@ -68,10 +68,10 @@ class Place:
 
 
 def find_place(environ: Mapping[str, str] = os.environ) -> Place:
-    """The place of this process.
+    """Finds the place of this process.
 
-    A process that none of the launchers started is alone, or what ``RANK`` and ``WORLD_SIZE`` say.
-    ``MASTER_ADDR`` and ``MASTER_PORT`` win over what is found without them.
+    Without a launcher, uses ``RANK`` and ``WORLD_SIZE``; without these, the process is alone.
+    ``MASTER_ADDR`` and ``MASTER_PORT`` take precedence over derived values.
 
     :raises ValueError: a variable is missing or does not fit the others; or Open MPI started
         processes on several nodes and ``MASTER_ADDR`` is needed to find rank 0.
@@ -83,7 +83,7 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
     if "OMPI_COMM_WORLD_RANK" in environ:
         return _from_openmpi(environ)
     # A batch script has a SLURM_PROCID too, but is no task of a step.
-    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and not _is_of_a_shell(environ):
+    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and not _is_in_shell(environ):
         return _from_slurm(environ)
     if "RANK" in environ:
         return _from_torch("none", environ)
@@ -122,9 +122,9 @@ def _from_openmpi(environ: Mapping[str, str]) -> Place:
 
 
 def _mpirun_address(environ: Mapping[str, str], rank: int) -> str:
-    """The address of the node of ``mpirun``, as Open MPI 4 gives it to all ranks. Rank 0 is there
-    unless the hosts were given in another order, which it finds out itself: then it fails, and
-    ``mpirun`` ends the others."""
+    """Returns the address of ``mpirun``'s node, which Open MPI 4 gives to all ranks. Rank 0 runs
+    there unless the hosts are ordered otherwise: then rank 0 raises, and ``mpirun`` ends the other
+    ranks."""
     # JOB.PROCESS;tcp://ADDRESS,ADDRESS:PORT;...
     found = re.search(r"tcp://([^:;]+)", environ.get("OMPI_MCA_orte_hnp_uri", ""))
     addresses = found[1].split(",") if found else []
@@ -132,7 +132,7 @@ def _mpirun_address(environ: Mapping[str, str], rank: int) -> str:
     if address is None or (rank == 0 and not _is_own_address(address)):
         raise ValueError(
             "`MASTER_ADDR` must be the address of the node of rank 0 when Open MPI starts ranks on "
-            "several nodes, but is missing, and Open MPI does not tell it. Start them by "
+            "several nodes, but is missing, and Open MPI does not provide it. Start them by "
             "`mpirun -x MASTER_ADDR=...`, or write it to `.deepspeed_env` for "
             "`deepspeed --launcher openmpi`."
         )
@@ -148,9 +148,9 @@ def _is_own_address(address: str) -> bool:
     return True
 
 
-def _is_of_a_shell(environ: Mapping[str, str]) -> bool:
-    """Whether this process is no task, but a rank of what a step's only task has started, as in the
-    shell of ``srun --pty`` or ``salloc``."""
+def _is_in_shell(environ: Mapping[str, str]) -> bool:
+    """Returns whether this process is no task itself, but a rank started by the only task of a
+    step, as in the shell of ``srun --pty`` or ``salloc``."""
     is_alone = environ.get("SLURM_STEP_NUM_TASKS") == "1"
     return is_alone and "RANK" in environ and environ.get("WORLD_SIZE", "1") != "1"
 
@@ -182,23 +182,23 @@ def _from_slurm(environ: Mapping[str, str]) -> Place:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a node list of Slurm.
+    """Returns the first host of a node list of Slurm.
 
     >>> first_host("rack[02-03]n[7,9-12],login")
     'rack02n7'
 
-    :raises ValueError: it is empty, or brackets do not match.
+    :raises ValueError: the list is empty, or brackets do not match.
     """
     found = re.match(r"(?:[^\[\],]|\[[^\[\]]+\])+", nodes)
     if found is None:
         raise ValueError(
-            f"A node list of Slurm must be such as 'node[01-04],login', but is {nodes!r} instead."
+            f"A node list of Slurm must look like 'node[01-04],login', but is {nodes!r} instead."
         )
     return re.sub(r"\[([^\[\],-]+)[^\[\]]*\]", r"\1", found[0])
 
 
 def _tasks_of_node(text: str, node: int) -> int:
-    """How many tasks a node has by Slurm's list of them: ``2(x3),1`` is 2, 2, 2, 1."""
+    """Returns the number of tasks on a node from Slurm's list: ``2(x3),1`` is 2, 2, 2, 1."""
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(count)] * int(times or 1)
@@ -211,7 +211,7 @@ def _tasks_of_node(text: str, node: int) -> int:
 
 
 def _check(launcher: str, environ: Mapping[str, str], variable: str, name: str, value: int) -> None:
-    """That ``variable``, if it is set, is what the launcher says by ``name``."""
+    """Checks that ``variable``, if set, agrees with the launcher's ``name``."""
     if environ.get(variable, str(value)) != str(value):
         raise ValueError(
             f"`{variable}` must be {value} or missing (`{name}` of {_TITLES[launcher]}), but is "
@@ -221,8 +221,8 @@ def _check(launcher: str, environ: Mapping[str, str], variable: str, name: str, 
 
 
 def _master_port(launcher: str, environ: Mapping[str, str], job: str | None) -> int | None:
-    """``MASTER_PORT``, or one that depends on the job, so that those of a node do not meet: below
-    what systems give to clients."""
+    """Returns ``MASTER_PORT``, or a port derived from the job, so that jobs on one node differ. It
+    is below the ephemeral range."""
     if "MASTER_PORT" in environ:
         return _integer(launcher, environ, "MASTER_PORT")
     return None if job is None else 20_000 + zlib.crc32(job.encode()) % 10_000
@@ -231,7 +231,7 @@ def _master_port(launcher: str, environ: Mapping[str, str], job: str | None) -> 
 def _integer(
     launcher: str, environ: Mapping[str, str], *names: str, default: int | None = None
 ) -> int:
-    """The first of some variables that is set."""
+    """Returns the first variable of ``names`` that is set."""
     for name in names:
         if name in environ:
             try:

@@ -1,5 +1,5 @@
-"""A store of torch.distributed for what ranks have to tell each other before it is initialised: at
-the address where they are going to meet anyway, and with errors that say what is wrong there."""
+"""Opens a torch.distributed store before ``init_process_group()``, at the same address, with errors
+that name the fault."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class MeetingError(RuntimeError):
 
 
 def open_store(place: Place, timeout: float) -> Store:
-    """The store that rank 0 has, or a process of torchrun. As long as rank 0 holds it,
-    torch.distributed uses its server too.
+    """Opens the store of rank 0, or of the torchrun agent. While rank 0 holds it, torch.distributed
+    uses the same server.
 
-    :param timeout: how many seconds to wait for it, and then by default for its keys.
-    :raises MeetingError: it cannot be made, or not be reached.
+    :param timeout: seconds to wait for the store, and by default for its keys.
+    :raises MeetingError: the store cannot be created or reached.
     """
     if place.master_addr is None or place.master_port is None:
         raise MeetingError(
@@ -41,7 +41,7 @@ def open_store(place: Place, timeout: float) -> Store:
     is_master = place.rank == 0 and not of_agent
     if not is_master:
         try:
-            _wait_for_door(address, port, timeout)
+            _wait_for_listener(address, port, timeout)
         except MeetingError as e:
             if place.local_size != place.size and (resolved := _loopback(address)):
                 e.fix = (
@@ -67,17 +67,17 @@ def open_store(place: Place, timeout: float) -> Store:
             ) from e
         if is_master:
             raise MeetingError(
-                f"rank 0 does not find itself at {address}:{port}: {text.splitlines()[0]}",
+                f"rank 0 cannot reach itself at {address}:{port}: {text.splitlines()[0]}",
                 "set the master address to an address of the node of rank 0",
             ) from e
         raise MeetingError(
-            f"what answers at {address}:{port} is no store of rank 0: {text.splitlines()[0]}",
-            "end what listens there, or choose another master port",
+            f"{address}:{port} answers, but not as a store of rank 0: {text.splitlines()[0]}",
+            "end the process that listens there, or choose another master port",
         ) from e
 
 
-def _wait_for_door(address: str, port: int, timeout: float) -> None:
-    """Waits until something listens where rank 0 is to be; torch's own error says less of why."""
+def _wait_for_listener(address: str, port: int, timeout: float) -> None:
+    """Waits until a process listens at the address of rank 0. Raises clearer errors than torch."""
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -100,7 +100,7 @@ def _wait_for_door(address: str, port: int, timeout: float) -> None:
 
 
 def _loopback(name: str) -> str | None:
-    """The address that ``name`` stands for, if it is one of the loopback."""
+    """Returns the address that ``name`` resolves to, if it is a loopback address."""
     with suppress(OSError):
         address = socket.gethostbyname(name)
         if address.startswith("127."):
