@@ -1,9 +1,9 @@
-"""Ends a job of many processes when one of them is missing, and says which.
+"""Ends a distributed job when a process is missing, and names it.
 
-Left alone, the ranks of a job wait for one that is stopped or cut off until the timeout of their
-process group, 10 to 30 minutes, and learn the address of a socket. With a watchdog, each process
-has a thread that gives signs of life to rank 0 over a connection of its own, and hears of all
-others from there. It needs nothing but Python's standard library and torch.
+Without it, ranks wait for a stopped or disconnected rank until the timeout of their process group,
+10 to 30 minutes, and the error only names a socket. With a watchdog, a thread in each process sends
+heartbeats to rank 0 over its own connection, and learns there about all other ranks. It needs only
+Python's standard library and torch.
 """
 
 from .member import EXIT_CODE, Watchdog, watch

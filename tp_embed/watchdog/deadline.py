@@ -1,4 +1,4 @@
-"""A deadline of this process that holds even if it is stopped."""
+"""A deadline that kills this process even if it is stopped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Event(ctypes.Structure):
 
 
 class _Times(ctypes.Structure):
-    """``struct itimerspec``: when to repeat, and when to fire."""
+    """``struct itimerspec``: the interval, and the first expiration."""
 
     _fields_ = tuple(
         (name, ctypes.c_long)
@@ -35,10 +35,9 @@ class _Times(ctypes.Structure):
 class Deadline:
     """Has the kernel kill this process (SIGKILL) unless :meth:`postpone` is called in time.
 
-    A thread could not: it does not run while the process is stopped (SIGSTOP), or while another
-    thread keeps Python's global interpreter lock. A timer of the kernel does (``timer_create``),
-    and SIGKILL reaches stopped processes too. Forked processes do not inherit it. Elsewhere than
-    on Linux it does nothing.
+    A thread can't do that: it doesn't run while the process is stopped (SIGSTOP), or while another
+    thread holds the GIL. A kernel timer (``timer_create``) runs, and SIGKILL reaches stopped
+    processes too. Forked processes do not inherit it. No-op on other systems than Linux.
     """
 
     def __init__(self) -> None:
@@ -55,7 +54,7 @@ class Deadline:
         )
 
     def postpone(self, seconds: float) -> None:
-        """The process is killed ``seconds`` from now; with 0, it is not killed."""
+        """Moves the deadline to ``seconds`` from now; 0 disarms it."""
         if self._timer is None:
             return
         whole = int(seconds)

@@ -1,4 +1,4 @@
-"""The part of the watchdog in the process of rank 0: it hears from all ranks, and tells all."""
+"""The server of the watchdog, on rank 0: collects heartbeats and broadcasts failures."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 from .link import Link, Lost, Message
 
-GRACE = 3.0  # Seconds that ranks have to answer where they are, once one is in trouble.
-_ARRIVAL = 60.0  # Seconds that ranks have to come, at least: some take longer to get ready.
+GRACE = 3.0  # Seconds for ranks to report where they are, after the first failure.
+_ARRIVAL = 60.0  # Seconds for ranks to connect, at least: some take longer to start.
 _SHOWN = 16  # Lines of a verdict; a job may have thousands of ranks.
 
 
 @dataclass
 class _Member:
-    """What the hub knows of a rank."""
+    """The state of a rank, as the hub knows it."""
 
     rank: int
     link: Link | None = None
@@ -28,19 +28,19 @@ class _Member:
     trouble: str = ""
     waits: bool = False  # Its trouble is that it waits for others.
     left: bool = False
-    mute: bool = False  # It gives no sign of life.
+    mute: bool = False  # It sends no heartbeats.
 
     def __str__(self) -> str:
         return self.name or f"rank {self.rank}"
 
 
 class Hub:
-    """Takes the connections of the ranks 0 to ``size - 1``, and serves them in :meth:`run`.
+    """Accepts connections of the ranks 0 to ``size - 1``, and serves them in :meth:`run`.
 
-    It sends every rank a sign of life at each ``beat``. The first that goes wrong is told to all at
-    once, who answer with where they are; then all get the verdict, and end.
+    Sends every rank a heartbeat each ``beat`` seconds. Broadcasts the first failure at once; all
+    ranks answer with where they are, get the verdict, and end.
 
-    :param token: what a rank has to show, so that nobody else is taken for one.
+    :param token: the secret that authenticates a rank.
     """
 
     def __init__(self, size: int, timeout: float, beat: float, token: str) -> None:
@@ -65,7 +65,7 @@ class Hub:
         return port
 
     def run(self) -> None:
-        """Serves until every rank has left, or the verdict is out."""
+        """Serves until every rank has left, or the verdict is sent."""
         next_beat = time.monotonic()
         while not all(member.left for member in self._members):
             wake = next_beat if self._ends is None else min(next_beat, self._ends)
@@ -74,8 +74,8 @@ class Hub:
             now = time.monotonic()
             if now >= next_beat:
                 next_beat = now + self._beat
-                self._look()
-            if self._ends is not None and (now >= self._ends or self._all_is_said()):
+                self._check_members()
+            if self._ends is not None and (now >= self._ends or self._all_answered()):
                 verdict = {"verdict": self._verdict()}
                 for member in self._members:
                     self._send(member, verdict)
@@ -94,9 +94,9 @@ class Hub:
         if link is None:
             try:
                 link = Link(self._server.accept()[0])
-            except BlockingIOError:  # Who asked has gone again.
+            except BlockingIOError:  # The client has disconnected already.
                 return
-            except OSError:  # This process can open no more files, for now.
+            except OSError:  # Too many open files, for now.
                 time.sleep(min(self._beat, 0.1))
                 return
             self._selector.register(link, selectors.EVENT_READ, link)
@@ -104,7 +104,7 @@ class Hub:
         try:
             for message in link.receive():
                 if link in self._owners:
-                    self._hear(self._owners[link], message)
+                    self._handle(self._owners[link], message)
                 else:
                     self._admit(link, message)
         except Lost as e:
@@ -113,7 +113,7 @@ class Hub:
             if (member := self._owners.pop(link, None)) is not None:
                 member.link = None
                 if not member.left:
-                    self._note(member, str(e))
+                    self._record_trouble(member, str(e))
 
     def _admit(self, link: Link, message: Message) -> None:
         rank: Any = message.get("rank")
@@ -125,21 +125,21 @@ class Hub:
         self._owners[link] = member
         member.link, member.name = link, str(message.get("name"))
 
-    def _hear(self, member: _Member, message: Message) -> None:
+    def _handle(self, member: _Member, message: Message) -> None:
         if "place" in message:
             member.place, member.gang = message["place"], message["gang"]
         elif "waits" in message:
             member.waits = True
-            self._note(member, message["waits"])
+            self._record_trouble(member, message["waits"])
         elif "failed" in message:
-            self._note(member, f"has failed: {message['failed']}")
+            self._record_trouble(member, f"has failed: {message['failed']}")
         elif message.get("leaves"):
             member.left = True
-            if member.rank != 0:  # Where this hub is, until all others have left.
+            if member.rank != 0:  # Rank 0 hosts this hub, and leaves last.
                 self._send(member, {"bye": True})
 
-    def _look(self) -> None:
-        """Sends signs of life, and finds ranks that give none."""
+    def _check_members(self) -> None:
+        """Sends heartbeats, and finds ranks that send none."""
         arrival = max(self._timeout, _ARRIVAL)
         late = time.monotonic() - self._begin > arrival
         for member in self._members:
@@ -148,12 +148,12 @@ class Hub:
                 continue
             if member.link is None:
                 if late:
-                    self._note(member, f"has not come within {arrival:g} s")
+                    self._record_trouble(member, f"has not connected within {arrival:g} s")
             elif member.link.silence() > self._timeout:
                 member.mute = True
-                self._note(member, member.link.why_silent())
+                self._record_trouble(member, member.link.why_silent())
 
-    def _note(self, member: _Member, trouble: str) -> None:
+    def _record_trouble(self, member: _Member, trouble: str) -> None:
         if member.trouble:
             return
         member.trouble = trouble
@@ -165,11 +165,11 @@ class Hub:
 
     def _send(self, member: _Member, message: Message | None = None) -> None:
         if member.link is not None:
-            with suppress(Lost):  # Which is noticed where the link is read.
+            with suppress(Lost):  # Handled when the link is read.
                 member.link.send(message)
 
-    def _all_is_said(self) -> bool:
-        """Whether nothing more can come of any rank."""
+    def _all_answered(self) -> bool:
+        """Returns whether every rank that can answer has done so."""
         for member in self._members:
             can_answer = member.link is not None and not member.left and not member.mute
             if can_answer and not member.place:
@@ -177,7 +177,8 @@ class Hub:
         return True
 
     def _verdict(self) -> str:
-        """Who is missing, and where all others are, those who wait for the missing first."""
+        """Names the missing ranks, then where all others are; ranks that wait for the missing come
+        first."""
         gone = [member for member in self._members if not member.place]
         missing = [member.rank for member in gone or self._members if not member.gang]
         lines = [f"{m} {m.trouble}" for m in self._troubled if not (m.waits and m.place)]

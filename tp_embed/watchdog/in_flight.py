@@ -1,7 +1,7 @@
-"""What this process waits for, from torch's flight recorder.
+"""Finds the collective that this process waits in, from torch's flight recorder.
 
-The recorder is on by default (`TORCH_FR_BUFFER_SIZE`, 2000 entries) and notes every collective of
-every process group, ours and DeepSpeed's. So nothing has to be added to a collective to know of it.
+The recorder is on by default (`TORCH_FR_BUFFER_SIZE`, 2000 entries) and records every collective of
+every process group, ours and DeepSpeed's, so collectives need no instrumentation.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _LIBRARY = str(Path(__file__).parent.parent)
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process is, and the global ranks of the gang in whose collective that is."""
+    """Where this process is, and the global ranks of the gang of its collective."""
 
     text: str
     gang: list[int]
 
 
 def find_place(error: BaseException | None = None) -> Place:
-    """Where this process is, or where ``error`` was raised in it. Takes about 40 ms, so ask only if
-    something is wrong."""
+    """Finds where this process is, or where ``error`` was raised. Takes about 40 ms, so call it
+    only after a failure."""
     entries = recorded_collectives()
     if waiting := _waiting(entries):
         first = min(waiting, key=_begin)
@@ -71,7 +71,7 @@ def _gang(entry: dict[str, Any]) -> list[int]:
 
 
 def is_of_collective(error: BaseException | None) -> bool:
-    """Whether the error, or what caused it, was raised in a collective."""
+    """Returns whether ``error``, or one of its causes, was raised in a collective."""
     while error is not None:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             if frame.f_code.co_filename == distributed_c10d.__file__:
@@ -81,15 +81,16 @@ def is_of_collective(error: BaseException | None) -> bool:
 
 
 class Patience:
-    """Knows when a collective of gloo has not come to an end for too long. (NCCL's are watched over
-    by torch, with the timeout of their process group.)"""
+    """Detects gloo collectives that take longer than ``seconds``. (torch itself times out NCCL's,
+    by the timeout of their process group.)"""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._since: dict[str, tuple[str, float]] = {}
 
     def is_over(self) -> bool:
-        """Takes some microseconds; may be late by the time between two calls."""
+        """Returns whether a collective takes too long. Takes some microseconds; detects it late by
+        up to the time between two calls."""
         now = time.monotonic()
         statuses = group_statuses()
         over = False
@@ -101,14 +102,14 @@ class Patience:
             self._since[group] = (done, since)
             over = over or now - since > self._seconds
         if over and not _waiting(recorded_collectives()):
-            # The last two came to their ends in the other order.
+            # The last two collectives completed out of order.
             self._since.clear()
             return False
         return over
 
 
 def stacks() -> str:
-    """The stacks of all threads but those in the watchdog, the most recent call last."""
+    """Formats the stacks of all threads but the watchdog's, the most recent call last."""
     frames = sys._current_frames()
     text = ""
     for thread in threading.enumerate():
@@ -122,7 +123,7 @@ def stacks() -> str:
 
 
 def _innermost_line() -> str:
-    """The line of the main thread that is innermost in the program, and not in a library."""
+    """Describes the innermost line of the main thread outside of libraries."""
     lines = _lines(sys._current_frames().get(threading.main_thread().ident or 0))
     libraries = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
     own = [line for line in lines if not line[0].startswith((*libraries, _LIBRARY, "<"))]
@@ -132,7 +133,7 @@ def _innermost_line() -> str:
 
 
 def _lines(frame: FrameType | None) -> list[tuple[str, int, str]]:
-    """The file, line and function of each call of a stack, the innermost first."""
+    """Returns the file, line and function of each call of a stack, innermost first."""
     lines = []
     while frame is not None:
         lines.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))

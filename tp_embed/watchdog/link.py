@@ -1,4 +1,4 @@
-"""One end of a connection between processes that watch over each other."""
+"""One end of a connection between a member and the hub."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _LONGEST = 1 << 20  # Bytes of a message.
 _UNREACHABLE = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN}
 
 
-class Lost(Exception):  # noqa: N818 (it says what has happened to the other end)
-    """The connection has ended; says how, of the process on the other end."""
+class Lost(Exception):  # noqa: N818 (the message says what happened to the other end)
+    """The connection has ended. The message is a predicate of the process on the other end."""
 
 
 class Link:
-    """Sends and receives messages, a line of JSON each, and knows when the other end was last heard
-    of. An empty line is a sign of life."""
+    """Sends and receives messages, one line of JSON each, and tracks when the other end last sent.
+    An empty line is a heartbeat."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
@@ -40,7 +40,7 @@ class Link:
         self._connection.close()
 
     def send(self, message: Message | None = None) -> None:
-        """Sends a message, or a sign of life.
+        """Sends a message, or a heartbeat.
 
         :raises Lost: the connection has ended.
         """
@@ -55,7 +55,7 @@ class Link:
         raise Lost("takes no more messages")
 
     def receive(self) -> list[Message]:
-        """The messages that have come.
+        """Returns the messages that have arrived.
 
         :raises Lost: the connection has ended.
         """
@@ -78,12 +78,12 @@ class Link:
         return messages
 
     def silence(self) -> float:
-        """For how many seconds nothing has come."""
+        """Returns the seconds since the last receipt."""
         return time.monotonic() - self._heard
 
     def why_silent(self) -> str:
-        """What can be told about the other end from here. A kernel acknowledges what is sent to a
-        process also while that process does not run."""
+        """Tells a stopped process from an unreachable host: a kernel acknowledges data even while
+        the receiving process doesn't run."""
         text = f"has not been heard from for {self.silence():.1f} s"
         if not sys.platform.startswith("linux"):
             return text

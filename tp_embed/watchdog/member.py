@@ -27,8 +27,8 @@ from .in_flight import Patience, Place, find_place, is_of_collective, stacks
 from .link import Link, Lost
 
 EXIT_CODE: Final = 75  # EX_TEMPFAIL of sysexits.h: try again later.
-_LAST_WORDS = 5.0  # Seconds that writing them may take.
-_PATIENCE = 1.0  # Seconds for the news of a rank that died, after a collective with it has failed.
+_LAST_WORDS = 5.0  # Seconds to write the last messages.
+_PATIENCE = 1.0  # Seconds to hear of a dead rank, after a collective with it has failed.
 
 _log = logging.getLogger(__name__)
 
@@ -63,10 +63,11 @@ class Watchdog:
 
     @classmethod
     def start(cls, timeout: timedelta | float) -> Watchdog:
-        """Watches over this process until it ends, or :meth:`stop` is called. All ranks have to
-        call it. A process has one watchdog; a second call with the same timeout gives the first.
+        """Watches this process until it ends, or :meth:`stop` is called. All ranks must call it. A
+        process has one watchdog; a second call with the same timeout returns the first.
 
-        :raises ValueError: ``timeout`` is less than a second, or not that of the running watchdog.
+        :raises ValueError: ``timeout`` is less than a second, or differs from the running
+            watchdog's.
         :raises GangError: torch.distributed is not initialised.
         """
         seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
@@ -81,21 +82,21 @@ class Watchdog:
             cls._running = cls(seconds)
         elif cls._running.timeout != seconds:
             raise ValueError(
-                f"`timeout` must be {cls._running.timeout:g} seconds, that of the watchdog that "
+                f"`timeout` must be {cls._running.timeout:g} seconds, as for the watchdog that "
                 f"runs in this process, but is {seconds:g} instead. Call its `stop()` first."
             )
         return cls._running
 
     @classmethod
     def report(cls, error: BaseException) -> None:
-        """Ends all ranks, after the traceback of ``error`` is printed, if a watchdog runs. For
-        frameworks that catch errors and end the process in their own way, as Hydra does; errors
-        that nobody catches are noticed without."""
+        """Prints the traceback of ``error`` and ends all ranks, if a watchdog runs. For frameworks
+        that catch errors and end the process themselves, as Hydra does; uncaught errors need no
+        call."""
         if cls._running is not None:
             sys.excepthook(type(error), error, error.__traceback__)
 
     def stop(self) -> None:
-        """This process leaves, and is not missed. In rank 0 it returns when all ranks have left."""
+        """Leaves the job without being reported missing. On rank 0, waits until all ranks left."""
         if self._process != os.getpid() or self._leaving:
             return
         self._leaving = True
@@ -114,14 +115,14 @@ class Watchdog:
         """Tells all ranks that this one has failed, and waits for the end of this process."""
         self._error = error
         if is_of_collective(error):
-            self._threads[0].join(_PATIENCE)  # Who has broken it may be known in a moment.
+            self._threads[0].join(_PATIENCE)  # The news of a dead rank may arrive in a moment.
         what = f"{type(error).__name__}: {error}".splitlines()[0][:500]
         with suppress(Lost):
             self._link.send({"failed": what})
         self._threads[0].join(self.timeout)
 
     def _connect(self) -> tuple[Hub | None, Link, str]:
-        """Meets the hub, in the process of rank 0, at the address that it leaves in the store."""
+        """Connects to the hub of rank 0, which publishes its address in the store."""
         store, key = default_store(), f"tp_embed/watchdog/{Watchdog._started}"
         Watchdog._started += 1
         hub = None
@@ -130,7 +131,7 @@ class Watchdog:
             hub = Hub(self._size, self.timeout, self._beat, token)
             store.set(key, f"{socket.gethostname()} {hub.port} {token}")
         host, port, token = store.get(key).decode().split()
-        # The launcher knows by which address rank 0 is reached; its name may say another one.
+        # The launcher knows how to reach rank 0; its host name may resolve to another address.
         address = "localhost" if self._rank == 0 else os.environ.get("MASTER_ADDR", host)
         try:
             link = Link(socket.create_connection((address, int(port)), self.timeout))
@@ -143,8 +144,8 @@ class Watchdog:
         return hub, link, f"rank 0 on {host}"
 
     def _run(self) -> None:
-        """Gives signs of life, and looks for those of the others, until the end."""
-        # Longer than until a rank that stands still is found, which says more.
+        """Sends heartbeats, and handles messages of the hub, until the end."""
+        # Longer than it takes to find a stopped rank, which is the better diagnosis.
         patience = Patience(self.timeout + 2 * self._beat)
         selector, next_beat = selectors.DefaultSelector(), time.monotonic()
         selector.register(self._link, selectors.EVENT_READ)
@@ -154,7 +155,7 @@ class Watchdog:
                     for message in self._link.receive():
                         if message.get("bye"):
                             return
-                        self._hear(message)
+                        self._handle(message)
                 now = time.monotonic()
                 if now < next_beat:
                     continue
@@ -172,11 +173,11 @@ class Watchdog:
             if not self._leaving:
                 self._end(f"missing: rank 0\n  {self._hub_name}, which hears of all ranks, {e}")
         except Exception:
-            if not self._trouble:  # A fault of the watchdog is not one of the job.
+            if not self._trouble:  # A bug of the watchdog must not kill the job.
                 self._deadline.postpone(0)
             raise
 
-    def _hear(self, message: dict[str, Any]) -> None:
+    def _handle(self, message: dict[str, Any]) -> None:
         if "verdict" in message:
             self._end(message["verdict"])
         if "trouble" in message:
@@ -184,7 +185,7 @@ class Watchdog:
             self._deadline.postpone(GRACE + _LAST_WORDS)
             place = find_place(self._error)
             self._link.send({"place": place.text, "gang": place.gang})
-            # At once: the launcher may end this process before the verdict is there.
+            # Don't wait for the verdict: the launcher may end this process before.
             self._report(self._trouble, place)
 
     def _on_exception(self, kind: Any, error: BaseException, trace: Any) -> None:
@@ -193,7 +194,7 @@ class Watchdog:
             self._fail(error)
 
     def _end(self, verdict: str) -> NoReturn:
-        """Ends this process, whatever its other threads do."""
+        """Ends this process, whatever its other threads are doing."""
         self._deadline.postpone(_LAST_WORDS)
         if not self._trouble:
             self._report(verdict, find_place(self._error))
@@ -219,24 +220,23 @@ class Watchdog:
 
 @contextmanager
 def watch(timeout: timedelta | float) -> Iterator[Watchdog]:
-    """In this context, all ranks of the job end if one of them is missing: if it dies, is stopped,
-    hangs or is cut off. All ranks have to enter it, after torch.distributed is initialised::
+    """In this context, all ranks of the job end if one of them dies, is stopped, hangs or is
+    disconnected. All ranks must enter it, after torch.distributed is initialised::
 
         with watch(timeout=60):
             train()
 
-    A process that dies is noticed at once, as is one that leaves the context by an exception. One
-    that has given no sign of life for ``timeout``, or that keeps others waiting in a collective for
-    so long, is missing too. Then every rank writes to stderr who is missing, in which collective of
-    which gang it waits itself, and its stacks, and ends with the exit code 75, which makes the
-    launcher end its node. A process that does not get to it, because it is stopped, is killed by
-    the kernel; one that is cut off from rank 0 ends by itself.
+    A process that dies, or leaves the context by an exception, is noticed at once. A process that
+    sends no heartbeat for ``timeout``, or keeps others waiting in a collective for that long, is
+    missing too. Then every rank writes to stderr who is missing, the collective and gang it waits
+    in itself, and its stacks, and ends with exit code 75, which makes the launcher end its node.
+    The kernel kills a stopped process; a rank that is disconnected from rank 0 ends itself.
 
-    Rank 0 leaves the context when all others have.
+    Rank 0 leaves the context after all others.
 
-    :param timeout: in seconds, if it is a number. It has to be longer than the longest time that
-        some ranks wait for others in a healthy job, such as for rank 0 to write a file.
-    :raises ValueError: ``timeout`` is less than a second, or not that of the running watchdog.
+    :param timeout: seconds, or a ``timedelta``. Must exceed the longest wait between ranks in a
+        healthy job, such as for rank 0 to write a file.
+    :raises ValueError: ``timeout`` is less than a second, or differs from the running watchdog's.
     :raises GangError: torch.distributed is not initialised, or rank 0 cannot be reached.
     """
     watchdog = Watchdog.start(timeout)
@@ -251,10 +251,10 @@ def watch(timeout: timedelta | float) -> Iterator[Watchdog]:
     watchdog.stop()
 
 
-def _forget() -> None:
-    """Closes in a forked process what would keep connections open after its parent has died."""
+def _close_in_child() -> None:
+    """Closes sockets in a forked process, so that connections end when its parent dies."""
     if Watchdog._running is not None:
         Watchdog._running._close()
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_close_in_child)
