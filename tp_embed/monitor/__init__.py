@@ -1,7 +1,7 @@
-"""Watches training: what becomes of the tables, what ranks send each other, and a page about it.
+"""Monitors training: statistics of the tables, traffic between ranks, and a report.
 
-:class:`.tables.Monitor` writes figures of the steps, with those of :class:`.traffic.Traffic`, into
-:mod:`.run_log`, of which :mod:`.report` makes a page, without torch.
+:class:`.tables.Monitor` logs metrics of sampled steps, including :class:`.traffic.Traffic`, to
+:mod:`.run_log`. :mod:`.report` renders the log as a page, without torch.
 """
 
 from __future__ import annotations

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which people who are colour-blind can tell apart.
+# The colour-blind safe palette of Okabe and Ito.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
 
 Series = tuple[str, Sequence[float], Sequence[float]]
 
-# Text is text, also with "$". The same values give the same file. Points less than half a pixel
-# apart are merged.
+# Keep text as text, "$" included. Write the same file for the same values. Merge points less than
+# half a pixel apart.
 _RC = {
     "svg.fonttype": "none",
     "svg.hashsalt": "tp_embed",
@@ -32,12 +32,12 @@ _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def new_figure(width: float, height: float, title: str | None = None) -> Figure:
-    """An empty figure, its size in inches.
+    """Returns an empty figure, with its size in inches.
 
     :raises MissingPackageError: matplotlib isn't installed.
     """
     try:
-        from matplotlib.figure import Figure  # pyplot would keep state that others share.
+        from matplotlib.figure import Figure  # pyplot would keep global state.
     except ImportError as e:
         raise MissingPackageError(
             "Charts need matplotlib, which is not installed. Install it: "
@@ -57,11 +57,11 @@ def line_charts(
     from_zero: bool = False,
     x_ticks: Sequence[int] | None = None,
 ) -> Figure:
-    """One chart below the other, by title: a line for each (name, x, y) in it. Points that aren't
-    finite are left out.
+    """Draws a column of charts by title, with a line for each (name, x, y). Skips non-finite
+    points.
 
-    :param from_zero: whether vertical axes begin at 0 whatever the least value is.
-    :param x_ticks: the ticks of horizontal axes, which are logarithmic then.
+    :param from_zero: whether y-axes begin at 0.
+    :param x_ticks: the ticks of the x-axes, which are logarithmic then.
     :raises MissingPackageError: matplotlib isn't installed.
     """
     figure = new_figure(7, 2.8 * len(panels) + (0.4 if title else 0), title)
@@ -92,12 +92,12 @@ def _draw(axes: Axes, lines: Sequence[Series]) -> None:
         has_points |= bool(points)
     if not has_points:
         axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center")
-    if len(lines) > 1:  # Names that begin with "_" are shown too if they are passed here.
+    if len(lines) > 1:  # Passing names shows those that begin with "_" too.
         axes.legend(axes.lines, [name for name, _, _ in lines], fontsize=8)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes ``figure`` in the format that the name of ``path`` ends in.
+    """Writes ``figure`` in the format of the suffix of ``path``.
 
     :raises OSError: the file can't be written.
     """
@@ -109,7 +109,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def to_svg(figure: Figure) -> str:
-    """``figure`` as an ``<svg>`` element, which is a file or a part of a page."""
+    """Returns ``figure`` as an ``<svg>`` element, for a file or an HTML page."""
     text = io.StringIO()
     with _style():
         figure.savefig(text, format="svg", metadata=_NO_METADATA)

@@ -1,4 +1,4 @@
-"""``tp-embed report``: a page about a run."""
+"""``tp-embed report`` writes an HTML page about a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _run(values: Mapping[str, Any]) -> Report:
-    from .report import write_report  # Others need not wait for it.
+    from .report import write_report  # Keeps other commands fast to import.
 
     path = write_report(values["directory"], values["output"])
     return Report({"report": str(path)}, [str(path)])
@@ -28,8 +28,8 @@ def _run(values: Mapping[str, Any]) -> Report:
 REPORT = Command(
     "report",
     "write a page about a run",
-    "Writes a page about a run, of the monitor.jsonl or metrics.csv in its directory.",
+    "Writes a page about a run from the monitor.jsonl or metrics.csv in its directory.",
     _add_arguments,
     _run,
-    "docs/monitoring.md says what writes them.",
+    "docs/monitoring.md explains how to write them.",
 )

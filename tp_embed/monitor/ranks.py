@@ -1,4 +1,4 @@
-"""The ranks that watch a run: whether all do, and what is noted of them and of the run."""
+"""Gathers facts about the ranks of a run, without secrets."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _LEFT_OUT = "(left out)"
 
 
 def meet(gang: Gang, info: dict[str, Any], timeout: timedelta) -> list[dict[str, Any]]:
-    """What each rank of the job gives as ``info``, by rank; all have to call it.
+    """Gathers ``info`` of each rank of the job, by rank. All ranks must call it.
 
-    By the store, not by a collective, which would hang, or fail without a reason, where only the
-    first rank of a script comes here.
+    Uses the store, since a collective would hang, or fail without a reason, if a script called this
+    on the first rank only.
 
-    :raises GangError: a rank has not come within ``timeout``.
+    :raises GangError: a rank has not called it within ``timeout``.
     """
     if gang.size == 1:
         return [info]
     store = default_store()
-    count = store.add(f"tp_embed/monitors/{gang.rank}", 1)  # The how-manieth of this process.
+    count = store.add(f"tp_embed/monitors/{gang.rank}", 1)  # Counts calls of this rank.
     keys = [f"tp_embed/monitor/{count}/{rank}" for rank in range(gang.size)]
     store.set(keys[gang.rank], json.dumps(info))
     try:
@@ -46,14 +46,14 @@ def meet(gang: Gang, info: dict[str, Any], timeout: timedelta) -> list[dict[str,
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         raise GangError(
             f"The ranks {missing} have not made a `Monitor` within {timeout} of rank {gang.rank}. "
-            "Every rank has to make one, at the same place of the script, not only the one that "
+            "Make one on every rank, at the same place of the script, not only on the rank that "
             "writes."
         ) from e
     return [json.loads(text) for text in store.multi_get(keys)]
 
 
 def describe_rank(tables: Mapping[str, Module], device: torch.device) -> dict[str, Any]:
-    """What the other ranks are told of this one: where it is, and the tables that it has."""
+    """Returns the host, device and tables of this rank."""
     is_cpu = device.type == "cpu"
     return {
         "host": socket.gethostname(),
@@ -68,13 +68,13 @@ def describe_rank(tables: Mapping[str, Module], device: torch.device) -> dict[st
 def describe_run(
     infos: list[dict[str, Any]], every: int, about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What is noted of a run when it is started."""
+    """Returns the log entry for the start of a run."""
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": _command_without_secrets(sys.argv),
         "every": every,
         "ranks": [{"host": info["host"], "device": info["device"]} for info in infos],
-        # As the first rank of those that have it does.
+        # Reversed, so that the first rank that has a table describes it.
         "tables": {name: table for info in infos[::-1] for name, table in info["tables"].items()},
         "versions": {
             "python": platform.python_version(),
@@ -85,7 +85,7 @@ def describe_run(
 
 
 def _without_secrets(values: Any) -> Any:
-    """What a config names as a key or a password is left out of what is written."""
+    """Replaces values of a config whose names look secret."""
     if isinstance(values, list | tuple):
         return [_without_secrets(value) for value in values]
     if not isinstance(values, Mapping):
@@ -97,7 +97,7 @@ def _without_secrets(values: Any) -> Any:
 
 
 def _command_without_secrets(arguments: Iterable[str]) -> list[str]:
-    """Likewise, of `name=value` and `--name value`."""
+    """Replaces secret values in `name=value` and `--name value`."""
     found: list[str] = []
     is_value = False
     for argument in arguments:

@@ -1,6 +1,6 @@
-"""One page about a run, of what its directory has: ``tp-embed report runs/train_lm``.
+"""Renders the directory of a run as one page: ``tp-embed report runs/train_lm``.
 
-The page, `report.html`, is one file that needs no network: charts are SVG in it, by matplotlib.
+The page, `report.html`, is one file that needs no network. Its charts are inline SVG by matplotlib.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ summary { cursor: pointer; font-weight: 600; }
 
 
 def write_report(directory: Path | str, output: Path | str | None = None) -> Path:
-    """Writes a page about the run in ``directory``: its loss, speed, gradients and ids of tables,
-    the exchange between ranks, memory, the config, versions and the places of ranks.
+    """Writes a page about the run in ``directory``: loss, speed, gradients and ids of tables, the
+    exchange between ranks, memory, the config, versions and the hosts of ranks.
 
-    It is made of `monitor.jsonl`, which a :class:`tp_embed.monitor.Monitor` with ``directory``
-    writes, and of `metrics.csv`, with the columns ``step``, ``loss`` and ``tokens_per_second``, if
-    there is one; its figures are of each step and preferred. `config.yaml` and `result.json` are
-    shown as they are. Call it in one process.
+    Reads `monitor.jsonl`, written by a :class:`tp_embed.monitor.Monitor` with ``directory``, and
+    `metrics.csv`, with the columns ``step``, ``loss`` and ``tokens_per_second``. `metrics.csv` has
+    every step and takes precedence. Shows `config.yaml` and `result.json` as they are. Call it in
+    one process.
 
     :param output: the file; if ``None``, `report.html` in ``directory``.
     :returns: the file.
-    :raises FileNotFoundError: the directory has none of the first two.
+    :raises FileNotFoundError: the directory has neither `monitor.jsonl` nor `metrics.csv`.
     :raises MissingPackageError: matplotlib isn't installed.
     """
     directory = Path(directory)
@@ -206,7 +206,7 @@ def _texts(run: Run, directory: Path) -> list[str]:
 
 
 def _of_each_step(run: Run, key: str) -> tuple[list[float], list[float]]:
-    """From the metrics of all steps, if there are any, or else from the rows of some."""
+    """Returns steps and finite values from `metrics.csv`, or else from the sampled rows."""
     values = run.metrics.get(key)
     if not values:
         return run.series(key)
@@ -224,7 +224,7 @@ def _exchange(row: Mapping[str, Any], key: str) -> float:
 
 
 class _Html(str):
-    """Text that is HTML already."""
+    """A string of HTML, not to be escaped."""
 
 
 def _card(title: str, body: str, *, wide: bool = False) -> str:
@@ -246,7 +246,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -
 
 
 def number(value: float) -> str:
-    """A number for people: 1.23M, 3550, 0.0456."""
+    """Formats a number for humans: 1.23M, 3550, 0.0456."""
     if not math.isfinite(value):
         return str(value)
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):

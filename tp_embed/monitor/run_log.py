@@ -1,8 +1,8 @@
-"""What was watched during a run, in files of its directory.
+"""Writes and reads the log of a run.
 
 `monitor.jsonl` has a line of JSON for each start of the run, ``{"run": {...}}``, and one for each
-step that was sampled. It is only ever appended to: a run that is resumed, or started again, from an
-earlier step supersedes the rows behind that step when the file is read.
+sampled step. It is append-only: when a run resumes from an earlier step, its rows supersede the old
+rows after that step on reading.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ METRICS_NAME = "metrics.csv"
 
 
 class RunLog:
-    """Appends to the log of the run in ``directory``, which is made if it does not exist."""
+    """Appends to the log of the run in ``directory``, which is created if needed."""
 
     def __init__(self, directory: Path | str) -> None:
         directory = Path(directory)
@@ -28,22 +28,22 @@ class RunLog:
         self._path = directory / LOG_NAME
 
     def start(self, run: Mapping[str, Any]) -> None:
-        """Notes that the run was started, with what is known of it."""
+        """Appends an entry for the start of a run."""
         self._append({"run": run})
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Adds a row, which holds ``"step"``, the number of steps done, and ``"every"``, how many
-        it stands for."""
+        """Appends a row. ``"step"`` is the number of steps done, ``"every"`` the number of steps
+        that the row represents."""
         self._append(_finite(row))
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        # Opened for each row, so that what was written is whole whenever the process ends.
+        # Reopened for each row, so that the log is complete whenever the process ends.
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, default=str) + "\n")
 
 
 def _finite(value: Any) -> Any:
-    """``value`` with nothing in place of infinities and NaN, which JSON does not have."""
+    """Replaces infinities and NaN, which JSON lacks, by ``None``."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -51,8 +51,8 @@ def _finite(value: Any) -> Any:
 
 @dataclass
 class Run:
-    """A run as its directory tells it: what is known of its last start; the rows of the steps that
-    were sampled; and ``metrics``, the columns of a `metrics.csv` with a column ``step``, if any."""
+    """A run as read from its directory: ``about`` describes its last start, ``rows`` are sampled
+    steps, ``metrics`` are the columns of a `metrics.csv` with a column ``step``."""
 
     name: str
     about: dict[str, Any] = field(default_factory=dict)
@@ -60,20 +60,20 @@ class Run:
     metrics: dict[str, list[float]] = field(default_factory=dict)
 
     def series(self, *keys: str) -> tuple[list[float], list[float]]:
-        """The steps at which a row has ``row[key][key]...``, and what it is."""
+        """Returns the steps with a number at ``row[key][key]...``, and these numbers."""
         points = [(row["step"], _dig(row, keys)) for row in self.rows]
         found = [(step, value) for step, value in points if isinstance(value, int | float)]
         return [step for step, _ in found], [float(value) for _, value in found]
 
     def names(self, key: str) -> list[str]:
-        """The names for which rows have ``row[key][name]``, in order of appearance."""
+        """Returns each ``name`` of ``row[key][name]``, in order of appearance."""
         return list(dict.fromkeys(name for row in self.rows for name in row.get(key) or {}))
 
 
 def read_run(directory: Path | str) -> Run:
-    """Reads what the directory of a run has of `monitor.jsonl` and `metrics.csv`.
+    """Reads `monitor.jsonl` and `metrics.csv` in the directory of a run.
 
-    :raises FileNotFoundError: it has neither.
+    :raises FileNotFoundError: the directory has neither.
     """
     directory = Path(directory)
     run = Run(directory.resolve().name)
@@ -102,7 +102,7 @@ def _entries(log: Path) -> Iterator[dict[str, Any]]:
         try:
             yield json.loads(line)
         except json.JSONDecodeError:
-            continue  # Cut off where the process was killed.
+            continue  # Truncated when the process was killed.
 
 
 def _columns(path: Path) -> dict[str, list[float]]:
@@ -113,7 +113,7 @@ def _columns(path: Path) -> dict[str, list[float]]:
     try:
         return {key: [float(row[key] or math.nan) for row in table] for key in table[0]}
     except (TypeError, ValueError):
-        return {}  # Not a table of numbers, so nothing to draw.
+        return {}  # Not numeric, so there is nothing to draw.
 
 
 def _dig(row: Mapping[str, Any], keys: tuple[str, ...]) -> Any:

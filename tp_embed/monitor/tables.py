@@ -1,4 +1,4 @@
-"""Watches the tables of a model while it trains: gradients, ids, and the exchange between ranks."""
+"""Monitors the tables of a model in training: gradients, ids, and the exchange between ranks."""
 
 from __future__ import annotations
 
@@ -32,52 +32,52 @@ _MOST_ROWS = 1000
 
 
 class Writer(Protocol):
-    """Where figures go: a ``torch.utils.tensorboard.SummaryWriter``, or anything like it."""
+    """The interface of a ``torch.utils.tensorboard.SummaryWriter`` that a Monitor needs."""
 
     def add_scalar(self, tag: str, value: float, step: int, /) -> object: ...
 
 
 @dataclass
 class _Window:
-    """One step that is sampled, from its first forward to the update."""
+    """A sampled step, from its first forward to the update."""
 
     traffic: Traffic
     started: float
-    losses: list[Tensor] = field(default_factory=list)  # What the model returned.
-    given: list[Tensor] = field(default_factory=list)  # By the caller, which goes before it.
+    losses: list[Tensor] = field(default_factory=list)  # Returned by the model.
+    given: list[Tensor] = field(default_factory=list)  # Given by the caller; takes precedence.
     values: dict[str, Any] = field(default_factory=dict)
     ids: dict[str, list[Tensor]] = field(default_factory=dict)  # (2,): unique, all
     squares: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Monitor:
-    """Writes figures of every so many steps of a training loop of plain torch::
+    """Logs metrics of sampled steps in a plain torch training loop::
 
         monitor = Monitor(model, optimizer, SummaryWriter("runs/first"))
 
-    By the tags ``train_loss``; ``grad_norm/TABLE``, the norm of the gradient of the whole table,
-    before the optimizer uses it; ``unique_ratio/TABLE``, the different ids of a batch over all of
-    its ids; ``exchange_bytes/OPERATION`` and ``exchange_ms/OPERATION``, what one rank sends in the
-    collectives of the tables' gangs and how long they take, mean of the ranks, and their sums;
-    ``step_ms``, ``tokens_per_second`` and ``memory_mib``, the peak of the fullest rank.
+    The tags are ``train_loss``; ``grad_norm/TABLE``, the gradient norm of the whole table before
+    the update; ``unique_ratio/TABLE``, unique ids over all ids of a batch;
+    ``exchange_bytes/OPERATION`` and ``exchange_ms/OPERATION``, bytes sent and time spent by one
+    rank in collectives of the tables' gangs, averaged over ranks, and their sums; ``step_ms``,
+    ``tokens_per_second`` and ``memory_mib``, the highest peak of any rank.
 
-    All ranks of the job make one, at the same place of the script, and the first rank writes. They
-    update, or skip an update, together. A step that is sampled costs an all-gather of some numbers
-    over all ranks, a synchronisation before and one after it, and a sort of the ids; other steps
-    cost next to nothing.
+    All ranks of the job must make one, at the same place of the script; the first rank writes. They
+    must update, or skip an update, together. A sampled step costs an all-gather of a few numbers
+    over all ranks, a synchronisation before and after it, and a sort of the ids; other steps cost
+    next to nothing.
 
-    :param model: its sharded tables and heads are watched, and other embeddings.
-    :param optimizer: the step ends when it has updated. Gradients are those of the whole batch by
-        then: with ``DistributedDataParallel`` or with one process for each shard.
-    :param writer: gets the figures, on the first rank; those of others are not used.
-    :param every: samples each step whose number, counted from 1, it divides.
-    :param directory: the first rank appends rows to `monitor.jsonl` there, of which
-        :func:`tp_embed.monitor.report.write_report` makes a page.
-    :param about: anything to keep with the run: its config, the report of ``shard_embeddings``.
-    :param device: where ranks exchange their figures, and whose memory is watched; if ``None``,
-        that of the model's first Parameter.
-    :param timeout: how long to wait for a rank that does not make its monitor.
-    :raises GangError: a rank has not made one in time.
+    :param model: its sharded tables and heads are monitored, and other embeddings.
+    :param optimizer: its update ends the step. By then, gradients must cover the whole batch: with
+        ``DistributedDataParallel``, or with one process per shard.
+    :param writer: gets the metrics, on the first rank; writers of other ranks are unused.
+    :param every: samples the steps whose number, counted from 1, is a multiple of it.
+    :param directory: the first rank appends rows to `monitor.jsonl` there, for
+        :func:`tp_embed.monitor.report.write_report`.
+    :param about: anything to log with the run: its config, the report of ``shard_embeddings``.
+    :param device: where ranks exchange metrics, and whose memory is monitored; if ``None``, the
+        device of the model's first Parameter.
+    :param timeout: how long to wait for other ranks to make their monitors.
+    :raises GangError: a rank has not made its monitor in time.
     """
 
     prefix = "Train/Steps/"
@@ -97,7 +97,7 @@ class Monitor:
         if every < 1:
             raise ValueError(f"`every` must be greater than or equal to 1, but is {every} instead.")
         self.every = every
-        self.rows: list[dict[str, Any]] = []  # Of the first rank, the last ones.
+        self.rows: list[dict[str, Any]] = []  # The latest rows, on the first rank.
         self._writer = writer
         self._window: _Window | None = None
         self._step = 0
@@ -109,7 +109,7 @@ class Monitor:
         own = {name: module for name, (module, _) in self._tables.items()}
         infos = meet(self._all, describe_rank(own, device), timeout)
         self._names = list(dict.fromkeys(name for info in infos for name in info["tables"]))
-        # How many ranks have each table: those of its gang, of data parallelism, of stages.
+        # How many ranks hold each table, over its gang, data parallelism and pipeline stages.
         self._holders = {n: sum(n in info["tables"] for info in infos) for n in self._names}
         self._log: RunLog | None = None
         if directory is not None and self._all.rank == 0:
@@ -131,9 +131,9 @@ class Monitor:
             ]
 
     def record(self, **values: Any) -> None:
-        """Adds figures of the caller's own to this step, if it is sampled: numbers, or tensors of
-        one item. Call it before the update. ``loss`` is that of this rank's batch, or of one of its
-        micro batches, in place of what the model returns; others are the first rank's."""
+        """Adds custom metrics to this step, if it is sampled: numbers, or tensors of one item. Call
+        it before the update. ``loss``, of this rank's batch or micro batch, replaces the loss that
+        the model returns; of others, the first rank's values are logged."""
         if self._window is not None:
             loss = values.pop("loss", None)
             if loss is not None:
@@ -141,33 +141,33 @@ class Monitor:
             self._window.values |= values
 
     def close(self) -> None:
-        """Stops watching. What is written stays; the writer stays open."""
+        """Removes all hooks. The writer stays open."""
         for handle in self._handles:
             handle.remove()
         if self._window is not None:
             self._window.traffic.close()
             self._window = None
 
-    # What a framework has its own ways for.
+    # Overridden for frameworks.
 
     def _steps_done(self) -> int:
         return self._step
 
     def _abscissa(self) -> int:
-        """What figures are drawn over."""
+        """Returns the x-coordinate of metrics."""
         return self._step
 
     def _gradient(self, parameter: Parameter) -> tuple[Tensor | None, int]:
-        """This rank's piece of the gradient of ``parameter``, if it has one, and over how many
-        data-parallel ranks that is cut."""
+        """Returns this rank's piece of the gradient of ``parameter``, or ``None``, and the number
+        of data-parallel ranks that it is cut over."""
         return parameter.grad, 1
 
     def _tp_size(self) -> int:
-        """How many ranks have the same batch."""
+        """Returns the number of ranks that share a batch."""
         return max((gang.size for gang in self._gangs), default=1)
 
     def _loss_scale(self) -> float:
-        """By what gradients are too large."""
+        """Returns the factor that gradients are scaled by."""
         return 1.0
 
     def _write(self, events: list[tuple[str, float, int]]) -> None:
@@ -175,7 +175,7 @@ class Monitor:
             for tag, value, at in events:
                 self._writer.add_scalar(tag, value, at)
 
-    # The course of a step.
+    # In the order of a step.
 
     def _before_forward(self, model: Module, args: Any) -> None:
         is_sampled = (self._steps_done() + 1) % self.every == 0
@@ -185,7 +185,7 @@ class Monitor:
 
     def _after_forward(self, model: Module, args: Any, kwargs: Any, output: Any) -> None:
         if kwargs.get("num_items_in_batch") is not None:
-            return  # A part of the loss of all micro batches and ranks, by transformers.
+            return  # transformers returns a partial loss, to sum over micro batches and ranks.
         loss = getattr(output, "loss", None)
         if loss is None:
             loss = output[0] if isinstance(output, tuple) and output else output
@@ -209,7 +209,7 @@ class Monitor:
             gradient, pieces = self._gradient(parameter)
             if gradient is None:
                 continue
-            # The norm of a marked shard is that of the whole gradient, which is summed up below.
+            # Without `local`, the norm would already be reduced over the gang.
             gradient = local(gradient)
             if gradient.is_sparse:
                 gradient = gradient.coalesce().values()
@@ -249,7 +249,7 @@ class Monitor:
             self._write(self._events(row))
 
     def _row(self, figures: Tensor) -> dict[str, Any]:
-        """One step, of the figures of all ranks. *Shape:* (ranks, figures)."""
+        """Reduces the figures of all ranks to a row. *Shape:* (ranks, figures)."""
         sums = iter(figures.sum(0).tolist())
         num_losses, loss, seconds, _ = (next(sums) for _ in range(4))
         by_table = {name: [next(sums) for _ in range(3)] for name in self._names}
@@ -296,8 +296,8 @@ class Monitor:
 
 
 def watched_tables(model: Module) -> dict[str, tuple[Module, Parameter]]:
-    """The embeddings of ``model``, ours and torch's, and our heads, by name, with their weight;
-    those that share one count once, the first of them."""
+    """Returns the embeddings of ``model``, ours and torch's, and our heads, by name, with their
+    weight. Of modules that share a weight, returns the first."""
     tables: dict[str, tuple[Module, Parameter]] = {}
     for name, module in model.named_modules():
         weight: Any = getattr(module, "weight", None)
@@ -309,8 +309,8 @@ def watched_tables(model: Module) -> dict[str, tuple[Module, Parameter]]:
 
 
 def count_unique(ids: Tensor) -> Tensor:
-    """How many different ``ids`` there are, and how many at all, on their device and without
-    waiting for it, as ``torch.unique`` would. *Shape:* :math:`(2)`, *dtype:* float64."""
+    """Counts unique ``ids``, and all ``ids``, without the synchronisation of ``torch.unique``.
+    *Shape:* :math:`(2)`, *dtype:* float64, on the device of ``ids``."""
     flat = ids.flatten()
     ordered = flat.sort().values
     unique = (ordered[1:] != ordered[:-1]).sum() + min(flat.numel(), 1)
@@ -318,7 +318,7 @@ def count_unique(ids: Tensor) -> Tensor:
 
 
 def _is_training(module: Module) -> bool:
-    """Not so in an evaluation, nor in the first of the two forwards of a checkpoint."""
+    """Returns false in evaluation, and in the first of the two forwards of a checkpoint."""
     return module.training and torch.is_grad_enabled()
 
 
@@ -334,7 +334,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """The bytes that this process had in use at most: of the device, or else of the host."""
+    """Returns the peak memory of this process in bytes, on the device, or on the host for CPUs."""
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # In KiB on Linux.
     return float(torch.accelerator.max_memory_allocated(device))

@@ -1,4 +1,4 @@
-"""What the collectives of gangs cost: calls, bytes and seconds, by operation."""
+"""Measures the collectives of gangs: calls, bytes and seconds, by operation."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tp_embed.nn.gang_layer import GangLayer
 
 @dataclass
 class OperationTraffic:
-    """The calls of one collective operation, the bytes that this rank sent for them, and how long
-    they took, waiting for other ranks included."""
+    """Calls of one collective, the bytes this rank sent, and the seconds they took, including the
+    wait for other ranks."""
 
     calls: int = 0
     bytes_sent: int = 0
@@ -29,19 +29,18 @@ class OperationTraffic:
 
 
 class Traffic:
-    """Counts the collectives of some gangs from now on, until it is closed::
+    """Counts the collectives of ``gangs`` until it is closed::
 
         with Traffic(gang) as traffic:
             model(ids)
         print(traffic.by_operation())
 
-    On a CPU the time is that of the clock. On an accelerator it is the time between two events of
-    the stream, before and after: nothing waits for the device until the figures are asked for.
-    What is captured into a graph counts once, without its time.
-    Bytes are what the docstrings of :class:`Gang` say that one rank sends. Objects that are
-    broadcast and barriers count as calls only.
+    On a CPU, the time is wall time. On an accelerator, it is measured by events on the stream, and
+    nothing waits for the device until the results are read. Collectives captured into a graph count
+    once, without time. Bytes sent by one rank follow the docstrings of :class:`Gang`. Broadcasts of
+    objects and barriers count as calls only.
 
-    A gang that two models share counts for both.
+    A gang shared by two models counts for both.
     """
 
     def __init__(self, *gangs: Gang) -> None:
@@ -53,13 +52,13 @@ class Traffic:
         ]
 
     def by_operation(self) -> dict[str, OperationTraffic]:
-        """What was counted so far, by operation: ``"all_gather"``, ... Waits for those that an
-        accelerator has not done yet."""
+        """Returns the counts so far, by operation: ``"all_gather"``, ... Waits for collectives that
+        still run on an accelerator."""
         self._collect(wait=True)
         return {name: self._traffic[name] for name in sorted(self._traffic)}
 
     def total(self) -> OperationTraffic:
-        """The sum over all operations. Waits as :meth:`by_operation`."""
+        """Returns the sum over all operations. Waits like :meth:`by_operation`."""
         every = self.by_operation().values()
         return OperationTraffic(
             sum(t.calls for t in every),
@@ -68,7 +67,7 @@ class Traffic:
         )
 
     def close(self) -> None:
-        """Stops counting. What was counted remains."""
+        """Stops counting. Keeps the counts."""
         for handle in self._handles:
             handle.remove()
 
@@ -90,7 +89,7 @@ class Traffic:
             finally:
                 entry.seconds += time.perf_counter() - started
         elif torch.accelerator.current_stream(gang.device).is_capturing():
-            yield  # A graph that is replayed calls nothing, and no event may be asked meanwhile.
+            yield  # Events can't be queried during capture, and a replay calls no hooks.
         else:
             start, end = (torch.Event(gang.device, enable_timing=True) for _ in range(2))
             start.record()
@@ -100,7 +99,7 @@ class Traffic:
             self._collect()
 
     def _collect(self, wait: bool = False) -> None:
-        """Adds the time of collectives that are done, in the order in which they began."""
+        """Adds the time of completed collectives, in the order they began."""
         while self._running and (wait or self._running[0][2].query()):
             operation, start, end = self._running.popleft()
             end.synchronize()
@@ -108,15 +107,15 @@ class Traffic:
 
 
 def gangs_of(model: Module) -> list[Gang]:
-    """The gangs over which layers of ``model`` are sharded, each once."""
+    """Returns the gangs of the sharded layers of ``model``, without duplicates."""
     layers = [module for module in model.modules() if isinstance(module, GangLayer)]
     return list({id(layer.gang): layer.gang for layer in layers}.values())
 
 
 def bytes_sent(operation: str, num_bytes: int, size: int) -> int:
-    """What one of ``size`` ranks sends for a collective that it puts ``num_bytes`` into, as the
-    docstrings of :class:`Gang` have it, and for the broadcast
-    the n bytes that each rank but the last of a chain passes on.
+    """Returns the bytes that one of ``size`` ranks sends for a collective with an input of
+    ``num_bytes``, by the docstrings of :class:`Gang`. A broadcast counts ``num_bytes``, which every
+    rank but the last of a chain passes on.
     """
     if size == 1:
         return 0
