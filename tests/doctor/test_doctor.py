@@ -151,7 +151,7 @@ def test_stale_locks_are_told_from_held_ones_and_only_they_are_removed_when_aske
 
         result = doctor("--no-bench", "--fix", ranks=[extensions])
         assert result.code == 0
-        result.find("was stale and is removed", "ok")
+        result.find("was stale, and was removed", "ok")
         assert not stale.exists()
         assert held.exists()
 
@@ -166,7 +166,7 @@ def test_lock_that_cannot_be_removed_is_not_said_to_be_gone(monkeypatch, tmp_pat
     assert not (tmp_path / "a" / "lock").exists()
     gone, left = fold(locks.judge(job, removed))
     assert (gone.level, gone.ranks) == ("ok", (0, 1))
-    assert f"{tmp_path}/a/lock was stale and is removed" in gone.what
+    assert f"{tmp_path}/a/lock was stale, and was removed" in gone.what
     assert (left.level, left.ranks) == ("error", (0, 1))
     assert "but it cannot be removed: Is a directory" in left.what
 
@@ -201,7 +201,7 @@ def test_all_ranks_of_a_launcher_fail_when_one_thing_is_wrong():
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert "must be a multiple of `--tp`, but that is 4" in output
-    assert "take a tensor-parallel size of [1, 2]" in output
+    assert "use a tensor-parallel size of [1, 2]" in output
     assert "Traceback" not in output.partition("1 error")[0]
 
 
@@ -243,10 +243,10 @@ def test_rank_that_never_comes_and_one_that_comes_twice_are_named():
     twice = {"RANK": "1", "LOCAL_RANK": "1"}
     result = doctor("--timeout", 12, ranks=[{}, {}, twice], size=3)
     assert result.code == 1
-    assert result.find("2 processes have come as rank 1", "error")["ranks"] == [1]
-    finding = result.find("has not come in 12 s", "error")
+    assert result.find("2 processes connected as rank 1", "error")["ranks"] == [1]
+    finding = result.find("did not connect in 12 s", "error")
     assert finding["ranks"] == [2]
-    assert f"there are ranks 0-1 on {socket.gethostname()}" in finding["what"]
+    assert f"connected: ranks 0-1 on {socket.gethostname()}" in finding["what"]
     result.find("collectives were not timed", "note")
 
 
@@ -283,7 +283,7 @@ def test_rank_that_ends_in_a_collective_is_named():
             process.communicate()
     result = Result(ranks[0].returncode, output)
     assert result.code == 1
-    assert result.find("came, and then answered no more", "error")["ranks"] == [1]
+    assert result.find("connected, then stopped answering", "error")["ranks"] == [1]
 
 
 def test_rank_says_that_rank_0_is_gone():
@@ -294,7 +294,7 @@ def test_rank_says_that_rank_0_is_gone():
     with suppress(MeetingError):
         other.gather(1)  # What is only sent may be lost unnoticed once.
     for ask in (other.gather, other.share, other.tell):
-        with pytest.raises(MeetingError, match="rank 0 does not answer any more"):
+        with pytest.raises(MeetingError, match="rank 0 stopped answering"):
             ask(1)
     other.end()
 
@@ -335,11 +335,11 @@ def test_nodes_are_examined_together(tmp_path):
         b.run(f"mount --bind {names} /etc/hosts")
         result = on_hosts([a, b], "--shared", str(a.local), port=29500)
         assert result.code == 1
-        finding = result.find("stands for 127.0.1.1", "error")
+        finding = result.find("resolves to 127.0.1.1", "error")
         assert finding["ranks"] == [1]
         assert finding["nodes"] == [b.name]
         assert f"GLOO_SOCKET_IFNAME={IFNAME}" in finding["fix"]
-        assert result.find("is another directory than that of rank 0", "error")["ranks"] == [1]
+        assert result.find("is not the directory that rank 0 sees", "error")["ranks"] == [1]
         result.find("collectives were not timed", "note")
 
         fixed = {"GLOO_SOCKET_IFNAME": IFNAME}
@@ -374,7 +374,7 @@ def test_nodes_that_do_not_reach_each_other_are_named():
         b.link_down()
         result = on_hosts([a, b], "--timeout", "6", port=29501)
         assert result.code == 1
-        assert result.find("has not come in 6 s", "error")["ranks"] == [1]
+        assert result.find("did not connect in 6 s", "error")["ranks"] == [1]
         assert f"rank 1 on {b.name}: error" in result.output
         assert f"rank 0 cannot be reached at {a.address}:29501 for 6 s" in result.output
 

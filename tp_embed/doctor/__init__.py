@@ -1,6 +1,6 @@
-"""``tp-embed doctor``: finds out, before a job, whether its processes can work together.
+"""``tp-embed doctor`` checks, before a job, that its processes can work together.
 
-Each rank looks at itself (:mod:`.facts`, a module for each topic); rank 0 gets what all have seen
-over :mod:`.meeting`, which waits for nobody for ever, and judges it: a list of
-:class:`~.findings.Finding`. :mod:`.exam` is the order of it all.
+Each rank inspects itself (:mod:`.facts`, a module per topic). Rank 0 gathers the facts over
+:mod:`.meeting`, where every wait has a timeout, and turns them into a list of
+:class:`~.findings.Finding`. :mod:`.exam` runs it all.
 """

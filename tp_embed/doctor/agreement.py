@@ -1,4 +1,4 @@
-"""What has to be the same on all ranks: the config, the environment, and the random numbers."""
+"""Compares the config, the environment and random numbers over all ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SHOWN = 5  # Differences of configs.
 
 
 def look(config: str | None) -> dict[str, Any]:
-    """Collects what all ranks should have in common: variables, a config, hashes of numbers."""
+    """Collects environment variables, the config, and hashes of random numbers."""
     environment = {
         name: value
         for name, value in sorted(os.environ.items())
@@ -40,7 +40,7 @@ def look(config: str | None) -> dict[str, Any]:
 
 
 def judge(job: Job) -> Iterator[Finding]:
-    """Yields findings on what ranks should have in common."""
+    """Yields findings on values that must be the same on all ranks."""
     parts = job.part("agreement")
     everywhere = tuple(parts)
     if "config" in parts[0]:
@@ -69,8 +69,8 @@ def judge(job: Job) -> Iterator[Finding]:
                 "agreement",
                 f"torch.manual_seed(0) gives different numbers ({device}): {differing(numbers)}",
                 odd_ones(numbers),
-                "models that each rank draws for itself will differ: take one version of torch "
-                "and one kind of processor, or broadcast the initial model",
+                "models initialized on each rank will differ: use one version of torch and one "
+                "kind of processor, or broadcast the initial model",
             )
         else:
             what = f"torch.manual_seed(0) gives the same numbers ({device})"
@@ -78,7 +78,7 @@ def judge(job: Job) -> Iterator[Finding]:
 
 
 def _read_config(path: str) -> dict[str, Any]:
-    """A config as its values, by their dotted names; one that is not JSON as its lines."""
+    """Reads a JSON config as values by dotted names, or any other file as lines."""
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as e:
@@ -87,7 +87,7 @@ def _read_config(path: str) -> dict[str, Any]:
         values = dict(_flat("", json.loads(text)))
     except ValueError as e:
         if path.endswith(".json"):
-            return {"path": path, "error": f"is no JSON: {e}"}
+            return {"path": path, "error": f"not valid JSON: {e}"}
         lines = (line.rstrip() for line in text.splitlines())
         values = {f"line {i}": line for i, line in enumerate(lines, 1)}
     return {"path": path, "values": values}
@@ -109,7 +109,7 @@ def _judge_configs(configs: Mapping[int, Mapping[str, Any]]) -> Iterator[Finding
             "agreement",
             f"the config {configs[rank]['path']} cannot be read: {error}",
             (rank,),
-            "put it where all nodes see it, at the same path",
+            "put it at a path that all nodes can read",
         )
     values = {rank: config["values"] for rank, config in configs.items() if rank not in unread}
     found = [
@@ -138,7 +138,7 @@ def _judge_configs(configs: Mapping[int, Mapping[str, Any]]) -> Iterator[Finding
 
 
 def _hash_numbers() -> dict[str, str]:
-    """A hash of what each kind of generator draws after ``manual_seed(0)``."""
+    """Hashes the numbers that each kind of generator draws after ``manual_seed(0)``."""
     found = {}
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         try:

@@ -1,4 +1,4 @@
-"""``tp-embed doctor``: its options."""
+"""The options of ``tp-embed doctor``."""
 
 from __future__ import annotations
 
@@ -10,48 +10,46 @@ from typing import Any
 from tp_embed.command import Command, Report
 
 _EPILOG = """\
-It is started as the job is going to be, by the same launcher on the same nodes:
+Start it like the job, by the same launcher on the same nodes:
   deepspeed --hostfile=hosts --module tp_embed doctor --tp 8
   torchrun --nnodes=2 --nproc-per-node=8 --rdzv-endpoint=node1:29500 ... -m tp_embed doctor --tp 8
   mpirun -np 16 --hostfile hosts python -m tp_embed doctor --tp 8
   srun --ntasks-per-node=8 python -m tp_embed doctor --tp 8
-or alone, to look at this machine. Rank 0 prints what was found: errors, which a job will fail or
-hang by, warnings, by which it will be slow or may fail, and notes. All ranks exit alike.
+or alone, to check this machine. Rank 0 prints the findings: errors make a job fail or hang,
+warnings make it slow or may make it fail, and notes. All ranks have the same exit code.
 """
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--tp", type=_positive, metavar="N", help="the tensor-parallel size; ranks are neighbours"
+        "--tp", type=_positive, metavar="N", help="the tensor-parallel size, of adjacent ranks"
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="compared over the ranks: a DeepSpeed config, or YAML"
+        "--config", metavar="FILE", help="a DeepSpeed config, or YAML, to compare over the ranks"
     )
     parser.add_argument(
-        "--shared", metavar="DIR", help="a directory that all nodes have to share, for checkpoints"
+        "--shared", metavar="DIR", help="a directory that all nodes must share, for checkpoints"
     )
     parser.add_argument(
         "--no-bench",
         action="store_false",
         dest="bench",
-        help="leave out what takes seconds: timing collectives, or, alone, importing extras",
+        help="skip slow checks: timing collectives, or, alone, importing extras",
     )
-    parser.add_argument(
-        "--fix", action="store_true", help="remove stale locks of extensions, which nobody holds"
-    )
+    parser.add_argument("--fix", action="store_true", help="remove stale locks of extensions")
     parser.add_argument(
         "--timeout",
         type=_seconds,
         default=60.0,
         metavar="S",
-        help="how many seconds to wait for other ranks; by default %(default)g",
+        help="seconds to wait for other ranks; by default %(default)g",
     )
     parser.add_argument("--strict", action="store_true", help="exit with 1 after warnings, too")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
 
 
 def _run(values: Mapping[str, Any]) -> Report:
-    # torch would log, with stacks, what is said as a finding. It reads this as it is imported.
+    # Silences torch's logs of errors that become findings. Read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from .exam import Options, examine
 
@@ -74,8 +72,8 @@ def _seconds(text: str) -> float:
 
 DOCTOR = Command(
     "doctor",
-    "examine the nodes of a job before it is started",
-    "Examines this machine, or the nodes of a job.",
+    "check the nodes of a job before it starts",
+    "Checks this machine, or the nodes of a job.",
     _add_arguments,
     _run,
     epilog=_EPILOG,

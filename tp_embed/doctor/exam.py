@@ -1,4 +1,4 @@
-"""The order of an examination: what the ranks do together, and what rank 0 makes of it."""
+"""Runs all checks over the ranks, and reports on rank 0."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from .findings import LEVELS, Finding, as_data, as_lines, fold, name_ranks
 from .job import Job
 from .meeting import Meeting
 
-# With errors in these, collectives would wait for nothing.
-_NEEDED = {"ranks", "network", "machine"}
+# With errors in these topics, collectives would hang.
+_REQUIRED_TOPICS = {"ranks", "network", "machine"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is to be examined, as the command line has it."""
+    """The options of the command line."""
 
     tp: int | None = None
     config: str | None = None
@@ -49,10 +49,10 @@ class Options:
 
 
 def examine(options: Options) -> Report:
-    """Examines the job of this process. All ranks have to call it.
+    """Checks the job of this process. All ranks must call it.
 
-    :returns: on rank 0 what was found, and on the others the same exit code and no more.
-    :raises CommandError: the launcher has not given this process a place.
+    :returns: the findings on rank 0; only the same exit code on other ranks.
+    :raises CommandError: the variables of the launcher are missing or inconsistent.
     """
     try:
         place = find_place()
@@ -66,13 +66,12 @@ def examine(options: Options) -> Report:
 
 
 def _examine(place: Place, meeting: Meeting, options: Options) -> Report:
-    # Launchers that are started on each node by hand may have been given other options.
+    # Launchers started by hand on each node may have other options.
     options = Options(**meeting.tell(asdict(options)))
     job = Job(place.size, meeting.share(look(place, options.config)))
     findings = list(_judge_presence(meeting, job)) if meeting.rank == 0 else []
     removed = {}
     if options.fix:
-        # The first rank of each node does it.
         is_first = job.first_of(meeting.rank) == meeting.rank
         removed = meeting.share(locks.remove(job, meeting.rank) if is_first else {})
     probes = probe.probe(meeting, job)
@@ -88,17 +87,17 @@ def _examine(place: Place, meeting: Meeting, options: Options) -> Report:
         if meeting.size == 1 and options.bench:
             findings += imports.judge()
     if options.bench and meeting.size > 1:
-        hindered = any(each.level == "error" and each.topic in _NEEDED for each in findings)
-        if meeting.tell(not hindered):
+        blocked = any(each.level == "error" and each.topic in _REQUIRED_TOPICS for each in findings)
+        if meeting.tell(not blocked):
             measured = meeting.share(speed.measure(meeting, _device(place), options.tp))
         elif meeting.rank == 0:
-            what = "the collectives were not timed, because of these errors"
+            what = "the collectives were not timed, because of the errors below"
             findings.append(Finding("note", "speed", what, tuple(job.facts)))
     if meeting.rank == 0:
         lost = tuple(rank for rank in job.facts if rank not in meeting.present)
         if lost:
-            what = f"{name_ranks(lost)} came, and then answered no more"
-            findings.append(Finding("error", "ranks", what, lost, "look at what they print"))
+            what = f"{name_ranks(lost)} connected, then stopped answering"
+            findings.append(Finding("error", "ranks", what, lost, "check their output"))
         elif measured:
             findings += speed.judge(job, measured, options.tp)
     if meeting.rank:
@@ -107,7 +106,7 @@ def _examine(place: Place, meeting: Meeting, options: Options) -> Report:
         return report
     report = _report(job, findings, measured, options.strict)
 
-    # A launcher ends rank 0 with the first that fails: these go on when it has said why.
+    # A launcher kills rank 0 when another rank fails, so the others exit after rank 0 has printed.
     def end() -> None:
         meeting.tell(report.code)
         meeting.end()
@@ -118,9 +117,9 @@ def _examine(place: Place, meeting: Meeting, options: Options) -> Report:
 def judge_facts(
     job: Job, tp_size: int | None, removed: Mapping[int, Mapping[str, str]]
 ) -> Iterator[Finding]:
-    """What is to be said of what the ranks see each for itself.
+    """Yields findings on the facts that each rank collects by itself.
 
-    :param removed: what :func:`locks.remove` has returned, by rank.
+    :param removed: the results of :func:`locks.remove`, by rank.
     """
     yield from topology.judge(job, tp_size)
     yield from versions.judge(job)
@@ -134,30 +133,29 @@ def _judge_presence(meeting: Meeting, job: Job) -> Iterator[Finding]:
     missing = [rank for rank in range(meeting.size) if rank not in job.facts]
     if missing:
         from_nodes = ", ".join(f"{name_ranks(r)} on {node}" for node, r in job.nodes.items())
-        are = "have" if len(missing) > 1 else "has"
         yield Finding(
             "error",
             "ranks",
-            f"{name_ranks(missing)} {are} not come in {meeting.timeout:.0f} s; there are "
+            f"{name_ranks(missing)} did not connect in {meeting.timeout:.0f} s; connected: "
             f"{from_nodes}",
             tuple(missing),
-            "look at what they print: they say if they cannot reach rank 0; if they say nothing, "
-            "they have not been started, or have ended (ssh, hostfile, number of tasks)",
+            "check their output: they report if they cannot reach rank 0; without output, they "
+            "did not start, or have ended (ssh, hostfile, number of tasks)",
         )
     for rank in job.facts:
         if (count := meeting.seats(rank)) > 1:
             yield Finding(
                 "error",
                 "ranks",
-                f"{count} processes have come as rank {rank}",
+                f"{count} processes connected as rank {rank}",
                 (rank,),
-                "end what is left of an earlier run, or choose another master port; launchers on "
+                "end processes of an earlier run, or choose another master port; launchers on "
                 "several nodes need different node ranks",
             )
 
 
 def _examine_alone(place: Place, error: MeetingError, options: Options) -> Report:
-    """What a rank has to say that cannot meet the others."""
+    """Reports on a rank that cannot meet the others."""
     finding = Finding("error", "ranks", str(error), (place.rank,), error.fix)
     job = Job(place.size, {place.rank: look(place, options.config)})
     if place.rank:
@@ -170,7 +168,7 @@ def _examine_alone(place: Place, error: MeetingError, options: Options) -> Repor
 
 
 def _report(job: Job, findings: list[Finding], measured: dict[int, Any], strict: bool) -> Report:
-    # The worst is last: it is what is seen on a terminal.
+    # The worst come last, where a terminal shows them.
     findings = sorted(fold(findings), key=lambda finding: LEVELS.index(finding.level))
     bad = {"error", "warning"} if strict else {"error"}
     failed = any(finding.level in bad for finding in findings)
@@ -190,6 +188,6 @@ def _report(job: Job, findings: list[Finding], measured: dict[int, Any], strict:
 def _device(place: Place) -> torch.device:
     if machine.device_type() == "cpu":
         return torch.device("cpu")
-    with suppress(RuntimeError):  # There may be no such device, which is an error of its own.
+    with suppress(RuntimeError):  # A missing device is a finding of its own.
         torch.cuda.set_device(place.local_rank)
     return torch.device("cuda", place.local_rank)

@@ -1,4 +1,4 @@
-"""What a rank sees of itself and its node."""
+"""Collects facts about a rank and its node."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .job import Facts
 
 
 def look(place: Place, config: str | None) -> Facts:
-    """What this process sees, a part for each topic, as JSON can hold it.
+    """Collects facts about this process, by topic, as JSON values.
 
     :param config: a file that should be the same on all ranks.
     """
@@ -30,7 +30,7 @@ def look(place: Place, config: str | None) -> Facts:
 
 
 def _node_key() -> str:
-    """What two processes have in common if they see the same network, as containers may not."""
+    """Returns a key that identifies the network this process sees. Containers may differ."""
     try:
         network_namespace = os.readlink("/proc/self/ns/net")
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

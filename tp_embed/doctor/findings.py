@@ -1,4 +1,4 @@
-"""What the doctor has found: a level, what it is, on which ranks, and what to do about it."""
+"""Findings of the doctor, and their output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 Level = Literal["ok", "note", "warning", "error"]
 
-_OUTLIER = 3.0  # How many times longer it takes.
+_OUTLIER = 3.0  # Times the median of the others.
 
 _Key = TypeVar("_Key")
 
@@ -19,10 +19,11 @@ LEVELS: Sequence[Level] = ("ok", "note", "warning", "error")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
-    :param topic: a word, as "versions".
-    :param ranks: those that it is about.
+    :param topic: a word, such as "versions".
+    :param what: the result, as a sentence without a period.
+    :param ranks: the ranks it concerns.
     :param fix: what to do about it.
     """
 
@@ -34,7 +35,7 @@ class Finding:
 
 
 def fold(findings: Iterable[Finding]) -> list[Finding]:
-    """Puts findings that differ in their ranks only into one, in the order of the first."""
+    """Merges findings that differ only in their ranks, in the order of the first."""
     folded: dict[Finding, set[int]] = {}
     for finding in findings:
         folded.setdefault(replace(finding, ranks=()), set()).update(finding.ranks)
@@ -42,7 +43,7 @@ def fold(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def name_ranks(ranks: Iterable[int]) -> str:
-    """Names ranks as a reader would.
+    """Formats ranks for humans.
 
     >>> name_ranks([0, 1, 2, 5])
     'ranks 0-2, 5'
@@ -57,7 +58,7 @@ def name_ranks(ranks: Iterable[int]) -> str:
 
 
 def differing(values: Mapping[int, str]) -> str:
-    """Which ranks have which value.
+    """Lists the ranks with each value.
 
     >>> differing({0: "a", 1: "a", 2: "b"})
     'a on ranks 0-1, b on rank 2'
@@ -69,14 +70,14 @@ def differing(values: Mapping[int, str]) -> str:
 
 
 def odd_ones(values: Mapping[int, str]) -> tuple[int, ...]:
-    """The ranks whose value is not that of most; of rank 0 in a draw."""
+    """Returns the ranks outside the majority; in a tie, rank 0 counts as the majority."""
     counts = list(values.values())
     usual = max(dict.fromkeys(counts), key=counts.count)
     return tuple(sorted(rank for rank, value in values.items() if value != usual))
 
 
 def outliers(seconds: Mapping[_Key, float]) -> Iterator[tuple[_Key, float]]:
-    """What takes much longer than the others do, each with the median of the others.
+    """Yields the keys that take much longer than others, with the median of the others.
 
     >>> list(outliers({"a": 1.0, "b": 9.0, "c": 1.2}))
     [('b', 1.1)]
@@ -88,7 +89,7 @@ def outliers(seconds: Mapping[_Key, float]) -> Iterator[tuple[_Key, float]]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """The median, and between what the values are.
+    """Formats the median and the range of ``values``.
 
     >>> spread([1.5, 120.4, 3.0])
     '3.00 (1.50-120)'
@@ -98,9 +99,9 @@ def spread(values: Sequence[float]) -> str:
 
 
 def as_lines(findings: Sequence[Finding], nodes: Mapping[int, str]) -> list[str]:
-    """One line for each finding, and one that counts them.
+    """Returns a line per finding, and a line that counts them.
 
-    :param nodes: the name of the node of each rank, if it is known.
+    :param nodes: the name of the node of each rank, if known.
     """
     lines = []
     for finding in findings:
@@ -112,11 +113,11 @@ def as_lines(findings: Sequence[Finding], nodes: Mapping[int, str]) -> list[str]
         for level in reversed(LEVELS[1:])
         if (n := sum(finding.level == level for finding in findings))
     ]
-    return [*lines, ", ".join(counts) or "nothing to complain about"]
+    return [*lines, ", ".join(counts) or "no problems found"]
 
 
 def as_data(finding: Finding, nodes: Mapping[int, str]) -> dict[str, Any]:
-    """A finding as JSON can hold it."""
+    """Converts a finding to JSON values."""
     return {
         "level": finding.level,
         "topic": finding.topic,

@@ -1,4 +1,4 @@
-"""Whether the optional parts of this package can be imported, each in a process of its own."""
+"""Checks that the optional parts of this package can be imported, each in its own process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib import metadata
 
 from .findings import Finding
 
-# What needs which package.
+# The package that each optional part needs.
 PARTS = {
     "tp_embed.integrations.deepspeed": "deepspeed",
     "tp_embed.integrations.hydra": "hydra-core",
@@ -19,7 +19,7 @@ _TIMEOUT = 120.0
 
 
 def judge() -> Iterator[Finding]:
-    """Yields which optional parts cannot be imported, and how to install them."""
+    """Yields findings on optional parts that cannot be imported, and how to install them."""
     processes = {}
     for module, package in PARTS.items():
         try:
@@ -46,8 +46,8 @@ def judge() -> Iterator[Finding]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            what = f"{module} is not imported in {_TIMEOUT:.0f} s"
-            yield Finding("error", "imports", what, (0,), "look at the file system of packages")
+            what = f"importing {module} took over {_TIMEOUT:.0f} s"
+            yield Finding("error", "imports", what, (0,), "check the file system of packages")
             continue
         if process.returncode:
             last = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
@@ -56,7 +56,7 @@ def judge() -> Iterator[Finding]:
                 "imports",
                 f"{module} cannot be imported: {last}",
                 (0,),
-                f"`python -c 'import {module}'` says more",
+                f"run `python -c 'import {module}'` for the traceback",
             )
         else:
             good.append(module)

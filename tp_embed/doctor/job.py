@@ -1,4 +1,4 @@
-"""All ranks of a job that have come, with what each sees."""
+"""The connected ranks of a job, with the facts of each."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-# A part for each topic.
+# By topic.
 Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Job:
-    """The ranks that have come. Rank 0 is among them, for it is who judges.
+    """The connected ranks, which include rank 0.
 
-    :param size: how many there should be.
-    :param facts: what each sees.
+    :param size: the number of ranks in the job.
+    :param facts: the facts that each rank has collected.
     """
 
     size: int
     facts: Mapping[int, Facts]
 
     def part(self, topic: str) -> dict[int, Any]:
-        """What each rank sees of a topic."""
+        """Returns the facts of a topic, by rank."""
         return {rank: facts[topic] for rank, facts in self.facts.items()}
 
     @cached_property
@@ -33,7 +33,7 @@ class Job:
         for rank, node in sorted(self.part("node").items()):
             by_key.setdefault((node["host"], node["key"]), []).append(rank)
         hosts = [host for host, _ in by_key]
-        # Containers may all have the same name.
+        # Containers may share a host name.
         return {
             host if hosts.count(host) == 1 else f"{host}({ranks[0]})": ranks
             for (host, _), ranks in by_key.items()
@@ -45,5 +45,5 @@ class Job:
         return {rank: node for node, ranks in self.nodes.items() for rank in ranks}
 
     def first_of(self, rank: int) -> int:
-        """The first rank of the node of ``rank``, which does what is to be done once for each."""
+        """Returns the first rank on the node of ``rank``, which does the work once per node."""
         return self.nodes[self.node_of[rank]][0]

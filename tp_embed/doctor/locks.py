@@ -1,8 +1,8 @@
-"""Locks that a killed build of an extension has left: every later run waits for them in silence.
+"""Finds stale locks of extension builds. Every later run would silently wait for them.
 
-torch (:mod:`torch.utils.cpp_extension`), and with it DeepSpeed, builds extensions when they are
-first used. Whoever builds makes a file ``lock``, keeps it open, and removes it at the end; the
-others wait until it is gone, for ever.
+torch (:mod:`torch.utils.cpp_extension`), and with it DeepSpeed, builds extensions on first use. The
+builder creates a file ``lock``, keeps it open, and removes it at the end. Others wait for its
+removal, without a timeout: a killed build blocks them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from .job import Job
 
 
 def look() -> dict[str, Any]:
-    """Lists the locks of extensions that are being compiled, and who holds them."""
+    """Lists the locks of extension builds, and the processes that hold them."""
     root, found = build_root(), []
-    # By default there is a directory for each version of Python and CUDA between.
+    # By default, a directory per version of Python and CUDA lies in between.
     for path in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
         try:
             stat = path.stat()
             holders = holders_of(path)
         except OSError:
-            continue  # It is gone.
+            continue  # Removed meanwhile.
         found.append(
             {
                 "path": str(path),
@@ -39,7 +39,7 @@ def look() -> dict[str, Any]:
 
 
 def build_root() -> Path:
-    """Where torch builds extensions."""
+    """Returns the directory where torch builds extensions."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     if given is not None:
         return Path(given)
@@ -48,13 +48,16 @@ def build_root() -> Path:
 
 
 def judge(job: Job, removed: Mapping[int, Mapping[str, str]]) -> Iterator[Finding]:
-    """:param removed: what :func:`remove` has returned, on the first ranks of nodes."""
+    """Yields findings on locks.
+
+    :param removed: the results of :func:`remove` on the first rank of each node.
+    """
     parts = job.part("locks")
     for rank, part in parts.items():
         for lock in part["locks"]:
             problem = removed.get(job.first_of(rank), {}).get(lock["path"])
             if problem == "":
-                what = f"{lock['path']} was stale and is removed"
+                what = f"{lock['path']} was stale, and was removed"
                 yield Finding("ok", "locks", what, (rank,))
                 continue
             building = _builders(job, lock)
@@ -65,8 +68,8 @@ def judge(job: Job, removed: Mapping[int, Mapping[str, str]]) -> Iterator[Findin
             yield Finding(
                 "error",
                 "locks",
-                f"{lock['path']} is stale: {_age(lock['age'])} old, and nobody of the job's nodes "
-                f"holds it open{problem or ''}. DeepSpeed hangs as it loads the extension",
+                f"{lock['path']} is stale: {_age(lock['age'])} old, and no process on the job's "
+                f"nodes holds it{problem or ''}. DeepSpeed hangs when it loads the extension",
                 (rank,),
                 f"rm {lock['path']} (or `tp-embed doctor --fix`)",
             )
@@ -76,9 +79,9 @@ def judge(job: Job, removed: Mapping[int, Mapping[str, str]]) -> Iterator[Findin
 
 
 def remove(job: Job, rank: int) -> dict[str, str]:
-    """Removes the stale locks that ``rank`` sees, of its own node.
+    """Removes the stale locks that ``rank`` sees on its node.
 
-    :returns: by path, what went wrong; empty if it is gone.
+    :returns: an error by path, empty if the lock is gone.
     """
     done = {}
     for lock in job.part("locks")[rank]["locks"]:
@@ -86,7 +89,7 @@ def remove(job: Job, rank: int) -> dict[str, str]:
             continue
         path = Path(lock["path"])
         try:
-            # Another node may have removed it already, and somebody have begun to build.
+            # Another node may have removed it already, and a new build may have started.
             if _identity(path.stat()) == lock["file"]:
                 path.unlink()
         except FileNotFoundError:
@@ -99,13 +102,13 @@ def remove(job: Job, rank: int) -> dict[str, str]:
 
 
 def holders_of(path: Path) -> list[int]:
-    """The processes of this node that have the file open, as far as we may see."""
+    """Returns the visible processes on this node that hold the file open."""
     target, found = os.stat(path), []
     for directory in Path("/proc").glob("[0-9]*"):
         try:
             descriptors = list((directory / "fd").iterdir())
         except OSError:
-            continue  # Another user's, or gone.
+            continue  # Owned by another user, or ended.
         for descriptor in descriptors:
             try:
                 stat = descriptor.stat()
@@ -122,7 +125,7 @@ def _identity(stat: os.stat_result) -> str:
 
 
 def _builders(job: Job, lock: dict[str, Any]) -> str:
-    """Who holds a lock, on whichever node: the directory may be one that they share."""
+    """Names the processes that hold a lock, on any node: nodes may share the directory."""
     found = {
         f"process {holder} on {job.node_of[rank]}"
         for rank, part in job.part("locks").items()

@@ -1,4 +1,4 @@
-"""What a node has for its ranks: devices, cores, shared memory, open files."""
+"""Checks the resources of a node: devices, cores, shared memory, open files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .job import Job
 
 MIB = 2**20
 
-# What each rank takes there: two pairs of buffers of DeepSpeed's collectives for CPUs
-# (csrc/cpu/comm/shm.cpp), or NCCL's between GPUs of a node.
+# Bytes in /dev/shm per rank: two pairs of buffers of DeepSpeed's CPU collectives
+# (csrc/cpu/comm/shm.cpp), or NCCL's buffers between the GPUs of a node.
 SHM_OF_RANK = {"cpu": 66 * MIB, "cuda": 34 * MIB}
 
 _FILES = 4096
@@ -42,14 +42,14 @@ def look() -> dict[str, Any]:
 
 
 def device_type() -> str:
-    """What the ranks compute on: ``cpu`` or ``cuda``."""
+    """Returns the type of device that ranks compute on: ``cpu`` or ``cuda``."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return "cpu"
     return "cuda"
 
 
 def has_gpus_for_torch() -> bool:
-    """Whether this node has GPUs that nobody has told DeepSpeed to leave alone."""
+    """Returns whether this node has GPUs, and DS_ACCELERATOR does not exclude them."""
     there = any(Path("/dev").glob("nvidia[0-9]*"))
     return there and os.environ.get("DS_ACCELERATOR") != "cpu"
 
@@ -71,7 +71,7 @@ def judge(job: Job) -> Iterator[Finding]:
             "machine",
             f"ranks compute on different devices: {differing(kinds)}",
             odd_ones(kinds),
-            "look at the driver (`nvidia-smi`), CUDA_VISIBLE_DEVICES and DS_ACCELERATOR there",
+            "check the driver (`nvidia-smi`), CUDA_VISIBLE_DEVICES and DS_ACCELERATOR there",
         )
     for rank, part in parts.items():
         yield from _judge_devices(rank, part, places[rank]["local_rank"])
@@ -82,7 +82,7 @@ def judge(job: Job) -> Iterator[Finding]:
             "machine",
             f"ranks have different devices: {differing(names)}",
             odd_ones(names),
-            "the slowest sets the pace; take nodes of one kind",
+            "the slowest sets the pace; use nodes of one kind",
         )
     for ranks in job.nodes.values():
         yield from _judge_node(ranks, [parts[rank] for rank in ranks])
@@ -97,16 +97,16 @@ def _judge_devices(rank: int, part: dict[str, Any], local_rank: int) -> Iterator
                 "machine",
                 "the node has GPUs, but torch sees none",
                 (rank,),
-                "look at `nvidia-smi`, at CUDA_VISIBLE_DEVICES, and whether torch is built for "
-                "CUDA; or set DS_ACCELERATOR=cpu",
+                "check `nvidia-smi`, CUDA_VISIBLE_DEVICES, and whether torch is built for CUDA; or "
+                "set DS_ACCELERATOR=cpu",
             )
     elif local_rank >= count:
         visible = part["visible"]
-        how = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
+        reason = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
         yield Finding(
             "error",
             "machine",
-            f"local rank {local_rank} has no device of its own: it sees {count}{how}",
+            f"local rank {local_rank} has no device of its own: it sees {count}{reason}",
             (rank,),
             "start as many ranks on a node as it has GPUs, and let each see all of them (no "
             "`--gpus-per-task` of Slurm, no CUDA_VISIBLE_DEVICES)",
@@ -114,7 +114,7 @@ def _judge_devices(rank: int, part: dict[str, Any], local_rank: int) -> Iterator
 
 
 def _judge_node(ranks: list[int], parts: list[dict[str, Any]]) -> Iterator[Finding]:
-    """Findings about what ranks share."""
+    """Yields findings on the resources that ranks of a node share."""
     everybody, count = tuple(ranks), len(ranks)
     device = parts[0]["device"]
     cores = len(set().union(*(part["cores"] for part in parts)))
@@ -137,7 +137,7 @@ def _judge_node(ranks: list[int], parts: list[dict[str, Any]]) -> Iterator[Findi
         yield Finding(
             "error" if device == "cpu" else "warning",
             "machine",
-            f"{size}, but {count} ranks take up to {needed // MIB} MiB: they end by a bus error",
+            f"{size}, but {count} ranks take up to {needed // MIB} MiB: they would die by SIGBUS",
             everybody,
             "remove /dev/shm/deepspeed_* that no job uses; in a container, `--shm-size=1g` or "
             "`--ipc=host`",
@@ -148,7 +148,7 @@ def _judge_node(ranks: list[int], parts: list[dict[str, Any]]) -> Iterator[Findi
         yield Finding(
             "warning",
             "machine",
-            f"a process may open {soft} files, and needs sockets for all ranks and data files",
+            f"a process may open {soft} files only, and needs sockets for all ranks and data files",
             everybody,
             f"`ulimit -n {_FILES if hard == unlimited else min(_FILES, hard)}` before the job",
         )

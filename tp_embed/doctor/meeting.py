@@ -1,7 +1,7 @@
-"""Where the ranks meet: a store that rank 0 asks, and in which no rank waits for ever for another.
+"""Exchanges values between ranks over a store, where every wait has a timeout.
 
-torch.distributed is not initialised for it: whatever is wrong with the process group, what the
-ranks have seen still reaches rank 0, and so does who has not come.
+It doesn't initialise torch.distributed, so it works even if the process group would not, and rank 0
+learns which ranks are missing.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from tp_embed._torch_private import HashStore, PrefixStore
 from tp_embed.launch.environment import Place
 from tp_embed.launch.rendezvous import MeetingError, open_store
 
-_LAST_WORDS = 10.0  # Seconds that rank 0 gives the others to read its verdict.
+_LAST_WORDS = 10.0  # Seconds for the other ranks to read rank 0's last message.
 
 
 class Meeting:
-    """The meeting of the ranks of a job, seen from one of them.
+    """One rank's end of the exchange between the ranks of a job.
 
-    :param place: of this process; that of rank 0 has to be there.
-    :param timeout: how many seconds rank 0 waits, each time, for ranks that do not answer.
-    :raises MeetingError: the store cannot be made, or not be reached.
+    :param place: the place of this process, with the address of rank 0.
+    :param timeout: seconds that rank 0 waits for the others in each exchange.
+    :raises MeetingError: the store cannot be created or reached.
     """
 
     def __init__(self, place: Place, timeout: float) -> None:
@@ -35,15 +35,15 @@ class Meeting:
         self.timeout = timeout
         self._count = 0
         store = open_store(place, timeout) if place.size > 1 else HashStore()
-        # Agents of torchrun keep their store when they start the ranks again.
+        # Agents of torchrun keep their store when they restart the ranks.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = PrefixStore(f"tp_embed.doctor/{attempt}", store)
         self.own_seat = self.store.add(f"seat/{self.rank}", 1)
 
     def gather(self, value: Any) -> dict[int, Any]:
-        """On rank 0 the values of all ranks that give one in time, and nothing on the others.
+        """Returns the values of all ranks that answer in time, on rank 0; nothing on the others.
 
-        Ranks that do not are not waited for again.
+        Drops late ranks from all later exchanges.
         """
         self._count += 1
         try:
@@ -65,9 +65,9 @@ class Meeting:
         return answers
 
     def tell(self, value: Any) -> Any:
-        """The value of rank 0, on all ranks.
+        """Broadcasts the value of rank 0.
 
-        :raises MeetingError: rank 0 has not told it in time.
+        :raises MeetingError: rank 0 did not send it in time.
         """
         self._count += 1
         key = f"{self._count}/told"
@@ -75,42 +75,42 @@ class Meeting:
             self.store.set(key, json.dumps(value))
             return value
         try:
-            # Rank 0 may have waited for another rank, and may have begun later.
+            # Rank 0 may have started later, and may have waited for another rank.
             self.store.wait([key], timedelta(seconds=2 * self.timeout + 5))
             return json.loads(self.store.get(key))
         except RuntimeError as e:
             raise _lost() from e
 
     def share(self, value: Any) -> dict[int, Any]:
-        """The values of all ranks that give one in time, on all of these.
+        """Returns the values of all ranks that answer in time, on all of these ranks.
 
-        :raises MeetingError: this rank has not, or rank 0 does not answer.
+        :raises MeetingError: this rank was too late, or rank 0 does not answer.
         """
         answers: dict[int, Any] = dict(self.tell(list(self.gather(value).items())))
         self.present = list(answers)
         if self.rank not in answers:
             raise MeetingError(
-                f"rank {self.rank} came too late: rank 0 had waited for {self.timeout:.0f} s",
-                "start all ranks at once, or give more time with `--timeout`",
+                f"rank {self.rank} was too late: rank 0 waited for {self.timeout:.0f} s",
+                "start all ranks at once, or raise `--timeout`",
             )
         return answers
 
     def seats(self, rank: int) -> int:
-        """How many processes have come as ``rank``."""
+        """Returns the number of processes that connected as ``rank``."""
         return self.store.add(f"seat/{rank}", 0)
 
     def end(self) -> None:
-        """Ends the meeting: rank 0, which may hold the store, is the last to go."""
+        """Ends the exchange. Rank 0, which may host the store, leaves last."""
         if self.rank:
-            with suppress(RuntimeError):  # It is gone itself.
+            with suppress(RuntimeError):  # Rank 0 has ended already.
                 self.store.set(f"gone/{self.rank}", "")
             return
         keys = [f"gone/{rank}" for rank in self.present if rank]
-        # If some do not: they have been waited for, and their launcher says what became of them.
+        # Ranks that time out here are reported by their launcher.
         with suppress(RuntimeError):
             if keys:
                 self.store.wait(keys, timedelta(seconds=min(_LAST_WORDS, self.timeout)))
 
 
 def _lost() -> MeetingError:
-    return MeetingError("rank 0 does not answer any more", "look at what it says")
+    return MeetingError("rank 0 stopped answering", "check its output")

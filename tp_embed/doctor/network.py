@@ -1,4 +1,4 @@
-"""What a rank sees of the network: interfaces, the address that others will be given, names."""
+"""Checks the network as a rank sees it: interfaces, names, and the address given to others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 
 
 def look(master_addr: str | None) -> dict[str, Any]:
-    """Collects the interfaces of this host, and the addresses that names resolve to."""
+    """Collects the interfaces of this node, and the addresses that names resolve to."""
     return {
         "interfaces": interfaces(),
         "host_address": _resolve(socket.gethostname()),
@@ -32,7 +32,7 @@ def look(master_addr: str | None) -> dict[str, Any]:
 
 
 def interfaces() -> dict[str, dict[str, Any]]:
-    """The IPv4 address, or ``None``, of each interface of this node, and whether it is up."""
+    """Returns each interface of this node, with its IPv4 address or ``None``, and its flags."""
     found: dict[str, dict[str, Any]] = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         for _, name in socket.if_nameindex():
@@ -54,8 +54,8 @@ def interfaces() -> dict[str, dict[str, Any]]:
 
 
 def address_of(part: Mapping[str, Any]) -> str | None:
-    """The address at which others are to reach a rank: gloo's, or else that from which the rank
-    reaches rank 0."""
+    """Returns the address where others reach a rank: gloo's, or the source address of packets to
+    rank 0."""
     for name in (part[GLOO] or "").split(","):
         if name in part["interfaces"]:
             return cast(str | None, part["interfaces"][name]["address"])
@@ -82,13 +82,13 @@ def judge(job: Job) -> Iterator[Finding]:
 def _judge_names(
     rank: int, part: Mapping[str, Any], several: bool, device: str
 ) -> Iterator[Finding]:
-    """Findings about the interfaces that the environment names."""
+    """Yields findings on the interfaces named in the environment."""
     there: Mapping[str, Any] = part["interfaces"]
     usable = [name for name, each in there.items() if _is_usable(each)]
     named = {GLOO: _gloo_names(part[GLOO]), NCCL: _nccl_names(part[NCCL], there)}
     for variable, names in named.items():
         fix = (
-            f"set {variable} to one of {', '.join(usable) or 'none, which is all there are'}"
+            f"set {variable} to a usable interface: {', '.join(usable) or 'there is none'}"
             " (with `deepspeed`, in `.deepspeed_env`)"
         )
         level: Any = "note" if variable == NCCL and device == "cpu" else "error"
@@ -99,7 +99,7 @@ def _judge_names(
                 state = "down" if not there[name]["up"] else "without an IPv4 address"
                 what = f"{variable} names {name}, which is {state}"
             elif several and there[name]["loopback"]:
-                what = f"{variable} names {name}, by which no other node is reached"
+                what = f"{variable} names {name}, which reaches no other node"
             else:
                 continue
             yield Finding(level, "network", what, (rank,), fix)
@@ -109,19 +109,19 @@ def _judge_names(
             "network",
             f"NCCL chooses among {', '.join(usable)} by itself",
             (rank,),
-            f"if it takes a slow one, set {NCCL}",
+            f"set {NCCL} if it chooses a slow one",
         )
 
 
 def _judge_host(rank: int, part: Mapping[str, Any]) -> Iterator[Finding]:
-    """Findings about the address that gloo gives to others if no interface is named."""
+    """Yields findings on the address that gloo gives to others if no interface is named."""
     address = part["host_address"]
     if address is None:
-        what = "the name of the node is not known to itself, so gloo takes the loopback"
+        what = "the node cannot resolve its own host name, so gloo uses the loopback"
     elif _is_loopback(address):
-        what = f"the name of the node stands for {address}, which gloo gives to the other nodes"
+        what = f"the host name resolves to {address}, which gloo gives to the other nodes"
     elif not _is_own(part, address):
-        what = f"the name of the node stands for {address}, which is not an address of it"
+        what = f"the host name resolves to {address}, which is no address of the node"
     else:
         return
     to_master = [
@@ -140,17 +140,17 @@ def _judge_host(rank: int, part: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _judge_master(job: Job, parts: Mapping[int, Mapping[str, Any]]) -> Iterator[Finding]:
-    """Finds out whether rank 0 is where the others look for it."""
+    """Checks that the master address is an address of rank 0's node."""
     first = parts[0]
     address = first["master_address"]
     if len(parts) > 1 and address and not _is_own(first, address):
         yield Finding(
             "warning",
             "network",
-            f"the master address {first['master']} is {address}, which is not an address of the "
-            "node of rank 0",
+            f"the master address {first['master']} is {address}, which is no address of the node "
+            "of rank 0",
             (0,),
-            "if it is not forwarded to it, set it to an address of the node of rank 0",
+            "set it to an address of the node of rank 0, unless it is forwarded there",
         )
 
 
@@ -165,8 +165,8 @@ def _gloo_names(value: str | None) -> list[str]:
 
 
 def _nccl_names(value: str | None, there: Mapping[str, Any]) -> list[str]:
-    """The interfaces that are left; NCCL takes beginnings of names, ``=`` for whole ones, and ``^``
-    for those that are not to be taken."""
+    """Returns the named interfaces. NCCL takes prefixes, ``=`` for exact names, and ``^`` for
+    exclusion, where this returns nothing."""
     if not value or value.startswith("^"):
         return []
     names = value.removeprefix("=").split(",")
@@ -197,7 +197,7 @@ def _resolve(name: str) -> str | None:
 
 
 def _source_address(target: str) -> str | None:
-    """The address of this node from which packets go to ``target``; none is sent."""
+    """Returns the source address of packets to ``target``, without sending any."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         try:
             s.connect((target, 9))

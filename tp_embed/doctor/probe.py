@@ -1,5 +1,4 @@
-"""Every node talks to every other, over sockets of its own: who cannot, how fast, and which time
-it is there."""
+"""Probes every pair of nodes over sockets: reachability, speed, and clocks."""
 
 from __future__ import annotations
 
@@ -17,14 +16,14 @@ from .network import address_of
 
 _PINGS = 10
 _NBYTES = 4 * 2**20
-_SENDINGS = 4  # The first ones find the speed that the link bears.
+_SENDINGS = 4  # The first ones let TCP's window grow.
 _SKEW = 1.0  # Seconds.
 
 
 def probe(meeting: Meeting, job: Job) -> dict[int, Any]:
-    """What the first rank of each node has found out about each other node, by rank.
+    """Probes every other node from the first rank of each node. Returns the results by rank.
 
-    All ranks have to call it.
+    All ranks must call it.
     """
     rank = meeting.rank
     leaders = [ranks[0] for ranks in job.nodes.values()]
@@ -37,8 +36,8 @@ def probe(meeting: Meeting, job: Job) -> dict[int, Any]:
         found: dict[str, Any] = {}
         if rank in leaders:
             order = [leader for leader in leaders if addresses.get(leader)]
-            # In each turn a node asks one other, and is asked by one; until rank 0 would wait no
-            # longer, if many do not answer.
+            # In each turn, a node probes one other, and is probed by one. Stops before rank 0's
+            # wait ends, if many do not answer.
             mine = order.index(rank) if rank in order else 0
             end = time.monotonic() + meeting.timeout / 2
             for turn in range(1, len(order)):
@@ -48,12 +47,15 @@ def probe(meeting: Meeting, job: Job) -> dict[int, Any]:
         return meeting.share(found)
     finally:
         if listener:
-            listener.shutdown(socket.SHUT_RDWR)  # Which wakes the thread that serves it.
+            listener.shutdown(socket.SHUT_RDWR)  # Wakes the serving thread.
             listener.close()
 
 
 def judge(job: Job, probes: Mapping[int, Mapping[str, Any]]) -> Iterator[Finding]:
-    """:param probes: as :func:`probe` returns them."""
+    """Yields findings on connections and clocks.
+
+    :param probes: the results of :func:`probe`.
+    """
     pairs = {
         (rank, int(other)): answer
         for rank, answers in probes.items()
@@ -69,7 +71,7 @@ def judge(job: Job, probes: Mapping[int, Mapping[str, Any]]) -> Iterator[Finding
                 f"{job.node_of[rank]} cannot reach {job.node_of[other]} at {host}:{port}: "
                 f"{answer['error']}",
                 (rank, other),
-                "open all ports between the nodes, and take an interface that both have "
+                "open all ports between the nodes, and use an interface that both have "
                 "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)",
             )
     yield from _judge_clocks(job, good)
@@ -81,16 +83,16 @@ def judge(job: Job, probes: Mapping[int, Mapping[str, Any]]) -> Iterator[Finding
         yield Finding(
             "warning",
             "network",
-            f"from {job.node_of[rank]} to {job.node_of[other]} go "
-            f"{speed[rank, other] / 1e9:.2f} GB/s, elsewhere {1 / usual / 1e9:.2f}",
+            f"{job.node_of[rank]} sends {speed[rank, other] / 1e9:.2f} GB/s to "
+            f"{job.node_of[other]}, other pairs {1 / usual / 1e9:.2f}",
             (rank, other),
-            "look at the links of these nodes (`ethtool`), and at other jobs on them",
+            "check the links of these nodes (`ethtool`), and other jobs on them",
         )
     yield Finding(
         "ok",
         "network",
-        f"nodes reach each other: {spread([1e6 * s for s in latency.values()])} us there and "
-        f"back, {spread([s / 1e9 for s in speed.values()])} GB/s by one socket",
+        f"nodes reach each other: {spread([1e6 * s for s in latency.values()])} us round trip, "
+        f"{spread([s / 1e9 for s in speed.values()])} GB/s over one socket",
         tuple(sorted({pair[0] for pair in good})),
     )
 
@@ -103,9 +105,9 @@ def _judge_clocks(job: Job, good: Mapping[tuple[int, int], Any]) -> Iterator[Fin
                 "warning",
                 "clocks",
                 f"the clock of {job.node_of[other]} is {abs(skew):.1f} s "
-                f"{'ahead of' if skew > 0 else 'behind'} that of {job.node_of[0]}",
+                f"{'ahead of' if skew > 0 else 'behind'} {job.node_of[0]}'s",
                 (other,),
-                "start NTP there; times in logs and of files do not fit each other",
+                "start NTP there; times in logs and of files are inconsistent",
             )
     if skews and max(map(abs, skews.values())) <= _SKEW:
         worst = max(map(abs, skews.values()))
@@ -117,7 +119,7 @@ def _listen(address: str | None) -> socket.socket:
     try:
         listener.bind((address or "", 0))
     except OSError:
-        # Not an address of this node: that it cannot be reached there is what is to be found.
+        # Not an address of this node. The others will find that they cannot reach it there.
         listener.bind(("", 0))
     listener.listen(64)
     Thread(target=_serve, args=(listener,), daemon=True).start()
@@ -129,7 +131,7 @@ def _serve(listener: socket.socket) -> None:
         try:
             connection, _ = listener.accept()
         except OSError:
-            return  # Closed: it is over.
+            return  # The listener was closed.
         Thread(target=_answer, args=(connection,), daemon=True).start()
 
 
@@ -145,7 +147,7 @@ def _answer(connection: socket.socket) -> None:
                 _receive(connection, _NBYTES)
                 connection.sendall(b"!")
         except OSError:
-            pass  # Whoever asked sees it too.
+            pass  # The client sees it too.
 
 
 def _ask(address: Sequence[Any], timeout: float) -> dict[str, Any]:
@@ -159,7 +161,7 @@ def _ask(address: Sequence[Any], timeout: float) -> dict[str, Any]:
                 (theirs,) = struct.unpack("!d", _receive(connection, 8))
                 took = time.time() - began
                 if took < best:
-                    # As NTP has it: their time was read in the middle of the way.
+                    # As in NTP: assume that they read the clock halfway through the round trip.
                     best, skew = took, theirs - (began + took / 2)
             data, speed = bytes(_NBYTES), 0.0
             for _ in range(_SENDINGS):

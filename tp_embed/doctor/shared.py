@@ -1,4 +1,4 @@
-"""Whether a directory, as that of checkpoints, is one that all nodes share."""
+"""Checks that all nodes share a directory, such as for checkpoints."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _PATIENCE = 5.0  # Seconds that a network file system may take to show a new fil
 
 
 def check(meeting: Meeting, job: Job, directory: str) -> dict[int, str]:
-    """What is wrong with ``directory`` on the first rank of each node, if anything is.
+    """Checks ``directory`` on the first rank of each node. Returns problems by rank, or ``""``.
 
-    All ranks have to call it. The file that it writes there is gone afterwards.
+    All ranks must call it. Removes the files that it writes.
     """
     rank = meeting.rank
     is_first = job.first_of(rank) == rank
@@ -34,12 +34,15 @@ def check(meeting: Meeting, job: Job, directory: str) -> dict[int, str]:
         return meeting.share(problem)
     finally:
         for each in (own, path) if rank == 0 else (own,):
-            with suppress(OSError):  # It could not be written either, as is said.
+            with suppress(OSError):  # Then it could not be written either, as reported.
                 each.unlink(missing_ok=True)
 
 
 def judge(job: Job, problems: Mapping[int, str], directory: str) -> Iterator[Finding]:
-    """:param problems: as :func:`check` returns them."""
+    """Yields findings on the directory.
+
+    :param problems: the results of :func:`check`.
+    """
     for rank, problem in problems.items():
         if problem:
             yield Finding(
@@ -68,9 +71,9 @@ def _wait_for(path: Path) -> str:
         try:
             if path.read_text() == path.name:
                 return ""
-            problem = "has the file of rank 0, but not what is in it"
+            problem = "has the file that rank 0 wrote, but not its contents"
         except OSError:
-            problem = "is another directory than that of rank 0"
+            problem = "is not the directory that rank 0 sees"
         if time.monotonic() > end:
             return problem
         time.sleep(0.1)

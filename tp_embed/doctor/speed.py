@@ -1,7 +1,7 @@
-"""How fast the collectives of a gang are, and which rank or link holds the others up.
+"""Times the collectives of a gang, and finds slow ranks and links.
 
-Bandwidths are those of the algorithm, as nccl-tests has them: the bytes of the larger of what goes
-in and what comes out, by the time that it takes.
+Reports algorithm bandwidth, as nccl-tests does: the bytes of the input or the output, whichever is
+larger, divided by the time.
 """
 
 from __future__ import annotations
@@ -29,23 +29,24 @@ from .topology import gangs_of
 SIZES = (4 * 2**10, 2**20, 16 * 2**20)  # Bytes.
 OPERATIONS = ("all_gather", "all_reduce", "reduce_scatter", "all_to_all")
 
-_SECONDS = 0.1  # For one operation and size, but 3 times at least.
+_SECONDS = 0.1  # Per operation and size, with at least 3 runs.
 _LINK_BYTES = 2**20
 _MOST_LINKS = 64
 
 
 def measure(meeting: Meeting, device: torch.device, tp_size: int | None) -> dict[str, Any]:
-    """Times the collectives, between all ranks and in the tensor-parallel gangs at once.
+    """Times collectives over all ranks, and over all tensor-parallel gangs at once.
 
-    All ranks have to call it. torch.distributed is initialised, and ended afterwards.
+    All ranks must call it. Initialises torch.distributed, and destroys the process group at the
+    end.
 
-    :returns: what this rank has measured; or ``error``, the message of what went wrong.
+    :returns: the measurements of this rank; ``error`` is the message of a failure.
     """
     found: dict[str, Any] = {}
-    # NCCL then raises an error after the timeout, where it else would end the process.
+    # Makes NCCL raise after the timeout instead of ending the process.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=meeting.timeout / 2)  # Who fails first waits for the others.
+    timeout = timedelta(seconds=meeting.timeout / 2)  # The first to fail waits for the others.
     try:
         found["work"] = _time_work(device)
         dist.init_process_group(
@@ -76,7 +77,10 @@ def measure(meeting: Meeting, device: torch.device, tp_size: int | None) -> dict
 def judge(
     job: Job, measured: Mapping[int, Mapping[str, Any]], tp_size: int | None
 ) -> Iterator[Finding]:
-    """:param measured: what :func:`measure` returns, by rank."""
+    """Yields findings on speed.
+
+    :param measured: the results of :func:`measure`, by rank.
+    """
     for rank, each in measured.items():
         if "error" in each:
             yield Finding(
@@ -84,8 +88,8 @@ def judge(
                 "speed",
                 f"the collectives failed: {each['error']}",
                 (rank,),
-                "first see to what else is found; NCCL_DEBUG=INFO and TORCH_DISTRIBUTED_DEBUG=INFO "
-                "say more",
+                "fix the other findings first; NCCL_DEBUG=INFO and TORCH_DISTRIBUTED_DEBUG=INFO "
+                "log more",
             )
     if any("error" in each for each in measured.values()):
         return
@@ -98,7 +102,7 @@ def judge(
 
 
 def _time_collectives(gang: Gang) -> dict[str, list[float]]:
-    """The seconds of each run of each operation and size, by ``"all_reduce 4096"``."""
+    """Returns the seconds of each run, by operation and size, as ``"all_reduce 4096"``."""
     return {
         f"{operation} {nbytes}": _time(gang, _collective(gang, operation, nbytes))
         for operation in OPERATIONS
@@ -113,7 +117,7 @@ def _collective(gang: Gang, operation: str, nbytes: int) -> Callable[[], None]:
     other = torch.empty_like(whole)
     calls: dict[str, Callable[[], None]] = {
         "all_gather": lambda: gang.all_gather(other, piece),
-        # A maximum, for a sum would grow beyond all bounds.
+        # A sum would overflow.
         "all_reduce": lambda: gang.all_reduce(whole, ReduceOperation.MAX),
         "reduce_scatter": lambda: gang.reduce_scatter(piece, whole),
         "all_to_all": lambda: gang.all_to_all(other, whole),
@@ -122,7 +126,7 @@ def _collective(gang: Gang, operation: str, nbytes: int) -> Callable[[], None]:
 
 
 def _time(gang: Gang, call: Callable[[], None]) -> list[float]:
-    _time_once(gang, call)  # Connections are made by the first.
+    _time_once(gang, call)  # The first run connects.
     took = torch.tensor([_time_once(gang, call)], device=gang.device, dtype=torch.float64)
     gang.all_reduce(took, ReduceOperation.MAX)
     count = min(max(int(_SECONDS / took.item()), 3), 30)
@@ -139,8 +143,8 @@ def _time_once(gang: Gang, call: Callable[[], None]) -> float:
 
 
 def _time_links(gang: Gang) -> dict[str, float]:
-    """The seconds that each rank takes to send 1 MiB to the next one, the others being idle; by
-    the rank that sends, and measured by the one that receives."""
+    """Times sending 1 MiB from each rank to the next, while others are idle. Returns seconds by
+    sender, on the receiver."""
     found = {}
     count = min(gang.size, _MOST_LINKS) if gang.size > 2 else 1
     for sender in range(count):
@@ -164,7 +168,7 @@ def _time_links(gang: Gang) -> dict[str, float]:
 
 
 def _time_work(device: torch.device) -> float:
-    """The seconds of a multiplication of matrices, of which this rank needs nobody."""
+    """Times a matrix multiplication, which needs no other rank."""
     size = 4096 if device.type == "cuda" else 384
     a = torch.ones(size, size, device=device)
     times = []
@@ -174,7 +178,7 @@ def _time_work(device: torch.device) -> float:
         a @ a
         _synchronize(device)
         times.append(time.perf_counter() - began)
-    return min(times)  # Not what a busy machine adds to some of them.
+    return min(times)  # The minimum is the least disturbed by other processes.
 
 
 def _judge_work(work: Mapping[int, float]) -> Iterator[Finding]:
@@ -184,7 +188,7 @@ def _judge_work(work: Mapping[int, float]) -> Iterator[Finding]:
             "speed",
             f"the rank computes {work[rank] / usual:.1f} times slower than others",
             (rank,),
-            "look for other processes on its cores or device, and at its temperature",
+            "check for other processes on its cores or device, and its temperature",
         )
 
 
@@ -208,9 +212,9 @@ def _judge_links(job: Job, links: Mapping[int, Mapping[str, float]]) -> Iterator
                 "warning",
                 "speed",
                 f"1 MiB from rank {sender} to rank {receiver} takes {took * 1e6:.0f} us, and "
-                f"{usual * 1e6:.0f} by other links {where}",
+                f"{usual * 1e6:.0f} over other links {where}",
                 (sender, receiver),
-                "look at the link between them (`nvidia-smi topo -m`, `ethtool`)",
+                "check the link between them (`nvidia-smi topo -m`, `ethtool`)",
             )
         bandwidths = [_LINK_BYTES / each / 1e9 for each in alike.values()]
         what = f"neighbours {where} send {spread(bandwidths)} GB/s"
@@ -222,7 +226,7 @@ def _judge_gangs(
 ) -> Iterator[Finding]:
     gangs = gangs_of(size, tp_size)
     largest = f"all_gather {SIZES[-1]}"
-    # The best of each: a busy machine adds to some.
+    # The minimum is the least disturbed by other processes.
     took = {first: min(measured[first][largest]) for first, *_ in gangs}
     for first, usual in outliers(took):
         yield Finding(
@@ -230,7 +234,7 @@ def _judge_gangs(
             "speed",
             f"the gang takes {took[first] / usual:.1f} times longer than others for an all-gather",
             tuple(range(first, first + tp_size)),
-            "look at the links between its ranks",
+            "check the links between its ranks",
         )
     slowest = gangs[max(took, key=lambda first: took[first]) // tp_size]
     title = "the slowest gang" if len(gangs) > 1 else "the gang"
@@ -240,7 +244,7 @@ def _judge_gangs(
 def _describe(
     title: str, runs: Mapping[str, Sequence[float]], ranks: tuple[int, ...]
 ) -> Iterator[Finding]:
-    """A line for each operation: microseconds of the smallest size, GB/s of the larger ones."""
+    """Yields a finding per operation: latency at the smallest size, GB/s at larger ones."""
     for operation in OPERATIONS:
         latency = [1e6 * each for each in runs[f"{operation} {SIZES[0]}"]]
         parts = [f"{SIZES[0] // 2**10} KiB {spread(latency)} us"]

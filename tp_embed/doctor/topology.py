@@ -1,4 +1,4 @@
-"""Who is where: the places that the launcher gave, and the tensor-parallel gangs over the nodes."""
+"""Checks the places of ranks from the launcher, and tensor-parallel gangs over nodes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .job import Job
 
 
 def gangs_of(size: int, tp_size: int) -> list[list[int]]:
-    """The ranks of each tensor-parallel gang, as DeepSpeed and Megatron have them: neighbours."""
+    """Returns the ranks of each tensor-parallel gang: adjacent, as in DeepSpeed and Megatron."""
     return [list(range(first, first + tp_size)) for first in range(0, size, tp_size)]
 
 
 def judge(job: Job, tp_size: int | None) -> Iterator[Finding]:
-    """Yields findings on where the ranks run and which gangs they form."""
+    """Yields findings on the nodes and gangs of ranks."""
     places = job.part("place")
     everywhere = tuple(places)
     yield from _judge_places(job, places)
@@ -29,9 +29,9 @@ def judge(job: Job, tp_size: int | None) -> Iterator[Finding]:
             yield Finding(
                 "note",
                 "topology",
-                "the tensor-parallel gangs were not looked at",
+                "the tensor-parallel gangs were not checked",
                 everywhere,
-                "give their size with `--tp N`",
+                "pass their size: `--tp N`",
             )
         return
     if job.size % tp_size:
@@ -41,7 +41,7 @@ def judge(job: Job, tp_size: int | None) -> Iterator[Finding]:
             "topology",
             f"the number of ranks ({job.size}) must be a multiple of `--tp`, but that is {tp_size}",
             everywhere,
-            f"take a tensor-parallel size of {divisors}, or another number of ranks",
+            f"use a tensor-parallel size of {divisors}, or another number of ranks",
         )
         return
     yield from _judge_gangs(job, tp_size)
@@ -53,10 +53,9 @@ def _judge_places(job: Job, places: Mapping[int, Mapping[str, Any]]) -> Iterator
         yield Finding(
             "error",
             "topology",
-            f"ranks believe in different numbers of ranks: {differing(sizes)}",
+            f"ranks disagree on the number of ranks: {differing(sizes)}",
             odd_ones(sizes),
-            "two jobs meet at one master port, or a launcher was started with other numbers on a "
-            "node",
+            "two jobs share a master port, or the launchers of the nodes have different options",
         )
     for node, ranks in job.nodes.items():
         local_ranks = [places[rank]["local_rank"] for rank in ranks]
@@ -68,13 +67,13 @@ def _judge_places(job: Job, places: Mapping[int, Mapping[str, Any]]) -> Iterator
                 f"ranks of {node} have the same local rank, and so the same device: "
                 f"{ {rank: places[rank]['local_rank'] for rank in twice} }",
                 tuple(twice),
-                "start one launcher on each node, and leave LOCAL_RANK to it",
+                "start one launcher on each node, and let it set LOCAL_RANK",
             )
         if ranks[-1] - ranks[0] + 1 != len(ranks):
             yield Finding(
                 "warning",
                 "topology",
-                f"{name_ranks(ranks)} of {node} are not neighbours: gangs, which are, cross nodes",
+                f"{name_ranks(ranks)} of {node} are not adjacent, so gangs cross nodes",
                 tuple(ranks),
                 "fill one node after the other: `--map-by slot` of Open MPI, "
                 "`--distribution=block` of srun",
@@ -86,7 +85,7 @@ def _judge_places(job: Job, places: Mapping[int, Mapping[str, Any]]) -> Iterator
             "topology",
             f"nodes have different numbers of ranks: {local_sizes}",
             tuple(places),
-            "as many on each, unless it is meant",
+            "use the same number on each, unless this is intended",
         )
 
 
@@ -115,5 +114,5 @@ def _gang_fix(job: Job, tp_size: int) -> str:
     fitting = [n for n in range(1, smallest + 1) if all(not len(r) % n for r in job.nodes.values())]
     fix = f"a tensor-parallel size of {' or '.join(map(str, fitting))}"
     if tp_size in fitting:
-        return "order the ranks so that neighbours are on one node"
-    return f"{fix} if the model fits; else see that this network is the fast one"
+        return "order the ranks so that adjacent ones are on one node"
+    return f"{fix} if the model fits; else make sure that gangs use the fastest network"

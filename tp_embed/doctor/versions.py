@@ -1,4 +1,4 @@
-"""Versions of Python, torch, DeepSpeed and so on: supported, and the same on every rank."""
+"""Checks that versions of Python, torch, DeepSpeed and others are supported, and agree."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .job import Job
 
 PACKAGES = ("torch", "deepspeed", "hydra-core", "transformers", "safetensors", "tp-embed")
 
-# Ranks that differ in one of these may wait for each other, or compute something else.
+# Ranks that differ in one of these may hang, or compute different results.
 _MUST_AGREE = ("Python", "torch", "deepspeed", "tp-embed", "the source of tp_embed")
 _MISSING = "missing"
 
@@ -33,7 +33,7 @@ _COMPARE = {
 
 
 def look() -> dict[str, Any]:
-    """Collects the versions of Python, of packages, and of what torch was built with."""
+    """Collects the versions of Python, of packages, and of the build of torch."""
     found = {"Python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -65,7 +65,7 @@ def judge(job: Job) -> Iterator[Finding]:
                 "versions",
                 f"ranks have different versions of {name}: {differing(by_rank)}",
                 odd_ones(by_rank),
-                "install the same on every node, and look at PATH and PYTHONPATH there",
+                "install the same version on every node, and check PATH and PYTHONPATH there",
             )
     for rank, part in parts.items():
         for name, version in part["packages"].items():
@@ -87,7 +87,7 @@ def judge(job: Job) -> Iterator[Finding]:
                 "versions",
                 f"ranks have different versions of {name}: {differing(by_rank)}",
                 odd_ones(by_rank),
-                "results may differ in the last bits; take the same build of torch, and nodes of "
+                "results may differ in the last bits; use the same build of torch, and nodes of "
                 "one kind",
             )
     if agreed:
@@ -103,12 +103,12 @@ def judge(job: Job) -> Iterator[Finding]:
 
 
 def supported() -> dict[str, str]:
-    """The versions that this package says it works with, as ``{"torch": ">=2.13,<2.14"}``."""
+    """Returns the versions that this package requires, as ``{"torch": ">=2.13,<2.14"}``."""
     try:
         requirements = metadata.requires("tp-embed") or []
         found = {"Python": metadata.metadata("tp-embed")["Requires-Python"] or ""}
     except metadata.PackageNotFoundError:
-        return {}  # It is run from its source tree.
+        return {}  # Not installed: it runs from its source tree.
     for requirement in requirements:
         matched = re.match(r"([\w.-]+)\s*([<>=!~][^;\[]*)", requirement)
         if matched:
@@ -117,7 +117,7 @@ def supported() -> dict[str, str]:
 
 
 def is_supported(version: str, wanted: str) -> bool:
-    """Whether a version fulfils a specifier, by the numbers of its release.
+    """Returns whether the release numbers of ``version`` satisfy the specifier ``wanted``.
 
     >>> is_supported("2.13.0+cpu", ">=2.13,<2.14")
     True
@@ -138,7 +138,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _hash_source() -> str:
-    """A hash of this package, which in an editable install changes and keeps its version."""
+    """Hashes the source of this package: an editable install may change under one version."""
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
