@@ -479,18 +479,18 @@ def test_recommendation_depends_on_what_there_is():
     assert best() == (
         "embed",
         True,
-        "of those that need the least memory it sends the least",
+        "sends the least among those that need the least memory",
     )
     # Nothing is sent where tables are whole and there is no other data-parallel rank.
-    assert best(None, 1 << 40) == ("none", False, "of those that fit it sends the least")
-    assert best(Network(1e9), 1 << 40)[2] == "of those that fit it takes the least time to send"
-    assert best(None, 1.0) == ("embed", True, "none fits; it needs the least memory")
+    assert best(None, 1 << 40) == ("none", False, "sends the least among those that fit")
+    assert best(Network(1e9), 1 << 40)[2] == "takes the least time to send among those that fit"
+    assert best(None, 1.0) == ("embed", True, "needs the least memory, but none fits")
     tied = replace(setup, tied=True)
     chosen, reason = recommend(tied, costs(tied))
     assert (chosen.strategy, chosen.shard_logits) == ("vocab", True)
-    assert reason == "of those that need the least memory it sends the least"
+    assert reason == "sends the least among those that need the least memory"
     assert recommend(tied, [cost(tied, "none"), cost(tied, "vocab")])[1] == (
-        "it needs the least memory"
+        "needs the least memory"
     )
 
 
@@ -509,7 +509,7 @@ def test_recommendation_depends_on_what_there_is():
         ({"output": "shard"}, "`output` must be one of"),
         ({"device": "tpu"}, "`device` must be one of"),
         ({"tied": True, "head": False}, "`tied` must be false where there is no head"),
-        ({"sparse": True}, "`sparse` must be false but for a table"),
+        ({"sparse": True}, "`sparse` must be false except for an untied table"),
     ],
 )
 def test_setups_that_cannot_be_are_refused(values, message):

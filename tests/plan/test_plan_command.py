@@ -93,7 +93,7 @@ def test_table_has_a_column_for_each_strategy_and_the_best_one(capsys):
     assert ends <= {i for i, c in enumerate(rows[0] + " ") if c == " "}  # Columns are aligned.
     best, saved = below
     assert best == (
-        "best: embed, dedup, local logits: of those that need the least memory it sends the least"
+        "best: embed, dedup, local logits: sends the least among those that need the least memory"
     )
     assert saved.startswith("shard_logits is off: with it, embed would need ")
 
@@ -288,12 +288,12 @@ def test_warnings_say_what_does_not_fit(capsys):
     assert fits == [found["strategy"] != "none" for found in data["strategies"]]
     assert data["warnings"] == []
     _, data, printed = plan(capsys, *TABLE, "--memory", "0.001", "--strategy", "none")
-    assert data["warnings"][0].startswith("none needs 0.11 GiB at the peak of a step, but there")
+    assert data["warnings"][0].startswith("none needs 0.11 GiB at the peak of a step, but only")
     assert data["warnings"][0] in printed
     _, data, _ = plan(capsys, "--vocab-size", "3", "--embed-dim", "2", "--tied", "--tp", "4")
-    assert data["warnings"] == ["1 of 4 ranks hold nothing of the table."]
+    assert data["warnings"] == ["1 of 4 ranks hold no part of the table."]
     _, data, _ = plan(capsys, "--vocab-size", "3", "--embed-dim", "2", "--tp", "1000000000")
-    assert data["warnings"] == ["999999997 of 1000000000 ranks hold nothing of the table."]
+    assert data["warnings"] == ["999999997 of 1000000000 ranks hold no part of the table."]
     nodes = ("--bandwidth", "1", "--gpus-per-node", "2")
     _, data, _ = plan(capsys, *TABLE, "--tp", "4", *nodes)
     assert [warning.split()[0] for warning in data["warnings"]] == ["4", "Links"]

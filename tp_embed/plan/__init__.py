@@ -1,8 +1,8 @@
-"""What a table and its output head cost a rank by each strategy: memory, bytes sent, and time.
+"""Estimates what a table and its output head cost a rank: memory, bytes sent, and time.
 
-Arithmetic, no tensors. The rank is the one that holds the largest shard. P ranks share a table
-(tensor-parallel), D ranks train on other batches (data-parallel); what ZeRO holds is what DeepSpeed
-0.19.8 does. The tests compare all of it with what layers and engines hold and send.
+Arithmetic, no tensors. Costs are for the rank with the largest shard. P ranks share a table
+(tensor-parallel), D ranks train on different batches (data-parallel). ZeRO is modeled on DeepSpeed
+0.19.8. The tests compare the estimates with the memory and traffic of real layers and engines.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What people should know of a choice beside its costs."""
+"""Gives advice on a choice beyond its costs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .traffic import Network
 def saved_by_local_logits(
     setup: Setup, chosen: Cost, network: Network | None
 ) -> dict[str, Any] | None:
-    """What ``shard_logits`` would save, in bytes and seconds, where it is off and the head of the
-    choice is cut over the vocabulary."""
+    """Returns the bytes and seconds that ``shard_logits`` would save; ``None`` if it is on, saves
+    nothing, or the head is not cut over the vocabulary."""
     if chosen.shard_logits or head_cut(setup, chosen.strategy) != "vocab":
         return None
     other = cost(setup, chosen.strategy, True, chosen.dedup)
@@ -29,7 +29,7 @@ def saved_by_local_logits(
 
 
 def logits_line(chosen: Cost, saved: dict[str, Any]) -> str:
-    """The same, for people."""
+    """Formats the result of :func:`saved_by_local_logits`."""
     time = "" if saved["seconds"] is None else f" ({1e3 * saved['seconds']:.1f} ms)"
     return (
         f"shard_logits is off: with it, {name_of(chosen)} would need {size(saved['peak'])} less at "
@@ -40,23 +40,24 @@ def logits_line(chosen: Cost, saved: dict[str, Any]) -> str:
 def warnings_of(
     setup: Setup, chosen: Cost, network: Network | None, memory: float | None
 ) -> Iterator[str]:
-    """What is wrong with the choice."""
+    """Yields warnings about the choice."""
     if memory is not None and chosen.peak > memory:
         need, have = chosen.peak / GIB, memory / GIB
-        yield f"{name_of(chosen)} needs {need:.2f} GiB at the peak of a step, but there are {have}."
+        name = name_of(chosen)
+        yield f"{name} needs {need:.2f} GiB at the peak of a step, but only {have} are available."
     if chosen.strategy != "none":
         name = "vocab_size" if chosen.strategy == "vocab" else "embed_dim"
         length = getattr(setup, name)
         holders = -(-length // Partition(length, setup.tp_size).block)
         if holders < setup.tp_size:
             idle = setup.tp_size - holders
-            yield f"{idle} of {setup.tp_size} ranks hold nothing of the table."
+            yield f"{idle} of {setup.tp_size} ranks hold no part of the table."
     if network is None:
         return
     if network.crosses_nodes(setup, "tp"):
         yield (
-            f"{setup.tp_size} tensor-parallel ranks are on several nodes of "
-            f"{network.gpus_per_node}: what they send waits for the slower links."
+            f"{setup.tp_size} tensor-parallel ranks span several nodes of "
+            f"{network.gpus_per_node}: their collectives wait for the slower links."
         )
     if network.crosses_nodes(setup, "dp") and network.inter_bandwidth is None:
-        yield "Links between nodes are taken to be as fast as those inside: --inter-bandwidth."
+        yield "Links between nodes are assumed as fast as inside a node: set --inter-bandwidth."

@@ -1,4 +1,4 @@
-"""What the planner answers: which strategies there are, what is chosen, and what would be best."""
+"""Makes the report of the planner: all strategies, the chosen one, and the best one."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Dedup = Literal["auto", "always", "never"]
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked for, beside the setup.
+    """Options beyond the setup.
 
-    :param memory: what a rank has for table, head and logits, in bytes.
-    :param dedup: ``"always"`` and ``"never"`` leave out the other columns of tables that are cut.
-    :param chart: the file to draw a chart into.
+    :param memory: bytes that a rank has for table, head and logits.
+    :param dedup: ``"always"`` and ``"never"`` omit the other columns of cut tables.
+    :param chart: the file to write a chart to.
     """
 
     memory: float | None = None
@@ -38,7 +38,7 @@ class Options:
 
 def check(setup: Setup, options: Options) -> None:
     """
-    :raises ValueError: the strategy does not go with the setup.
+    :raises ValueError: the setup does not support the strategy.
     :raises CommandError: the chart cannot be drawn.
     """
     _choose(setup, options, _costs(setup, options))
@@ -47,7 +47,7 @@ def check(setup: Setup, options: Options) -> None:
 
 
 def make_report(setup: Setup, options: Options, network: Network | None) -> Report:
-    """The whole answer; writes the chart, if there is to be one.
+    """Makes the report, and writes the chart if ``options`` name one.
 
     :raises ValueError: as :func:`check`.
     """
@@ -102,12 +102,12 @@ def _choose(setup: Setup, options: Options, found: Sequence[Cost]) -> Cost:
     raise ValueError(
         "`shard_logits` must be false for a head that is not cut over the vocabulary, but is "
         f"true instead, and the strategy is {strategy!r}. "
-        + ("Take 'vocab'." if setup.head else "There is no head: leave it out.")
+        + ("Use 'vocab'." if setup.head else "There is no head: leave it out.")
     )
 
 
 def _shown(options: Options, found: Sequence[Cost], best: Cost) -> Iterator[Cost]:
-    """Each strategy with sharded logits or without, as asked for, and the best one."""
+    """Yields each strategy, with sharded logits if ``options`` ask for them, and the best one."""
     with_logits = {cost.strategy for cost in found if cost.shard_logits}
     for cost in found:
         wanted = options.shard_logits and cost.strategy in with_logits

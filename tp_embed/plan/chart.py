@@ -1,4 +1,4 @@
-"""A chart of what strategies cost as a table is cut over more and more ranks."""
+"""Charts the costs of strategies over the number of tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ SUFFIXES = (".svg", ".png")
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over the number of tensor-parallel ranks: a panel for each cost, by its title."""
+    """Lines over the number of tensor-parallel ranks, in a panel per cost, by title."""
 
     title: str
     sizes: tuple[int, ...]
     panels: dict[str, list[Series]]
 
     def data(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Converts the chart to JSON values."""
         return {
             "tp_sizes": list(self.sizes),
             "panels": {t: {n: list(y) for n, _, y in lines} for t, lines in self.panels.items()},
@@ -36,19 +36,19 @@ class Chart:
 
 def check_path(path: Path) -> None:
     """
-    :raises WrongUsageError: it is no name of a file that can be written.
+    :raises WrongUsageError: the suffix of ``path`` is not supported.
     :raises MissingPackageError: matplotlib isn't installed.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise WrongUsageError(
             f"--chart must be a file that ends in {' or '.join(SUFFIXES)}, but is '{path}' instead."
         )
-    new_figure(1, 1)  # Fails now, not after the costs are printed, without matplotlib.
+    new_figure(1, 1)  # Without matplotlib, fails now, not after the costs are printed.
 
 
 def chart_of(setup: Setup, network: Network | None, shown: Sequence[Cost]) -> Chart:
-    """The costs of the strategies that are ``shown``, with 1, 2, 4, ... ranks, up to 8 at least and
-    to the ``tp_size`` of ``setup``, which is one of them."""
+    """Charts the strategies ``shown`` at 1, 2, 4, ... ranks, up to at least 8 and at least
+    ``setup.tp_size``, which is included."""
     most = max(8, setup.tp_size)
     sizes = sorted({1 << i for i in range(most.bit_length())} | {setup.tp_size})
     columns = [[_with(setup, size, each) for size in sizes] for each in shown]
@@ -63,7 +63,7 @@ def chart_of(setup: Setup, network: Network | None, shown: Sequence[Cost]) -> Ch
     panels = {
         "Peak of a step (GiB)": lines(lambda at, cost: cost.peak / GIB),
         "Sent in a step (GiB)": lines(lambda at, cost: cost.sent / GIB),
-        "Of that for lookups (GiB)": lines(lambda at, cost: _sent_for_lookups(cost) / GIB),
+        "Sent for lookups (GiB)": lines(lambda at, cost: _sent_for_lookups(cost) / GIB),
     }
     if network is not None:
         panels["Time to send (ms)"] = lines(lambda at, cost: 1e3 * cost.seconds(at, network))
@@ -76,7 +76,7 @@ def chart_of(setup: Setup, network: Network | None, shown: Sequence[Cost]) -> Ch
 
 def _with(setup: Setup, tp_size: int, like: Cost) -> tuple[Setup, Cost]:
     share = setup.owner_share
-    if share is not None:  # A rank holds no less than its part.
+    if share is not None:  # The largest owner holds at least 1/P.
         share = max(share, 1 / tp_size)
     at = replace(setup, tp_size=tp_size, owner_share=share)
     return at, cost(at, like.strategy, like.shard_logits, like.dedup)
@@ -87,7 +87,7 @@ def _sent_for_lookups(cost: Cost) -> float:
 
 
 def write_chart(chart: Chart, path: Path) -> None:
-    """Writes ``chart`` in the format that the name of ``path`` ends in.
+    """Writes ``chart`` in the format of the suffix of ``path``.
 
     :raises OSError: the file can't be written.
     """

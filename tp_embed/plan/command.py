@@ -1,4 +1,4 @@
-"""``tp-embed plan``: its options."""
+"""The options of ``tp-embed plan``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from .setup import GIB, ITEM_BYTES, MOMENTS, Device, Output, Setup, Strategy, re
 from .traffic import Network
 
 _EPILOG = """\
-A column is a strategy, of the rank that holds the largest shard. `none`: every rank has the whole
-table and head. `embed`, `vocab`: the table is cut over its columns, or its rows; a head that shares
-no table is cut over the vocabulary. `dedup`: an id that occurs several times is sent once. `local
-logits`: the loss is computed from the logits of each rank (`--shard-logits`; the best choice is
-shown with it, if it is one).
+Each column is a strategy, for the rank with the largest shard. `none`: every rank has the whole
+table and head. `embed`, `vocab`: the table is cut over its columns, or its rows; an untied head is
+cut over the vocabulary. `dedup`: repeated ids are sent once. `local logits`: the loss is computed
+from each rank's own logits (`--shard-logits`; also shown if it is the best choice).
 
 Not counted: the rest of the model, temporaries of the optimizer's step, and the buckets of ZeRO.
 docs/planning.md has the formulas.
@@ -30,22 +29,22 @@ def _add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("the table")
     group.add_argument("--hf-config", metavar="PATH", help="a config.json, or its directory")
     group.add_argument(
-        "--vocab-size", "--vocab", type=int, metavar="V", help="rows; goes before the config"
+        "--vocab-size", "--vocab", type=int, metavar="V", help="rows; overrides the config"
     )
     group.add_argument("--embed-dim", "--dim", type=int, metavar="E", help="columns")
     group.add_argument(
         "--tied", action=BooleanOptionalAction, help="whether the output head shares the table"
     )
-    group.add_argument("--no-head", action="store_false", dest="head", help="there is none")
+    group.add_argument("--no-head", action="store_false", dest="head", help="no output head")
     group.add_argument(
         "--strategy", choices=("auto", *get_args(Strategy)), default="auto", help="your choice"
     )
     group.add_argument("--shard-logits", action="store_true", help="as in the DeepSpeed config")
     group.add_argument(
-        "--dedup", choices=get_args(Dedup), default="auto", help="send an id that occurs often once"
+        "--dedup", choices=get_args(Dedup), default="auto", help="send repeated ids once"
     )
     group.add_argument(
-        "--output", choices=get_args(Output), default="replicated", help="of the lookup"
+        "--output", choices=get_args(Output), default="replicated", help="layout of the lookup"
     )
 
     group = parser.add_argument_group("how it is trained")
@@ -54,38 +53,38 @@ def _add_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--zero-stage", "--zero", type=int, choices=range(4), default=1)
     group.add_argument("--dtype", choices=tuple(ITEM_BYTES), help="of weights; by default bf16")
     group.add_argument(
-        "--grad-dtype", choices=tuple(ITEM_BYTES), help="`grad_accum_dtype`; as the weights"
+        "--grad-dtype", choices=tuple(ITEM_BYTES), help="`grad_accum_dtype`; by default of weights"
     )
     group.add_argument("--optimizer", choices=tuple(MOMENTS), default="adamw")
     group.add_argument(
-        "--tokens", type=int, default=8192, metavar="N", help="on each rank in a micro-batch"
+        "--tokens", type=int, default=8192, metavar="N", help="per rank and micro-batch"
     )
     group.add_argument("--accumulation-steps", type=int, default=1, metavar="K")
     group.add_argument("--sparse", action="store_true", help="sparse gradients of the table")
     group.add_argument(
-        "--unique-share", type=float, metavar="X", help="distinct tokens; by default Zipf's law"
+        "--unique-share", type=float, metavar="X", help="of distinct tokens; by default Zipf's law"
     )
     group.add_argument(
         "--block-unique-share", type=float, metavar="X", help="in a rank's block of the sequence"
     )
     group.add_argument(
-        "--owner-share", type=float, metavar="X", help="of these on one rank by rows; even: 1/P"
+        "--owner-share", type=float, metavar="X", help="of these on one rank; by default 1/P"
     )
 
     group = parser.add_argument_group("the machines")
     group.add_argument("--device", choices=get_args(Device), default="cuda")
     group.add_argument(
-        "--memory", type=float, metavar="GiB", help="what a GPU has for table, head and logits"
+        "--memory", type=float, metavar="GiB", help="of a GPU, for table, head and logits"
     )
     group.add_argument("--bandwidth", type=float, metavar="GB/s", help="of a GPU inside a node")
     group.add_argument("--latency", type=float, default=0.0, metavar="us", help="of a message")
-    group.add_argument("--gpus-per-node", type=int, metavar="G", help="by default all are in one")
+    group.add_argument("--gpus-per-node", type=int, metavar="G", help="by default all")
     group.add_argument("--inter-bandwidth", type=float, metavar="GB/s", help="between nodes")
     group.add_argument("--inter-latency", type=float, metavar="us", help="between nodes")
     parser.add_argument(
         "--chart", type=Path, metavar="FILE", help="draw costs over P, as .svg or .png"
     )
-    parser.add_argument("--json", action="store_true", help="print a JSON object, in bytes")
+    parser.add_argument("--json", action="store_true", help="print a JSON object; sizes in bytes")
 
 
 def _run(values: Mapping[str, Any]) -> Report:
@@ -132,7 +131,7 @@ def _plan(values: Mapping[str, Any]) -> Report:
 def _network(values: Mapping[str, Any]) -> Network | None:
     if values["bandwidth"] is None:
         for name in ("latency", "gpus_per_node", "inter_bandwidth", "inter_latency"):
-            # Which is 0 where it is left out.
+            # The default of latency is 0, not None.
             if values[name] is not None and (name != "latency" or values[name]):
                 option = name.replace("_", "-")
                 raise WrongUsageError(f"--{option} must come with --bandwidth, but does not.")
@@ -149,8 +148,8 @@ def _network(values: Mapping[str, Any]) -> Network | None:
 
 PLAN = Command(
     "plan",
-    help="say what each strategy costs, before there are GPUs",
-    description="Says what a table costs each rank by each strategy: memory, bytes, and time.",
+    help="estimate the cost of each strategy, without GPUs",
+    description="Estimates the cost of a table per rank and strategy: memory, bytes, and time.",
     add_arguments=_add_arguments,
     run=_run,
     epilog=_EPILOG,

@@ -1,4 +1,4 @@
-"""The arithmetic: memory of each strategy, and which one to choose."""
+"""Estimates the costs of each strategy, and recommends one."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .transfers import transfers
 
 @dataclass(frozen=True)
 class Cost:
-    """What one strategy costs the rank with the largest shard, memory in bytes.
+    """The cost of one strategy for the rank with the largest shard, memory in bytes.
 
-    :param dedup: whether an id that occurs several times is sent once.
-    :param weight: as ZeRO holds it between uses; ``gradient``, ``master`` (copy in fp32) and
-        ``moments`` likewise, at the end of a backward.
-    :param gathered: what ZeRO holds of one Parameter for its use on top of that.
-    :param staging: what the lookup keeps from one exchange to the next, on a CPU.
-    :param exchange: the most that the lookup takes for a micro-batch, with that and its output.
-    :param logits: the most that head and loss take for it.
-    :param init_sharded: the peak as the layers are built and drawn shard by shard.
-    :param init_whole: the peak where a model is built first and sharded then.
+    :param dedup: whether repeated ids are sent once.
+    :param weight: the weight, as ZeRO holds it between uses; ``gradient``, ``master`` (fp32 copy)
+        and ``moments`` likewise, at the end of a backward.
+    :param gathered: additional memory that ZeRO needs to use one Parameter.
+    :param staging: buffers that the lookup keeps between exchanges, on a CPU.
+    :param exchange: the peak of the lookup of a micro-batch, including ``staging`` and its output.
+    :param logits: the peak of head and loss for a micro-batch.
+    :param init_sharded: the peak when layers are built and initialized shard by shard.
+    :param init_whole: the peak when a model is built whole, then sharded.
     """
 
     strategy: Strategy
@@ -47,12 +47,12 @@ class Cost:
 
     @property
     def states(self) -> int:
-        """What is held from step to step."""
+        """The bytes held between steps."""
         return self.weight + self.gradient + self.master + self.moments + self.staging
 
     @property
     def peak(self) -> int:
-        """The most in a step. The exchange and the logits come one after the other."""
+        """The peak of a step. The exchange and the logits don't overlap."""
         return self.states + self.gathered + max(self.exchange - self.staging, self.logits)
 
     @property
@@ -61,21 +61,21 @@ class Cost:
         return sum(transfer.sent for transfer in self.transfers)
 
     def seconds(self, setup: Setup, network: Network) -> float:
-        """The time of all transfers of a step, if nothing overlaps."""
+        """Returns the time of all transfers of a step, if nothing overlaps."""
         return sum(network.seconds(setup, transfer) for transfer in self.transfers)
 
 
 def auto_strategy(setup: Setup) -> Strategy:
-    """Chooses the strategy as ``"auto"`` of :func:`tp_embed.shard_embeddings` does, by the sizes of
-    table and gang and the tie alone; see :func:`tp_embed.partition.auto_strategy`."""
+    """Chooses the strategy like ``"auto"`` of :func:`tp_embed.shard_embeddings`, by the sizes of
+    table and gang and the tie only; see :func:`tp_embed.partition.auto_strategy`."""
     return partition.auto_strategy(
         setup.vocab_size, setup.embed_dim, setup.tp_size, tied=setup.tied
     )
 
 
 def costs(setup: Setup) -> list[Cost]:
-    """All strategies: with and without de-duplication where a table is cut, and with logits that
-    stay sharded where the head is cut over the vocabulary."""
+    """Returns the costs of all strategies: with and without de-duplication if the table is cut, and
+    with and without sharded logits if the head is cut over the vocabulary."""
     strategies: tuple[Strategy, ...] = ("none", "embed", "vocab")
     return [
         cost(setup, strategy, shard_logits, dedup)
@@ -86,7 +86,8 @@ def costs(setup: Setup) -> list[Cost]:
 
 
 def cost(setup: Setup, strategy: Strategy, shard_logits: bool = False, dedup: bool = False) -> Cost:
-    """
+    """Estimates the cost of one strategy.
+
     :raises ValueError: ``shard_logits`` for a head that is not cut over the vocabulary, or
         ``dedup`` for a table that is not cut.
     """
@@ -101,7 +102,7 @@ def cost(setup: Setup, strategy: Strategy, shard_logits: bool = False, dedup: bo
     item, tokens = ITEM_BYTES[setup.dtype], setup.tokens
     if not setup.head:
         logits = 0
-    elif shard_logits:  # The logits, a gradient of each in fp32, and that in their dtype.
+    elif shard_logits:  # The logits, and their gradient in fp32 and in their dtype.
         logits = tokens * block(setup, "vocab") * (8 if item == 4 else 4 + 2 * item)
     else:  # The logits, and in fp32 the log-softmax and the gradients of both.
         logits = tokens * setup.vocab_size * (12 + item)
@@ -122,7 +123,8 @@ def cost(setup: Setup, strategy: Strategy, shard_logits: bool = False, dedup: bo
 
 
 def _states(setup: Setup, strategy: Strategy, sizes: list[int]) -> tuple[int, int, int, int, int]:
-    """Weight, gradient, master copy, moments, and what is gathered, of Parameters of ``sizes``."""
+    """Returns the bytes of weight, gradient, master copy, moments and gathered Parameters, for
+    Parameters of ``sizes`` items."""
     dp_size, stage, total = setup.dp_size, setup.zero_stage, sum(sizes)
     item, sum_item = ITEM_BYTES[setup.dtype], ITEM_BYTES[setup.grad_dtype or setup.dtype]
     moments = 4 * MOMENTS[setup.optimizer]
@@ -136,7 +138,7 @@ def _states(setup: Setup, strategy: Strategy, sizes: list[int]) -> tuple[int, in
         in_use = 2 * max(sizes) * item  # A whole Parameter and its gradient.
         return share * item, share * sum_item, share * 4, share * moments, in_use
     share, in_use = -(-total // dp_size), 0
-    if stage == 1:  # Where they are added up in another dtype, gradients are there as well.
+    if stage == 1:  # Accumulation in another dtype needs a second copy of the gradient.
         gradient = total * (item if sum_item == item else item + sum_item)
     elif sum_item == item:
         gradient = _overlapping(sizes, share) * item
@@ -146,8 +148,8 @@ def _states(setup: Setup, strategy: Strategy, sizes: list[int]) -> tuple[int, in
 
 
 def _overlapping(sizes: list[int], share: int) -> int:
-    """At ZeRO 2 each rank has a share of all Parameters, one after the other, and keeps the whole
-    gradient of each of which it has a part: the most that a rank keeps."""
+    """Returns the most gradient items on one rank at ZeRO 2: each rank owns ``share`` consecutive
+    items of all Parameters, and keeps the whole gradient of each Parameter that they overlap."""
     ends = list(itertools.accumulate(sizes))
     spans = [(end - size, end) for size, end in zip(sizes, ends, strict=True)]
     return max(
@@ -159,11 +161,11 @@ def _overlapping(sizes: list[int], share: int) -> int:
 def recommend(
     setup: Setup, found: Sequence[Cost], network: Network | None = None, memory: float | None = None
 ) -> tuple[Cost, str]:
-    """The one of the costs to choose, and why: of those that fit ``memory``, the one that sends the
-    fastest, or without a network the least; without ``memory``, of those that need the least, give
-    or take a percent.
+    """Recommends one of the costs, with a reason. Chooses the least time to send, or without a
+    network the fewest bytes, among costs that fit ``memory``. Without ``memory``, chooses among
+    costs within 1% of the lowest peak.
 
-    :param memory: what a rank has for table, head and logits, in bytes.
+    :param memory: bytes that a rank has for table, head and logits.
     """
 
     def effort(cost: Cost) -> float:
@@ -173,10 +175,10 @@ def recommend(
     limit = 1.01 * least.peak if memory is None else memory
     fitting = [cost for cost in found if cost.peak <= limit]
     if not fitting:
-        return least, "none fits; it needs the least memory"
+        return least, "needs the least memory, but none fits"
     best = min(fitting, key=lambda cost: (effort(cost), cost.peak))
     if len(fitting) == 1:
-        return best, "it needs the least memory" if memory is None else "it alone fits"
+        return best, "needs the least memory" if memory is None else "the only one that fits"
     which = "need the least memory" if memory is None else "fit"
     sends = "sends the least" if network is None else "takes the least time to send"
-    return best, f"of those that {which} it {sends}"
+    return best, f"{sends} among those that {which}"

@@ -1,9 +1,9 @@
-"""What the lookup of a micro-batch sends, and what it needs of memory, by strategy: the arithmetic
-of :mod:`tp_embed.lookup.exchange`, of the rank that sends the most and of the one that needs the
-most.
+"""Estimates the traffic and memory of a micro-batch's lookup, by strategy: the arithmetic of
+:mod:`tp_embed.lookup.exchange`, for the rank that sends the most and the rank that needs the most
+memory.
 
-N ids are looked up, of which U are distinct; with ``output="sequence"`` rank q wants the
-:math:`N_q` of its block, of which :math:`U_q` are distinct. B is :math:`\\lceil E/P\\rceil`.
+The lookup has N ids, U of them distinct. With ``output="sequence"`` rank q wants the :math:`N_q`
+ids of its block, :math:`U_q` of them distinct. B is :math:`\\lceil E/P\\rceil`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .setup import ITEM_BYTES, Setup, Strategy
 from .tokens import distinct, distinct_of_block, largest_owner, rows_of_owners
 from .traffic import Operation, Phase, Transfer
 
-# With a larger share of distinct ids, the exchange of columns does not de-duplicate by itself.
+# Above this share of distinct ids, `dedup="auto"` does not de-duplicate the exchange of columns.
 WORTH_SHARE = 0.85
 
 
 @dataclass(frozen=True)
 class Lookup(ABC):
-    """The lookups of the micro-batches of a step, of a table that is cut over several ranks."""
+    """The lookups of a step, in a table cut over several ranks."""
 
     setup: Setup
     dedup: bool
@@ -37,7 +37,7 @@ class Lookup(ABC):
     @property
     @abstractmethod
     def items(self) -> int:
-        """The most items that the forward of a micro-batch needs at once, its output included."""
+        """The peak number of items in the forward of a micro-batch, its output included."""
 
     @property
     def kept(self) -> int:
@@ -50,21 +50,21 @@ class Lookup(ABC):
 
     @cached_property
     def blocks(self) -> Partition:
-        """The positions that each rank wants, if each wants its own."""
+        """The positions that each rank wants, if each wants its own block."""
         return Partition(self.setup.tokens, self.setup.tp_size)
 
     def wanted(self, rank: int) -> int:
-        """How many rows travel to ``rank``, if each wants its own block."""
+        """Returns the number of rows sent to ``rank``, if each wants its own block."""
         count = len(self.blocks.shard(rank))
         return distinct_of_block(self.setup, count) if self.dedup else count
 
     @cached_property
     def wanted_by_all(self) -> int:
-        """Their sum over all ranks."""
+        """The sum of :meth:`wanted` over all ranks."""
         return self.sum_over_blocks(self.wanted)
 
     def sum_over_blocks(self, function: Callable[[int], int]) -> int:
-        """Over all ranks, of a function of how large their blocks are."""
+        """Sums ``function`` over all ranks. It must depend on the size of their blocks only."""
         full, rest = divmod(self.setup.tokens, self.blocks.block)
         return full * function(0) + (function(full) if rest else 0)
 
@@ -75,7 +75,7 @@ class Lookup(ABC):
 
 
 class ColumnsToAll(Lookup):
-    """Cut over the columns; all ranks take whole rows: an all-gather."""
+    """Cut over the columns; all ranks want whole rows: an all-gather."""
 
     def transfers(self) -> Iterator[Transfer]:
         yield self.send("forward", "all_gather", self._rows * self.columns.block)
@@ -83,7 +83,7 @@ class ColumnsToAll(Lookup):
     @property
     def items(self) -> int:
         width, dim = self.setup.tp_size * self.columns.block, self.setup.embed_dim
-        # What all send, that put together, and that without the padding.
+        # The gathered blocks, the concatenated rows, and a copy without padding.
         return self.kept + self.setup.tokens * (width + (dim if width > dim else 0))
 
     @property
@@ -96,7 +96,7 @@ class ColumnsToAll(Lookup):
 
 
 class ColumnsToBlocks(Lookup):
-    """Cut over the columns; each rank takes whole rows of a block of positions: an all-to-all."""
+    """Cut over the columns; each rank wants whole rows of a block of positions: an all-to-all."""
 
     def transfers(self) -> Iterator[Transfer]:
         dim, ends = self.setup.embed_dim, {*_ends(self.columns), *_ends(self.blocks)}
@@ -104,7 +104,7 @@ class ColumnsToBlocks(Lookup):
         def width(rank: int) -> int:
             return len(self.columns.shard(rank))
 
-        # Ranks that have blocks of one size send the more, the less they want themselves.
+        # Among ranks with equal blocks, those that want the fewest rows send the most.
         to_others = max(width(r) * (self.wanted_by_all - self.wanted(r)) for r in ends)
         yield self.send("forward", "all_to_all", to_others)
         gradients = max(len(self.blocks.shard(r)) * (dim - width(r)) for r in ends)
@@ -125,7 +125,7 @@ class ColumnsToBlocks(Lookup):
 
 
 class RowsToAll(Lookup):
-    """Cut over the vocabulary; all ranks take all rows: an all-reduce, or an all-gather of rows."""
+    """Cut over the vocabulary; all ranks want all rows: an all-reduce, or an all-gather of rows."""
 
     def transfers(self) -> Iterator[Transfer]:
         dim, rows = self.setup.embed_dim, distinct(self.setup)
@@ -152,12 +152,12 @@ class RowsToAll(Lookup):
 
     @property
     def _is_uneven(self) -> bool:
-        """Whether one owner has so many of the rows that they are spread over the ranks first."""
+        """Whether one owner has so many rows that they are first rebalanced over the ranks."""
         size, rows = self.setup.tp_size, distinct(self.setup)
         return size > 2 and largest_owner(self.setup, rows) * (size - 1) > rows
 
     def _moved(self) -> int:
-        """The most rows that an owner gives to other ranks, so that all have as many."""
+        """Returns the most rows that an owner sends away to balance the ranks."""
         rows = distinct(self.setup)
         even = Partition(rows, self.setup.tp_size)
         held = pairwise((0, *accumulate(rows_of_owners(self.setup, rows))))
@@ -169,7 +169,7 @@ class RowsToAll(Lookup):
 
 
 class RowsToBlocks(Lookup):
-    """Cut over the vocabulary; each rank takes a block of positions."""
+    """Cut over the vocabulary; each rank wants a block of positions."""
 
     def transfers(self) -> Iterator[Transfer]:
         setup, most = self.setup, self.blocks.block
@@ -181,7 +181,7 @@ class RowsToBlocks(Lookup):
         else:
             yield self.send("forward", "reduce_scatter", size * most * dim)
         if self.dedup or setup.device == "cpu":
-            # But for what belongs to the rank itself, the least that one holds.
+            # Minus the rows a rank owns itself, at the rank that owns the fewest.
             least = (most - largest_owner(setup, most)) // (size - 1)
             yield self.send("backward", "all_to_all", (most - least) * dim)
         else:
@@ -191,7 +191,7 @@ class RowsToBlocks(Lookup):
     def items(self) -> int:
         most = self.blocks.block
         if not self.dedup:
-            copies = 2 if self.setup.device == "cpu" else 1  # Gloo works on one of its own.
+            copies = 2 if self.setup.device == "cpu" else 1  # Gloo makes a copy.
             return (copies * self.setup.tp_size + 1) * most * self.setup.embed_dim
         rows = self.sum_over_blocks(self._owned) + self.wanted(0) + most
         return rows * self.setup.embed_dim
@@ -205,14 +205,14 @@ class RowsToBlocks(Lookup):
         return (sent + received) * self.setup.embed_dim
 
     def _owned(self, rank: int) -> int:
-        """Of the rows that ``rank`` wants, the most that one rank holds."""
+        """Returns the most rows wanted by ``rank`` that one rank owns."""
         return largest_owner(self.setup, self.wanted(rank))
 
 
 class NotCut(Lookup):
-    """Each rank holds the whole table. With sequence output, a model keeps its block of what it has
-    looked up, and the gradients of all blocks are gathered, as Megatron-LM's
-    ``scatter_to_sequence_parallel_region`` does."""
+    """Each rank holds the whole table. With sequence output, a model keeps its block of the output,
+    and gathers the gradients of all blocks, as in Megatron-LM's
+    ``scatter_to_sequence_parallel_region``."""
 
     def transfers(self) -> Iterator[Transfer]:
         if self.setup.output == "sequence":
@@ -233,15 +233,15 @@ _KINDS: dict[tuple[Strategy, str], type[Lookup]] = {
 
 
 def lookup_of(setup: Setup, strategy: Strategy, dedup: bool) -> Lookup:
-    """How the table is looked up."""
+    """Returns the lookup for the strategy and output of ``setup``."""
     if setup.tp_size == 1:
         return NotCut(setup, False)
     return _KINDS.get((strategy, setup.output), NotCut)(setup, dedup)
 
 
 def auto_dedup(setup: Setup, strategy: Strategy) -> bool:
-    """What ``dedup="auto"`` takes: to know how many ids are distinct, an accelerator would have to
-    be waited for."""
+    """Returns what ``dedup="auto"`` chooses. On an accelerator it never de-duplicates, since
+    counting distinct ids would synchronise."""
     if strategy == "none" or setup.device != "cpu" or setup.tp_size == 1:
         return False
     if strategy == "vocab":
@@ -252,6 +252,6 @@ def auto_dedup(setup: Setup, strategy: Strategy) -> bool:
 
 
 def _ends(partition: Partition) -> set[int]:
-    """The last rank of those that have full blocks, and the one with a shorter one."""
+    """Returns the last rank with a full block, and the rank after it, with a shorter one."""
     last = partition.size // partition.block - 1
     return {last, min(last + 1, partition.num_shards - 1)}

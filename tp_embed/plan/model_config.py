@@ -1,4 +1,4 @@
-"""The table that options of ``tp-embed plan`` name, or the config of a model of transformers."""
+"""Reads a table from options of ``tp-embed plan``, or from the config of a transformers model."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from tp_embed.command import CommandError, WrongUsageError
 
 from .setup import ITEM_BYTES
 
-# In the config of a model, the width of the table: what is more special comes first.
+# Config keys for the width of the table, the most specific first.
 _WIDTHS = ("word_embed_proj_dim", "embedding_size", "hidden_size", "n_embd", "d_model")
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def read_table(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The table, from the config of a model where there is one; options go before it."""
+    """Reads the table from the config of a model, if given. Options override it."""
     config = {} if values["hf_config"] is None else _read(Path(values["hf_config"]))
     given = {name: values[name] for name in ("vocab_size", "embed_dim", "tied", "dtype")}
     table = config | {name: value for name, value in given.items() if value is not None}
     if not values["head"]:
         table["tied"] = bool(given["tied"])
     options = {"vocab_size": "--vocab-size", "embed_dim": "--embed-dim"}
-    if config:  # What does not say so may be either: it depends on the class of the model.
+    if config:  # Without the key, the default depends on the class of the model.
         options["tied"] = "--tied or --no-tied"
     missing = [option for name, option in options.items() if name not in table]
     if missing:
@@ -32,13 +32,13 @@ def read_table(values: Mapping[str, Any]) -> dict[str, Any]:
     if table.get("dtype", "bf16") not in ITEM_BYTES:
         raise WrongUsageError(
             "The dtype of the config must be float32 or bfloat16, but is "
-            f"{table['dtype']!r} instead. Give --dtype, in which it will be trained."
+            f"{table['dtype']!r} instead. Give --dtype, the dtype for training."
         )
     return table
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What the config of a model of transformers says of its table."""
+    """Reads the table from the config of a transformers model."""
     path = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

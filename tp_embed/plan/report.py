@@ -1,4 +1,4 @@
-"""How costs are shown: as lines for people, and as data for scripts."""
+"""Formats costs as text, and as data for scripts."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _MEMORY = {
 def as_lines(
     setup: Setup, found: Sequence[Cost], marks: Sequence[str], network: Network | None
 ) -> list[str]:
-    """A table with a column for each strategy, for people; ``marks`` are put below their names."""
+    """Formats a table with a column per strategy, and ``marks`` below their names."""
     return [_heading(setup), *_columns(list(_rows(setup, found, marks, network)))]
 
 
 def as_data(
     cost: Cost, setup: Setup, network: Network | None, memory: float | None
 ) -> dict[str, Any]:
-    """A strategy, as JSON can hold it: sizes in bytes."""
+    """Converts the cost of a strategy to JSON values, with sizes in bytes."""
 
     def seconds(transfer: Transfer) -> dict[str, float]:
         return {} if network is None else {"seconds": network.seconds(setup, transfer)}
@@ -55,7 +55,7 @@ def as_data(
 
 
 def name_of(cost: Cost) -> str:
-    """What people call a strategy."""
+    """Returns the display name of a strategy."""
     return ", ".join(filter(None, _names(cost)))
 
 
@@ -68,7 +68,7 @@ def _names(cost: Cost) -> tuple[str, str, str]:
 
 
 def size(nbytes: float) -> str:
-    """A number of bytes, for people."""
+    """Formats a number of bytes for humans."""
     for unit, name in ((GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if nbytes >= unit:
             return f"{nbytes / unit:.2f} {name}"
@@ -107,7 +107,7 @@ def _rows(
         if any(getattr(cost, field) for cost in found):
             yield [f"  {label}", *(amount(getattr(cost, field)) for cost in found)]
 
-    # The same thing may be sent by different collectives, one to a strategy.
+    # Strategies may send the same thing by different collectives.
     keys = {_key(transfer): None for cost in found for transfer in cost.transfers}
     ordered = sorted(keys, key=lambda key: ("forward", "backward", "step").index(key[0]))
     if not ordered:
@@ -132,7 +132,7 @@ def _key(transfer: Transfer) -> tuple[str, str, str, str]:
 
 
 def _columns(rows: list[list[str]]) -> Iterator[str]:
-    """The first cells below each other on the left, the others on the right."""
+    """Aligns the first column to the left, and the others to the right."""
     first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     for label, *cells in rows:
         right = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))

@@ -1,4 +1,4 @@
-"""What a plan is made for: a table, its output head, and how they are trained."""
+"""The input of a plan: a table, its output head, and how they are trained."""
 
 from __future__ import annotations
 
@@ -22,25 +22,24 @@ class Setup:
     """A table of V x E, and how it is trained.
 
     :param tied: whether the output head shares the table.
-    :param head: whether there is an output head; one that shares no table has V x E of its own.
-    :param shard_head: whether a head that shares no table is sharded, over the vocabulary, where
-        the table is sharded.
-    :param grad_dtype: in what gradients are accumulated, ``grad_accum_dtype`` of the DeepSpeed
-        config; if ``None``, that of the weights.
-    :param tokens: N, on each rank in one micro-batch.
-    :param accumulation_steps: micro-batches of a step.
+    :param head: whether there is an output head; an untied one has its own V x E.
+    :param shard_head: whether an untied head is sharded, over the vocabulary, with the table.
+    :param grad_dtype: the dtype of gradient accumulation, ``grad_accum_dtype`` of the DeepSpeed
+        config; if ``None``, the dtype of the weights.
+    :param tokens: N, per rank and micro-batch.
+    :param accumulation_steps: micro-batches per step.
     :param sparse: whether the gradient of the table is sparse.
-    :param unique_share: how many of the tokens of a micro-batch are distinct, in (0, 1]; if
-        ``None``, what it would be by Zipf's law. It matters where ids are de-duplicated, and where
-        gradients are sparse.
-    :param block_unique_share: likewise of the tokens of a rank's block of the sequence; if
-        ``None``, by Heaps' law from that of all.
-    :param owner_share: of the distinct ones, the share whose rows are on the rank that holds the
-        most of them, in [1/P, 1], for a table that is cut over its rows; if ``None``, 1/P.
-    :param output: what each rank gets of the lookup: all tokens, or a block of the sequence, which
-        the tokens of a micro-batch are taken to be.
-    :param device: an accelerator is not waited for to de-duplicate.
-    :raises ValueError: a value is out of its range, or DeepSpeed does not take such a combination.
+    :param unique_share: the share of distinct tokens in a micro-batch, in (0, 1]; if ``None``, by
+        Zipf's law. Matters for de-duplication and sparse gradients.
+    :param block_unique_share: the share of distinct tokens in a rank's block of the sequence; if
+        ``None``, by Heaps' law from the share of all tokens.
+    :param owner_share: the share of distinct tokens whose rows are on the rank that holds the most
+        of them, in [1/P, 1], for a table cut over its rows; if ``None``, 1/P.
+    :param output: what each rank gets from the lookup: all tokens, or a block of the sequence. The
+        tokens of a micro-batch count as one sequence.
+    :param device: on an accelerator, ``dedup="auto"`` does not de-duplicate, to avoid a
+        synchronisation.
+    :raises ValueError: a value is out of range, or DeepSpeed does not support the combination.
     """
 
     vocab_size: int
@@ -92,8 +91,8 @@ class Setup:
             refuse("zero_stage", "1, 2 or 3 for bf16 (DeepSpeed's gradient norm is wrong at 0)", 0)
         if self.sparse and (self.zero_stage or self.tied or MOMENTS[self.optimizer] == 2):
             raise ValueError(
-                "`sparse` must be false but for a table that is tied to no head, at ZeRO 0, with "
-                "an optimizer that takes sparse gradients ('sgd', 'momentum'), but is true instead."
+                "`sparse` must be false except for an untied table, at ZeRO 0, with an optimizer "
+                "that takes sparse gradients ('sgd', 'momentum'), but is true instead."
             )
 
 
@@ -106,7 +105,7 @@ def refuse(name: str, expected: str, value: object) -> None:
 
 
 def head_cut(setup: Setup, strategy: Strategy) -> Strategy:
-    """How the head is cut: as the table that it shares, or else over the vocabulary."""
+    """Returns how the head is cut: like its table if tied, else over the vocabulary."""
     if not setup.head or strategy == "none" or not (setup.tied or setup.shard_head):
         return "none"
     return strategy if setup.tied else "vocab"
@@ -119,7 +118,7 @@ def block(setup: Setup, strategy: Strategy) -> int:
 
 
 def shard(setup: Setup, strategy: Strategy) -> int:
-    """The items of the largest shard of a table."""
+    """Returns the number of items in the largest shard of a table."""
     if strategy == "none":
         return setup.vocab_size * setup.embed_dim
     other = setup.embed_dim if strategy == "vocab" else setup.vocab_size

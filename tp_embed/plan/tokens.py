@@ -1,4 +1,4 @@
-"""How many of the tokens of a micro-batch are distinct, and who holds their rows."""
+"""Estimates the distinct tokens of a micro-batch, and the ranks that hold their rows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .setup import ITEM_BYTES, Setup, Strategy, block
 
 
 def distinct(setup: Setup) -> int:
-    """U, the distinct ones among the N tokens of a micro-batch; what is not known is taken to be as
-    if they were drawn by Zipf's law, of which real text has fewer."""
+    """Returns U, the number of distinct tokens among the N of a micro-batch. Without a given share,
+    assumes Zipf's law, which overestimates it for real text."""
     if setup.unique_share is None:
         found = round(zipf_distinct(setup.vocab_size, setup.tokens))
     else:
@@ -20,9 +20,9 @@ def distinct(setup: Setup) -> int:
 
 
 def distinct_of_block(setup: Setup, count: int) -> int:
-    """The distinct ones among ``count`` of the tokens, one after the other. What is not known is by
-    Heaps' law, :math:`n^\\beta` of n tokens (Heaps, "Information Retrieval", 1978), with the
-    :math:`\\beta` of all N."""
+    """Returns the number of distinct tokens among ``count`` consecutive ones. Without a given
+    share, assumes Heaps' law, :math:`n^\\beta` of n tokens (Heaps, "Information Retrieval", 1978),
+    with the :math:`\\beta` of all N."""
     whole = distinct(setup)
     if count in (0, setup.tokens):
         return whole if count else 0
@@ -34,16 +34,15 @@ def distinct_of_block(setup: Setup, count: int) -> int:
 
 
 def largest_owner(setup: Setup, rows: int) -> int:
-    """How many of ``rows`` distinct ones are on one rank at most, of a table that is cut over its
-    rows."""
+    """Returns the most of ``rows`` distinct rows on one rank, for a table cut over its rows."""
     if setup.owner_share is None:
         return -(-rows // setup.tp_size)
     return min(rows, _part(setup.owner_share, rows))
 
 
 def rows_of_owners(setup: Setup, rows: int) -> list[int]:
-    """How many each rank holds, up to the last that holds any: the first one the most, for small
-    ids are the frequent ones, and the others alike."""
+    """Returns the number of ``rows`` on each rank, up to the last with any. The first has the most,
+    since small ids are frequent; the others share the rest evenly."""
     first = largest_owner(setup, rows)
     each, more = divmod(rows - first, max(setup.tp_size - 1, 1))
     others = setup.tp_size - 1 if each else more
@@ -51,7 +50,8 @@ def rows_of_owners(setup: Setup, rows: int) -> list[int]:
 
 
 def sparse_bytes(setup: Setup, strategy: Strategy) -> int:
-    """Of the sparse gradient of a micro-batch; the largest shard may have rows for all tokens."""
+    """Returns the bytes of the sparse gradient of a micro-batch, for a shard that may hold the rows
+    of all tokens."""
     rows = distinct(setup)
     if strategy == "vocab":
         rows = min(rows, block(setup, "vocab"))
@@ -61,8 +61,8 @@ def sparse_bytes(setup: Setup, strategy: Strategy) -> int:
 
 @lru_cache
 def zipf_distinct(vocab_size: int, tokens: int) -> float:
-    """The distinct ones to be expected among ``tokens`` of which the r-th of V classes has a
-    probability in proportion to 1/r (Zipf, "The Psycho-Biology of Language", 1935)."""
+    """Returns the expected number of distinct ids among ``tokens`` draws, where the r-th of V ids
+    has a probability proportional to 1/r (Zipf, "The Psycho-Biology of Language", 1935)."""
     if vocab_size == 1:
         return 1.0
     total = sum(count / rank for rank, count in _ranks(vocab_size))
@@ -73,7 +73,7 @@ def zipf_distinct(vocab_size: int, tokens: int) -> float:
 
 
 def _ranks(vocab_size: int) -> Iterator[tuple[float, int]]:
-    """Ranks and how many there are like them: of high ones 1/256 are taken together."""
+    """Yields ranks with counts. Groups r/256 neighbours of a high rank r to bound the work."""
     first = 1
     while first <= vocab_size:
         count = min(max(1, first >> 8), vocab_size - first + 1)
@@ -82,4 +82,4 @@ def _ranks(vocab_size: int) -> Iterator[tuple[float, int]]:
 
 
 def _part(share: float, count: int) -> int:
-    return math.ceil(share * count - 1e-9)  # Not 4 for 0.1 x 30, which is a bit more than 3.
+    return math.ceil(share * count - 1e-9)  # 0.1 * 30 is slightly more than 3.

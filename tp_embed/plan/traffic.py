@@ -1,4 +1,4 @@
-"""What a collective sends, and how long it takes on a network."""
+"""Models the bytes of a collective, and its time on a network."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Phase = Literal["forward", "backward", "step"]
 
 @dataclass(frozen=True)
 class Transfer:
-    """A collective of ``ranks`` ranks, ``count`` times. ``payload`` is what the rank that puts in
-    the most does put in, in bytes; of an all-to-all, what is for other ranks."""
+    """A collective over ``ranks`` ranks, ``count`` times. ``payload`` is the largest input of any
+    rank in bytes; for an all-to-all, without the part for the rank itself."""
 
     name: str
     phase: Phase
@@ -26,7 +26,7 @@ class Transfer:
 
     @property
     def sent(self) -> float:
-        """The bytes that a rank sends, by the ring algorithms that :mod:`tp_embed.gang` cites."""
+        """The bytes that a rank sends, for the ring algorithms cited in :mod:`tp_embed.gang`."""
         times: dict[Operation, float] = {
             "all_gather": self.ranks - 1,
             "all_reduce": 2 * (self.ranks - 1) / self.ranks,
@@ -37,7 +37,7 @@ class Transfer:
 
     @property
     def messages(self) -> int:
-        """How many messages a rank sends one after the other."""
+        """The number of messages that a rank sends in sequence."""
         return self.count * (self.ranks - 1) * (2 if self.operation == "all_reduce" else 1)
 
 
@@ -46,13 +46,13 @@ class Network:
     """A message of n bytes takes :math:`\\alpha + n / \\beta`, as in Thakur, Rabenseifner and
     Gropp, "Optimization of collective communication operations in MPICH" (2005).
 
-    A ring over several nodes is as slow as its slowest link. Ranks of a TP group are neighbours.
+    A ring over several nodes is as slow as its slowest link. Ranks of a TP group are adjacent.
 
-    :param bandwidth: :math:`\\beta`, what a GPU sends inside a node, in bytes a second.
+    :param bandwidth: :math:`\\beta`, of a GPU inside a node, in bytes per second.
     :param latency: :math:`\\alpha`, in seconds.
-    :param gpus_per_node: if ``None``, there is one node.
-    :param inter_bandwidth: of a GPU between nodes; if ``None``, as inside of one.
-    :param inter_latency: likewise.
+    :param gpus_per_node: if ``None``, all GPUs are in one node.
+    :param inter_bandwidth: of a GPU between nodes; if ``None``, the same as inside.
+    :param inter_latency: between nodes; if ``None``, the same as inside.
     """
 
     bandwidth: float
@@ -70,12 +70,12 @@ class Network:
                 refuse(name, "greater than or equal to 0", value)
 
     def crosses_nodes(self, setup: Setup, over: Literal["tp", "dp"]) -> bool:
-        """Whether the groups of that kind have ranks on several nodes."""
+        """Returns whether the TP or DP groups have ranks on several nodes."""
         ranks = setup.tp_size if over == "tp" else setup.tp_size * setup.dp_size
         return self.gpus_per_node is not None and ranks > self.gpus_per_node
 
     def seconds(self, setup: Setup, transfer: Transfer) -> float:
-        """How long a transfer takes if nothing overlaps with it."""
+        """Returns the time of a transfer if nothing overlaps with it."""
         bandwidth, latency = self.bandwidth, self.latency
         if self.crosses_nodes(setup, transfer.over):
             bandwidth = self.inter_bandwidth or bandwidth

@@ -1,8 +1,8 @@
-"""What the ranks send in a step.
+"""Lists the transfers of a step.
 
-What tensor-parallel ranks send is that of the docstrings of :mod:`tp_embed.lookup.exchange`,
-:mod:`tp_embed.nn.head` and :mod:`tp_embed.nn.loss`; what data-parallel ranks do, that of the ZeRO
-of DeepSpeed 0.19.8.
+Tensor-parallel traffic follows the docstrings of :mod:`tp_embed.lookup.exchange`,
+:mod:`tp_embed.nn.head` and :mod:`tp_embed.nn.loss`; data-parallel traffic follows ZeRO in DeepSpeed
+0.19.8.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .traffic import Transfer
 def transfers(
     setup: Setup, strategy: Strategy, shard_logits: bool, dedup: bool, sizes: Sequence[int]
 ) -> tuple[Transfer, ...]:
-    """All of a step, for the Parameters of a rank, which have ``sizes`` items."""
+    """Returns all transfers of a step, for Parameters of ``sizes`` items on a rank."""
     found = (
         *lookup_of(setup, strategy, dedup).transfers(),
         *_project(setup, head_cut(setup, strategy), shard_logits),
@@ -28,7 +28,7 @@ def transfers(
 
 
 def _project(setup: Setup, cut: Strategy, shard_logits: bool) -> Iterator[Transfer]:
-    """What the head and the loss send."""
+    """Yields the transfers of head and loss."""
     item, count, ranks = ITEM_BYTES[setup.dtype], setup.accumulation_steps, setup.tp_size
     tokens, hidden = setup.tokens, setup.tokens * setup.embed_dim * item
     if cut == "embed":
@@ -47,12 +47,12 @@ def _project(setup: Setup, cut: Strategy, shard_logits: bool) -> Iterator[Transf
 
 
 def _data_parallel(setup: Setup, strategy: Strategy, sizes: Sequence[int]) -> Iterator[Transfer]:
-    """What ZeRO sends. DeepSpeed all-reduces gradients at the stages 1 and 2 too."""
+    """Yields the transfers of ZeRO. DeepSpeed all-reduces gradients at stages 1 and 2 too."""
     item, ranks, count = ITEM_BYTES[setup.dtype], setup.dp_size, setup.accumulation_steps
     if setup.zero_stage == 3:
         uses = [*sizes, *sizes[: setup.tied]]  # The head uses a tied table again.
         gathered = sum(-(-size // ranks) for size in uses) * item
-        # The Parameters are gathered for each use, unless they are still there from the last one.
+        # Parameters are gathered for each use, unless still present from the last one.
         yield Transfer("weight", "forward", "all_gather", "dp", ranks, gathered, count)
         yield Transfer("weight", "backward", "all_gather", "dp", ranks, gathered, count)
         whole = sum(-(-size // ranks) * ranks for size in sizes) * item
@@ -63,7 +63,7 @@ def _data_parallel(setup: Setup, strategy: Strategy, sizes: Sequence[int]) -> It
         dense -= sizes[0] * item
         rows = sparse_bytes(setup, strategy)
         yield Transfer("gradient", "backward", "all_gather", "dp", ranks, rows)
-    if dense:  # ZeRO 2 does not wait for the last micro-batch.
+    if dense:  # ZeRO 2 reduces in every micro-batch.
         times = count if setup.zero_stage == 2 else 1
         yield Transfer("gradient", "backward", "all_reduce", "dp", ranks, dense, times)
     if setup.zero_stage:
