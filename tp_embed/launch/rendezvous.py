@@ -33,7 +33,7 @@ def open_store(place: Place, timeout: float) -> Store:
     """
     if place.master_addr is None or place.master_port is None:
         raise MeetingError(
-            "nobody has said where rank 0 is",
+            "the address of rank 0 is unknown",
             "set MASTER_ADDR and MASTER_PORT to an address of the node of rank 0 and a free port",
         )
     address, port = place.master_addr, place.master_port

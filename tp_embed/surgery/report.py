@@ -31,7 +31,7 @@ class TableReport:
 
 @dataclass(frozen=True)
 class ShardingReport:
-    """What :func:`shard_embeddings` did, table by table."""
+    """The result of :func:`shard_embeddings`, table by table."""
 
     tables: tuple[TableReport, ...]
 

@@ -121,7 +121,7 @@ class Hub:
             raise Lost("is not a rank")
         member = self._members[rank]
         if member.name:
-            raise Lost("comes as a rank that is there")
+            raise Lost("claims a rank that is connected already")
         self._owners[link] = member
         member.link, member.name = link, str(message.get("name"))
 

@@ -74,7 +74,7 @@ class Link:
         except ValueError:
             messages = [None]
         if len(self._received) > _LONGEST or not all(isinstance(m, dict) for m in messages):
-            raise Lost("sends what is not a message")
+            raise Lost("sent an invalid message")
         return messages
 
     def silence(self) -> float:
