@@ -110,7 +110,7 @@ def test_ranks_that_do_not_meet_say_where(rank, monkeypatch):
     with pytest.raises(GangError, match=f"Rank 1 must meet the others to .*127.0.0.1:{port}"):
         run_start._agree(Place("deepspeed", rank, 2, 0, 1, "127.0.0.1", port), own)
     run_start.close_server()
-    with pytest.raises(GangError, match=r"nobody has said where rank 0 is\. Fix: set MASTER_ADDR"):
+    with pytest.raises(GangError, match=r"the address of rank 0 is unknown\. Fix: set MASTER_ADDR"):
         run_start._agree(Place("none", rank, 2, 0, 1, None, None), own)
 
 
