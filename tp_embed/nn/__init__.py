@@ -1,1 +1,1 @@
-"""What models are made of: embeddings, output heads, losses, init functions, state dicts."""
+"""Modules and functions for models: embeddings, output heads, losses, init functions."""

@@ -1,6 +1,6 @@
-"""The embedding classes: one table, whole or sharded over a gang.
+"""Embedding modules: one table, whole or sharded over a gang.
 
-:mod:`tp_embed.lookup.exchange` has what is sent.
+:mod:`tp_embed.lookup.exchange` lists the communication volumes.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ class StandardEmbedding(Table):
     """Stores embeddings of a fixed dictionary and size in an in-memory table.
 
     :param num_embeddings: V, the size of the embedding table.
-    :param embed_dim: E, the dimensionality of returned embeddings.
-    :param pad_idx: if not ``None``, the row that is zero after initialisation and gets no
-        gradient, so that it is not updated during training; negative values count from the end.
-    :param init_fn: the callable to initialize the table; it is given this embedding. If ``None``,
-        the table is drawn from the standard normal distribution.
+    :param embed_dim: E, the size of each embedding.
+    :param pad_idx: if not ``None``, the row that is initialized to zero and gets no gradient, so
+        training doesn't update it; negative values count from the end.
+    :param init_fn: called with this embedding to initialize the table. If ``None``, the table is
+        drawn from the standard normal distribution.
     :param device: the device of the table.
     :param dtype: the dtype of the table.
     :param sparse: whether ``weight.grad`` is a coalesced sparse tensor of the rows that were used.
-    :param reuse_grad: whether dense gradients are put into the same memory, one after the other, of
-        which only the rows that the last one had are cleared: the work of the backward no longer
-        grows with V. The memory is kept between steps. A gradient that is still referred to is
-        left alone, and one that was written to is cleared as a whole; but not if that was done
-        through ``.data``, as DeepSpeed does at ZeRO 0 over several data-parallel ranks, or by a
-        collective such as ``dist.all_reduce(weight.grad)``, neither of which torch counts: call
-        ``torch.autograd.graph.increment_version(weight.grad)`` after it. On an accelerator it has
-        no effect: another stream may still read the last gradient.
-    :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
-        is first rounded to the dtype of the output, as scaled embeddings of transformers are.
+    :param reuse_grad: whether each dense gradient reuses the memory of the previous one and clears
+        only the rows it used, so that the cost of the backward no longer grows with V. Keeps the
+        memory between steps. A gradient that is still referenced is left alone; one that was
+        modified in place is cleared entirely. torch doesn't count writes through ``.data``, as by
+        DeepSpeed at ZeRO 0 over several data-parallel ranks, or by a collective such as
+        ``dist.all_reduce(weight.grad)``: after one, call
+        ``torch.autograd.graph.increment_version(weight.grad)``. Has no effect on an accelerator,
+        where another stream may still read the last gradient.
+    :param scale: multiplies the output, if not ``None``. A tensor, *Shape:* :math:`()`, is first
+        rounded to the dtype of the output, as in scaled embeddings of transformers.
     :param train_rows: the rows that get a gradient; see :mod:`tp_embed.lookup.train_rows`.
     :raises ValueError: a size is less than 1, or ``pad_idx`` is not a row of the table.
     """
@@ -73,7 +73,7 @@ class StandardEmbedding(Table):
         train_rows: Rows | None = None,
     ) -> None:
         super().__init__(
-            FakeGang("cpu"),  # Its size is 1, so nothing ever travels.
+            FakeGang("cpu"),  # Size 1: sends nothing.
             num_embeddings,
             embed_dim,
             pad_idx,
@@ -91,7 +91,7 @@ class StandardEmbedding(Table):
 
 
 class _ShardedTable(Table):
-    """A table over a gang of any size, which comes from a whole one and can go back to one."""
+    """Holds a table over a gang of any size, and converts from and to a whole one."""
 
     @classmethod
     def from_embedding(
@@ -103,11 +103,11 @@ class _ShardedTable(Table):
         dedup: Dedup = "auto",
         check_ids: int | None = None,
     ) -> Self:
-        """Shards ``embed`` over ``gang``. Nothing is sent: each rank cuts its block out of the
-        table that it has. The block is a copy, on the device of the table.
+        """Shards ``embed`` over ``gang``. Sends nothing: each rank copies its block out of its own
+        whole table, on the same device.
 
         :param embed: the embedding to shard, the same on every rank.
-        :param gang: the gang over which to shard it.
+        :param gang: the gang to shard it over.
         :param output: as in the constructor; ``dedup`` and ``check_ids`` likewise.
         """
         if not isinstance(embed, StandardEmbedding):
@@ -139,10 +139,10 @@ class _ShardedTable(Table):
     def to_embedding(self, device: torch.device | str | None = None) -> StandardEmbedding:
         """Converts this instance to a :class:`StandardEmbedding`.
 
-        All ranks of the gang have to call it, and each gets the whole table. Sends (P-1) times the
-        largest block, in chunks.
+        Collective: all ranks of the gang must call it, and each gets the whole table. Sends (P-1)
+        times the largest block, in chunks.
 
-        :param device: the device of the whole table; if ``None``, that of this one.
+        :param device: the device of the whole table; defaults to the device of ``weight``.
         """
         if self.weight.is_meta:
             if device is not None and torch.device(device).type != "meta":
@@ -174,52 +174,37 @@ class _ShardedTable(Table):
 
 @final
 class ShardedEmbedding(_ShardedTable):
-    """Represents a :class:`StandardEmbedding` that is sharded across its embedding dimension.
+    """A :class:`StandardEmbedding` that is sharded along its embedding dimension.
 
-    Every rank is given the same ids. What is sent, in items, for N ids of which U are distinct:
+    Every rank passes the same ids. A rank sends, in items, for N ids with U distinct ones:
 
     - ``output="replicated"``: one all-gather in the forward, (P-1) U ceil(E/P).
     - ``output="sequence"``: one all-to-all in the forward, about (P-1)/P U E/P, and one in the
       backward, (P-1)/P N E/P.
     - ``output="shard"``: nothing.
 
-    Without de-duplication it is N in the place of U. See :mod:`tp_embed.lookup.exchange`.
+    Without de-duplication, replace U by N. See :mod:`tp_embed.lookup.exchange`.
 
-    :param gang: the gang over which to shard the embedding table.
-    :param num_embeddings: V, the size of the embedding table.
-    :param embed_dim: E, the dimensionality of returned embeddings; any size for any gang.
-    :param pad_idx: if not ``None``, the row that is zero after initialisation and gets no
-        gradient, so that it is not updated during training; negative values count from the end.
-    :param init_fn: the callable to initialize the table, see :meth:`reset_parameters`.
-    :param device: the device of the table; if ``None``, torch's default device, or that of the gang
-        where that is the CPU.
-    :param dtype: the dtype of the table.
+    Parameters that are not listed are the same as for :class:`StandardEmbedding`.
+
+    :param gang: the gang to shard the table over.
+    :param embed_dim: E, the size of each embedding; any size for any gang.
+    :param init_fn: initializes the table; see :meth:`reset_parameters`.
+    :param device: the device of the table; if ``None``, torch's default device, or the device of
+        the gang if the default is the CPU.
     :param output: ``"replicated"``: each rank gets :math:`(*,E)`; ``"sequence"``: each rank gets
-        its contiguous block of positions along the last dimension S of the indices, that of
+        its contiguous block of positions along the last dimension S of the indices,
         ``Partition(S, P).shard(rank)``: :math:`(*,S_{rank},E)`; ``"shard"``: each rank
-        gets its own columns, :math:`(*,E_{rank})`, and nothing is sent but to compare ids: for
+        gets its own columns, :math:`(*,E_{rank})`, and sends nothing except to compare ids: for
         lookups by one rank alone, or from several threads at once, pass ``check_ids=False``.
-    :param dedup: whether a row is sent once that several positions want: ``True``, ``False``, or
-        ``"auto"``: not on an accelerator, which would have to be asked how many there are, and
-        else where at most 0.85 of the ids are distinct.
-    :param sparse: whether ``weight.grad`` is a coalesced sparse tensor of the rows that were used.
-    :param reuse_grad: whether dense gradients are put into the same memory, one after the other, of
-        which only the rows that the last one had are cleared: the work of the backward no longer
-        grows with V. The memory is kept between steps. A gradient that is still referred to is
-        left alone, and one that was written to is cleared as a whole; but not if that was done
-        through ``.data``, as DeepSpeed does at ZeRO 0 over several data-parallel ranks, or by a
-        collective such as ``dist.all_reduce(weight.grad)``, neither of which torch counts: call
-        ``torch.autograd.graph.increment_version(weight.grad)`` after it. On an accelerator it has
-        no effect: another stream may still read the last gradient.
-    :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
-        is first rounded to the dtype of the output, as scaled embeddings of transformers are.
-    :param train_rows: the rows that get a gradient; see :mod:`tp_embed.lookup.train_rows`.
-    :param check_ids: at which lookups ranks compare their ids: the first one and each n-th after
-        it, ``False`` for none; if ``None``, n = 128. See
-        :class:`~tp_embed.lookup.same_ids.SameIds` for what is sent, and
-        :func:`~tp_embed.lookup.same_ids.check_interval`.
+    :param dedup: whether to send a row only once if several positions use it: ``True``, ``False``,
+        or ``"auto"``. ``"auto"`` doesn't on an accelerator, where counting distinct ids would
+        synchronize with the device, and elsewhere does if at most 0.85 of the ids are distinct.
+    :param check_ids: at which lookups ranks compare their ids: the first and each n-th after it,
+        ``False`` for none; if ``None``, n = 128. See :class:`~tp_embed.lookup.same_ids.SameIds`
+        for the communication volume, and :func:`~tp_embed.lookup.same_ids.check_interval`.
     :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or an option
-        is something else.
+        has an invalid value.
     """
 
     shard_dim = 1
@@ -228,9 +213,10 @@ class ShardedEmbedding(_ShardedTable):
 
 @final
 class VocabShardedEmbedding(_ShardedTable):
-    """Represents a :class:`StandardEmbedding` that is sharded across its vocabulary.
+    """A :class:`StandardEmbedding` that is sharded along its vocabulary.
 
-    Every rank is given the same ids. What is sent, in items, for N ids of which U are distinct:
+    Prefer it if an output head shares the table. Every rank passes the same ids. A rank sends, in
+    items, for N ids with U distinct ones:
 
     - ``output="replicated"``: each distinct row once from its owner to all others in the forward,
       about (P-1)/P U E; without de-duplication one all-reduce, 2 (P-1)/P N E.
@@ -238,40 +224,15 @@ class VocabShardedEmbedding(_ShardedTable):
       about (P-1)/P U E/P; without de-duplication one reduce-scatter, (P-1)/P N E. One all-to-all
       in the backward, (P-1)/P N E/P.
 
-    See :mod:`tp_embed.lookup.exchange`. It is what an output head that shares the table wants.
+    See :mod:`tp_embed.lookup.exchange`. Parameters that are not listed are the same as for
+    :class:`ShardedEmbedding`.
 
-    :param gang: the gang over which to shard the embedding table.
     :param num_embeddings: V, the size of the embedding table; any size for any gang.
-    :param embed_dim: E, the dimensionality of returned embeddings.
-    :param pad_idx: if not ``None``, the row that is zero after initialisation and gets no
-        gradient, so that it is not updated during training; negative values count from the end.
-    :param init_fn: the callable to initialize the table, see :meth:`reset_parameters`.
-    :param device: the device of the table; if ``None``, torch's default device, or that of the gang
-        where that is the CPU.
-    :param dtype: the dtype of the table.
-    :param output: ``"replicated"``: each rank gets :math:`(*,E)`; ``"sequence"``: each rank gets
-        its contiguous block of positions along the last dimension S of the indices, that of
-        ``Partition(S, P).shard(rank)``: :math:`(*,S_{rank},E)`.
-    :param dedup: whether a row is sent once that several positions want: ``True``, ``False``, or
-        ``"auto"``: not on an accelerator, which would have to be asked how many there are.
-    :param sparse: whether ``weight.grad`` is a coalesced sparse tensor of the rows that were used.
-    :param reuse_grad: whether dense gradients are put into the same memory, one after the other, of
-        which only the rows that the last one had are cleared: the work of the backward no longer
-        grows with V. The memory is kept between steps. A gradient that is still referred to is
-        left alone, and one that was written to is cleared as a whole; but not if that was done
-        through ``.data``, as DeepSpeed does at ZeRO 0 over several data-parallel ranks, or by a
-        collective such as ``dist.all_reduce(weight.grad)``, neither of which torch counts: call
-        ``torch.autograd.graph.increment_version(weight.grad)`` after it. On an accelerator it has
-        no effect: another stream may still read the last gradient.
-    :param scale: what the output is multiplied with, if not ``None``; a tensor *Shape:* :math:`()`
-        is first rounded to the dtype of the output, as scaled embeddings of transformers are.
-    :param train_rows: the rows that get a gradient; see :mod:`tp_embed.lookup.train_rows`.
-    :param check_ids: at which lookups ranks compare their ids: the first one and each n-th after
-        it, ``False`` for none; if ``None``, n = 128. See
-        :class:`~tp_embed.lookup.same_ids.SameIds` for what is sent, and
-        :func:`~tp_embed.lookup.same_ids.check_interval`.
-    :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or an option
-        is something else.
+    :param embed_dim: E, the size of each embedding.
+    :param output: ``"replicated"`` or ``"sequence"``.
+    :param dedup: whether to send a row only once if several positions use it: ``True``, ``False``,
+        or ``"auto"``, which does on the CPU only.
+    :raises ValueError: as :class:`ShardedEmbedding`.
     """
 
     shard_dim = 0

@@ -1,4 +1,4 @@
-"""What every layer that is sharded over a gang has in common."""
+"""Base class of all layers that are sharded over a gang."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn import Module, Parameter
 
-import tp_embed.parameter.optimizers  # noqa: F401 (looks at optimizers before they step)
+import tp_embed.parameter.optimizers  # noqa: F401 (checks optimizers before they step)
 from tp_embed._torch_private import metadata_of
 from tp_embed.gang import Gang
 from tp_embed.lookup.train_rows import mask_gradient
 from tp_embed.parameter.sharded import local, mark_shard
 from tp_embed.partition import Partition
 
-# The key of what a state dict says of a shard.
+# The key of a shard's record in the metadata of a state dict.
 SHARD_RECORD = "tp_embed_shard"
 
 
@@ -30,10 +30,10 @@ def _unsupported(layer: Module, name: str) -> TypeError:
 
 
 class GangLayer(Module):
-    """A module with a ``weight`` that is cut over ``gang``, by ``partition`` along ``shard_dim``.
+    """A module whose ``weight`` is sharded over ``gang`` by ``partition`` along ``shard_dim``.
 
-    The gang adopts it when its Parameters exist, which is for the subclass to see to, and again
-    whenever they may have been replaced by others, which the gang has not marked.
+    Subclasses call :meth:`_adopt` once their Parameters exist. It is called again whenever
+    Parameters may have been replaced by new ones that the gang hasn't marked.
     """
 
     gang: Gang
@@ -41,7 +41,7 @@ class GangLayer(Module):
     train_rows: Tensor | None = None
 
     def _shard_repr(self, dim: int, partition: Partition) -> str:
-        """What this rank holds, for ``extra_repr()``."""
+        """Describes this rank's shard for ``extra_repr()``."""
         own = partition.shard(self.gang.rank)
         name = "columns" if dim else "rows"
         return f"{name}={own.start}:{own.stop}, shard={self.gang.rank}/{self.gang.size}"
@@ -56,7 +56,8 @@ class GangLayer(Module):
         self._mask_gradient()
 
     def _mask_gradient(self) -> None:
-        """Called by the forward too, since a frozen weight takes no hook until it is thawed."""
+        """Registers the gradient mask; also in each forward, since a frozen weight takes no hook
+        until it requires a gradient."""
         if self.train_rows is not None and not torch.compiler.is_compiling():
             layer: Any = self
             mask_gradient(self.weight, self.train_rows, layer.rows)
@@ -64,7 +65,7 @@ class GangLayer(Module):
     def register_parameter(self, name: str, param: Parameter | None) -> None:
         if name == "weight" and param is not None:
             self._check_weight(param)
-        if name.startswith("weight_") and self.gang.size > 1:  # As pruning does.
+        if name.startswith("weight_") and self.gang.size > 1:  # By `torch.nn.utils.prune`.
             raise ValueError(
                 f"The weight of a `{type(self).__name__}` must not come from `{name}`, which "
                 "would see this rank's shard for the table. Prune the table before it is sharded, "
@@ -76,13 +77,13 @@ class GangLayer(Module):
 
     def _check_weight(self, param: Parameter) -> None:
         """
-        :raises ValueError: ``param`` is the whole table, or a shard of one that is cut otherwise.
+        :raises ValueError: ``param`` is the whole table, or a shard of another partition.
         """
         layer: Any = self
         dim, own = layer.shard_dim, len(layer.partition.shard(self.gang.rank))
         of = getattr(param, "_shard", None)
         is_cut_otherwise = of and (of.dim, of.partition.size) != (dim, layer.partition.size)
-        # ZeRO 3 leaves one dimension; transformers reads files into DTensors.
+        # ZeRO 3 keeps 1-d weights, and transformers loads files into DTensors.
         is_whole = type(param) is Parameter and param.dim() == 2 and param.shape[dim] != own
         if is_cut_otherwise or is_whole:
             axis = "columns" if dim else "rows"
@@ -102,13 +103,13 @@ class GangLayer(Module):
             metadata[prefix[:-1]][SHARD_RECORD] = self._record()
 
     def _record(self) -> dict[str, int]:
-        """What the weight is a shard of, for the metadata of a state dict."""
+        """Describes the shard for the metadata of a state dict."""
         layer: Any = self
         return {"dim": layer.shard_dim, "rank": self.gang.rank, "num_shards": self.gang.size}
 
     def _check_input(self, x: object) -> None:
         """
-        :raises TypeError: ``x`` is of a recorder that would not see what is sent.
+        :raises TypeError: ``x`` comes from a tracer that can't record collectives.
         """
         name = "torch.jit.trace" if torch.jit.is_tracing() else None
         if isinstance(x, Proxy):
@@ -120,14 +121,14 @@ class GangLayer(Module):
         raise _unsupported(self, "torch.jit.script")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # A plain tensor, which can become a Parameter and be swapped with one.
+        # Return a plain tensor, which can become a Parameter and be swapped with one.
         super()._apply(lambda tensor: local(fn(tensor)), recurse)
-        self._adopt()  # `to_empty()` and the like replace Parameters.
+        self._adopt()  # `fn` may have replaced Parameters, as `to_empty()` does.
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._adopt()  # A copied Parameter has lost the marks of its gang.
+        self._adopt()  # Copied Parameters lose the marks of their gang.
 
     def _is_whole(self, found: Any) -> bool:
         layer: Any = self

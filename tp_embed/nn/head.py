@@ -1,4 +1,4 @@
-"""The output head over a sharded table, usually that of the embedding."""
+"""The output head over a sharded table, usually tied to the embedding."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from tp_embed.parameter.sharded import check_block, unguarded
 
 @final
 class OutputHead(GangLayer):
-    """Projects hidden states to logits with the table of ``embed``, of which it holds the same
-    Parameter: the gradient of the table is the sum of both uses.
+    """Projects hidden states to logits with the table of ``embed``. Shares the Parameter with
+    ``embed``, so the gradient of the table is the sum of both uses.
 
-    Over the vocabulary, each rank computes the logits of its rows; an all-gather of N ceil(V/P)
-    items puts them together, and the backward does one all-reduce of N E items. With
-    ``output="shard"`` each rank keeps its own logits and the forward sends nothing. Over the
-    embedding dimension, each rank contributes to all logits; they take an all-reduce of N V items,
-    and the backward an all-gather of N ceil(E/P). A loss is best taken from :meth:`loss`, which
-    holds no logits.
+    Sharded along the vocabulary, each rank computes the logits of its rows; the forward does one
+    all-gather of N ceil(V/P) items and the backward one all-reduce of N E items. With
+    ``output="shard"`` each rank keeps its own logits and the forward sends nothing. Sharded along
+    the embedding dimension, each rank contributes to all logits; the forward does one all-reduce of
+    N V items and the backward one all-gather of N ceil(E/P). Prefer :meth:`loss` for a loss: it
+    never holds all logits.
 
-    As with any tied Parameter in torch, what replaces Parameters (``to_empty()``, loading with
-    ``assign=True``) breaks the tie; mend it with ``head.weight = embed.weight``.
+    As with any tied Parameter in torch, operations that replace Parameters (``to_empty()``, loading
+    with ``assign=True``) break the tie; restore it with ``head.weight = embed.weight``.
 
     :param embed: the embedding whose table is the head's weight.
-    :param bias: a bias that is added to the logits, the same on every rank. *Shape:* :math:`(V)`.
-    :param soft_cap: :math:`c`, with which :math:`c \\tanh(l/c)` takes the place of each logit
-        :math:`l` (Gemma 2; Gemma Team, 2024). Leave it out for the head of a model of transformers,
-        which caps what its head gives, and pass it to :meth:`loss`.
+    :param bias: added to the logits; the same on every rank. *Shape:* :math:`(V)`.
+    :param soft_cap: :math:`c`, which turns each logit :math:`l` into :math:`c \\tanh(l/c)` (Gemma
+        2; Gemma Team, 2024). Leave it out for the head of a transformers model, which caps the
+        logits itself, and pass it to :meth:`loss`.
     :param output: ``"replicated"``: each rank gets :math:`(*,V)`; ``"shard"``, for a table that is
-        cut over the vocabulary: each rank gets its own classes, :math:`(*,V_{rank})`, which is
-        what :func:`tp_embed.nn.loss.cross_entropy` takes.
+        sharded along the vocabulary: each rank gets its own classes, :math:`(*,V_{rank})`, as
+        :func:`tp_embed.nn.loss.cross_entropy` takes them.
     :raises TypeError: ``embed`` is not a sharded embedding.
-    :raises ValueError: ``output`` is something else, or does not go with ``embed``, ``bias`` has
-        another shape, or ``soft_cap`` is not positive.
+    :raises ValueError: ``output`` is invalid or not supported for ``embed``, ``bias`` has another
+        shape, or ``soft_cap`` is not positive.
     """
 
     def __init__(
@@ -109,14 +109,14 @@ class OutputHead(GangLayer):
         else:
             logits = self._product(scatter_columns(x, self.gang, self.partition))
             logits = reduce_partial(logits, self.gang)
-        # In the dtype of the product, which autocast chooses.
+        # Keep the dtype of the product, which autocast chooses.
         return self._capped(logits if self.bias is None else logits + self.bias.to(logits.dtype))
 
     def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """The cross entropy of the logits of ``x``, which are never held: see
-        :func:`tp_embed.nn.loss.linear_cross_entropy` for the options and for what is sent. On top
-        of that, the backward sends what that of the forward does. ``soft_cap`` is that of the head,
-        if it is not among the options.
+        """Computes the cross entropy of the logits of ``x`` without holding them all. See
+        :func:`tp_embed.nn.loss.linear_cross_entropy` for the options and communication volumes; in
+        addition, the backward sends as much as the backward of :meth:`forward`. ``soft_cap``
+        defaults to the head's.
 
         :param x: the hidden states, the same on every rank. *Shape:* :math:`(*,E)`.
         :param target: the classes, the same on every rank. *Shape:* :math:`(*)`.
@@ -167,5 +167,5 @@ class OutputHead(GangLayer):
         return ", ".join(parts)
 
 
-# Every layer that holds a shard of a table.
+# All layers that hold a shard of a table.
 ShardedLayer = ShardedEmbedding | VocabShardedEmbedding | OutputHead

@@ -1,13 +1,13 @@
-"""Initial tables that depend on a seed, the row and the column, and on nothing else.
+"""Init functions whose values depend only on the seed, the row and the column.
 
-The table is cut into tiles of 256 x 128 numbers, each drawn by a generator of its own, which is
-seeded from (seed, tile row, tile column). A shard draws the tiles that it overlaps, so every gang
-size and shard dimension gives the same table, a table that grows keeps its old rows, and
-initialising a shard takes memory for the shard and one tile. Tiles are drawn on the CPU, so the
-device does not matter either, and in fp32 (fp64 for an fp64 table), then rounded to the dtype.
+The table is split into tiles of 256 x 128 numbers, each drawn by its own generator, seeded from
+(seed, tile row, tile column). A shard draws the tiles that it overlaps, so every gang size and
+shard dimension gives the same table, a table that grows keeps its old rows, and initializing a
+shard takes memory for the shard and one tile. Tiles are drawn on the CPU, so values don't depend on
+the device either, in fp32 (fp64 for an fp64 table), then rounded to the dtype.
 
-The seed comes from torch's default CPU generator: ``torch.manual_seed()`` decides it, and each
-table takes one number from that generator. Rank 0 of the gang has the last word on it.
+The seed comes from torch's default CPU generator: ``torch.manual_seed()`` sets it, and each table
+takes one number from that generator. All ranks use the seed of rank 0 of the gang.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from tp_embed.parameter.sharded import local, unguarded
 
 _TILE_ROWS, _TILE_COLUMNS = 256, 128
 
-# How much of a file is in memory at a time.
+# Chunk size for reading files.
 _CHUNK_BYTES = 16 << 20
 
 Draw = Callable[[Tensor, Generator], object]
 
 
 class Table(Protocol):
-    """What an init function needs to know: a block of a table, and where in the table it is."""
+    """The attributes init functions use: a block of a table, and its place in the table."""
 
     num_embeddings: int
     embed_dim: int
@@ -53,14 +53,14 @@ class Table(Protocol):
 
 
 def blockwise(fn: Callable[..., object]) -> Callable[..., None]:
-    """Marks ``fn`` as an init function that fills a block of a table as well as a whole one.
+    """Marks ``fn`` as an init function that can fill a block of a table as well as a whole one.
 
-    It is called with the embedding, whose ``weight`` is the block of the rows ``embed.rows`` and
-    the columns ``embed.columns`` of a table of ``embed.num_embeddings`` x ``embed.embed_dim``. It
-    runs without autograd, not at all while the weight is on ``meta``, and the pad row is zeroed
-    after it (:func:`from_tensor` keeps that of a pretrained table). To be independent of the gang
-    it must not look at the shape of the weight for anything but its loop; :func:`fill` does the
-    loop.
+    ``fn`` is called with the embedding, whose ``weight`` holds the rows ``embed.rows`` and the
+    columns ``embed.columns`` of a table of ``embed.num_embeddings`` x ``embed.embed_dim``. It runs
+    without autograd, and is skipped while the weight is on ``meta``; the pad row is zeroed
+    afterwards (except by :func:`from_tensor`, which keeps the pretrained one). To give the same
+    table for every gang, ``fn`` must use the shape of the weight only to loop over it; :func:`fill`
+    does the loop.
     """
 
     @wraps(fn)
@@ -82,23 +82,23 @@ def _mark(fn: _F) -> _F:
 
 
 def is_blockwise(fn: Callable[..., object]) -> bool:
-    """Whether ``fn``, or what it is a partial of, is marked by :func:`blockwise`."""
+    """Returns whether :func:`blockwise` marks ``fn``, or the function it is a partial of."""
     while isinstance(fn, partial):
         fn = fn.func
     return getattr(fn, "_tp_embed_blockwise", False)
 
 
 def zero_pad_row(embed: Table) -> None:
-    """Zeroes the row of ``embed.pad_idx``, if there is one and this block holds it."""
+    """Zeroes the pad row of ``embed``, if this block holds it."""
     if embed.pad_idx is not None and embed.pad_idx in embed.rows:
         local(embed.weight)[embed.pad_idx - embed.rows.start].zero_()
 
 
 def agree_on_seed(gang: Gang) -> int:
-    """A seed from torch's default CPU generator, the same on every rank of the gang.
+    """Returns a seed from torch's default CPU generator, the same on every rank of the gang.
 
-    Takes one number from the generator of each rank and sends 8 bytes, so all ranks have to call
-    it. The number of rank 0 is the one that counts.
+    Collective: all ranks must call it. Takes one number from the generator of each rank, and
+    broadcasts the number of rank 0, 8 bytes.
     """
     seed = torch.randint(2**63 - 1, (), device="cpu")
     if gang.size > 1:
@@ -108,9 +108,9 @@ def agree_on_seed(gang: Gang) -> int:
 
 
 def fill(embed: Table, draw: Draw) -> None:
-    """Fills the block of ``embed`` tile by tile; a collective, since the gang agrees on the seed.
+    """Fills the block of ``embed`` tile by tile. Collective: the gang agrees on the seed.
 
-    :param draw: fills a tile, a CPU tensor of 256 x 128, from the generator that it is given.
+    :param draw: fills a tile, a CPU tensor of 256 x 128, from the given generator.
     """
     seed = agree_on_seed(embed.gang)
     weight, rows, columns = local(embed.weight), embed.rows, embed.columns
@@ -138,7 +138,7 @@ def _tile_seed(seed: int, tile_row: int, tile_column: int) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
-# The distributions. A table's fans are those that `torch.nn.init` reads off an (V, E) weight.
+# The distributions. Fans are computed as in `torch.nn.init` for a (V, E) weight.
 
 
 @blockwise
@@ -240,12 +240,12 @@ def constant(embed: Table, *, value: float) -> None:
 
 @_mark
 def from_tensor(embed: Table, *, source: Tensor | str | Path, key: str | None = None) -> None:
-    """Initializes ``embed`` with a pretrained table, its pad row included (unlike the random
-    functions, which zero that row).
+    """Initializes ``embed`` with a pretrained table, including its pad row (which the random
+    functions zero).
 
-    :param source: the table, or the path of a safetensors file, of which this rank reads no more
-        than its own block. *Shape:* :math:`(V,E)`; any dtype, converted to that of the weight.
-    :param key: the name of the table in the file; not needed if it holds one tensor only.
+    :param source: the table, or the path of a safetensors file; this rank reads only its own block
+        from the file. *Shape:* :math:`(V,E)`; any dtype, cast to the dtype of the weight.
+    :param key: the name of the table in the file; optional if the file holds one tensor only.
     :raises ValueError: the table has another shape, or the file does not hold ``key``.
     """
     if embed.weight.is_meta:
@@ -258,7 +258,7 @@ def from_tensor(embed: Table, *, source: Tensor | str | Path, key: str | None = 
             embed.weight.copy_(block)
             return
         key = _check_key(embed, source, key)
-        # The file is mapped anew for each chunk, so that what was read of it can leave the memory.
+        # Map the file again for each chunk, so that the pages already read can be freed.
         step = max(1, _CHUNK_BYTES // (embed.embed_dim * embed.weight.element_size()))
         for start in range(rows.start, rows.stop if len(columns) else rows.start, step):
             stop = min(start + step, rows.stop)

@@ -1,4 +1,4 @@
-"""Runs init functions that want the whole table, for tables of which each rank holds a block."""
+"""Runs init functions that need the whole table on sharded tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tp_embed.gang.agreement import raise_together
 from tp_embed.nn.init import Table, agree_on_seed, zero_pad_row
 from tp_embed.parameter.sharded import local
 
-# How much of the table travels at once.
+# Chunk size of the broadcast.
 _CHUNK_BYTES = 16 << 20
 
 
@@ -22,21 +22,22 @@ _CHUNK_BYTES = 16 << 20
 def fill_from_whole_table(
     embed: Table, init_fn: Callable[[Table], object], new_whole: Callable[[], Table]
 ) -> None:
-    """Runs ``init_fn`` on rank 0 with a whole table, and gives each rank its block.
+    """Runs ``init_fn`` on rank 0 with a whole table, and sends each rank its block.
 
-    All ranks have to call it. V x E items are broadcast, in chunks; a failure on rank 0 is raised
-    there as it is, and on the other ranks as a :class:`GangError`.
+    Collective: all ranks must call it. Broadcasts V x E items, in chunks. An exception on rank 0 is
+    raised there unchanged, and as a :class:`GangError` on the other ranks.
 
-    The pad row is zero before ``init_fn``, and again after one that drew random numbers with torch.
-    So one that copies a pretrained table keeps the row that it copies.
+    The pad row is zero before ``init_fn``, and is zeroed again if ``init_fn`` drew random numbers
+    with torch; an ``init_fn`` that copies a pretrained table keeps its pad row.
 
-    :param new_whole: makes the whole table; called on rank 0 only. ``embed`` itself if that is it.
+    :param new_whole: makes the whole table, or returns ``embed`` if that is whole; called on rank 0
+        only.
     """
     gang = embed.gang
     seed = agree_on_seed(gang)
 
     def fill() -> Table | None:
-        # A fake gang has no rank 0 to receive from.
+        # A fake gang has no other rank to receive from.
         if gang.rank != 0 and not isinstance(gang, FakeGang):
             return None
         whole = new_whole()
@@ -65,7 +66,7 @@ def _run(init_fn: Callable[[Table], object], whole: Table, seed: int) -> None:
 
 
 class _Draws(TorchDispatchMode):
-    """Notices whether torch has drawn random numbers, from whatever generator."""
+    """Records whether torch drew random numbers, from any generator."""
 
     any = False
 
@@ -78,7 +79,7 @@ class _Draws(TorchDispatchMode):
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds the generators of the CPU and of ``device``, and puts them back at the end."""
+    """Seeds the generators of the CPU and ``device``, and restores them on exit."""
     with ExitStack() as stack:
         if device.type == "cpu":
             stack.enter_context(torch.random.fork_rng(devices=[]))

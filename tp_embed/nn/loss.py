@@ -1,4 +1,4 @@
-"""Cross entropy over logits that are cut over a gang, and fused with the projection to them."""
+"""Cross entropy over logits that are sharded over a gang, and fused with the output projection."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ __all__ = ["LossOptions", "Reduction", "cross_entropy", "linear_cross_entropy"]
 
 Reduction = Literal["mean", "sum", "none"]
 
-# How large the logits of one chunk of tokens may always be, in fp32: with fewer tokens products are
-# slower (with 32 of them by a half, with 128 by 5%).
+# The minimum size of the logits of one chunk of tokens, in fp32: chunks of fewer tokens multiply
+# more slowly (by a half with 32 tokens, by 5% with 128).
 _CHUNK_BYTES = 32 << 20
 
-# How much of the weight is multiplied at once on the CPU, in fp32: about what its caches hold.
+# How much of the weight the CPU multiplies at once, in fp32: about the size of its caches.
 _BLOCK_BYTES = 2 << 20
 
-# What a CPU has to have for products in a low precision to be faster than in fp32. Without, they
-# took 4 to 100 times as long (torch 2.13, AVX2).
+# CPU features that make low-precision products faster than fp32. Without them, they take 4 to 100
+# times as long (torch 2.13, AVX2).
 _CPU_PRODUCTS = {
     torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"),
     torch.float16: ("amx_fp16", "avx512_fp16"),
 }
 
-_ALONE: Gang = FakeGang("cpu")  # Its size is 1, so nothing ever travels.
+_ALONE: Gang = FakeGang("cpu")  # Size 1: sends nothing.
 
 
 def cross_entropy(
@@ -58,24 +58,24 @@ def cross_entropy(
     soft_cap: float | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """:func:`torch.nn.functional.cross_entropy` of logits that are cut over the vocabulary, which
-    no rank puts together. See :class:`LossOptions` for the formula.
+    """Computes :func:`torch.nn.functional.cross_entropy` of logits that are sharded along the
+    vocabulary, without gathering them. See :class:`LossOptions` for the formula.
 
-    Two all-reduces of N and of 2 N (with label smoothing 3 N) fp32 numbers, N being the number of
-    tokens; the backward sends nothing. An fp32 number for each logit of this rank is kept for it,
-    where a gradient is needed; with ``soft_cap`` the logits too. Second derivatives, transforms of
-    :mod:`torch.func` and graphs are right too, and take more memory and messages.
+    Does two all-reduces, of N and 2 N (with label smoothing 3 N) fp32 numbers, for N tokens; the
+    backward sends nothing. If a gradient is needed, saves one fp32 number per logit of this rank,
+    and with ``soft_cap`` the logits too. Supports second derivatives, transforms of
+    :mod:`torch.func` and graphs, at the cost of more memory and communication.
 
-    :param logits: this rank's part. *Shape:* :math:`(*,V_{rank})`. Any floating dtype; the loss is
+    :param logits: this rank's shard. *Shape:* :math:`(*,V_{rank})`. Any floating dtype; the loss is
         computed in fp32, or in fp64 for fp64.
     :param target: classes out of all V, the same on every rank. *Shape:* :math:`(*)`.
-    :param partition: how V is cut over the gang.
-    :param soft_cap: leave it out for logits that are capped already, as those of a Gemma are.
+    :param partition: the partition of V over the gang.
+    :param soft_cap: leave it out for logits that are already capped, as by a Gemma model.
     :param reduction: ``"mean"`` over the tokens that are not ignored, ``"sum"``, or ``"none"``.
     :returns: the same on every rank. *Shape:* :math:`()`, or :math:`(*)` for ``"none"``.
-    :raises ValueError: shapes do not match, or an option is out of its range.
-    :raises IndexError: a target is neither a class nor ``ignore_index``. On an accelerator that is
-        an assertion on the device, as in torch.
+    :raises ValueError: shapes do not match, or an option is out of range.
+    :raises IndexError: a target is neither a class nor ``ignore_index``. On an accelerator, a
+        device-side assertion fails instead, as in torch.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(
@@ -98,7 +98,7 @@ def cross_entropy(
     return _mean(losses.sum(), (flat_target != ignore_index).sum())
 
 
-# Its loops would be unrolled to hundreds of products.
+# The compiler would unroll its loops into hundreds of products.
 @torch.compiler.disable(  # type: ignore[untyped-decorator]
     reason="For a loss in the graph take `cross_entropy()` of the logits."
 )
@@ -117,30 +117,30 @@ def linear_cross_entropy(
     soft_cap: float | None = None,
     reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
-    """The cross entropy of ``linear(x, weight, bias)`` without the logits: they are computed for
-    some tokens at a time, in one buffer of 32 MiB, or of the size of ``x`` in fp32 if that is more
-    (with a soft cap, two).
+    """Computes the cross entropy of ``linear(x, weight, bias)`` without holding all logits: for a
+    chunk of tokens at a time, in one buffer (two with a soft cap) of 32 MiB, or of the size of
+    ``x`` in fp32 if larger.
 
-    The gradients of all inputs that need one are computed in the forward and kept for the backward,
-    that of the weight in fp32, so that a chunk of logits is computed once (Liger Kernel; Hsu et
-    al., 2024). The inputs are kept too, for second derivatives, which hold all logits, as do
-    transforms of :mod:`torch.func` and graphs. What is sent depends on ``shard_dim``: for 0, what
-    :func:`cross_entropy` sends; for 1, an all-reduce of all N V logits in their dtype, chunk by
-    chunk. For 0 the gradient of ``x`` is this rank's part: pass it through
-    :func:`~tp_embed.gang.collectives.copy_to_gang`, as :class:`~tp_embed.OutputHead` does.
+    The forward computes the gradients of all inputs that need one, the weight's in fp32, and saves
+    them for the backward, so that each chunk of logits is computed once (Liger Kernel; Hsu et al.,
+    2024). It also saves the inputs for second derivatives, which hold all logits, as do transforms
+    of :mod:`torch.func` and graphs. For ``shard_dim`` 0, sends as much as :func:`cross_entropy`;
+    for 1, an all-reduce of all N V logits in their dtype, chunk by chunk. For 0 the gradient of
+    ``x`` is partial: pass ``x`` through :func:`~tp_embed.gang.collectives.copy_to_gang`, as
+    :class:`~tp_embed.OutputHead` does.
 
-    Logits are rounded to the dtype of ``x`` and ``weight``, or that of autocast, only where
-    products are done in it: on accelerators, and on CPUs that are made for it. Other CPUs multiply
-    in fp32, some rows of the weight at a time. On the CPU, ignored tokens take no work.
+    Logits are rounded to the dtype of ``x`` and ``weight``, or of autocast, only where products run
+    in that dtype: on accelerators, and on CPUs that support it. Other CPUs multiply in fp32, some
+    rows of the weight at a time. The CPU skips ignored tokens.
 
-    :param x: for ``shard_dim`` 0 the hidden states, *Shape:* :math:`(*,E)`; for 1 this rank's
-        columns of them, *Shape:* :math:`(*,E_{rank})`.
+    :param x: the hidden states, *Shape:* :math:`(*,E)`; for ``shard_dim`` 1 this rank's columns,
+        *Shape:* :math:`(*,E_{rank})`.
     :param weight: *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
     :param target: classes out of all V, the same on every rank. *Shape:* :math:`(*)`.
-    :param partition: how V, or E, is cut over the gang.
+    :param partition: the partition of V, or E, over the gang.
     :param bias: *Shape:* :math:`(V_{rank})` or, for ``shard_dim`` 1, :math:`(V)`.
     :returns: the loss, in fp32 (fp64 for fp64), the same on every rank.
-    :raises ValueError: shapes do not match, or an option is out of its range.
+    :raises ValueError: shapes do not match, or an option is out of range.
     :raises IndexError: as :func:`cross_entropy`.
     """
     if reduction not in ("mean", "sum"):
@@ -149,7 +149,7 @@ def linear_cross_entropy(
             "each token use `cross_entropy()` with the logits of this rank."
         )
     options = LossOptions(ignore_index, label_smoothing, z_loss, soft_cap)
-    # Over the embedding dimension each rank gets all logits of a chunk, whose loss needs no gang.
+    # With `shard_dim` 1 each rank gets all logits of a chunk, so the loss needs no gang.
     sum_over, loss_gang = (gang, _ALONE) if shard_dim else (_ALONE, gang)
     classes = Partition(weight.size(0), 1) if shard_dim else partition
     width = partition.size if shard_dim else x.size(-1)
@@ -158,12 +158,12 @@ def linear_cross_entropy(
     kept = flat_target != ignore_index
     count = kept.sum() if reduction == "mean" else kept.new_ones((), dtype=torch.long)
     if is_transformed() or in_graph(x):
-        how = sum_over, loss_gang, classes, options, _dtypes(x, weight)
-        return _mean(_composed_sum(x, weight, bias, flat_target, *how), count)
+        context = sum_over, loss_gang, classes, options, _dtypes(x, weight)
+        return _mean(_composed_sum(x, weight, bias, flat_target, *context), count)
     if x.device.type == "cpu" and not kept.all():
         index = kept.nonzero()[:, 0]
         x, flat_target = x.index_select(0, index), flat_target[index]
-    # The largest shard decides, so that all ranks cut alike.
+    # Use the largest shard, so that all ranks get the same chunks.
     most = max(_CHUNK_BYTES // 4, len(x) * width) // classes.block
     with unguarded():
         loss: Tensor = _LinearCrossEntropy.apply(
@@ -183,13 +183,13 @@ def linear_cross_entropy(
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:
-    """As in torch, the mean over no token at all is NaN, and the gradient is zero."""
+    """Divides by ``count``; as in torch, the mean over no token is NaN with a zero gradient."""
     nan = total.new_zeros(()).masked_fill(count == 0, torch.nan)
     return total / count.clamp_min(1) + nan
 
 
 def _check(tokens: Tensor, target: Tensor, classes: Partition, options: LossOptions) -> Tensor:
-    """``target``, flat and checked, as are the options."""
+    """Checks the options and ``target``, and returns ``target`` flattened."""
     if tokens.shape[:-1] != target.shape:
         raise ValueError(
             f"`target` must have the shape {tuple(tokens.shape[:-1])}, one class for each token, "
@@ -219,10 +219,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         inputs = x, weight, bias, target
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         logits_dtype, dtype = dtypes = _dtypes(x, weight)
-        ctx.how = sum_over, gang, classes, options, dtypes
+        ctx.context = sum_over, gang, classes, options, dtypes
         sum_dtype = torch.promote_types(logits_dtype, torch.float32)
-        # Gradients of the sum of the losses: what they are scaled with, in fp32, comes later. Over
-        # chunks they are added up in fp32; the one of `x` is complete with each chunk.
+        # Gradients of the sum of the losses; the backward scales them in fp32. They accumulate over
+        # chunks in fp32, but each chunk completes its rows of `grad_x`.
         grad_x = torch.empty_like(x) if needs[0] else None
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs[1] else None
         grad_bias = (
@@ -230,7 +230,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
         if dtype.itemsize < weight.itemsize:
-            weight = weight.to(dtype)  # By autocast; a wider one is made block by block.
+            weight = weight.to(dtype)  # For autocast; casts to a wider dtype are done per block.
         blocks = _blocks(weight)
         rows, tokens = len(weight), -(-len(x) // max(1, num_chunks))
         with_slopes = options.soft_cap is not None and any(needs)
@@ -239,7 +239,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x), max(1, tokens)):
             chunk = x[start : start + tokens].to(dtype)  # (n, E)
             shape = len(buffers), rows, len(chunk)
-            # Class by class, so that products take only tokens transposed, which are fewer.
+            # Classes first, so that products transpose only the tokens, which are fewer.
             logits, *slopes = buffers[:, : rows * len(chunk)].view(shape)  # (V, n)
             for block in blocks:
                 _multiply(weight[block].to(dtype), chunk.T, logits[block])
@@ -281,14 +281,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
             ]
             return *grads, *[None] * 8
-        # Somebody will differentiate it (`create_graph=True`).
+        # `create_graph=True`: the gradient must be differentiable.
         with unguarded():
-            # Views, since `x` may depend on `weight`: a part of its gradient would be there twice.
+            # Views, since `x` may depend on `weight`: part of its gradient would count twice.
             x, weight = x.view_as(x), weight.view_as(weight)
             bias = None if bias is None else bias.view_as(bias)
         pairs = zip((x, weight, bias), gradients, strict=True)
         inputs = [tensor for tensor, gradient in pairs if tensor is not None is not gradient]
-        loss = _composed_sum(x, weight, bias, target, *ctx.how) / count.clamp_min(1)
+        loss = _composed_sum(x, weight, bias, target, *ctx.context) / count.clamp_min(1)
         found = iter(torch.autograd.grad(loss, inputs, grad, create_graph=True))
         return *(None if g is None else next(found) for g in gradients), *[None] * 8
 
@@ -304,7 +304,7 @@ def _composed_sum(
     options: LossOptions,
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> Tensor:
-    """The sum of the losses by operations that autograd knows, which holds all logits."""
+    """Computes the sum of the losses with differentiable operations, holding all logits."""
     logits_dtype, dtype = dtypes
     device = x.device.type
     exact = torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
@@ -317,20 +317,20 @@ def _composed_sum(
 
 
 def _dtypes(x: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """That of the logits, and the one in which products are done."""
+    """Returns the dtype of the logits and the dtype of the products."""
     device = x.device.type
     logits = torch.promote_types(x.dtype, weight.dtype)
     if _has_autocast(device) and torch.is_autocast_enabled(device) and logits != torch.float64:
         logits = torch.get_autocast_dtype(device)
     if device != "cpu" or logits not in _CPU_PRODUCTS:
         return logits, logits
-    able = torch.cpu.get_capabilities()
-    fast = any(able.get(name, False) for name in _CPU_PRODUCTS[logits])
+    capabilities = torch.cpu.get_capabilities()
+    fast = any(capabilities.get(name, False) for name in _CPU_PRODUCTS[logits])
     return logits, logits if fast else torch.float32
 
 
 def _blocks(weight: Tensor) -> list[slice]:
-    """The rows of ``weight`` that are multiplied at once; an accelerator is best given all."""
+    """Splits the rows of ``weight`` into blocks for the CPU; an accelerator multiplies all."""
     rows, width = weight.shape
     step = _BLOCK_BYTES // (4 * max(1, width)) if weight.device.type == "cpu" else rows
     return [slice(start, start + max(1, step)) for start in range(0, rows, max(1, step))]
@@ -344,23 +344,23 @@ def _add_gradients(
     grad_chunk: Tensor | None,
     grad_weight: Tensor | None,
 ) -> None:
-    """Adds to the gradients of ``chunk``, *Shape:* :math:`(n,E)`, and ``weight``, *Shape:*
-    :math:`(V,E)`, what follows from that of the logits, *Shape:* :math:`(V,n)`."""
+    """Backpropagates the gradient of the logits, *Shape:* :math:`(V,n)`, and adds it to the
+    gradients of ``chunk``, *Shape:* :math:`(n,E)`, and ``weight``, *Shape:* :math:`(V,E)`."""
     for block in blocks:
         low = gradient[block].to(chunk.dtype)
         if grad_chunk is not None:
             _multiply(low.T, weight[block].to(chunk.dtype), grad_chunk, add=True)
         if grad_weight is not None and chunk.dtype == torch.float16:
-            # The sum over tokens may be more than fp16 holds, which no loss scale would mend.
+            # The sum over tokens may overflow fp16 at any loss scale.
             _multiply(gradient[block], chunk.to(gradient.dtype), grad_weight[block], add=True)
         elif grad_weight is not None:
             _multiply(low, chunk, grad_weight[block], add=True)
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """``out`` becomes ``left @ right``, which may be of a lower precision, or is added to."""
+    """Writes ``left @ right`` to ``out``, whose dtype may be wider, or adds to it."""
     if left.dtype == out.dtype:
-        out.addmm_(left, right, beta=float(add))  # With 0.0, what was there does not count.
+        out.addmm_(left, right, beta=float(add))  # 0.0 ignores the old values, even NaN.
     elif add:
         out.add_(left @ right)
     else:

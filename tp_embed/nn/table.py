@@ -1,4 +1,4 @@
-"""What the embedding classes share: a module that holds one block of a table."""
+"""Base classes of the embeddings: modules that hold one block of a table."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Embedding(Module, ABC):
     """Stores embeddings of a fixed dictionary and size.
 
     :param num_embeddings: V, the number of rows of the table; at least 1.
-    :param embed_dim: E, the dimensionality of the embeddings; at least 1.
-    :param pad_idx: if not ``None``, the row that is zero after initialisation and gets no
-        gradient; negative values count from the end.
+    :param embed_dim: E, the size of each embedding; at least 1.
+    :param pad_idx: if not ``None``, the row that is initialized to zero and gets no gradient;
+        negative values count from the end.
     :raises ValueError: a size is less than 1, or ``pad_idx`` is not a row of the table.
     :raises TypeError: a size is not an integer.
     """
@@ -63,7 +63,7 @@ class Embedding(Module, ABC):
         self.embed_dim = embed_dim
         self.pad_idx = pad_idx
 
-    # As `torch.nn.Embedding` calls them.
+    # The attributes of `torch.nn.Embedding`.
     max_norm = property(lambda self: None)
     norm_type = property(lambda self: 2.0)
     scale_grad_by_freq = property(lambda self: False)
@@ -74,17 +74,17 @@ class Embedding(Module, ABC):
     def forward(self, x: Tensor, layout: BatchLayout | None = None) -> Tensor:
         """
         :param x: the embedding indices. *Shape:* any. *Dtype:* any integer.
-        :param layout: of ``x``. What is padding by it is neither looked up nor sent, gives zeros
-            and gets no gradient; its indices may be any.
+        :param layout: the layout of ``x``. Padded positions are neither looked up nor sent; they
+            return zeros, get no gradient, and are not range-checked.
         :returns: the embeddings. *Shape:* :math:`(*,E)`, where :math:`*` is the shape of ``x``.
         :raises TypeError: ``x`` does not have an integer dtype.
-        :raises ValueError: ``layout`` is of another shape.
+        :raises ValueError: ``layout`` has another shape.
         :raises IndexError: an index is not a row of the table.
         """
 
 
 def _kept_by_lookups(name: str) -> Any:
-    """What is ``name`` in a table. When it is assigned, what lookups need is made anew."""
+    """Returns a property for the attribute ``name``; assigning it rebuilds the lookup."""
 
     def assign(table: Table, value: Any) -> None:
         setattr(table, name, value)
@@ -95,7 +95,7 @@ def _kept_by_lookups(name: str) -> Any:
 
 
 def _option(name: str) -> Any:
-    """An option of a table, which may be assigned as in torch."""
+    """Returns a property for the lookup option ``name``; assigning it rebuilds the lookup."""
 
     def assign(table: Table, value: Any) -> None:
         table._options = replace(table._options, **{name: value})
@@ -105,10 +105,10 @@ def _option(name: str) -> Any:
 
 
 class Table(GangLayer, Embedding):
-    """An embedding whose ``weight``, its one Parameter, is a block of the table.
+    """An embedding whose only Parameter, ``weight``, is a block of the table.
 
-    ``shard_dim`` is the dimension that is cut over the gang, 0 for the rows and 1 for the columns;
-    ``outputs`` are the layouts that the class can give.
+    ``shard_dim`` is the sharded dimension, 0 for rows and 1 for columns; ``outputs`` are the
+    supported output layouts.
     """
 
     shard_dim: ClassVar[Literal[0, 1]]
@@ -156,7 +156,7 @@ class Table(GangLayer, Embedding):
         self.reset_parameters()
 
     def _prepare(self) -> None:
-        """Makes what lookups need, anew when the gang, the pad row or an option is assigned."""
+        """Builds the lookup, again whenever the gang, the pad row or an option is assigned."""
         options, kind = self._options, type(self).__name__
         if options.output not in self.outputs:
             hint = "" if self.shard_dim else " `ShardedEmbedding` gives 'shard', its own columns."
@@ -168,7 +168,7 @@ class Table(GangLayer, Embedding):
         name = f"{kind}({self.num_embeddings}, {self.embed_dim}, {options.output!r})"
         self._lookup = Lookup(place, self.pad_idx, options, name)
 
-    # No `__setattr__`, with which FSDP2 would register Parameters anew in each step.
+    # Not `__setattr__`: FSDP2 would register Parameters again in each step.
     gang = _kept_by_lookups("_gang")
     pad_idx = _kept_by_lookups("_pad_idx")
     output = _option("output")
@@ -180,7 +180,7 @@ class Table(GangLayer, Embedding):
 
     @property
     def partition(self) -> Partition:
-        """How the sharded dimension is cut over the gang."""
+        """How the sharded dimension is split over the gang."""
         size = self.embed_dim if self.shard_dim else self.num_embeddings
         return Partition(size, self.gang.size)
 
@@ -198,17 +198,17 @@ class Table(GangLayer, Embedding):
         return self.partition.shard(self.gang.rank)
 
     def reset_parameters(self) -> None:
-        """Initializes the table, with ``init_fn`` or else as :class:`torch.nn.Embedding` does, from
-        the standard normal distribution.
+        """Initializes the table with ``init_fn``, or from the standard normal distribution as
+        :class:`torch.nn.Embedding` does.
 
-        All ranks of the gang have to call it. The functions of :mod:`tp_embed.nn.init`, and others
-        that are marked with :func:`tp_embed.nn.init.blockwise`, fill each rank's block where it is;
-        they send 8 bytes. Any other function is called on rank 0 of the gang with a whole
-        :class:`StandardEmbedding`, under torch's generators seeded for this table, and every rank
+        Collective: all ranks of the gang must call it. The functions of :mod:`tp_embed.nn.init`,
+        and others marked with :func:`tp_embed.nn.init.blockwise`, fill each rank's block in place
+        and send 8 bytes. Any other function runs on rank 0 of the gang with a whole
+        :class:`StandardEmbedding`, with torch's generators seeded for this table, and every rank
         receives its block: V x E items are broadcast, in chunks, and rank 0 holds the whole table
-        for that long. Its pad row is zero before the function, and again after one that drew random
-        numbers with torch; a function that copies a pretrained table keeps the row that it copies.
-        On ``meta`` nothing is done.
+        meanwhile. The pad row is zero before the function, and is zeroed again if the function drew
+        random numbers with torch; a function that copies a pretrained table keeps its pad row.
+        Does nothing on ``meta``.
 
         :raises ValueError: ``init_fn`` has changed the shape, dtype or device of the weight.
         :raises GangError: ``init_fn`` failed on rank 0 and this is another rank.
@@ -223,11 +223,11 @@ class Table(GangLayer, Embedding):
 
     @abstractmethod
     def _empty_whole(self, device: torch.device | str | None = None) -> Table:
-        """The whole table on one rank, not initialized."""
+        """Returns the whole table on one rank, not initialized."""
 
     @property
     def embed_scale(self) -> float | Tensor:
-        """``scale``, if there is one, as transformers calls it."""
+        """The name of ``scale`` in transformers; missing if ``scale`` is ``None``."""
         scale: float | Tensor | None = self.scale
         if scale is None:
             raise AttributeError(f"This `{type(self).__name__}` has no `scale`.")
@@ -251,11 +251,11 @@ class Table(GangLayer, Embedding):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._prepare()  # A copy is another table.
+        self._prepare()  # A copy is a separate table.
 
     def check_ids(self) -> None:
-        """Waits until the ids of all forwards so far are checked, which on an accelerator is done
-        in the background; see :class:`tp_embed.lookup.ids.IdCheck`.
+        """Waits until the ids of all forwards so far are checked; on an accelerator, checks run in
+        the background. See :class:`tp_embed.lookup.ids.IdCheck`.
 
         :raises IndexError, GangError: as the forward.
         """

@@ -1,4 +1,4 @@
-"""The loss of each token, and its gradient, from logits that are cut over a gang."""
+"""Per-token losses and their gradients, from logits that are sharded over a gang."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from tp_embed.partition import Partition
 
 
 class LossOptions(NamedTuple):
-    """What the loss of a token is, with :math:`p` the softmax of its logits :math:`l` over all V
+    """Options of the loss of a token, with :math:`p` the softmax of its logits :math:`l` over all V
     classes, :math:`t` its target and :math:`Z = \\sum_v e^{l_v}`:
 
     .. math:: -(1-\\epsilon) \\log p_t - \\frac{\\epsilon}{V} \\sum_v \\log p_v + z \\log^2 Z
 
-    :param ignore_index: the target of tokens that count for nothing.
+    :param ignore_index: the target of tokens to ignore.
     :param label_smoothing: :math:`\\epsilon`, as in :func:`torch.nn.functional.cross_entropy`
         (Szegedy et al., 2016).
     :param z_loss: :math:`z`, which keeps :math:`\\log Z` near 0 (PaLM; Chowdhery et al., 2022).
-    :param soft_cap: :math:`c`, with which :math:`c \\tanh(l/c)` takes the place of :math:`l` (Gemma
-        2; Gemma Team, 2024): what transformers calls ``final_logit_softcapping``.
+    :param soft_cap: :math:`c`, which turns :math:`l` into :math:`c \\tanh(l/c)` (Gemma 2; Gemma
+        Team, 2024); ``final_logit_softcapping`` in transformers.
     """
 
     ignore_index: int = -100
@@ -41,7 +41,7 @@ class LossOptions(NamedTuple):
 
     def check(self) -> None:
         """
-        :raises ValueError: one of them is out of its range.
+        :raises ValueError: an option is out of range.
         """
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(
@@ -63,20 +63,20 @@ def check_soft_cap(soft_cap: float | None) -> None:
 
 
 def check_target(target: Tensor, ignore_index: int, classes: Partition) -> Tensor:
-    """``target``, flat and as int64.
+    """Returns ``target`` flattened, as int64.
 
-    :raises IndexError: a target is neither a class nor ``ignore_index``. On an accelerator that is
-        an assertion on the device, as in torch; so it is in a graph.
+    :raises IndexError: a target is neither a class nor ``ignore_index``. On an accelerator and in
+        graphs, a device-side assertion fails instead, as in torch.
     """
     target = as_indices(target).flatten().long()
     values = target
     while not torch.compiler.is_compiling() and is_functorch_wrapped(values):
-        values = get_unwrapped(values)  # Of all of a batch, by `vmap()`.
+        values = get_unwrapped(values)  # All samples of a `vmap()`.
     values = values.flatten()
     bad = (values != ignore_index) & ((values < 0) | (values >= classes.size))
     allowed = f"All of `target` must be in [0, {classes.size}) or {ignore_index} (ignore_index)"
     if values.device.type != "cpu" or in_graph(values):
-        assert_async(~bad.any(), allowed + ".")  # Does not wait for the answer.
+        assert_async(~bad.any(), allowed + ".")  # Doesn't synchronize.
     elif bad.any():
         position = int(bad.nonzero()[0])
         raise IndexError(f"{allowed}, but token {position} has {int(values[position])} instead.")
@@ -86,21 +86,21 @@ def check_target(target: Tensor, ignore_index: int, classes: Partition) -> Tenso
 def differentiable_losses(
     logits: Tensor, target: Tensor, gang: Gang, classes: Partition, options: LossOptions
 ) -> Tensor:
-    """The loss of each token, for autograd. See :func:`token_losses` for the shapes."""
+    """Computes per-token losses with autograd. See :func:`token_losses` for the shapes."""
     if is_transformed() or in_graph(logits):
         return composed_losses(widened(logits), target, gang, classes, options)
     needed = logits.requires_grad and torch.is_grad_enabled()
     anchor = None
     if needed and options.soft_cap is None:
-        # Stands for the logits in second derivatives, and holds no memory.
+        # Carries second derivatives to the logits, and holds no memory.
         anchor = _StandIn.apply(logits, logits.new_zeros(()).expand_as(logits))
-    how = _How(gang, classes, options, anchor)
-    losses: Tensor = _TokenLosses.apply(logits, target, how, needed)
+    context = _Context(gang, classes, options, anchor)
+    losses: Tensor = _TokenLosses.apply(logits, target, context, needed)
     return losses
 
 
-class _How(NamedTuple):
-    """What is not differentiated, so that the graph has one edge to the logits, not two."""
+class _Context(NamedTuple):
+    """Arguments that autograd must not see, so that the graph has only one edge to the logits."""
 
     gang: Gang
     classes: Partition
@@ -109,17 +109,19 @@ class _How(NamedTuple):
 
 
 class _TokenLosses(torch.autograd.Function):
-    """:func:`token_losses`, which leave the gradient. For second derivatives the logits follow from
-    it, so they are kept only with a soft cap."""
+    """:func:`token_losses` for autograd; saves the gradient. Second derivatives recompute the
+    logits from it, so logits are saved only with a soft cap."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, how: _How, needed: bool) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, context: _Context, needed: bool
+    ) -> Tensor:
         gradient = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-        losses, log_sum = token_losses(gradient, target, *how[:3], gradient=needed)
+        losses, log_sum = token_losses(gradient, target, *context[:3], gradient=needed)
         if needed:
-            kept = logits if how.anchor is None else None
+            kept = logits if context.anchor is None else None
             ctx.save_for_backward(gradient, target, log_sum, kept)
-            ctx.dtype, ctx.how = logits.dtype, how
+            ctx.dtype, ctx.context = logits.dtype, context
         return losses
 
     @staticmethod
@@ -127,8 +129,8 @@ class _TokenLosses(torch.autograd.Function):
         gradient, target, log_sum, logits = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return scaled(gradient, grad[:, None], ctx.dtype), None, None, None
-        # Somebody will differentiate it (`create_graph=True`).
-        gang, classes, options, anchor = ctx.how
+        # `create_graph=True`: the gradient must be differentiable.
+        gang, classes, options, anchor = ctx.context
         if logits is None:
             with torch.no_grad():
                 values = _logits_of(gradient, log_sum, target, gang, classes, options)
@@ -139,7 +141,7 @@ class _TokenLosses(torch.autograd.Function):
 
 
 class _StandIn(torch.autograd.Function):
-    """``values`` in the place of ``x``, which gets their gradient."""
+    """Returns ``values`` and passes their gradient to ``x``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
@@ -160,19 +162,19 @@ def token_losses(
     gradient: bool,
     scratch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each token, and the log of the sum of its exponentials; ``logits`` are
-    overwritten, with the gradient of the loss by them if ``gradient`` is true. Then a soft cap
-    takes ``scratch``, which is like ``logits``, or else is made.
+    """Computes per-token losses and the logsumexp of the logits. Overwrites ``logits``, with the
+    gradient of the losses if ``gradient`` is true; a soft cap then also needs ``scratch``, a tensor
+    like ``logits``, and allocates one if it is ``None``.
 
-    Two all-reduces of N and of 2 N (with label smoothing 3 N) numbers.
+    Does two all-reduces, of N and 2 N (with label smoothing 3 N) numbers.
 
-    :param logits: this rank's part, in any memory layout. *Shape:* :math:`(N,V_{rank})`. *Dtype:*
+    :param logits: this rank's shard, in any memory layout. *Shape:* :math:`(N,V_{rank})`. *Dtype:*
         fp32 or fp64.
     :param target: *Shape:* :math:`(N)`. *Dtype:* int64.
     :returns: two tensors. *Shape:* :math:`(N)`.
     """
     epsilon, cap, own = options.label_smoothing, options.soft_cap, classes.shard(gang.rank)
-    slope: Tensor | None = None  # Of the cap, at each logit.
+    slope: Tensor | None = None  # The derivative of the cap at each logit.
     if cap is not None:
         logits.div_(cap).tanh_()
         if gradient:
@@ -186,14 +188,14 @@ def token_losses(
 
     column, held = _own_targets(target, own)
     picked = logits.gather(1, column)[:, 0] if own else logits.new_zeros(len(logits))
-    picked = picked.masked_fill(~held, 0.0)  # Another's may be -inf.
+    picked = picked.masked_fill(~held, 0.0)  # Logits of other classes may be -inf.
     parts = [picked] if not epsilon else [picked, logits.sum(-1)]
     logits.exp_()
     sums = torch.stack([logits.sum(-1), *parts])
     if gang.size > 1:
         gang.all_reduce(sums)
 
-    # All logits are less by `highest`, which cancels out but in `log_sum`.
+    # `highest` was subtracted from all logits; it cancels out except in `log_sum`.
     losses = sums[0].log() - (1 - epsilon) * sums[1]
     if epsilon:
         losses -= epsilon / classes.size * sums[2]
@@ -222,10 +224,10 @@ def token_losses(
 def composed_losses(
     logits: Tensor, target: Tensor, gang: Gang, classes: Partition, options: LossOptions
 ) -> Tensor:
-    """The loss of each token as :func:`token_losses` has it, by operations that autograd knows:
-    for derivatives of any order, for transforms, and for graphs. ``logits`` are not overwritten.
+    """Computes the losses of :func:`token_losses` with differentiable operations: for derivatives
+    of any order, transforms and graphs. Doesn't overwrite ``logits``.
 
-    An all-gather of N numbers of each rank and an all-reduce of 2 N (with label smoothing 3 N).
+    Does an all-gather of N numbers per rank and an all-reduce of 2 N (with label smoothing 3 N).
     """
     epsilon, cap, own = options.label_smoothing, options.soft_cap, classes.shard(gang.rank)
     if cap is not None:
@@ -259,10 +261,8 @@ def _logits_of(
     classes: Partition,
     options: LossOptions,
 ) -> Tensor:
-    """The logits, from what :func:`token_losses` has made of them with ``gradient=True`` and no
-    soft cap. Where the probability of a class has been rounded, so is its logit.
-
-    Those of ignored tokens are zero.
+    """Recovers the logits that :func:`token_losses` overwrote with ``gradient=True`` and no soft
+    cap, as precisely as the gradient holds the probabilities. Logits of ignored tokens are zero.
     """
     epsilon, own = options.label_smoothing, classes.shard(gang.rank)
     column, held = _own_targets(target, own)
@@ -277,27 +277,27 @@ def _logits_of(
 
 
 def widened(logits: Tensor) -> Tensor:
-    """``logits`` in the dtype that losses are computed in: fp32, or fp64 for fp64."""
+    """Casts ``logits`` to the dtype of the loss: fp32, or fp64 for fp64."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _own_targets(target: Tensor, own: range) -> tuple[Tensor, Tensor]:
-    """The column of each target, *Shape:* :math:`(N,1)`, and whether it is this rank's, *Shape:*
-    :math:`(N)`; found without asking the device."""
+    """Returns the column of each target, *Shape:* :math:`(N,1)`, and whether this rank holds it,
+    *Shape:* :math:`(N)`, without synchronizing with the device."""
     local = target - own.start
     held = (local >= 0) & (local < len(own))
     return local.clamp(0, max(len(own) - 1, 0))[:, None], held
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gradient * factor``, rounded to ``dtype`` once: ``factor`` holds the loss scale of fp16,
-    and what bf16 would round alike for all gradients.
+    """Returns ``gradient * factor``, rounded to ``dtype`` once. ``factor`` is kept in fp32: it
+    holds fp16's loss scale, and rounding it to bf16 would bias all gradients alike.
 
-    To be called in the backward of what has saved ``gradient``, which is overwritten if its dtype
-    is that and it will not be needed again.
+    Call it in the backward of the function that saved ``gradient``. Overwrites ``gradient`` if the
+    dtype is the same and no other backward needs it.
     """
     if not factor.ndim:
-        factor = factor[None]  # A scalar would be rounded to the dtype of a gradient on CUDA.
+        factor = factor[None]  # CUDA would round a 0-d tensor to the dtype of the gradient.
     if gradient.dtype == dtype and not is_needed_again():
         return gradient.mul_(factor)
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
