@@ -129,7 +129,7 @@ def test_what_does_not_fit_together_is_named():
         with pytest.raises(ValueError, match=r"`reuse_grad` must be False with `sparse`"):
             SHARDED[kind](MIDDLE, 5, 4, sparse=True, reuse_grad=True)
         embed = SHARDED[kind](MIDDLE, 5, 4, output="sequence")
-        with pytest.raises(ValueError, match=r"a dimension to cut for the output 'sequence'"):
+        with pytest.raises(ValueError, match=r"a dimension to split for `output='sequence'`"):
             embed(torch.tensor(1))
         message = r"of the shape of `x`, \(2, 4\), but is of \(2, 3\)"
         for layout in (BatchLayout((2, 3), [1, 2]), BatchLayout((2, 3), None)):

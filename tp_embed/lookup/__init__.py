@@ -1,1 +1,1 @@
-"""How a batch of ids becomes rows of a sharded table, and their gradients one of the table."""
+"""Looks up batches of ids in a sharded table, and computes the gradient of the table."""

@@ -1,4 +1,4 @@
-"""The distinct ids of a batch, and where each of them is."""
+"""Finds the distinct ids of a batch and their positions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class Distinct(NamedTuple):
-    """The distinct values of a list of N ids, of which there are U.
+    """The U distinct values of a list of N ids.
 
-    :param ids: ascending. *Shape:* :math:`(U)`.
-    :param order: the places in the list, by their ids. *Shape:* :math:`(N)`.
-    :param starts: where in ``order`` those of each of ``ids`` begin. *Shape:* :math:`(U)`.
+    :param ids: the distinct ids, ascending. *Shape:* :math:`(U)`.
+    :param order: the positions in the list, sorted by id. *Shape:* :math:`(N)`.
+    :param starts: where the positions of each id start in ``order``. *Shape:* :math:`(U)`.
     """
 
     ids: Tensor
@@ -22,18 +22,18 @@ class Distinct(NamedTuple):
     starts: Tensor
 
     def inverse(self) -> Tensor:
-        """For each place of the list the index of its id in ``ids``. *Shape:* :math:`(N)`."""
+        """Returns the index in ``ids`` for each position of the list. *Shape:* :math:`(N)`."""
         marks = torch.zeros_like(self.order)
         marks[self.starts[1:]] = 1
         return torch.empty_like(self.order).scatter_(0, self.order, marks.cumsum(0))
 
     def within(self, rows: range) -> Distinct:
-        """Those of the ids that are in ``rows``, with places in the same list."""
+        """Keeps only the ids in ``rows``; positions still refer to the same list."""
         first, last = self._find(rows)
         return self._cut(first, last)
 
     def without(self, row: int) -> Distinct:
-        """The same but for one id."""
+        """Removes one id."""
         first, last = self._find(range(row, row + 1))
         if first == last:
             return self
@@ -44,7 +44,7 @@ class Distinct(NamedTuple):
         )
 
     def counts(self, bounds: list[int]) -> list[int]:
-        """How many of the ids there are between each of the ascending ``bounds`` and the next."""
+        """Counts the distinct ids between each of the ascending ``bounds`` and the next."""
         found = torch.searchsorted(self.ids, self.ids.new_tensor(bounds)).tolist()
         return [last - first for first, last in pairwise(found)]
 
@@ -63,10 +63,10 @@ class Distinct(NamedTuple):
 
 
 def find_distinct(ids: Tensor, positions: Tensor | None = None) -> Distinct:
-    """Sorts ``ids``; on an accelerator it waits for the number of those that are distinct.
+    """Finds the distinct ids by sorting. Synchronizes with an accelerator to count them.
 
     :param ids: *Shape:* :math:`(N)`.
-    :param positions: by what to sort the places of one id, if not by themselves.
+    :param positions: the sort key for equal ids; if ``None``, their order in ``ids``.
         *Shape:* :math:`(N)`.
     """
     if positions is not None:

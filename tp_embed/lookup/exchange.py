@@ -1,12 +1,12 @@
-"""How the rows of a table reach the ranks that want them, and how gradients come back.
+"""Sends rows of a table to the ranks that need them, and gradients back.
 
-Every rank holds the same ids, so each knows what the others want and who holds it: no ids travel,
-no sizes either, and an id that occurs often travels once. There is a class for each way to cut a
-table, over its columns or its rows, and for each wish: all ids, or a block of them for each rank.
+Every rank has the same ids, so each knows which rows the others need and who holds them: neither
+ids nor sizes are sent, and the row of a repeated id is sent once. There is one class per sharded
+dimension, columns or rows, and output: all ids for every rank, or a block of ids for each.
 
-Volumes are what one rank sends, in items, for N ids of which U are distinct (of those that rank q
-wants :math:`N_q` and :math:`U_q`), a gang of P, and :math:`E_{rank}` of E columns. What is written
-as U is N without de-duplication.
+Volumes are what one rank sends, in items, for N ids with U distinct ones (rank q needs :math:`N_q`
+ids with :math:`U_q` distinct ones), a gang of size P, and :math:`E_{rank}` of E columns. Without
+de-duplication, replace U by N.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ from tp_embed.partition import Partition
 
 Dedup = Literal["auto"] | bool
 
-# With a larger share of distinct ids, columns cost as much to put in their places as to send. Rows
-# never do: they are U E where the all-reduce has 2 N E.
+# With a larger share of distinct ids, scattering columns to their positions costs as much as
+# sending them. For rows it never does: they send U E instead of the 2 N E of an all-reduce.
 _COLUMNS_WORTH_SHARE = 0.85
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which block of a table of V x E this rank of a gang holds: that of ``partition``, along
-    ``dim``."""
+    """The block of a V x E table that this rank of a gang holds, by ``partition`` along ``dim``."""
 
     gang: Gang
     partition: Partition
@@ -56,34 +55,34 @@ class Place:
 
 
 class Staging(threading.local):
-    """Memory for what is sent and received, which the next step takes again: on a CPU it costs more
-    to get it anew, page by page, than to write to it. An accelerator's allocator does that. Each
-    thread has its own."""
+    """Send and receive buffers, reused by the next step: on a CPU, page faults in new memory cost
+    more than writing to it. An accelerator's caching allocator needs no help. Thread-local."""
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Memory of the dtype and on the device of ``like``, with any values. It is valid until
-        memory of the same name is taken."""
+        """Returns an uninitialized buffer with the dtype and device of ``like``, valid until the
+        next call with the same name."""
         if like.device.type != "cpu":
             return like.new_empty(shape)
         nbytes = prod(shape) * like.element_size()
         memory = self._memory.get(name)
         if memory is None or len(memory) < nbytes:
-            with torch.inference_mode(False):  # It is written to in any mode.
+            with torch.inference_mode(False):  # Later steps may write to it in other modes.
                 memory = self._memory[name] = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         return memory[:nbytes].view(like.dtype).view(*shape)
 
 
 class ReturnedGrads(NamedTuple):
-    """What came back of a gradient: ``grad[i]`` is of the id ``ids[i]``.
+    """Gradients received for this rank's block: ``grad[i]`` belongs to ``ids[i]``.
 
     :param grad: *Shape:* :math:`(M,E)` or :math:`(M,E_{rank})`.
     :param ids: *Shape:* :math:`(M)`.
-    :param positions: by which to order what is of one id, if not by itself. *Shape:* :math:`(M)`.
-    :param columns: which of those of ``grad`` are of this rank's block.
-    :param distinct: of ``ids``, if known already.
+    :param positions: the summation order for equal ids; if ``None``, their order in ``ids``.
+        *Shape:* :math:`(M)`.
+    :param columns: the columns of ``grad`` that belong to this rank's block.
+    :param distinct: the distinct values of ``ids``, if known already.
     """
 
     grad: Tensor
@@ -97,11 +96,11 @@ class Exchange(ABC):
     """One lookup over a gang of more than one rank.
 
     :param ids: N ids, the same on every rank. *Shape:* :math:`(N)`.
-    :param blocks: for each rank the positions in ``ids`` that it wants, ascending; ``None`` if
-        every rank wants all.
+    :param blocks: for each rank the positions in ``ids`` it needs, ascending; ``None`` if every
+        rank needs all.
     """
 
-    # The share of distinct ids up to which it is worth to de-duplicate.
+    # De-duplicating pays off up to this share of distinct ids.
     worth_share: ClassVar[float] = 1.0
 
     def __init__(
@@ -116,7 +115,7 @@ class Exchange(ABC):
         self.ids, self.blocks = ids, blocks or ()
         lists = [ids[block] for block in self.blocks] or [ids]
         self.lists = lists
-        # To count what is distinct means to wait for it on an accelerator.
+        # Counting distinct ids synchronizes with an accelerator.
         self.may_ask = ids.device.type == "cpu" or dedup is True
         self.distinct: list[Distinct] = []
         self.is_deduped = dedup is True or (dedup == "auto" and self.may_ask)
@@ -127,23 +126,23 @@ class Exchange(ABC):
 
     @abstractmethod
     def fetch(self, weight: Tensor) -> Tensor:
-        """The rows of the table that this rank wants, bit for bit. *Shape:* :math:`(N,E)`."""
+        """Returns the rows of the table this rank needs, bit for bit. *Shape:* :math:`(N,E)`."""
 
     @abstractmethod
     def backward(self, grad: Tensor) -> ReturnedGrads:
-        """What this rank's block gets of the gradients of all ranks.
+        """Returns the gradients of all ranks for this rank's block.
 
-        :param grad: of what :meth:`fetch` gave to this rank.
+        :param grad: the gradient of the output of :meth:`fetch`.
         """
 
     def _own(self, items: Sequence[Any]) -> Any:
         return items[self.gang.rank]
 
     def _put_together(self, blocks: Tensor, inverse: Tensor | None) -> Tensor:
-        """Puts the ranks' columns of each row beside each other, in one pass.
+        """Concatenates the ranks' columns of each row, in one pass.
 
         :param blocks: *Shape:* :math:`(P,U,B)`, padded to B columns.
-        :param inverse: which rows, if not all. *Shape:* :math:`(N)`.
+        :param inverse: the rows to take; if ``None``, all. *Shape:* :math:`(N)`.
         """
         size, count, width = blocks.shape
         if inverse is None:
@@ -157,7 +156,7 @@ class Exchange(ABC):
 
 
 class _ToAll(Exchange):
-    """Every rank has all gradients, and takes what is of its block."""
+    """Every rank already has all gradients, so the backward only selects its block."""
 
     def backward(self, grad: Tensor) -> ReturnedGrads:
         distinct = self.distinct[0] if self.distinct else None
@@ -177,7 +176,7 @@ class ColumnsToAll(_ToAll):
         if weight.size(1) == width:
             own = blocks[self.gang.rank]
             torch.index_select(weight, 0, wanted, out=own)
-        else:  # Only trailing blocks are short.
+        else:  # Trailing blocks may be short.
             own = weight.index_select(0, wanted)
             own = torch.nn.functional.pad(own, (0, width - own.size(1)))
         self.gang.all_gather(blocks, own)
@@ -186,8 +185,8 @@ class ColumnsToAll(_ToAll):
 
 class ColumnsToBlocks(Exchange):
     """Forward: one all-to-all, :math:`U_q E_{rank}` to each rank q. Backward: one all-to-all,
-    :math:`N_{rank} E_q` to each rank q: gradients of one id are not added up before they are sent,
-    so that the order of the sum does not depend on the gang."""
+    :math:`N_{rank} E_q` to each rank q; gradients are sent before they are summed per id, so that
+    the order of summation does not depend on the gang."""
 
     worth_share = _COLUMNS_WORTH_SHARE
 
@@ -231,8 +230,8 @@ class ColumnsToBlocks(Exchange):
 
 class RowsToAll(_ToAll):
     """Forward: each distinct row from its owner to all, (P-1) :math:`U_{rank}` E. If one owner has
-    more than U/(P-1) of them they are spread first, by an all-to-all, and what a rank sends is at
-    most (P-1)/P :math:`U_{rank}` E + (P-1) :math:`\\lceil U/P\\rceil` E. Without de-duplication one
+    more than U/(P-1) of them, an all-to-all balances them first, and a rank sends at most
+    (P-1)/P :math:`U_{rank}` E + (P-1) :math:`\\lceil U/P\\rceil` E. Without de-duplication one
     all-reduce, 2 (P-1)/P N E. Backward: nothing."""
 
     def fetch(self, weight: Tensor) -> Tensor:
@@ -249,15 +248,15 @@ class RowsToAll(_ToAll):
         if size > 2 and max(counts) * (size - 1) > total:
             own = self.staging.take("sent", (counts[rank], dim), weight)
             torch.index_select(weight, 0, local, out=own)
-            own, counts = self._spread(own, counts, rows)
+            own, counts = self._balance(own, counts, rows)
         else:
             own = rows[first : first + counts[rank]]
             torch.index_select(weight, 0, local, out=own)
         self.gang.all_gather(rows, own, counts)
         return rows.index_select(0, distinct.inverse())
 
-    def _spread(self, own: Tensor, counts: list[int], rows: Tensor) -> tuple[Tensor, list[int]]:
-        """Gives each rank as many of ``rows`` as another, into its part of them."""
+    def _balance(self, own: Tensor, counts: list[int], rows: Tensor) -> tuple[Tensor, list[int]]:
+        """Gives each rank an equal share of ``rows``, written to its part of ``rows``."""
         rank, even = self.gang.rank, Partition(len(rows), self.gang.size)
         ends = [0, *accumulate(counts)]
         held = [range(*pair) for pair in pairwise(ends)]
@@ -270,10 +269,10 @@ class RowsToAll(_ToAll):
 
 
 class RowsToBlocks(Exchange):
-    """Forward: one all-to-all, to each rank q those of its :math:`U_q` rows that this rank holds.
+    """Forward: one all-to-all, to each rank q the rows among its :math:`U_q` that this rank holds.
     Without de-duplication one reduce-scatter, (P-1)/P N E. Backward: one all-to-all, to each rank
-    the gradients of those of the own :math:`N_{rank}` positions whose rows it holds, each of E. (On
-    an accelerator, without de-duplication: one all-gather, (P-1) :math:`N_{rank}` E.)"""
+    the gradients of E items of the positions among this rank's :math:`N_{rank}` whose rows it
+    holds. (On an accelerator, without de-duplication: one all-gather, (P-1) :math:`N_{rank}` E.)"""
 
     def fetch(self, weight: Tensor) -> Tensor:
         if not self.is_deduped:
@@ -319,10 +318,10 @@ class RowsToBlocks(Exchange):
 
 
 def _rows_or_zeros(weight: Tensor, ids: Tensor, rows: range) -> Tensor:
-    """Rows of a block, with -0.0 in the place of rows that the block does not hold.
+    """Returns rows of a block, with -0.0 for rows that the block doesn't hold.
 
-    -0.0 is what leaves every float, 0.0 and -0.0 included, as it is when added, so that the sum
-    over the blocks of a table is the table's row bit for bit.
+    Adding -0.0 leaves every float unchanged, even 0.0 and -0.0, so the sum over the blocks of a
+    table is the row of the table bit for bit.
     """
     # Not a view, so that the sum over the gang may overwrite it.
     output = weight.new_empty(len(ids), weight.size(1))
@@ -335,7 +334,7 @@ def _rows_or_zeros(weight: Tensor, ids: Tensor, rows: range) -> Tensor:
 
 
 def _bounds(partition: Partition) -> list[int]:
-    """Where the blocks begin, and where the last one ends."""
+    """Returns where each block starts, and where the last one ends."""
     return [0, *accumulate(partition.sizes)]
 
 

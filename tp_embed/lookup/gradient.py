@@ -1,8 +1,7 @@
-"""The gradient of a lookup in a block of a table: what was seen at each place of an id, added up.
+"""Sums output gradients per id.
 
-Rows are added up in the order of their positions, as :class:`torch.nn.Embedding` does on the CPU,
-so that the sums are the same bit for bit however a table is cut; bf16 and fp16 are added up in
-fp32.
+Rows are summed in the order of their positions, as :class:`torch.nn.Embedding` does on the CPU, so
+that the sums are bit for bit the same however a table is sharded; bf16 and fp16 are summed in fp32.
 """
 
 from __future__ import annotations
@@ -24,36 +23,36 @@ from tp_embed.lookup.distinct import Distinct
 
 _embedding_backward = torch.ops.aten.embedding_dense_backward
 
-# Up to as many ids CUDA's kernel adds to a gradient in its own dtype, 32 ids at a time.
+# For up to this many ids, CUDA's kernel accumulates in the dtype of the gradient, 32 ids at a time.
 _ROUNDED_OFTEN = 3072
 
 
 def sum_by_id(grad: Tensor, distinct: Distinct, columns: range) -> Tensor:
-    """Adds up the rows of ``grad`` for each id, in the order of ``distinct``.
+    """Sums the rows of ``grad`` per id, in the order of ``distinct``.
 
     :param grad: *Shape:* :math:`(N,E)`.
-    :param distinct: of N ids, or some of them.
-    :param columns: which of E, as many as the blocks that E is cut into, or the last ones.
-    :returns: *Shape:* :math:`(U,columns)`. *Dtype:* that of ``grad``.
+    :param distinct: the distinct values of the N ids, or of some of them.
+    :param columns: the columns to sum: a block of the partition of E.
+    :returns: *Shape:* :math:`(U,columns)`, in the dtype of ``grad``.
     """
     width, dim = len(columns), grad.size(1)
     if not len(distinct.ids) or not width:
         return grad.new_zeros(len(distinct.ids), width)
     order = distinct.order
     if grad.is_contiguous() and dim % width == 0 and columns.start % width == 0:
-        # The columns of a block are every so many'th row of a narrower matrix: none is copied.
+        # View `grad` as a narrower matrix, where the block is every `count`-th row: no copy.
         count = dim // width
         order = order if count == 1 else order * count + columns.start // width
     else:
         grad = grad[:, columns.start : columns.stop].contiguous()
-    if grad.stride() != (width, 1):  # With other strides torch adds bf16 up in bf16.
+    if grad.stride() != (width, 1):  # With other strides torch sums bf16 in bf16.
         grad = grad.view(-1).view(-1, width)
     return embedding_bag(order, grad, distinct.starts, mode="sum")
 
 
 def rows_to_sum(ids: Tensor, rows: range, pad_idx: int | None) -> Tensor:
-    """The row of a block that each id belongs to, or ``len(rows)`` if none, as :func:`sum_all`
-    takes them. *Shape:* :math:`(N)`."""
+    """Returns the row of a block for each id, or ``len(rows)`` for ids that get no gradient here,
+    as :func:`sum_all` takes them. *Shape:* :math:`(N)`."""
     local = ids - rows.start
     unused = (local < 0) | (local >= len(rows))
     if pad_idx is not None:
@@ -62,13 +61,13 @@ def rows_to_sum(ids: Tensor, rows: range, pad_idx: int | None) -> Tensor:
 
 
 def sum_all(grad: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """The gradient of a whole block on an accelerator, without asking it for anything.
+    """Computes the gradient of a whole block on an accelerator without synchronizing.
 
-    It is a part of memory that has one more row: CUDA's kernel counts the distinct ``rows``, and
-    has room for as many as there are rows.
+    Allocates one more row than it returns: CUDA's kernel counts the distinct ``rows``, ``num_rows``
+    included, and has room for as many as the output has rows.
 
     :param grad: *Shape:* :math:`(N,E)`.
-    :param rows: the row of the block that each row of ``grad`` belongs to; ``num_rows`` for none.
+    :param rows: the row of the block for each row of ``grad``, or ``num_rows`` to ignore it.
         *Shape:* :math:`(N)`. *Dtype:* int32 or int64.
     :returns: *Shape:* :math:`(num\\_rows,E)`.
     """
@@ -78,12 +77,12 @@ def sum_all(grad: Tensor, rows: Tensor, num_rows: int) -> Tensor:
         sums = _sum_few(grad, rows, num_rows)
     else:
         sums = _embedding_backward(grad, rows, num_rows + 1, num_rows, False)
-    return sums[:num_rows].detach()  # Views can't be written to in place.
+    return sums[:num_rows].detach()  # Autograd refuses in-place writes to views.
 
 
 def _sum_few(grad: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """:func:`sum_all` in fp32, before the last row is cut off: the rows that occur are summed, and
-    then put into their places."""
+    """:func:`sum_all` in fp32, including the extra row: sums the rows that occur, and then scatters
+    the sums."""
     in_order, order = rows.sort(stable=True)
     is_first = torch.ones_like(in_order, dtype=torch.bool)
     torch.ne(in_order[1:], in_order[:-1], out=is_first[1:])
@@ -96,7 +95,7 @@ def _sum_few(grad: Tensor, rows: Tensor, num_rows: int) -> Tensor:
 
 
 def as_sparse(rows: Tensor, sums: Tensor, num_rows: int) -> Tensor:
-    """A coalesced sparse gradient; see :func:`keep_coalesced`."""
+    """Returns a coalesced sparse gradient; see :func:`keep_coalesced`."""
     return torch.sparse_coo_tensor(
         rows[None],
         sums,
@@ -108,8 +107,8 @@ def as_sparse(rows: Tensor, sums: Tensor, num_rows: int) -> Tensor:
 
 def check_sparse(weight: Tensor) -> None:
     """
-    :raises ValueError: ``DistributedDataParallel`` would take the sparse gradient of ``weight`` for
-        a dense one.
+    :raises ValueError: ``DistributedDataParallel`` would treat the sparse gradient of ``weight`` as
+        dense.
     """
     if torch.is_grad_enabled() and is_exchanged_by_ddp(weight):
         raise ValueError(
@@ -121,8 +120,8 @@ def check_sparse(weight: Tensor) -> None:
 
 
 def keep_coalesced(weight: Tensor) -> None:
-    """Sees to it that sparse gradients are coalesced in ``weight.grad`` too, as the optimizers want
-    them: where autograd takes over the first one, it loses the mark."""
+    """Keeps ``weight.grad`` coalesced, as sparse optimizers expect: autograd drops the flag when it
+    accumulates the first gradient."""
     if (
         weight.is_leaf
         and weight.requires_grad
@@ -132,7 +131,7 @@ def keep_coalesced(weight: Tensor) -> None:
 
 
 def keeps_coalesced(hook: object) -> bool:
-    """Whether it is that of :func:`keep_coalesced`."""
+    """Returns whether ``hook`` was registered by :func:`keep_coalesced`."""
     return hook is _mark_coalesced
 
 
@@ -143,32 +142,32 @@ def _mark_coalesced(weight: Tensor) -> None:
 
 
 class GradBuffer:
-    """Memory for the dense gradients of a block, one after the other. Of the last one only the rows
-    that it had are cleared.
+    """Reuses memory for the dense gradients of a block. Clears only the rows the previous gradient
+    used.
 
-    It is taken again when nothing else refers to it, and cleared as a whole if something has
-    written to it since, which torch counts. Writes through ``.data``,
-    and by collectives of torch.distributed, are not counted.
+    The buffer is reused only if nothing else references it, and cleared entirely if its version
+    counter shows that something wrote to it since. torch doesn't count writes through ``.data`` and
+    by collectives of torch.distributed.
 
-    It is for the CPU. On an accelerator another stream may still read a gradient that nothing
-    refers to any more: that only its allocator knows, which waits for the streams that memory
-    was recorded on, and a graph owns the memory that was taken while it was captured.
+    For the CPU only. On an accelerator, another stream may still read a gradient that nothing
+    references any more. Only the allocator knows, which waits for the streams memory was recorded
+    on; and a graph owns the memory allocated during its capture.
     """
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
         self._rows: Tensor | None = None
         self._version = 0
-        self._lock = Lock()  # Of two threads that ask, one gets new memory.
+        self._lock = Lock()  # If two threads call `fill()`, one gets new memory.
 
     def fill(self, rows: Tensor, sums: Tensor, num_rows: int) -> Tensor:
-        """A gradient with ``sums`` in ``rows``, and zeros elsewhere."""
+        """Returns a gradient with ``sums`` in ``rows`` and zeros elsewhere."""
         shape = num_rows, sums.size(1)
         with self._lock:
             buffer = self._take(shape, sums)
             buffer.index_copy_(0, rows, sums)
             self._rows, self._version = rows, version(buffer)
-            return buffer.detach()  # Of which autograd can be the only owner.
+            return buffer.detach()  # A new tensor, which autograd can own alone.
 
     def _take(self, shape: tuple[int, int], like: Tensor) -> Tensor:
         buffer = self._buffer

@@ -1,4 +1,4 @@
-"""Checks of token ids: their dtype, and that each is a row of the table."""
+"""Checks the dtype and the range of token ids."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _INTEGER_DTYPES = (
 
 
 def as_indices(ids: Tensor) -> Tensor:
-    """``ids`` as int32 or int64, which torch can index with.
+    """Returns ``ids`` as int32 or int64, which torch can index with.
 
     :raises TypeError: ``ids`` is not a tensor of an integer dtype.
     """
@@ -37,19 +37,18 @@ def as_indices(ids: Tensor) -> Tensor:
 
 
 class Check(Protocol):
-    """A check whose answer is there, or on the way."""
+    """A check whose result is known or still on its way to the host."""
 
     def report(self) -> None:
-        """Raises what the check has found, if it has found anything."""
+        """Raises if the check failed."""
 
 
 class LateCheck:
-    """Looks at the answers of checks: at once on the CPU. On an accelerator that would stall the
-    stream at every step, so they are copied to the host in the background, and the call that comes
-    two calls later raises: on every rank the same one, so that none is left waiting in a
-    collective.
+    """Reads the results of checks: at once on the CPU. On an accelerator that would stall the
+    stream at every step, so results are copied to the host in the background and read two calls
+    later. Every rank then raises in the same call, so that none is left waiting in a collective.
 
-    :param lag: how many calls later an answer is looked at; if ``None``, 0 on the CPU, else 2.
+    :param lag: how many calls later a result is read; if ``None``, 0 on the CPU, else 2.
     """
 
     def __init__(self, lag: int | None = None) -> None:
@@ -57,7 +56,7 @@ class LateCheck:
         self._pending: deque[Check] = deque()
 
     def flush(self) -> None:
-        """Waits for the answers to all calls so far.
+        """Waits for the results of all calls so far.
 
         :raises Exception: as a call.
         """
@@ -65,14 +64,14 @@ class LateCheck:
             self._pending.popleft().report()
 
     def lag_on(self, device: torch.device) -> int:
-        """How many calls later the answer of a check on ``device`` is looked at."""
+        """Returns how many calls later the result of a check on ``device`` is read."""
         if self._lag is not None:
             return self._lag
         return 0 if device.type == "cpu" else 2
 
     def _look(self, check: Check, lag: int) -> None:
         if not lag:
-            check.report()  # Not by way of the others, which may be of another thread.
+            check.report()  # Not through the queue, which may hold checks of other threads.
             return
         self._pending.append(check)
         while len(self._pending) > lag:
@@ -80,12 +79,12 @@ class LateCheck:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether work on ``device`` is recorded for a graph, which calls nothing on the host."""
+    """Returns whether a graph is being captured on ``device``; its replay runs no host code."""
     return device.type != "cpu" and bool(torch.accelerator.current_stream(device).is_capturing())
 
 
 class ToHost:
-    """Numbers on the way to the host."""
+    """Copies numbers to the host in the background."""
 
     def __init__(self, numbers: Tensor) -> None:
         self._numbers = numbers
@@ -96,7 +95,7 @@ class ToHost:
             self._event = torch.accelerator.current_stream(numbers.device).record_event()
 
     def read(self) -> Any:
-        """The numbers as a list. Waits for them."""
+        """Waits for the numbers and returns them as a list."""
         if self._event is not None:
             self._event.synchronize()
         return self._numbers.tolist()
@@ -105,15 +104,16 @@ class ToHost:
 class IdCheck(LateCheck):
     """Raises :class:`IndexError` for ids outside ``[0, num_embeddings)``.
 
-    Until the answer is looked at, such an id reads another row of the table. Nothing is checked
-    while a stream is captured: a graph that is replayed calls nothing on the host.
+    Until the result is read, such an id reads another row of the table. Checks nothing during graph
+    capture, since a replay runs no host code.
     """
 
     def __call__(self, ids: Tensor, num_embeddings: int, where: object) -> None:
         """
         :param ids: *Shape:* any. *Dtype:* int32 or int64.
-        :param where: printed as the place that the ids were given to.
-        :raises IndexError: it names the smallest bad id, its first position, and the range.
+        :param where: where the ids were looked up, for the error.
+        :raises IndexError: an id is out of range; names the smallest one, its first position, and
+            the range.
         """
         if ids.is_meta or not ids.numel() or is_capturing(ids.device):
             return
@@ -122,11 +122,11 @@ class IdCheck(LateCheck):
             low, high = ids.aminmax()
             if low >= 0 and high < num_embeddings:
                 return
-        self._look(_Answer(ids, num_embeddings, where), lag)
+        self._look(_RangeCheck(ids, num_embeddings, where), lag)
 
 
-class _Answer:
-    """The smallest bad id and its first position, if there is any, on the way to the host."""
+class _RangeCheck:
+    """Finds the smallest bad id and its first position, and copies them to the host."""
 
     def __init__(self, ids: Tensor, num_embeddings: int, where: object) -> None:
         self._shape, self._num_embeddings, self._where = ids.shape, num_embeddings, where
@@ -135,10 +135,10 @@ class _Answer:
         smallest = flat.masked_fill(~bad, torch.iinfo(torch.int64).max).min()
         positions = torch.arange(len(flat), device=ids.device)
         first = positions.masked_fill(~bad | (flat != smallest), len(flat)).min()
-        self._answer = ToHost(torch.stack([bad.any(), smallest, first]))
+        self._result = ToHost(torch.stack([bad.any(), smallest, first]))
 
     def report(self) -> None:
-        any_bad, bad_id, index = self._answer.read()
+        any_bad, bad_id, index = self._result.read()
         if not any_bad:
             return
         position = tuple(

@@ -1,4 +1,4 @@
-"""The options of a table that is looked up."""
+"""Options of lookups."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Output = Literal["replicated", "sequence", "shard"]
 
 @dataclass(frozen=True, eq=False)
 class LookupOptions:
-    """What a table gives for ids, and what its gradient is; the keywords of
-    :class:`~tp_embed.ShardedEmbedding`, which says what they mean."""
+    """Options of the output and the gradient of a table; the keywords of
+    :class:`~tp_embed.ShardedEmbedding`."""
 
     output: Output = "replicated"
     dedup: Dedup = "auto"
@@ -28,7 +28,7 @@ class LookupOptions:
 
     def __post_init__(self) -> None:
         """
-        :raises ValueError: an option is something else, or doesn't go with another.
+        :raises ValueError: an option has an invalid value, or options exclude each other.
         """
         if self.dedup not in ("auto", True, False):
             raise ValueError(
@@ -50,11 +50,11 @@ class LookupOptions:
         check_interval(self.check_ids)
 
     def of_whole(self) -> dict[str, Any]:
-        """Those that a table on one rank has too, as keywords."""
+        """Returns the options of a table on one rank, as keywords."""
         return {name: getattr(self, name) for name in _OF_WHOLE}
 
     def of_shard(self) -> dict[str, Any]:
-        """All, as keywords."""
+        """Returns all options, as keywords."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 

@@ -1,4 +1,4 @@
-"""The lookup of a batch in a table that is cut over a gang, with its gradient."""
+"""Looks up a batch in a table that is sharded over a gang, with autograd."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ _EXCHANGES: dict[tuple[int, bool], Callable[..., Exchange]] = {
 
 
 class Lookup:
-    """The lookups of one table: where its block is, its options, and what is kept between steps.
+    """Performs the lookups of one table: holds its place, its options, and state between steps.
 
-    A graph of torch.compile names it by its ``handle``; see :mod:`tp_embed.gang.graph_ops`.
+    A graph of torch.compile refers to it by its ``handle``; see :mod:`tp_embed.gang.graph_ops`.
 
     :param pad_idx: the row that gets no gradient.
-    :param name: what errors call the table, the same on every rank.
+    :param name: the name of the table in errors, the same on every rank.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Lookup:
         self.handle = register(self)
 
     def compare(self, ids: Tensor, valid: Tensor | None) -> None:
-        """Raises on all ranks if the ids of one differ, before any looks at its own."""
+        """Raises on all ranks if their ids differ. Call it before a rank checks its own ids."""
         self.same_ids(ids, valid, self.place.gang, self.name)
 
     def flush(self) -> None:
@@ -81,26 +81,26 @@ class Lookup:
         self.id_check.flush()
 
     def rows_in_graph(self, weight: Tensor, ids: Tensor, valid: Tensor | None) -> Tensor:
-        """The forward in a graph."""
+        """Runs the forward in a graph."""
         self.compare(ids, valid)
         return Request(ids, valid, self).rows(local(weight))
 
     def gradient_in_graph(self, grad: Tensor, ids: Tensor, valid: Tensor | None) -> Tensor:
-        """The backward in a graph, which may write to its gradients without torch counting it: they
-        are in new memory."""
+        """Runs the backward in a graph. Returns new memory, since a graph may write to gradients
+        without bumping their version counters."""
         return Request(ids, valid, self).gradient(grad, into=None)
 
     def without_pad_row(self, block: Tensor) -> Tensor:
-        """``block`` of a table with zeros in the pad row, which gets no gradient."""
+        """Returns ``block`` with zeros in the pad row, which gets no gradient."""
         if self.pad_idx is None or self.pad_idx not in self.place.rows:
             return block
         row = self.pad_idx - self.place.rows.start
-        # Made on the device: from a list it would be copied there, for which CUDA waits.
+        # Made on the device: copying an index from the host would synchronize with CUDA.
         return block.index_fill(0, torch.arange(row, row + 1, device=block.device), 0)
 
     def output_shape(self, ids: Tensor) -> list[int]:
-        """The shape of the output. Sizes of ``ids`` may be symbols, which ``range`` does not
-        take."""
+        """Returns the shape of the output. Sizes of ``ids`` may be symbolic, which ``range``
+        doesn't take."""
         place, shape = self.place, list(ids.shape)
         width = place.num_columns
         if self.output == "shard":
@@ -113,15 +113,15 @@ class Lookup:
 
 
 def look_up(table: Lookup, weight: Tensor, x: Tensor, layout: BatchLayout | None) -> Tensor:
-    """The rows of the table that this rank wants, with their gradients of any order.
+    """Looks up the rows of the table this rank needs, with gradients of any order.
 
     :param weight: this rank's block. *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
     :param x: rows of the whole table, the same on every rank. *Shape:* any. *Dtype:* any integer.
-    :param layout: of ``x``. Padded positions return zeros, get no gradient, and are not
+    :param layout: the layout of ``x``. Padded positions return zeros, get no gradient, and are not
         range-checked.
-    :returns: *Shape:* :math:`(*,E)`, or what the output makes of it.
+    :returns: *Shape:* :math:`(*,E)`, or the shape given by the output option.
     :raises TypeError: ``x`` does not have an integer dtype.
-    :raises ValueError: ``layout`` or ``weight`` is of another shape.
+    :raises ValueError: ``layout`` or ``weight`` has another shape.
     :raises IndexError: an id is out of range.
     :raises GangError: the ids of a rank differ.
     """
@@ -141,11 +141,12 @@ def look_up(table: Lookup, weight: Tensor, x: Tensor, layout: BatchLayout | None
 
 
 def _valid(ids: Tensor, layout: BatchLayout) -> Tensor | None:
-    """Where there is no padding, if there is any. *Shape:* that of ``ids``. *Dtype:* bool."""
+    """Returns a mask that is false at padding, or ``None`` without padding. *Shape:* as ``ids``.
+    *Dtype:* bool."""
     positions = layout.position_indices
     if positions.shape != ids.shape:
         raise ValueError(
-            f"`layout` must be of the shape of `x`, {tuple(ids.shape)}, but is of "
+            f"`layout` must have the shape of `x`, {tuple(ids.shape)}, but has "
             f"{tuple(positions.shape)} instead. Make it with `BatchLayout.of(x, ...)`."
         )
     return positions.to(ids.device) >= 0 if layout.padded else None
@@ -168,14 +169,14 @@ class Request:
 
     :param ids: rows of the whole table, the same on every rank. *Shape:* any. *Dtype:* int32,
         int64.
-    :param valid: what is no padding; if ``None``, all. *Shape:* that of ``ids``. *Dtype:* bool.
+    :param valid: false at padding; ``None`` for no padding. *Shape:* as ``ids``. *Dtype:* bool.
     :raises IndexError: an id is out of range.
     """
 
     def __init__(self, ids: Tensor, valid: Tensor | None, table: Lookup) -> None:
         self.memory = ids.data_ptr()
         table.id_check(ids, table.place.num_rows, table.place.gang)
-        if ids.device.type != "cpu":  # Where the error for ids out of range is a step late.
+        if ids.device.type != "cpu":  # Errors for ids out of range are raised later.
             ids = ids.clamp(0, table.place.num_rows - 1)
         gang, shape, blocks = table.place.gang, ids.shape, None
         if table.output == "sequence" and gang.size > 1:
@@ -194,11 +195,11 @@ class Request:
             self._exchange = kind(table.place, ids, blocks, table.dedup, table.staging)
 
     def rows(self, weight: Tensor) -> Tensor:
-        """The rows that this rank wants of the table, in new memory, and no view.
+        """Returns the rows of the table this rank needs, in new memory, not as a view.
 
         :param weight: this rank's block. *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
-        :returns: *Shape:* :math:`(*,E)`, or what the output makes of it.
-        :raises ValueError: ``weight`` is of another size.
+        :returns: *Shape:* :math:`(*,E)`, or the shape given by the output option.
+        :raises ValueError: ``weight`` has another size.
         """
         place = self._table.place
         check_block(weight, place.gang, place.partition, place.dim)
@@ -206,14 +207,14 @@ class Request:
         if self._kept is not None:
             padded = rows.new_zeros(self._shape.numel(), rows.size(1))
             rows = padded.index_copy_(0, self._kept, rows)
-        # A view that an autograd function returns could not be written to in place.
+        # Autograd refuses in-place writes to a view that an autograd function returned.
         output: Tensor = unsafe_view(rows, [*self._shape, rows.size(1)])
         return output
 
     def gradient(self, grad: Tensor, into: GradBuffer | None) -> Tensor:
-        """The gradient of this rank's block, given that of :meth:`rows`.
+        """Computes the gradient of this rank's block from the gradient of :meth:`rows`.
 
-        :param into: where to put it if it is dense; if ``None``, into new memory.
+        :param into: the buffer for a dense gradient; if ``None``, allocates new memory.
         """
         if isinstance(self._exchange, (RowsToBlocks, ColumnsToBlocks)):
             check_sendable(grad)
@@ -224,8 +225,8 @@ class Request:
 
 
 class _OwnBlock:
-    """In the place of an exchange, where a rank wants what it holds: the whole table, or its own
-    columns of each row."""
+    """Replaces an exchange if a rank needs only rows it holds: of the whole table, or of its own
+    columns."""
 
     def __init__(self, ids: Tensor) -> None:
         self._ids = ids
@@ -238,14 +239,14 @@ class _OwnBlock:
 
 
 class _Call:
-    """A lookup for autograd. Its request is kept from the forward to the last backward."""
+    """A lookup for autograd. Keeps its request from the forward to the last backward."""
 
     def __init__(self, table: Lookup) -> None:
         self.table = table
         self._request: Request | None = None
 
     def request(self, ids: Tensor, valid: Tensor | None) -> Request:
-        """For ``ids``, which autograd has kept, or a hook has made anew."""
+        """Returns the request for ``ids``, a new one if a saved-tensor hook replaced them."""
         request = self._request
         if request is None or request.memory != ids.data_ptr():
             request = Request(ids, valid, self.table)
@@ -254,7 +255,7 @@ class _Call:
 
 
 def fetch(weight: Tensor, ids: Tensor, valid: Tensor | None, table: Lookup) -> Tensor:
-    """The rows of the table that this rank wants, with their gradients of any order.
+    """Looks up the rows of the table this rank needs, with gradients of any order.
 
     :param weight: this rank's block. *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
     :param ids: as for :class:`Request`; ``valid`` likewise.
@@ -264,10 +265,10 @@ def fetch(weight: Tensor, ids: Tensor, valid: Tensor | None, table: Lookup) -> T
 
 
 class _Saving(torch.autograd.Function):
-    """Keeps the ids, so that autograd raises if they are changed before the backward."""
+    """Saves the ids, so that autograd raises if they are modified before the backward."""
 
     def __init_subclass__(cls) -> None:
-        # torch asks for it in every call, and to find it takes longer than a small lookup.
+        # torch inspects the signature in every call, which takes longer than a small lookup.
         forward: Any = cls.forward
         forward.__signature__ = inspect.signature(forward)
 
@@ -279,11 +280,11 @@ class _Saving(torch.autograd.Function):
 
 
 class _Fetch(_Saving):
-    """Rows for ids. Its backward sums gradients per id: each is the transpose of the other."""
+    """Fetches rows for ids. Its backward, :class:`_SumById`, is its transpose and vice versa."""
 
     @staticmethod
     def forward(weight: Tensor, ids: Tensor, valid: Tensor | None, call: _Call) -> Tensor:
-        call.table.compare(ids, valid)  # Before any rank looks at its own.
+        call.table.compare(ids, valid)  # Before a rank checks its own ids.
         return call.request(ids, valid).rows(local(weight))
 
     @staticmethod
@@ -307,7 +308,7 @@ class _Fetch(_Saving):
             return _one_by_one(_Fetch, info, in_dims, inputs)
         if call.table.output == "sequence" and ids.ndim == 1:
             raise _no_sequence()
-        # More ids of one table are one lookup.
+        # Batched ids of one table are one lookup.
         ids, valid = _batched(ids, in_dims[1], info), _batched(valid, in_dims[2], info)
         return fetch(weight, ids, valid, call.table), 0
 
@@ -336,21 +337,21 @@ class _SumById(_Saving):
 def _one_by_one(
     function: type[_Saving], info: Any, in_dims: Any, inputs: tuple[Any, ...]
 ) -> tuple[Tensor, int]:
-    """The function of each item of a batch, as for tables of an ensemble."""
+    """Applies ``function`` to each item of a batch, for example to the tables of an ensemble."""
     parts = [_batched(x, dim, info) for x, dim in zip(inputs[:3], in_dims[:3], strict=True)]
     items = zip(*(repeat(None) if part is None else part for part in parts), strict=False)
     return torch.stack([function.apply(*item, _Call(inputs[3].table)) for item in items]), 0
 
 
 def _batched(x: Any, dim: int | None, info: Any) -> Any:
-    """``x`` with a batch in the first dimension; ``None`` stays."""
+    """Moves the batch to the first dimension of ``x``, or expands it; keeps ``None``."""
     if x is None:
         return None
     return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
 def _gradient(returned: ReturnedGrads, table: Lookup, into: GradBuffer | None) -> Tensor:
-    """The gradient of this rank's block."""
+    """Sums the returned gradients into the gradient of this rank's block."""
     rows, columns = table.place.rows, returned.columns
     if returned.grad.device.type != "cpu" and not table.sparse and returned.distinct is None:
         grad = returned.grad[:, columns.start : columns.stop]
@@ -370,12 +371,12 @@ def _gradient(returned: ReturnedGrads, table: Lookup, into: GradBuffer | None) -
 
 
 def _no_sequence() -> ValueError:
-    return ValueError("`x` must have a dimension to cut for the output 'sequence', but has none.")
+    return ValueError("`x` must have a dimension to split for `output='sequence'`, but has none.")
 
 
 def _sequence_blocks(ids: Tensor, valid: Tensor | None, gang: Gang) -> list[Tensor]:
-    """For each rank its contiguous block of positions along the last dimension, as indices into the
-    flat ids, without padding."""
+    """Returns for each rank its contiguous block of positions along the last dimension, as indices
+    into the flat ids, without padding."""
     if not ids.ndim:
         raise _no_sequence()
     flat = torch.arange(ids.numel(), device=ids.device).view(ids.shape)

@@ -1,8 +1,8 @@
-"""A check that all ranks of a gang look up the same ids.
+"""Checks that all ranks of a gang look up the same ids.
 
-A table that is cut gives each rank parts of what *all* asked for, so ranks with other ids get rows
-that nobody asked for, without an error as long as the sizes fit. The check compares checksums
-before anything is sent whose size depends on the ids.
+In a sharded table, each rank fetches parts of the rows for *all* ranks. If ranks pass different
+ids, they get wrong rows, without an error as long as the sizes match. The check compares checksums
+before sending anything whose size depends on the ids.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tp_embed.lookup.ids import LateCheck, ToHost, is_capturing
 
 VARIABLE = "TP_EMBED_CHECK_IDS"
 
-# Measured: with it the check takes at most 0.66% of a lookup of 4096 ids or more, by median.
+# Measured: adds at most 0.66% to a lookup of 4096 ids or more, by median.
 _INTERVAL = 128
 
-# What each rank sends: the number of the lookup, the table, the number of dimensions, the sizes,
+# Each rank sends the number of the lookup, the table, the number of dimensions, the sizes, and
 # checksums of the shapes so far, of these ids, and of the ids so far.
 _SIZES = 8
 _NUM_FACTS = 3 + _SIZES + 3
@@ -34,11 +34,11 @@ _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2**64 over the golden ratio.
 
 
 def check_interval(check_ids: int | None) -> int:
-    """At which lookups ids are compared: the first one, and each n-th after it; 0: at none.
+    """Returns n to compare ids at the first lookup and each n-th after it, or 0 for never.
 
     :param check_ids: ``None``: n = 128. ``False``: never. ``True``: each lookup. Or n. The
         environment variable ``TP_EMBED_CHECK_IDS``, a number, takes precedence.
-    :raises ValueError: one of them is something else.
+    :raises ValueError: ``check_ids`` or the environment variable has an invalid value.
     """
     is_interval = isinstance(check_ids, int) and check_ids >= 0
     if check_ids is not None and not is_interval:
@@ -58,14 +58,13 @@ def check_interval(check_ids: int | None) -> int:
 
 
 class SameIds(LateCheck):
-    """Raises :class:`GangError` on all ranks of a gang if one has looked up other ids than another:
-    other values, another order, another shape, other padding, or another table.
+    """Raises :class:`GangError` on all ranks of a gang if their lookups differ in the values,
+    order, shape or padding of the ids, or in the table.
 
-    It compares at the first lookup, and at each n-th after it; which ones depends on their count
-    only, so that ranks agree. Lookups in between are compared with the next one, by a checksum of
-    all. Sends 112 (P-1) bytes, by one all-gather. On an accelerator the first answer is
-    waited for, and others are looked at two lookups later. While a stream is captured nothing is
-    compared.
+    Compares at the first lookup and each n-th after it; this depends only on the number of lookups,
+    so that ranks agree. The next comparison covers the lookups in between, by a checksum over all.
+    Does one all-gather, 112 (P-1) bytes. On an accelerator, waits for the first result, and reads
+    the others two lookups later. Compares nothing during graph capture.
 
     :param every: n, or 0 to compare nothing.
     :param lag: see :class:`LateCheck`.
@@ -78,10 +77,10 @@ class SameIds(LateCheck):
 
     def __call__(self, ids: Tensor, valid: Tensor | None, gang: Gang, where: str) -> None:
         """
-        :param ids: *Shape:* any. *Dtype:* int32 or int64; its size does not matter.
-        :param valid: what is no padding; if ``None``, all. *Shape:* that of ``ids``.
-        :param where: the table, called the same on every rank.
-        :raises GangError: the ids of a rank differ; on all ranks alike.
+        :param ids: *Shape:* any. *Dtype:* int32 or int64, which compare equal.
+        :param valid: false at padding; ``None`` for no padding. *Shape:* as ``ids``.
+        :param where: the name of the table, the same on every rank.
+        :raises GangError: ids differ between ranks; raised on all ranks.
         """
         if not self.every or gang.size == 1 or ids.is_meta or is_recorded(ids):
             return
@@ -104,12 +103,12 @@ class SameIds(LateCheck):
             known = known.pin_memory().to(ids.device, non_blocking=True)
         facts = known.new_empty(gang.size, _NUM_FACTS)
         gang.all_gather(facts, torch.cat([known, torch.stack([checksum, all_ids])]))
-        # What is sent before a late answer may not fit, so nothing more is sent after it.
+        # If the result is late, mismatched lookups may be running, so don't send the ids for it.
         self._look(_Comparison(gang, where, ids.shape, facts, None if lag else flat), lag)
 
 
 class _History:
-    """How many lookups there were, and checksums of those since the last comparison."""
+    """Counts lookups, and keeps checksums of the ones since the last comparison."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -122,17 +121,18 @@ class _History:
         self._ids = checksum + self._ids.to(checksum.device, non_blocking=True) * _ODD
 
     def take(self) -> tuple[int, Tensor]:
-        """Checksums of the shapes and the ids, to begin anew."""
+        """Returns the checksums of the shapes and the ids, and resets them."""
         taken = self._shapes, self._ids
         self._shapes, self._ids = 0, torch.zeros_like(self._ids)
         return taken
 
 
 class _Comparison:
-    """What all ranks say of their ids, on the way to the host.
+    """Compares what all ranks sent, once it is on the host.
 
-    :param facts: *Shape:* :math:`(P,14)`.
-    :param ids: this rank's, with -1 for padding, if the ranks may send them. *Shape:* :math:`(N)`.
+    :param facts: a row for each rank. *Shape:* :math:`(P,14)`.
+    :param ids: this rank's ids, with -1 for padding, or ``None`` if they must not be sent. *Shape:*
+        :math:`(N)`.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class _Comparison:
 
     def report(self) -> None:
         """
-        :raises GangError: they differ.
+        :raises GangError: ranks differ.
         """
         facts: list[list[int]] = self._facts.read()
         others = [rank for rank, own in enumerate(facts) if own != facts[0]]
@@ -152,26 +152,27 @@ class _Comparison:
         numbers, tables, checksums = ([own[i] for own in facts] for i in (0, 1, -2))
         shapes = [tuple(own[3 : 3 + min(own[2], _SIZES)]) for own in facts]
         if len(set(tables)) > 1:
-            how = "they look up different tables, having taken different branches"
+            difference = "they look up different tables, having taken different branches"
         elif len(set(numbers)) > 1:
-            how = f"it is lookup number {_by_rank(numbers)}"
+            difference = f"it is lookup number {_by_rank(numbers)}"
         elif len(set(shapes)) > 1:
-            how = f"their shapes are {_by_rank(shapes)}"
+            difference = f"their shapes are {_by_rank(shapes)}"
         elif len(set(checksums)) > 1:
-            how = self._first_differences(others)
+            difference = self._first_differences(others)
         else:
-            how = (
+            difference = (
                 "these ids are the same, but since the last comparison others were not, and were "
                 f"trained on. Find the first with {VARIABLE}=1, which compares each lookup"
             )
         ranks = f"rank {others[0]}" if len(others) == 1 else f"ranks {others}"
         raise GangError(
             f"All ranks of {self._gang} must look up the same ids in {self._where}, but in lookup "
-            f"{numbers[0]} {ranks} and rank 0 disagree: {how}. Give the ranks of a gang one batch: "
-            "split the data over the data-parallel ranks only, with `DistributedSampler(..., "
-            "num_replicas=<data-parallel size>, rank=<data-parallel rank>)`, or broadcast it with "
-            "`gang.broadcast(ids)`; samples that a model draws (generation, GRPO) likewise. To "
-            "give each rank ids of its own, gather them and have each get its part by "
+            f"{numbers[0]} {ranks} and rank 0 disagree: {difference}. Give the ranks of a gang one "
+            "batch: split the data over the data-parallel ranks only, with "
+            "`DistributedSampler(..., num_replicas=<data-parallel size>, rank=<data-parallel "
+            "rank>)`, or broadcast it with `gang.broadcast(ids)`; samples that a model draws "
+            "(generation, GRPO) likewise. To give each rank ids of its own, gather them and have "
+            "each get its part by "
             f'`output="sequence"`. {VARIABLE}=0 turns this check off.'
         )
 
@@ -208,11 +209,11 @@ _cached_weights: dict[torch.device, Tensor] = {}
 
 
 def _weights(count: int, device: torch.device) -> Tensor:
-    """Odd numbers that look random, one for each position, with which a sum depends on the order.
+    """Returns an odd pseudorandom weight for each position, so that checksums depend on the order.
     *Shape:* :math:`(count)`. *Dtype:* int64.
 
-    The finalizer of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
-    generators", 2014) of the positions. An id that differs at one position always changes the sum,
+    Applies the finalizer of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+    generators", 2014) to the positions. An id that differs at one position always changes the sum,
     since odd numbers have an inverse modulo 2**64.
     """
     weights = _cached_weights.get(device)

@@ -1,18 +1,18 @@
-"""Lets only some rows of a table train: ``train_rows`` of the embeddings.
+"""Trains only some rows of a table: the option ``train_rows`` of the embeddings.
 
 The gradient of all other rows is zero, as with ``torch.nn.Embedding`` and
-``weight.register_hook(lambda grad: grad * mask)``: bit for bit the same, but for NaN and infinities
-in rows that do not train, which become zero too. It is the gradient of the weight that is masked,
-so it includes what an output head adds that shares the weight.
+``weight.register_hook(lambda grad: grad * mask)``: bit for bit the same, except that NaN and
+infinities in rows that don't train become zero too. The mask applies to the gradient of the weight,
+including the part from an output head that shares it.
 
-An optimizer has states for the whole shard, and sees zeros in the other rows. They keep their
-values, but for what an optimizer does without a gradient: weight decay. Put the weight into a
+Optimizers keep states for the whole shard, and see zeros in the other rows. These keep their values
+unless an optimizer changes weights without a gradient, by weight decay: put the weight into a
 parameter group with ``weight_decay=0``. The mask survives copies, pickling, ``to_empty()``, casts,
-``load_state_dict(assign=True)`` and another weight; a sparse gradient has only rows that train, and
-a dense one is in new memory, with ``reuse_grad`` too.
+``load_state_dict(assign=True)`` and another weight. A sparse gradient holds only rows that train;
+a dense one is in new memory, even with ``reuse_grad``.
 
-Rows are a slice or a range, integers in any order, of which negative ones count from the end, or a
-mask: a bool for each row of the table.
+Rows are a slice, a range, integers in any order (negative ones count from the end), or a mask with
+a bool for each row of the table.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch import Tensor
 from tp_embed._torch_private import hooks_of
 from tp_embed.lookup.gradient import as_sparse
 
-# Rows of a table: their indices, or a mask of all rows.
+# Rows of a table: indices, or a mask of all rows.
 Rows = slice | range | Sequence[int] | Sequence[bool] | Tensor
 
 
 def read_rows(rows: str | list[int]) -> Rows:
-    """Rows as configs have them: a list of rows, or a slice as Python writes it, ``"32000:"``.
+    """Parses rows from a config: a list of rows, or a Python slice such as ``"32000:"``.
 
-    :raises ValueError: they are something else.
+    :raises ValueError: ``rows`` is neither.
     """
     if isinstance(rows, list):
         return rows
@@ -48,17 +48,17 @@ def read_rows(rows: str | list[int]) -> Rows:
 
 def as_rows(train_rows: Rows, num_embeddings: int) -> Tensor:
     """
-    :param train_rows: the rows, as above.
+    :param train_rows: the rows; see the module.
     :returns: the rows, ascending. *Shape:* :math:`(n)`. *Dtype:* int64.
-    :raises TypeError: ``train_rows`` is something else.
-    :raises ValueError: it is not one-dimensional, a mask of another length, or names no row.
-    :raises IndexError: it names a row that the table does not have.
+    :raises TypeError: ``train_rows`` has another type.
+    :raises ValueError: ``train_rows`` is not one-dimensional, a mask of another length, or empty.
+    :raises IndexError: a row is out of range.
     """
     if isinstance(train_rows, slice):
         train_rows = range(num_embeddings)[train_rows]
     given: Any = list(train_rows) if isinstance(train_rows, range) else train_rows
     try:
-        # Not on the default device, which may be `meta`.
+        # The default device may be `meta`.
         rows = (
             given.detach().cpu() if isinstance(given, Tensor) else torch.tensor(given, device="cpu")
         )
@@ -100,12 +100,12 @@ def as_rows(train_rows: Rows, num_embeddings: int) -> Tensor:
 
 
 class RowMask:
-    """A hook of a block's gradient that zeroes all rows but some.
+    """A hook that zeroes the gradient of rows that don't train.
 
-    It is on the weight, so that it sees the sum of what the embeddings and heads that share it add.
+    It is registered on the weight, so it sees the sum over all embeddings and heads that share it.
 
-    :param train_rows: of the table, ascending.
-    :param block: the rows of the table that the block holds.
+    :param train_rows: the rows of the table that train, ascending.
+    :param block: the rows of the table that the weight holds.
     """
 
     _tp_embed_shardwise = True
@@ -122,15 +122,15 @@ class RowMask:
             rows = grad.indices()[0]
             kept = torch.isin(rows, own)
             return as_sparse(rows[kept], grad.values()[kept], grad.size(0))
-        # Of what does not train, not even NaN stays.
+        # Copies instead of multiplying, to drop NaN in the other rows.
         masked: Tensor = grad.new_zeros(grad.shape).index_copy(0, own, grad.index_select(0, own))
         return masked
 
 
 def mask_gradient(weight: Tensor, train_rows: Tensor, block: range) -> None:
-    """Sees to it that ``weight`` has a :class:`RowMask`. Doing it twice does no harm.
+    """Registers a :class:`RowMask` on ``weight``, unless it has one.
 
-    :raises ValueError: it has one with other rows.
+    :raises ValueError: ``weight`` has one with other rows.
     """
     if not (weight.requires_grad and weight.is_leaf):
         return
