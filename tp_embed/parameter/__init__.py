@@ -1,1 +1,1 @@
-"""The weight of a sharded table, and what optimizers and norms do with it."""
+"""The weight of a sharded table, and its optimizers and norms."""

@@ -1,7 +1,6 @@
-"""Norms over Parameters of which some are shards: equal to the norms of the unsharded model.
+"""Norms over Parameters that may be shards, equal to the norms of the unsharded model.
 
-:mod:`torch.nn.utils` on each rank would count a rank's own shard only, and so give every rank
-another norm.
+:mod:`torch.nn.utils` would count only the rank's own shard, and give each rank a different norm.
 """
 
 from __future__ import annotations
@@ -26,24 +25,25 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """:func:`torch.nn.utils.clip_grad_norm_` for a model with sharded tables: scales all gradients,
-    in place, so that their norm is at most ``max_norm``.
+    """Clips gradients as :func:`torch.nn.utils.clip_grad_norm_`, for a model with sharded tables:
+    scales all gradients in place, so that their norm is at most ``max_norm``.
 
-    The norm is that of the whole model, the same on every rank. Each shard counts once on its own
-    rank, and every other Parameter, which all ranks hold alike, counts once in all. Gradients are
-    dense or sparse. With data parallelism, average them first, as
+    The norm covers the whole model and is the same on every rank. Each shard counts on its own
+    rank; any other Parameter, which all ranks hold, counts once. Gradients may be dense or sparse.
+    With data parallelism, average them first, as
     :class:`~torch.nn.parallel.DistributedDataParallel` does in the backward.
 
-    All ranks of a gang have to call it, with their shards in the same order. It sends one
-    all-gather for each gang, of 4 bytes for each table.
+    Collective: all ranks of a gang must call it, with their shards in the same order. Does one
+    all-gather per gang, of 4 bytes per table.
 
-    :param parameters: the Parameters whose gradients are clipped, or one of them.
-    :param max_norm: the largest norm that is left as it is.
-    :param norm_type: the order p of the norm, ``inf`` included.
-    :param error_if_nonfinite: whether a norm that is not finite is an error.
-    :param foreach: as in torch, about the gradients that are not of shards.
+    :param parameters: the Parameters to clip the gradients of, or a single one.
+    :param max_norm: the maximum norm.
+    :param norm_type: the order p of the norm, may be ``inf``.
+    :param error_if_nonfinite: whether to raise if the norm is not finite.
+    :param foreach: as in torch, for gradients that are not shards.
     :returns: the norm before clipping. *Shape:* :math:`()`.
-    :raises RuntimeError: the norm is not finite, with ``error_if_nonfinite``; on all ranks alike.
+    :raises RuntimeError: the norm is not finite and ``error_if_nonfinite`` is true; raised on all
+        ranks.
     """
     if not isinstance(parameters, Tensor):
         is_generator = isinstance(parameters, types.GeneratorType)
@@ -70,22 +70,23 @@ def get_total_norm(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """:func:`torch.nn.utils.get_total_norm` for tensors of which some are shards: the norm of all
-    of them as if they were one vector, and no table was cut.
+    """Computes :func:`torch.nn.utils.get_total_norm` of tensors that may be shards: the norm of all
+    of them as one vector, as if no table were sharded.
 
-    A tensor is known as a shard if it is the weight of a sharded layer or its ``.grad``, as in
-    ``get_total_norm([p.grad for p in model.parameters() if p.grad is not None])``. Any other one
-    counts as one that all ranks hold alike: do not pass copies of gradients.
+    A tensor is recognized as a shard if it is the weight of a sharded layer or its ``.grad``, as in
+    ``get_total_norm([p.grad for p in model.parameters() if p.grad is not None])``. Any other tensor
+    counts as the same on all ranks: don't pass copies of gradients.
 
-    All ranks of a gang have to call it, with their shards in the same order. It sends one
-    all-gather for each gang, of 4 bytes for each shard.
+    Collective: all ranks of a gang must call it, with their shards in the same order. Does one
+    all-gather per gang, of 4 bytes per shard.
 
-    :param tensors: the tensors, or one of them, dense or sparse.
-    :param norm_type: the order p of the norm, ``inf`` included.
-    :param error_if_nonfinite: whether a norm that is not finite is an error.
-    :param foreach: as in torch, about the tensors that are not shards.
+    :param tensors: the tensors, or a single one, dense or sparse.
+    :param norm_type: the order p of the norm, may be ``inf``.
+    :param error_if_nonfinite: whether to raise if the norm is not finite.
+    :param foreach: as in torch, for tensors that are not shards.
     :returns: the norm. *Shape:* :math:`()`.
-    :raises RuntimeError: the norm is not finite, with ``error_if_nonfinite``; on all ranks alike.
+    :raises RuntimeError: the norm is not finite and ``error_if_nonfinite`` is true; raised on all
+        ranks.
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else tensors
     pairs = [(tensor, gang_of(tensor)) for tensor in tensors]
@@ -93,7 +94,7 @@ def get_total_norm(
 
 
 def gang_of(tensor: Tensor) -> Gang | None:
-    """The gang that ``tensor`` is a shard over, if it is one."""
+    """Returns the gang of ``tensor`` if it is a shard, else ``None``."""
     gang = getattr(tensor, "gang", None)
     return gang if isinstance(gang, Gang) else None
 
@@ -102,22 +103,22 @@ def gang_of(tensor: Tensor) -> Gang | None:
 def whole_norms(
     shards: Sequence[Tensor], gang: Gang, order: float, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    """The norms of the tables that ``shards`` are cut out of, by one all-gather.
+    """Computes the norm of the whole table for each of ``shards``, by one all-gather.
 
-    Each rank's norm is computed and sent in fp32 at least. So the norm of a table in bf16 or fp16
-    is rounded once, as without shards.
+    Computes and sends each rank's norm in at least fp32, so that the norm of a table in bf16 or
+    fp16 is rounded once, as without shards.
 
-    :param shards: of one gang; those of other ranks may be empty.
+    :param shards: shards over one gang; they may be empty on some ranks.
     :param order: the order p of the norms.
-    :param dtype: of the norms; if ``None``, each has the dtype of its shard.
-    :returns: a norm for each. *Shape:* :math:`()`.
+    :param dtype: the dtype of the norms; if ``None``, each has the dtype of its shard.
+    :returns: a norm for each shard. *Shape:* :math:`()`.
     """
     plain = [_items(shard, order) for shard in shards]
     wide = torch.float64 if any(p.dtype == torch.float64 for p in plain) else torch.float32
     own = torch.stack([_norm(p, order, wide).to(gang.device) for p in plain])
     of_ranks = own.new_empty(gang.size, len(own))
     gang.all_gather(of_ranks, own)
-    # Counts of items add up; any other norm of norms is the norm of all.
+    # Order 0 counts items, which add up; for any other order, the norm of norms is the total norm.
     whole = of_ranks.sum(0) if order == 0 else torch.linalg.vector_norm(of_ranks, order, dim=0)
     return [
         norm.to(device=p.device, dtype=dtype or p.dtype)
@@ -131,7 +132,7 @@ def _total_norm(
     error_if_nonfinite: bool,
     foreach: bool | None,
 ) -> Tensor:
-    """The norm of all tensors, of which some are shards over a gang."""
+    """Computes the norm of all tensors, some of them shards over a gang."""
     norm_type = float(norm_type)
     norms: list[Tensor] = []
     places: dict[Gang, list[int]] = {}
@@ -141,14 +142,14 @@ def _total_norm(
             places.setdefault(gang, []).append(i)
     for gang, shards in places.items():
         found = whole_norms([norms[i] for i in shards], gang, norm_type)
-        # The norm of a norm is that norm, so torch can take it for the table.
+        # The norm of a scalar is itself, so torch can use it instead of the table.
         for i, norm in zip(shards, found, strict=True):
             norms[i] = norm
     return torch_total_norm(norms, norm_type, error_if_nonfinite, foreach)
 
 
 def _gradient(parameter: Tensor) -> Tensor | None:
-    """The gradient, which is empty for a shard without one: another rank may have one."""
+    """Returns the gradient; empty for a shard without one, since another rank may have one."""
     gradient = parameter.grad
     if gradient is None and parameter.requires_grad and gang_of(parameter):
         return torch.empty(0, dtype=parameter.dtype, device=parameter.device)
@@ -156,17 +157,17 @@ def _gradient(parameter: Tensor) -> Tensor | None:
 
 
 def _items(tensor: Tensor, order: float) -> Tensor:
-    """A plain dense tensor of the items of ``tensor`` that count."""
+    """Returns the items of ``tensor`` that affect the norm, as a plain dense tensor."""
     with DisableTorchFunctionSubclass():
         tensor = tensor.detach()
         if not tensor.is_sparse:
             return tensor
-        # A negative order looks at the zeros too.
+        # Negative orders depend on the zeros too.
         return tensor.to_dense() if order < 0 else tensor.coalesce().values()
 
 
 def _norm(items: Tensor, order: float, dtype: torch.dtype) -> Tensor:
-    if not items.numel():  # Changes no norm. Torch refuses some orders here.
+    if not items.numel():  # Return the neutral element; torch raises for some orders.
         return items.new_full((), torch.inf if order < 0 else 0, dtype=dtype)
     norm: Tensor = torch.linalg.vector_norm(items, order, dtype=dtype)
     return norm

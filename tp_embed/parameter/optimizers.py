@@ -1,9 +1,9 @@
-"""Which optimizers train a shard as they train the table.
+"""Checks that optimizers train a shard as they would train the whole table.
 
-Most of them treat each item by itself, as Adam and SGD do, so a shard trains like its part of the
-table. Others look at a whole matrix: at the means of its rows and columns (Adafactor; Shazeer and
-Stern, 2018), at its norm (LAMB; You et al., 2020), at its singular vectors (Muon; Jordan et al.,
-2024). They would train a shard to other numbers, in silence.
+Most optimizers are elementwise, as Adam and SGD are, so a shard trains like its part of the table.
+Others use the whole matrix: the means of its rows and columns (Adafactor; Shazeer and Stern, 2018),
+its norm (LAMB; You et al., 2020), or its singular vectors (Muon; Jordan et al., 2024). They would
+silently train a shard to different values.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Of matrices or of all Parameters as one vector. By the name of the class, in lower case, or the
-# beginning of it; subclasses count.
-_OF_MATRICES = _names(
+# Optimizers that use whole matrices, or all Parameters as one vector, by the lower-case name of the
+# class, or its prefix; subclasses count.
+_MATRIX = _names(
     """
     adalomo adammini adamp came dadapt dion dog fromage fusedlamb fusednovograd ldog nero novograd
     onebitlamb prodigy ranger sgdp singledevicemuon sm3 soap zerooneadam
@@ -39,8 +39,8 @@ _OF_MATRICES = _names(
 )
 _FAMILIES = "adafactor", "distributedmuon", "galore", "lamb", "lars", "lbfgs", "muon", "shampoo"
 
-# Outside torch, of each item by itself, or made of another optimizer, which is checked as well.
-_OF_ITEMS = _names(
+# Elementwise optimizers outside torch, and wrappers of another optimizer, which is checked as well.
+_ELEMENTWISE_NAMES = _names(
     """
     acceleratedoptimizer adan deepspeedcpuadagrad deepspeedcpuadam deepspeedcpulion fusedadagrad
     fusedadam fusedlion fusedsgd lion zeroredundancyoptimizer
@@ -62,24 +62,26 @@ _ELEMENTWISE = (
     torch.optim.SparseAdam,
 )
 
-# How many Parameters an optimizer had when it was checked, and the shards among them.
+# The number of Parameters of an optimizer when it was checked, and the shards among them.
 _checked: WeakKeyDictionary[Optimizer, tuple[int, list[Tensor]]] = WeakKeyDictionary()
 _warned: set[type] = set()
 
 
 def needs_matrix(optimizer: Any) -> bool:
-    """Whether ``optimizer`` is known to look at whole matrices: an optimizer, its name, or a class
-    or a partial function that makes one."""
+    """Returns whether ``optimizer`` is known to use whole matrices.
+
+    :param optimizer: an optimizer, its name, its class, or a partial of the class.
+    """
     if isinstance(optimizer, str):
         key = _key(optimizer)
-        return key in _OF_MATRICES or key.startswith(_FAMILIES)
+        return key in _MATRIX or key.startswith(_FAMILIES)
     made = getattr(optimizer, "func", optimizer)
     kind = made if isinstance(made, type) else type(made)
     return any(needs_matrix(base.__name__) for base in kind.__mro__)
 
 
 def refuse(name: str, table: str) -> ValueError:
-    """The error for an optimizer that cannot train the shards of ``table``."""
+    """Returns the error for an optimizer that can't train the shards of ``table``."""
     return ValueError(
         f"The optimizer of {table} must treat each item by itself, but is `{name}` instead, which "
         "looks at whole matrices or vectors, and would train a shard to other values than its part "
@@ -89,10 +91,10 @@ def refuse(name: str, table: str) -> ValueError:
 
 
 def check_optimizer(optimizer: Any, tables: Iterable[Tensor]) -> None:
-    """Checks an optimizer over ``tables``, which are about to be cut.
+    """Checks an optimizer before ``tables`` are sharded.
 
-    :raises ValueError: it looks at whole matrices, or it has stepped, and has states of another
-        shape than the table, which nobody knows how to cut.
+    :raises ValueError: the optimizer uses whole matrices, or has states whose shape differs from
+        the table's, so that they can't be sharded.
     """
     trained = _trained(optimizer)
     for table in tables:
@@ -105,23 +107,23 @@ def check_optimizer(optimizer: Any, tables: Iterable[Tensor]) -> None:
             if isinstance(value, Tensor) and value.numel() > 1 and value.shape != table.shape:
                 raise ValueError(
                     f"The states of `optimizer` for a table of the shape {shape} must have that "
-                    f"shape, in which they can be cut, but '{key}' has {tuple(value.shape)} "
-                    "instead. Make the optimizer after the tables are sharded."
+                    f"shape to be sharded with it, but '{key}' has {tuple(value.shape)} instead. "
+                    "Make the optimizer after the tables are sharded."
                 )
 
 
 def forget() -> None:
-    """Has every optimizer checked again: Parameters were replaced."""
+    """Checks every optimizer again at its next step, after Parameters were replaced."""
     _checked.clear()
 
 
 def mark_replaced(table: Tensor) -> None:
-    """Notes that ``table`` has left its model for shards, which is then trained no more."""
+    """Marks ``table`` as replaced by shards, so that an optimizer that still holds it raises."""
     table._replaced_by_tp_embed = True  # type: ignore[attr-defined]
 
 
 def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Runs before each step of every optimizer, and looks at the Parameters once."""
+    """Runs before each step of every optimizer; checks its Parameters once."""
     if torch.compiler.is_compiling():
         return
     count = sum(len(group["params"]) for group in optimizer.param_groups)
@@ -150,7 +152,7 @@ def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _clean_states(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Runs after each step: copies of gradients that became states, as of SGD, are plain."""
+    """Runs after each step; turns states that are copies of gradients (SGD) into plain tensors."""
     if torch.compiler.is_compiling() or optimizer not in _checked:
         return
     for shard in _checked[optimizer][1]:
@@ -162,7 +164,7 @@ def _clean_states(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _trained(optimizer: Any) -> set[Tensor]:
-    """The Parameters, without groups that a Muon hands to Adam."""
+    """Returns the Parameters, except groups that Muon trains with Adam."""
     groups = optimizer.param_groups
     return {p for group in groups if group.get("use_muon", True) for p in group["params"]}
 
@@ -170,7 +172,7 @@ def _trained(optimizer: Any) -> set[Tensor]:
 def _is_elementwise(kind: type[Optimizer]) -> bool:
     step = inspect.unwrap(kind.step)
     known = any(step is inspect.unwrap(one.step) for one in _ELEMENTWISE)
-    return known or _key(kind.__name__) in _OF_ITEMS
+    return known or _key(kind.__name__) in _ELEMENTWISE_NAMES
 
 
 def _key(name: str) -> str:

@@ -1,8 +1,8 @@
-"""Reductions of shards that are right for the table, by a collective over the gang.
+"""Reductions over shards that return the result for the whole table, by a collective.
 
-They are what other people's code does to gradients and weights: norms, of which
-``torch.nn.utils.clip_grad_norm_`` is made, checks for what is not finite, sums and extremes. All
-ranks of the gang have to take them, as with :class:`torch.distributed.tensor.DTensor`.
+They cover common operations on gradients and weights: norms, as in
+``torch.nn.utils.clip_grad_norm_``, checks for non-finite values, sums and extremes. All ranks of
+the gang must call them, as with :class:`torch.distributed.tensor.DTensor`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from tp_embed.gang import Gang, ReduceOperation
 from tp_embed.gang.collectives import reduce_partial
 from tp_embed.parameter.norms import gang_of, whole_norms
 
-# A result that stands for: there is no such reduction, with these arguments.
+# Returned if a reduction isn't supported with the given arguments.
 _NONE: Any = NotImplemented
 
 
 def reduce_table(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The reduction ``name`` of the tables that shards among the arguments are cut out of, or
-    ``NotImplemented``: of some dimensions only, or where a gradient would be lost."""
+    """Computes the reduction ``name`` over the whole tables of shards among the arguments. Returns
+    ``NotImplemented`` for reductions over some dimensions, or if a gradient would be lost."""
     if name == _UNSCALE:
         return _unscale(*args, **kwargs)
     if name == _FOREACH_NORM:
@@ -53,7 +53,7 @@ def _norm(
     dtype: torch.dtype | None = None,
 ) -> Any:
     order = next((given for given in (order, p, ord) if given is not None), None)
-    # Of a matrix, `linalg.norm` with a number is no norm of its items.
+    # With a number, `linalg.norm` of a matrix is not an elementwise norm.
     named = order in (None, "fro") if name == "linalg_norm" else not isinstance(order, str)
     if not (named or order == "fro") or dim is not None or keepdim or out is not None:
         return _NONE
@@ -80,7 +80,7 @@ def _foreach_norm(
 
 
 def _unscale(grads: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
-    """What :class:`torch.amp.GradScaler` does: scales gradients, and looks for infinite ones."""
+    """Scales gradients and looks for infinite ones, as :class:`torch.amp.GradScaler` does."""
     with DisableTorchFunctionSubclass():
         unscale(list(grads), found_inf, inv_scale)
     for gang in _gangs(grads):
@@ -149,12 +149,12 @@ REDUCTIONS = OF_GRADIENTS | _OF_ALL.keys()
 
 
 def _gangs(tensors: Sequence[Tensor]) -> list[Gang]:
-    """Each gang that one of ``tensors`` is a shard over, once, in their order."""
+    """Returns the distinct gangs of ``tensors``, in order."""
     return list(dict.fromkeys(gang for tensor in tensors if (gang := gang_of(tensor))))
 
 
 def _shape(shard: Any) -> tuple[int, ...]:
-    """The shape of a shard, flat or with a row for each row."""
+    """Returns the shape of ``shard`` if it is flat or a block of the table, else ``()``."""
     own = shard._shard.partition.shard(shard.gang.rank)
     fits = shard.ndim == 1 or (shard.ndim == 2 and shard.size(shard.shard_dim) == len(own))
     return tuple(shard.shape) if fits else ()

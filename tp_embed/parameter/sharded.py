@@ -1,9 +1,9 @@
-"""The weight of a sharded table: a Parameter that is never mistaken for the whole table.
+"""The weight of a sharded table: a Parameter that refuses to be used as the whole table.
 
-To other code the weight of a sharded layer looks like a Parameter of a smaller shape. A product
-with it, or a row taken out of it, would give a part of the right answer, in silence. So the weight
-knows its gang and its place in the table, and raises when it is read as a table. What works item by
-item goes through: optimizers, copies, casts, flat buffers.
+To other code the weight of a sharded layer looks like a Parameter of a smaller shape. Multiplying
+by it, or indexing a row, would silently give a partial result. So the weight knows its gang and its
+place in the table, and raises if it is used as a table. Elementwise operations are allowed:
+optimizers, copies, casts, flat buffers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Read no value of the table, or work on each item alone.
+# Read no values of the table, or work on each item alone.
 _PASSED = _names(
     """
     __dir__ __format__ __hash__ __repr__ __setstate__ _has_compatible_shallow_copy_type
@@ -53,7 +53,7 @@ _PASSED = _names(
     """
 )
 
-# Give a tensor of the shape of the shard, which is a shard as well.
+# Return a tensor of the shape of the shard, which is a shard as well.
 _KEPT = _names(
     """
     __add__ __and__ __div__ __eq__ __ge__ __gt__ __invert__ __le__ __lt__ __mul__ __ne__ __neg__
@@ -68,7 +68,7 @@ _KEPT = _names(
     """
 )
 
-# Change the shard itself, item by item.
+# Modify the shard in place, item by item.
 _IN_PLACE = _names(
     """
     __iadd__ __idiv__ __imul__ __ipow__ __isub__ __itruediv__ abs_ add_ addcdiv_ addcmul_ clamp_
@@ -78,28 +78,28 @@ _IN_PLACE = _names(
     """
 )
 
-# Give the same memory in another shape, as flat buffers have it.
+# Return a view of another shape, for flat buffers.
 _FLAT = _names("flatten ravel reshape view")
 
-# Cut a flat view into pieces, which are plain tensors, or add it to a vector of Parameters.
+# Split a flat view into plain tensors, or concatenate it to a vector of Parameters.
 _PIECES = _names("__getitem__ narrow reshape reshape_as split unflatten view view_as")
 _VECTOR = _names("cat concat concatenate")
 
-# Of sparse gradients: what reads no items, and what has the items of the gradient.
+# For sparse gradients: operations that read no items, and ones that return the items.
 _SPARSE = _names("_coalesced_ _indices _nnz dense_dim indices is_coalesced sparse_dim sparse_mask")
 _VALUES = _names("_values coalesce to_dense values")
 
 _TRANSPOSED = _names("H T mH mT")
 
-# Operators of a graph, which was checked when it was traced. Others may be somebody's fused loss.
+# Operators of a graph, which was checked when traced. Others may be custom, as a fused loss.
 _OF_GRAPHS = _names("aten higher_order prim prims tp_embed")
 _REDUCTIONS = _names("_foreach_max _foreach_norm _foreach_powsum")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What a tensor is a shard of: a table that is cut along ``dim`` over ``gang``, and what the
-    model calls it, if that is known. In a vector, other Parameters stand beside it."""
+    """Describes the table of a shard: sharded along ``dim`` over ``gang``, with its name in the
+    model, if known. ``is_vector`` marks a shard concatenated with other Parameters."""
 
     gang: Gang
     partition: Partition
@@ -115,22 +115,22 @@ class Shard:
 
 
 def unguarded() -> AbstractContextManager[object]:
-    """In this context shards are plain tensors: for code that knows that it has a shard."""
+    """Treats shards as plain tensors in this context, for code that expects a shard."""
     context: AbstractContextManager[object] = DisableTorchFunctionSubclass()
     return context
 
 
 def local(tensor: Tensor) -> Tensor:
-    """``tensor.detach()``, a plain tensor that shares its memory."""
+    """Returns ``tensor.detach()`` as a plain tensor that shares its memory."""
     with unguarded():
         return tensor.detach()
 
 
 def mark_shard(weight: Tensor, gang: Gang, partition: Partition, dim: int) -> None:
-    """Makes ``weight``, this rank's shard, a :class:`ShardedParameter`, in place: references to it
-    stay valid. A gang of one rank holds the whole table, so its weight stays a Parameter."""
+    """Turns ``weight``, this rank's shard, into a :class:`ShardedParameter` in place, so that
+    references stay valid. Over a gang of one rank it stays a Parameter: it is the whole table."""
     if gang.size > 1 and isinstance(weight, Parameter):
-        if type(weight) in (Parameter, ShardedTensor):  # What `.to(device)` makes is one of these.
+        if type(weight) in (Parameter, ShardedTensor):  # `.to(device)` returns either.
             weight.__class__ = ShardedParameter
         if isinstance(weight, ShardedParameter):
             name = weight._shard.name if hasattr(weight, "_shard") else None
@@ -138,9 +138,9 @@ def mark_shard(weight: Tensor, gang: Gang, partition: Partition, dim: int) -> No
 
 
 def check_block(weight: Tensor, gang: Gang, partition: Partition, dim: int) -> None:
-    """Called where a layer computes with ``weight``, to which anybody may have assigned.
+    """Checks ``weight`` before a layer computes with it, since users may assign to it.
 
-    :raises ValueError: it is not of the size of this rank's block.
+    :raises ValueError: ``weight`` does not have the size of this rank's block.
     """
     own = partition.shard(gang.rank)
     if gang.size > 1 and weight.size(dim) != len(own):
@@ -154,14 +154,14 @@ def check_block(weight: Tensor, gang: Gang, partition: Partition, dim: int) -> N
 
 
 def name_shard(weight: Tensor, name: str) -> None:
-    """Lets errors of ``weight``, if it is a shard, say which table of the model it belongs to."""
+    """Names the table of ``weight``, if it is a shard, for errors."""
     if isinstance(weight, ShardedParameter):
         weight._shard = replace(weight._shard, name=name)
 
 
 def as_shard(tensor: Tensor | None, weight: Tensor) -> Tensor | None:
-    """``tensor``, if there is one, as a shard like ``weight``, whose items it has other values
-    for."""
+    """Returns ``tensor``, which has a value for each item of ``weight``, as a shard of the same
+    table; keeps ``None``."""
     if tensor is None or not isinstance(weight, ShardedParameter):
         return tensor
     shard = tensor.as_subclass(ShardedTensor)
@@ -170,7 +170,7 @@ def as_shard(tensor: Tensor | None, weight: Tensor) -> Tensor | None:
 
 
 class _Guarded:
-    """Refuses what would take a shard for the table."""
+    """Refuses operations that would treat a shard as the whole table."""
 
     _shard: Shard
 
@@ -181,11 +181,11 @@ class _Guarded:
 
     @property
     def shard_dim(self) -> int:
-        """The dimension that is cut: 0 for the rows, 1 for the columns."""
+        """The sharded dimension: 0 for rows, 1 for columns."""
         return self._shard.dim
 
     def to_local(self: Any) -> Tensor:
-        """This rank's shard as a plain tensor, which shares its memory and its gradient.
+        """Returns this rank's shard as a plain tensor, which shares its memory and gradient.
 
         :returns: *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
         """
@@ -193,15 +193,15 @@ class _Guarded:
             return self.detach() if self.is_sparse else self.view_as(self)  # type: ignore[no-any-return]
 
     def full_tensor(self: Any, device: torch.device | str | None = None) -> Tensor:
-        """The whole table, without its gradient. All ranks of the gang have to call it; it sends
-        (P-1) times the largest shard, in chunks of 16 MiB.
+        """Returns the whole table, without its gradient. Collective: all ranks of the gang must
+        call it. Sends (P-1) times the largest shard, in chunks of 16 MiB.
 
         :param device: the device of the table; if ``None``, the device of the shard.
         :returns: *Shape:* :math:`(V,E)`.
         """
         shard, own = self._shard, local(self)
         cut = shard.dim, shard.gang, shard.partition, device
-        if own.ndim > 2:  # Several gradients, by `is_grads_batched=True`.
+        if own.ndim > 2:  # Batched gradients (`is_grads_batched=True`).
             return torch.stack([whole_table(block, *cut) for block in own])
         return whole_table(own, *cut)
 
@@ -234,12 +234,12 @@ class _Guarded:
             args, kwargs = _with_marked_gradient(*args, **kwargs), {}
         with unguarded():
             if not is_passed:
-                # No TypeError, which torch's operators take for an operand they don't know.
+                # Not a TypeError: torch's operators would turn it into `NotImplemented`.
                 raise ValueError(_refusal(name, args, kwargs))
             try:
                 result = func(*args, **kwargs)
             except RuntimeError as e:
-                if name in _KEPT or name in _IN_PLACE:  # With a tensor of the table's shape.
+                if name in _KEPT or name in _IN_PLACE:  # An operand may have the table's shape.
                     raise ValueError(_refusal(name, args, kwargs)) from e
                 raise
         if name == "grad":
@@ -254,21 +254,21 @@ def _passes(func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> bool:
     if name in _PIECES or name in _VECTOR:
         origin = _origin(args, kwargs)
         return origin.ndim == 1 and not isinstance(origin, ShardedGrad)
-    if name == "__setitem__":  # Where a mask says so, as in `grad[grad.isnan()] = 0.0`.
+    if name == "__setitem__":  # With a mask, as in `grad[grad.isnan()] = 0.0`.
         return isinstance(args[1], _Guarded) and not isinstance(args[2], Tensor)
     return name.startswith(("_foreach_", "_fused_", "_amp_")) and name not in _REDUCTIONS
 
 
 def _reaches_gang(collective: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a collective of torch puts shards of other ranks of the gang in the place of this
-    one, or adds them to it. Data-parallel ranks, which hold the same shard, may exchange it."""
+    """Returns whether a collective of torch mixes this shard with the shards of other ranks of the
+    gang. Data-parallel ranks, which hold the same shard, may exchange it."""
     group = inspect.signature(collective).bind(*args, **kwargs).arguments.get("group")
     others = set(getattr(_origin(args, kwargs).gang, "global_ranks", ())) - {dist.get_rank()}
     return not others.isdisjoint(dist.get_process_group_ranks(group))
 
 
 def _kept(result: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """``result`` as a shard, if it has the shape of one."""
+    """Returns ``result`` as a shard, if it has the shape of one."""
     origin = _origin(args, kwargs)
     if type(result) is not Tensor or (name in _IN_PLACE and result.shape == origin.shape):
         return result
@@ -276,7 +276,7 @@ def _kept(result: Any, name: str, args: Any, kwargs: Any) -> Any:
     is_flat = result.ndim == 1 and (name in _VECTOR or name in _FLAT)
     if result.shape == origin.shape or is_flat or (is_grad and name in _VALUES):
         kind = ShardedGrad if is_grad else ShardedTensor
-        if result.is_sparse:  # There is no other view of it.
+        if result.is_sparse:  # Sparse tensors can't be viewed.
             return _become(result, kind, origin)
         shard: Any = result.as_subclass(kind)
         shard._shard = replace(origin._shard, is_vector=True) if name in _VECTOR else origin._shard
@@ -287,7 +287,7 @@ def _kept(result: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 
 def _become(tensor: Any, kind: type[ShardedTensor], origin: Any) -> Any:
-    """Makes a plain tensor, in place, a shard of what ``origin`` is a shard of."""
+    """Turns a plain tensor, in place, into a shard of the same table as ``origin``."""
     tensor.__class__, tensor._shard = kind, origin._shard
     return tensor
 
@@ -318,8 +318,8 @@ def _refusal(name: str, args: Any, kwargs: Any) -> str:
 
 
 class ShardedTensor(_Guarded, Tensor):
-    """What is made of a :class:`ShardedParameter` item by item: a copy, a cast, ``weight.data``. It
-    is saved as a plain tensor."""
+    """The result of an elementwise operation on a :class:`ShardedParameter`: a copy, a cast,
+    ``weight.data``. It is saved as a plain tensor."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return local(self).__reduce_ex__(protocol)
@@ -332,13 +332,13 @@ class ShardedTensor(_Guarded, Tensor):
 
 
 class ShardedGrad(ShardedTensor):
-    """What ``grad`` of a :class:`ShardedParameter` gives: the gradient itself, a plain tensor whose
-    class is changed in place, so that its norm is the norm of the whole gradient."""
+    """The gradient of a :class:`ShardedParameter`. Reading ``grad`` changes the class of the plain
+    tensor in place, so that its norm is the norm of the whole gradient."""
 
 
 class FrameworkGrad(ShardedGrad):
-    """A gradient that a framework knows to be sharded, by the mark on its Parameter: it combines
-    norms itself, and reads gradients through ``data`` and ``detach()``."""
+    """A gradient that a framework knows to be sharded, by an attribute of its Parameter. The
+    framework reduces norms itself, and reads gradients through ``data`` and ``detach()``."""
 
     @classmethod
     def __torch_function__(
@@ -355,7 +355,7 @@ class FrameworkGrad(ShardedGrad):
 
 
 def _mark_grads(func: Any, args: tuple[Any, ...], result: Any) -> None:
-    """Marks what ``weight.grad`` or :func:`torch.autograd.grad` gives."""
+    """Marks the result of ``weight.grad`` or :func:`torch.autograd.grad`."""
     weights, grads = args[:1], (result,)
     if func is torch.autograd.grad:
         weights, grads = args[1], result
@@ -368,14 +368,14 @@ def _mark_grads(func: Any, args: tuple[Any, ...], result: Any) -> None:
 
 
 def _with_marked_gradient(weight: Any, hook: Any) -> tuple[Any, Any]:
-    """The arguments of ``weight.register_hook(hook)``, for a hook that is given a shard that knows
-    it, unless the hook says that it can do without."""
+    """Returns the arguments of ``weight.register_hook(hook)``, with ``hook`` wrapped so that it
+    gets the gradient as a shard, unless it is marked as shardwise."""
     shard = getattr(weight, "_shard", None)
     if not isinstance(weight, ShardedParameter) or getattr(hook, "_tp_embed_shardwise", False):
         return weight, hook
 
-    def given_a_shard(grad: Any) -> Any:
-        if type(grad) is not Tensor:  # A tracer's.
+    def hook_of_shard(grad: Any) -> Any:
+        if type(grad) is not Tensor:  # From a tracer.
             return hook(grad)
         result: Any = grad
         result.__class__, result._shard = ShardedGrad, shard
@@ -383,22 +383,22 @@ def _with_marked_gradient(weight: Any, hook: Any) -> tuple[Any, Any]:
             result = hook(grad)
         finally:
             unmarked: Any
-            for unmarked in (grad, result):  # `weight.grad` marks them when it is read.
+            for unmarked in (grad, result):  # Reading `weight.grad` marks them again.
                 if hasattr(unmarked, "_shard"):
                     unmarked.__class__ = Tensor
         return result
 
-    return weight, given_a_shard
+    return weight, hook_of_shard
 
 
 class ShardedParameter(_Guarded, Parameter):
-    """This rank's shard of a table, the ``weight`` of a sharded layer over more than one rank.
+    """This rank's shard of a table: the ``weight`` of a sharded layer over more than one rank.
 
-    What works item by item works on the shard. ``sum()`` and ``mean()`` of all items are those of
-    the table, for penalties; all ranks of the gang have to call them. What would take the shard for
-    the table, such as products, rows and transposes, is a :class:`ValueError`.
+    Elementwise operations work on the shard. ``sum()`` and ``mean()`` of all items reduce over the
+    whole table, for penalties; all ranks of the gang must call them. Operations that would treat
+    the shard as the table, such as products, indexing and transposes, raise :class:`ValueError`.
 
-    It is saved as a plain Parameter; the layer that it is loaded into makes it a shard again.
+    It is saved as a plain Parameter; the layer it is loaded into makes it a shard again.
     """
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -429,10 +429,10 @@ class ShardedParameter(_Guarded, Parameter):
         return rebuild_parameter_with_state, (data, requires_grad, OrderedDict(), state)
 
 
-# torch's optimizers and norms take their fast paths for the types that are listed, as DTensor is.
+# torch's optimizers and norms use their fast paths only for listed types, such as DTensor.
 support_foreach(ShardedParameter, (ShardedGrad, FrameworkGrad))
 
-# A call by code that isn't traced makes no graph of its own: its guards would not tell `clone` from
-# `detach`, and give one the graph of the other.
+# Don't compile calls from untraced code: the guards wouldn't distinguish `clone` from `detach`, and
+# would run the graph of one for the other.
 for _kind in (_Guarded, FrameworkGrad):
     never_compile(vars(_kind)["__torch_function__"].__func__)
