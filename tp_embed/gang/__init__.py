@@ -1,4 +1,4 @@
-"""A gang: the processes that a table is sharded over, and the collectives between them."""
+"""Gangs: the processes that a table is sharded over, and their collectives."""
 
 from .base import CollectiveHook, Gang, GangError, ReduceOperation
 from .fake import FakeGang

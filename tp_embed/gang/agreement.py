@@ -1,4 +1,4 @@
-"""Lets the ranks of a gang meet before they act: they agree, or all of them raise."""
+"""Makes the ranks of a gang agree before they act: if one fails or differs, all raise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tp_embed.gang import Gang, GangError
 
 _T = TypeVar("_T")
 
-# What has to be the same on every rank, by what the error calls it.
+# Values that must be the same on every rank, by their name in the error.
 Facts = dict[str, object]
 
 _MOST_CHARACTERS = 2000
@@ -24,26 +24,26 @@ def meet(
     others: Sequence[Gang] = (),
     what: str | None = None,
 ) -> _T:
-    """Runs ``action`` and tells the other ranks what came of it, so that either all go on or all
-    raise. All ranks have to call it: an exception of one would leave the others waiting in the
-    next collective.
+    """Runs ``action`` and shares its outcome, so that either all ranks continue or all raise.
+    Otherwise an exception on one rank would leave the others waiting in the next collective.
 
-    Sends two all-gathers: 8 (P-1) bytes, and the facts and the error of this rank (P-1) times.
+    Collective: all ranks must call it. Does two all-gathers: 8 (P-1) bytes, and (P-1) times the
+    facts and the error of this rank.
 
-    :param action: sends nothing. It is given a dictionary, into which it writes what has to be the
-        same on every rank of ``gang``.
-    :param others: further gangs that this rank is in, which hear of a failure too.
-    :param what: what ``action`` is, for the error of the other ranks, such as "The export".
-    :returns: what ``action`` returns.
-    :raises GangError: ranks disagree on a fact, or ``action`` has raised anything on another rank,
-        running out of memory and ``KeyboardInterrupt`` included, but not here. A rank where it has
-        raised raises that.
+    :param action: must not communicate. It gets a dictionary, and writes to it the values that must
+        be the same on every rank of ``gang``.
+    :param others: further gangs of this rank, which are told about failures too.
+    :param what: the name of ``action`` in the errors of other ranks, such as "The export".
+    :returns: the result of ``action``.
+    :raises GangError: ranks disagree on a fact, or ``action`` raised on another rank only. This
+        covers all exceptions, even out of memory and ``KeyboardInterrupt``. Ranks where ``action``
+        raised raise the original exception.
     """
     facts: Facts = {}
     try:
         result = action(facts)
     except BaseException as e:
-        # Whatever comes of telling the others, this rank raises what it has met.
+        # Raise the original exception even if the exchange fails.
         try:
             _exchange(gang, others, facts, _describe(e), what)
         finally:
@@ -55,14 +55,14 @@ def meet(
 
 
 def raise_together(gang: Gang, action: Callable[[], _T], what: str | None = None) -> _T:
-    """:func:`meet` with an ``action`` that has no facts to compare."""
+    """Calls :func:`meet` with an ``action`` that has no facts to compare."""
     return meet(gang, lambda facts: action(), what=what)
 
 
 def _exchange(
     gang: Gang, others: Sequence[Gang], facts: Facts, failure: str | None, what: str | None
 ) -> str | None:
-    """The first problem of any rank."""
+    """Exchanges facts and failures, and returns the first problem of any rank."""
     reprs = {name: repr(fact) for name, fact in facts.items()}
     reports = of_all_ranks(gang, {"facts": reprs, "failure": failure})
     failures = [report["failure"] for report in reports]
@@ -77,7 +77,7 @@ def _exchange(
 def _disagreement(
     gang: Gang, all_facts: list[Mapping[str, str]], failures: list[str | None]
 ) -> str | None:
-    """A rank that failed has not come to all of its facts."""
+    """Describes the first fact that differs. A rank that failed may lack some facts."""
     has_failure = any(failure is not None for failure in failures)
     for name in dict.fromkeys(name for one in all_facts for name in one):
         if has_failure and not all(name in one for one in all_facts):
@@ -112,10 +112,10 @@ def _describe(error: BaseException) -> str:
 
 
 def of_all_ranks(gang: Gang, own: Any) -> list[Any]:
-    """What each rank gives as ``own``, by rank: strings and the like, which need no pickle."""
+    """Returns ``own`` of each rank, by rank. Sends JSON: ``own`` needs no pickle."""
     text = json.dumps(own).encode()
     if gang.size == 1:
-        return [json.loads(text)]  # On any device, even on meta.
+        return [json.loads(text)]  # Needs no device, which may be meta.
     sizes = torch.empty(gang.size, dtype=torch.int64, device=gang.device)
     gang.all_gather(sizes, torch.tensor(len(text), device=gang.device))
     counts = sizes.tolist()

@@ -1,8 +1,8 @@
-"""A gang: the processes that work on the same table, and the collectives between them.
+"""The base class of gangs: the processes that share a table, and their collectives.
 
-Every rank in this module is *gang-relative*: 0 to ``size - 1``, whatever the global ranks of the
-processes are. Communication volumes are what one rank sends, for n bytes of payload, by the ring
-algorithms of Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms" (2009).
+Every rank in this module is *gang-relative*: 0 to ``size - 1``, independent of global ranks.
+Communication volumes are what one rank sends for n bytes of payload, with the ring algorithms of
+Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms" (2009).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
 class GangError(RuntimeError):
-    """A collective failed, timed out, or is not possible on this gang."""
+    """A collective failed, timed out, or is not supported by this gang."""
 
 
 class ReduceOperation(Enum):
@@ -87,13 +87,13 @@ class Gang(ABC):
         return self._timeout
 
     def create_gang(self, ranks: Sequence[int], *, timeout: timedelta | None = None) -> Gang | None:
-        """The gang of some ranks of this one; rank i of it is ``sorted(ranks)[i]`` here.
+        """Creates a gang of some ranks of this one; rank i of it is ``sorted(ranks)[i]`` here.
 
-        Every rank of this gang has to call it with the same arguments; no other process takes
-        part. Ranks that are not in ``ranks`` get ``None``.
+        Collective: every rank of this gang must call it with the same arguments; no other process
+        takes part. Ranks that are not in ``ranks`` get ``None``.
 
         :param ranks: the ranks, relative to this gang.
-        :param timeout: the timeout of the new gang; if ``None``, that of this gang.
+        :param timeout: the timeout of the new gang; defaults to the timeout of this gang.
         :raises ValueError: ``ranks`` is empty, holds a rank twice, or one that is not in this gang.
         """
         wrong = [rank for rank in ranks if not 0 <= rank < self._size]
@@ -109,29 +109,29 @@ class Gang(ABC):
 
     @abstractmethod
     def as_process_group(self) -> ProcessGroup:
-        """The process group under this gang.
+        """Returns the process group under this gang.
 
-        :raises GangError: there is none.
+        :raises GangError: the gang has no process group.
         """
 
     @abstractmethod
     def barrier(self) -> None:
-        """Waits until every rank has called it."""
+        """Waits until every rank reaches the barrier."""
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor, operation: ReduceOperation = ReduceOperation.SUM) -> None:
-        """Replaces ``tensor`` by the combination of all ranks' tensors, in place.
+        """Reduces ``tensor`` over all ranks, in place.
 
         Sends 2 (P-1)/P n bytes. The shape and dtype are the same on every rank.
         """
 
     @abstractmethod
     def all_gather(self, output: Tensor, input: Tensor, sizes: Sequence[int] | None = None) -> None:
-        """Writes the ``input`` of rank r to ``output[r]``. With ``sizes``, writes them one after
-        the other, the ``input`` of rank r having ``sizes[r]`` items along its first dimension.
+        """Writes the ``input`` of rank r to ``output[r]``. With ``sizes``, concatenates the inputs
+        instead; the ``input`` of rank r has ``sizes[r]`` items along its first dimension.
 
         Sends (P-1) n bytes. The dtype of ``input``, and without ``sizes`` its shape, are the same
-        on every rank. It may be that part of ``output`` which it is written to.
+        on every rank. ``input`` may be a view of this rank's part of ``output``.
 
         :param output: contiguous. *Shape:* :math:`(P,*)`, or :math:`(sum(sizes),*)`.
         :param input: *Shape:* :math:`(*)`, or :math:`(sizes_{rank},*)`.
@@ -146,9 +146,9 @@ class Gang(ABC):
         input: Tensor,
         operation: ReduceOperation = ReduceOperation.SUM,
     ) -> None:
-        """Writes the combination of all ranks' ``input[rank]`` to ``output``.
+        """Reduces ``input[rank]`` over all ranks, and writes it to ``output``.
 
-        Sends (P-1)/P n bytes, n being the size of ``input``.
+        Sends (P-1)/P n bytes, where n is the size of ``input``.
 
         :param output: contiguous. *Shape:* :math:`(*)`.
         :param input: *Shape:* :math:`(P,*)`.
@@ -163,10 +163,11 @@ class Gang(ABC):
         output_sizes: Sequence[int] | None = None,
         input_sizes: Sequence[int] | None = None,
     ) -> None:
-        """Sends the r-th piece of ``input`` to rank r; ``output`` gets, by rank, what they sent.
+        """Sends the r-th piece of ``input`` to rank r; ``output`` receives a piece from each rank,
+        in order of rank.
 
-        Sends what ``input`` holds for other ranks. The sizes are in items of the first dimension,
-        one for each rank; if ``None``, the dimension is cut into P equal pieces.
+        Sends the pieces of ``input`` for other ranks. The sizes are in items of the first
+        dimension, one for each rank; if ``None``, the dimension is split into P equal pieces.
 
         :param output: contiguous. *Shape:* :math:`(sum(output\\_sizes),*)`.
         :param input: *Shape:* :math:`(sum(input\\_sizes),*)`.
@@ -175,29 +176,30 @@ class Gang(ABC):
 
     @abstractmethod
     def broadcast(self, tensor: Tensor, source_rank: int = 0) -> None:
-        """Replaces ``tensor`` by that of ``source_rank``, in place. The source sends n bytes at
-        least, and (P-1) n at most.
+        """Copies ``tensor`` of ``source_rank`` to all ranks, in place. The source sends between n
+        and (P-1) n bytes.
 
         :raises ValueError: ``source_rank`` is not a rank of this gang.
         """
 
     @abstractmethod
     def broadcast_objects(self, objects: list[Any], source_rank: int = 0) -> None:
-        """Replaces the items of ``objects`` by those of ``source_rank``, in place. They are
-        pickled, so use it between processes that trust each other only.
+        """Copies the items of ``objects`` of ``source_rank`` to all ranks, in place. They are
+        pickled, so use it only between processes that trust each other.
 
         :raises ValueError: ``source_rank`` is not a rank of this gang.
         """
 
     def register_collective_hook(self, hook: CollectiveHook) -> RemovableHandle:
-        """Has each collective of this gang run in the context of ``hook(operation, tensors)``, with
-        its name, such as ``"all_gather"``, and the tensors that this process puts in, of an
-        all-to-all the pieces for other ranks; objects are not shown. The collectives of a
-        :class:`FakeGang` send nothing, and run no hook.
+        """Runs each collective of this gang in the context ``hook(operation, tensors)``.
 
-        On an accelerator the context ends when the collective is queued, not when it is done.
+        ``operation`` is its name, such as ``"all_gather"``, and ``tensors`` are the inputs of this
+        process: for an all-to-all the pieces for other ranks, and no objects. The collectives of a
+        :class:`FakeGang` send nothing and run no hook.
 
-        :returns: a handle whose ``remove()`` takes the hook away.
+        On an accelerator the context exits when the collective is queued, not when it is done.
+
+        :returns: a handle whose ``remove()`` removes the hook.
         """
         handle = RemovableHandle(self._hooks)
         self._hooks[handle.id] = hook
@@ -205,7 +207,7 @@ class Gang(ABC):
 
     @contextmanager
     def _observed(self, operation: str, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """The context that a collective runs in: a range of the profiler, and all hooks."""
+        """Wraps a collective in a profiler range and all hooks."""
         with ExitStack() as stack:
             stack.enter_context(torch.profiler.record_function(f"tp_embed.{operation}"))
             for hook in tuple(self._hooks.values()):
@@ -214,38 +216,37 @@ class Gang(ABC):
 
     def adopt(self, layer: Module) -> None:  # noqa: B027 (most gangs have nothing to mark)
         """Called by every layer that is sharded over this gang once its Parameters exist, and
-        again if they were replaced. A gang of a framework marks them as the framework expects."""
+        again if they are replaced. Gangs of frameworks mark them as the framework expects."""
 
     def check_model(self, model: Module) -> None:  # noqa: B027
-        """Called before the tables of ``model`` are sharded over this gang. A gang of a framework
-        raises if the framework could not train it then."""
+        """Called before the tables of ``model`` are sharded over this gang. Gangs of frameworks
+        raise if the framework couldn't train the sharded model."""
 
     def describe_model(self, model: Module) -> None:  # noqa: B027
-        """Called when the tables of ``model`` are sharded over this gang. A gang of a framework
-        tells the framework what is cut."""
+        """Called after the tables of ``model`` were sharded over this gang. Gangs of frameworks
+        tell the framework about the shards."""
 
     def whole(self, *parameters: Tensor, modified: bool = False) -> AbstractContextManager[object]:
-        """In this context ``parameters``, of a model that is not sharded yet, are there as a whole;
-        a gang of a framework that keeps them elsewhere fetches them. All ranks have to call it, and
-        those of :meth:`fetched_with`.
+        """Makes ``parameters`` of an unsharded model available as a whole in this context; a gang
+        of a framework that partitions them gathers them. Collective: all ranks of this gang and of
+        :meth:`fetched_with` must call it.
 
-        :param modified: whether the caller changes the values, alike on every rank.
+        :param modified: whether the caller changes the values, in the same way on every rank.
         """
         return nullcontext()
 
     def whole_shape(self, parameter: Tensor) -> tuple[int, ...]:
-        """The shape that ``parameter`` has in :meth:`whole`. Sends nothing."""
+        """Returns the shape of ``parameter`` in :meth:`whole`. Sends nothing."""
         return tuple(parameter.shape)
 
     def fetched_with(self, model: Module) -> Sequence[Gang]:
-        """The gangs with which this rank fetches the Parameters of ``model`` in :meth:`whole`; none
-        if they are here."""
+        """Returns the gangs that :meth:`whole` gathers the Parameters of ``model`` over; none if
+        this rank holds them all."""
         return ()
 
     @property
     def handle(self) -> int:
-        """The number that names this gang in graphs of this process; see
-        :mod:`tp_embed.gang.graph_ops`."""
+        """The id of this gang in graphs of this process; see :mod:`tp_embed.gang.graph_ops`."""
         return self._handle
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -253,7 +254,7 @@ class Gang(ABC):
         self._handle = register(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gang:
-        return self  # The processes are not copied with a module that talks to them.
+        return self  # A copied module uses the same processes.
 
     def __repr__(self) -> str:
         return (
@@ -283,7 +284,7 @@ class Gang(ABC):
             )
 
     def _check_joined(self, output: Tensor, input: Tensor, sizes: Sequence[int]) -> None:
-        """What :meth:`all_gather` with ``sizes`` asks of its tensors."""
+        """Checks the tensors of :meth:`all_gather` with ``sizes``."""
         self._pieces("output", output, sizes)
         expected = (sizes[self._rank], *output.shape[1:])
         if not output.is_contiguous() or input.shape != expected or input.dtype != output.dtype:

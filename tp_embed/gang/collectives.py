@@ -1,10 +1,10 @@
-"""Collectives that autograd can go through, each with its conjugate as the backward.
+"""Differentiable collectives, each with its conjugate as the backward.
 
-The convention is that of Megatron-LM (Shoeybi et al., 2019): a *replicated* activation is the same
+Follows the convention of Megatron-LM (Shoeybi et al., 2019): a *replicated* activation is the same
 on every rank of the gang, and so is its gradient. Bytes are what one rank sends, for a gang of P
-ranks; with P = 1 nothing is sent and the input is returned as it is.
+ranks; with P = 1 collectives send nothing and return the input unchanged.
 
-All are linear, so derivatives of any order are right, as are forward-mode AD and the transforms of
+All are linear, and support derivatives of any order, forward-mode AD and the transforms of
 :mod:`torch.func`, as long as every rank does the same.
 """
 
@@ -25,19 +25,19 @@ from tp_embed._torch_private import (
 from tp_embed.gang import Gang, graph_ops
 from tp_embed.partition import Partition
 
-# How much of a table travels at once where all of it has to.
+# Chunk size for gathering a whole table.
 _CHUNK_BYTES = 16 << 20
 
 
 def gather_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
-    """Puts the ranks' blocks of the last dimension together.
+    """Concatenates the ranks' blocks along the last dimension.
 
     Forward: one all-gather, (P-1) N B bytes-per-item, where N is the number of items in the other
-    dimensions and B the size of the largest block (shorter blocks travel padded).
-    Backward: the slice of this rank, nothing is sent.
+    dimensions and B the size of the largest block (shorter blocks are sent padded).
+    Backward: the slice of this rank, sends nothing.
 
     :param x: the block of this rank. *Shape:* :math:`(*,E_{rank})`. Any floating dtype.
-    :param partition: how the last dimension is cut over the gang.
+    :param partition: the partition of the last dimension over the gang.
     :returns: the same on every rank. *Shape:* :math:`(*,E)`.
     """
     if gang.size == 1:
@@ -48,7 +48,7 @@ def gather_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
 def scatter_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
     """Keeps this rank's block of the last dimension of a replicated activation.
 
-    Forward: the slice of this rank, nothing is sent.
+    Forward: the slice of this rank, sends nothing.
     Backward: one all-gather, (P-1) N B bytes-per-item, with N and B as in :func:`gather_columns`.
 
     :param x: the same on every rank. *Shape:* :math:`(*,E)`.
@@ -60,13 +60,13 @@ def scatter_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
 
 
 def reduce_partial(x: Tensor, gang: Gang) -> Tensor:
-    """Adds up the ranks' partial results, in place.
+    """Sums the ranks' partial results, in place.
 
-    Forward: one all-reduce, 2 (P-1)/P n bytes, n being the size of ``x``.
-    Backward: the identity, nothing is sent.
+    Forward: one all-reduce, 2 (P-1)/P n bytes, where n is the size of ``x``.
+    Backward: the identity, sends nothing.
 
-    :param x: the part of this rank; it is overwritten, but not by transforms of :mod:`torch.func`,
-        forward-mode AD or a compiler. *Shape:* :math:`(*)`.
+    :param x: the partial result of this rank. Overwritten, except under transforms of
+        :mod:`torch.func`, forward-mode AD and compilers. *Shape:* :math:`(*)`.
     :returns: the same on every rank. *Shape:* :math:`(*)`.
     """
     if gang.size == 1:
@@ -75,9 +75,9 @@ def reduce_partial(x: Tensor, gang: Gang) -> Tensor:
 
 
 def copy_to_gang(x: Tensor, gang: Gang) -> Tensor:
-    """Hands a replicated activation to work that each rank does a part of.
+    """Passes a replicated activation to a computation that is split over the ranks.
 
-    Forward: the identity, nothing is sent.
+    Forward: the identity, sends nothing.
     Backward: one all-reduce of the ranks' partial gradients, 2 (P-1)/P n bytes.
 
     :param x: the same on every rank. *Shape:* :math:`(*)`.
@@ -93,7 +93,7 @@ def all_gather_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
     if gang.size == 1:
         return x
     width, block = x.size(-1), partition.block
-    # Only trailing blocks are short, so the padding ends up behind column E: one slice removes it.
+    # Only trailing blocks are short, so all padding ends up after column E: one slice removes it.
     if width < block:
         x = torch.nn.functional.pad(x, (0, block - width))
     if in_graph(x):
@@ -102,24 +102,24 @@ def all_gather_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
         blocks = x.new_empty((gang.size, *x.shape))  # (P, *, B)
         gang.all_gather(blocks, x)
     columns = blocks.movedim(0, -2).flatten(-2)[..., : partition.size].contiguous()
-    # It may be a view of `blocks`, which nobody else has: autograd lets nobody write to views.
+    # `columns` may be a view of `blocks`, and autograd refuses in-place writes to views.
     output: Tensor = unsafe_view(columns, columns.shape)
     return output
 
 
 def gather_table(output: Tensor, block: Tensor, dim: int, gang: Gang, partition: Partition) -> None:
-    """Puts the ranks' blocks of a table together, on every rank, without autograd.
+    """Gathers the ranks' blocks of a table on every rank, without autograd.
 
-    All ranks have to call it. It sends (P-1) times the largest block, in chunks of 16 MiB, which is
-    about what it needs of memory.
+    Collective: all ranks must call it. Sends (P-1) times the largest block, in chunks of 16 MiB,
+    and needs about as much memory as one chunk.
 
     :param output: the table. *Shape:* :math:`(V,E)`. On any device.
     :param block: the block of this rank. *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
-    :param dim: the dimension that is cut over the gang: 0, the rows, or 1, the columns.
-    :param partition: how it is cut.
+    :param dim: the sharded dimension: 0 for rows, 1 for columns.
+    :param partition: the partition of ``dim`` over the gang.
     """
     with DisableTorchFunctionSubclass():
-        block = block.detach()  # It may be a shard that refuses to be indexed.
+        block = block.detach()  # Shards refuse to be indexed.
     num_rows, width = output.shape
     step = max(1, _CHUNK_BYTES // (width * output.element_size()))
     if dim == 1:
@@ -127,7 +127,7 @@ def gather_table(output: Tensor, block: Tensor, dim: int, gang: Gang, partition:
             rows = block[start : start + step].to(gang.device)
             output[start : start + step] = all_gather_columns(rows, gang, partition)
         return
-    # The first rows of every block, then the next ones, ...
+    # Gather the first rows of every block, then the next ones, ...
     step = max(1, step // gang.size)
     for start in range(0, partition.block, step):
         length = min(step, partition.block - start)
@@ -148,7 +148,7 @@ def whole_table(
     partition: Partition,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """:func:`gather_table` into a new table, on ``device`` or else that of ``block``."""
+    """Returns :func:`gather_table` in a new table, on ``device`` or the device of ``block``."""
     shape = list(block.shape)
     shape[dim] = partition.size
     output = block.new_empty(shape, device=device)
@@ -157,13 +157,13 @@ def whole_table(
 
 
 def in_graph(x: Tensor) -> bool:
-    """Whether what is done with ``x`` is recorded, or only its shape is known: by
-    :func:`torch.compile`, ``make_fx``, a ``FakeTensorMode``, or the device ``meta``."""
+    """Returns whether operations on ``x`` are traced, or ``x`` has no values: under
+    :func:`torch.compile`, ``make_fx``, a ``FakeTensorMode``, or on the device ``meta``."""
     return x.is_meta or graph_ops.is_recorded(x)
 
 
 def is_batched(grad: Tensor) -> bool:
-    """Whether ``grad`` is several gradients at once, by ``is_grads_batched=True``."""
+    """Returns whether ``grad`` is a batch of gradients, by ``is_grads_batched=True``."""
     if torch.compiler.is_compiling():
         return False
     return is_legacy_batched(grad)
@@ -171,7 +171,7 @@ def is_batched(grad: Tensor) -> bool:
 
 def check_sendable(grad: Tensor) -> None:
     """
-    :raises ValueError: it is several gradients at once, which no collective takes.
+    :raises ValueError: ``grad`` is a batch of gradients, which collectives don't support.
     """
     if is_batched(grad):
         raise ValueError(
@@ -199,7 +199,7 @@ class _Scatter:
 
     def __call__(self, x: Tensor) -> Tensor:
         own = self.partition.shard(self.gang.rank)
-        # Always a copy, if only of one token: autograd lets nobody write to views.
+        # Always copy, even a single token: autograd refuses in-place writes to views.
         return x.narrow(-1, own.start, len(own)).clone(memory_format=torch.contiguous_format)
 
     def conjugate(self) -> _Map:
@@ -215,7 +215,7 @@ class _Sum:
         if in_graph(x):
             output: Tensor = graph_ops.all_reduce(x, self.gang.handle)
             return output
-        # A gradient belongs to autograd, which may hand it to another consumer too.
+        # Gradients belong to autograd, which may pass them to other consumers too.
         output = x if self.in_place else x.clone(memory_format=torch.contiguous_format)
         self.gang.all_reduce(output)
         return output
@@ -239,7 +239,7 @@ _Map = _Gather | _Scatter | _Sum | _Same
 
 
 def _apply(function: _Map, x: Tensor) -> Tensor:
-    # A Function for transforms takes 30 us more, and the compiler takes none that has a `jvp`.
+    # A Function with transforms takes 30 us longer, and the compiler doesn't support `jvp`.
     plain = torch.compiler.is_compiling() or not is_transformed()
     output: Tensor = (_Linear if plain else _LinearTransformed).apply(x, function)
     return output

@@ -1,4 +1,4 @@
-"""A gang of one process, for one rank of it: for tests, and to look at shapes."""
+"""A gang without communication, for tests and dry runs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tp_embed.gang.base import DEFAULT_TIMEOUT, Gang, GangError, ReduceOperation
 
 @final
 class FakeGang(Gang):
-    """A gang of one process that stands for any rank of a gang of any size.
+    """A gang of one process that simulates any rank of a gang of any size.
 
-    Its collectives behave as if every rank held what this one holds: sums are multiplied by the
-    size, gathers repeat; where others would send less it is cut off, where more there are zeros.
-    With ``size=1`` that is a real gang; with more it serves dry runs and tests of shapes, memory
-    and arithmetic.
+    Its collectives behave as if every rank held the same data as this one: sums multiply by the
+    size, and gathers repeat the input, truncated or zero-padded if other ranks would send less or
+    more. With ``size=1`` it is a real gang; otherwise use it for dry runs and tests of shapes,
+    memory and arithmetic.
 
     >>> FakeGang("cpu", rank=1, size=4)
     FakeGang(rank=1, size=4, device='cpu')

@@ -1,8 +1,8 @@
-"""What is sent, as operators of a graph of :func:`torch.compile`.
+"""Custom operators that communicate, for graphs of :func:`torch.compile`.
 
-A lookup is one operator. What it does, collectives and errors included, is what the layer does
-without a graph. The graph knows of it the shape of the output, which depends on that of the ids
-only. A graph holds tensors and numbers, so tables and gangs are named in it by numbers, their
+A lookup is one operator. It does the same as the layer without a graph, including collectives and
+errors. The graph only knows the shape of its output, which depends only on the shape of the ids.
+Since a graph holds only tensors and numbers, it refers to tables and gangs by numbers, their
 handles.
 """
 
@@ -20,7 +20,7 @@ from tp_embed._torch_private import DispatchModeKey, EffectType, FakeTensor, get
 
 
 class Table(Protocol):
-    """What the operators call, both without autograd."""
+    """The interface of a table for the operators; all methods run without autograd."""
 
     def rows_in_graph(self, weight: Tensor, ids: Tensor, valid: Tensor | None) -> Tensor: ...
 
@@ -40,22 +40,25 @@ _HANDLES = count()
 
 
 def register(named: Table | _Gang) -> int:
-    """A handle that nothing else in this process has had. It keeps nothing alive."""
+    """Returns a new handle for ``named``, unique in this process. Doesn't keep it alive."""
     handle = next(_HANDLES)
     _NAMED[handle] = named
     return handle
 
 
 def is_traced(*tensors: Tensor) -> bool:
-    """Whether a graph is recorded, by torch.compile, torch.export or ``make_fx``, or tensors are
-    fake. Then values can't be read, and lookups have to be operators."""
+    """Returns whether a graph is being traced, by torch.compile, torch.export or ``make_fx``, or
+    tensors are fake. Then values can't be read, and lookups must be operators.
+
+    :raises TypeError: ``make_fx`` traces shards that are not inputs.
+    """
     if not torch.compiler.is_compiling() and _is_on(DispatchModeKey.PROXY):
         _check_inputs(tensors)
     return is_recorded(*tensors)
 
 
 def is_recorded(*tensors: Tensor) -> bool:
-    """:func:`is_traced`, for any tensors."""
+    """:func:`is_traced` without the check of the tensors."""
     return (
         torch.compiler.is_compiling()
         or any(isinstance(x, FakeTensor) for x in tensors)
@@ -80,15 +83,15 @@ def _check_inputs(tensors: Sequence[Tensor]) -> None:
 
 def _find(handle: int) -> Any:
     """
-    :raises RuntimeError: what the handle names is gone.
+    :raises RuntimeError: the table or gang of the handle no longer exists.
     """
     found = _NAMED.get(handle)
     if found is None:
         raise RuntimeError(
             f"A compiled graph calls the table or gang number {handle} of this process, which is "
-            "gone: a graph keeps none alive, and is of the process that traced it. Keep the module "
-            "for as long as its graph is called, and compile or export it anew where it was copied "
-            "or loaded."
+            "gone: a graph keeps neither alive, and works only in the process that traced it. Keep "
+            "the module as long as its graph is called, and compile or export it again after it is "
+            "copied or loaded."
         )
     return found
 
@@ -102,10 +105,10 @@ def _table(handle: int) -> Table:
 def look_up(
     weight: Tensor, ids: Tensor, valid: Tensor | None, shape: Sequence[int], handle: int
 ) -> Tensor:
-    """The rows that this rank wants of the table of ``handle``, with their gradient.
+    """Looks up the rows this rank needs from the table of ``handle``, with autograd.
 
-    :param valid: what is no padding; if ``None``, all. *Shape:* that of ``ids``.
-    :param shape: that of the output.
+    :param valid: false at padding; ``None`` for no padding. *Shape:* as ``ids``.
+    :param shape: the shape of the output.
     """
     return _table(handle).rows_in_graph(weight, ids, valid)
 
@@ -114,13 +117,13 @@ def look_up(
 def _look_up_backward(
     grad: Tensor, ids: Tensor, valid: Tensor | None, shape: Sequence[int], handle: int
 ) -> Tensor:
-    """The gradient of this rank's block, which has ``shape``, for that of the rows."""
+    """Computes the gradient of this rank's block, of shape ``shape``, from the gradient of rows."""
     return _table(handle).gradient_in_graph(grad, ids, valid)
 
 
 @library.custom_op("tp_embed::all_gather", mutates_args=())
 def all_gather(x: Tensor, size: int, handle: int) -> Tensor:
-    """The ``x`` of all ranks of the gang of ``handle``, which has ``size`` of them. *Shape:*
+    """Stacks ``x`` of all ranks of the gang of ``handle``, which has ``size`` ranks. *Shape:*
     :math:`(P,*)`."""
     gang: _Gang = _find(handle)
     output = x.new_empty((size, *x.shape))
@@ -130,7 +133,7 @@ def all_gather(x: Tensor, size: int, handle: int) -> Tensor:
 
 @library.custom_op("tp_embed::all_reduce", mutates_args=())
 def all_reduce(x: Tensor, handle: int) -> Tensor:
-    """The sum of the ``x`` of all ranks of the gang of ``handle``."""
+    """Sums ``x`` over all ranks of the gang of ``handle``."""
     gang: _Gang = _find(handle)
     output = x.clone(memory_format=torch.contiguous_format)
     gang.all_reduce(output)
@@ -143,7 +146,7 @@ def _empty(
     return like.new_empty(shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     weight, ids, valid, _, ctx.handle = inputs
     ctx.shape = weight.shape
     ctx.save_for_backward(ids, valid)
@@ -154,7 +157,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return gradient, None, None, None, None
 
 
-def _keep_for_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_for_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     grad, ids, valid, _, ctx.handle = inputs
     ctx.shape = grad.shape
     ctx.save_for_backward(ids, valid)
@@ -166,8 +169,8 @@ def _backward_to_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return rows, None, None, None, None
 
 
-look_up.register_autograd(_backward, setup_context=_keep)
-_look_up_backward.register_autograd(_backward_to_rows, setup_context=_keep_for_rows)
+look_up.register_autograd(_backward, setup_context=_save)
+_look_up_backward.register_autograd(_backward_to_rows, setup_context=_save_for_rows)
 look_up.register_fake(_empty)
 _look_up_backward.register_fake(_empty)
 all_gather.register_fake(lambda x, size, handle: x.new_empty((size, *x.shape)))
@@ -175,5 +178,5 @@ all_reduce.register_fake(
     lambda x, handle: torch.empty_like(x, memory_format=torch.contiguous_format)
 )
 for _operator in (look_up, _look_up_backward, all_gather, all_reduce):
-    # Ranks have to meet in the same order, but each compiles for shapes of its own.
+    # Ranks must run collectives in the same order, but each compiles its own graph.
     _operator.register_effect(EffectType.ORDERED)

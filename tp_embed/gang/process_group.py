@@ -1,4 +1,4 @@
-"""The gang over a process group of torch.distributed."""
+"""A gang over a process group of torch.distributed."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from torch.distributed import ProcessGroup
 from tp_embed._torch_private import find_backend, new_group, resolve_process_group
 from tp_embed.gang import Gang, GangError, ReduceOperation
 
-# Below this gloo's all-gather, which is one collective, is as fast as one of several rounds.
+# Below this size, gloo's own all-gather is as fast as `_gather()` in several rounds.
 _SMALL_BYTES = 1 << 16
 
 
 class ProcessGroupGang(Gang):
     """A gang over a process group of :mod:`torch.distributed`.
 
-    :param process_group: the group; if ``None``, that of all processes.
+    :param process_group: the group; if ``None``, the default group of all processes.
     :param device: the device of the tensors that the collectives take. The group needs a backend
         for it: gloo for ``cpu``, NCCL for ``cuda``.
     :raises GangError: torch.distributed is not initialised.
-    :raises ValueError: this process is not in the group, or it has no backend for ``device``
-        that sends.
+    :raises ValueError: this process is not in the group, or the group has no backend for ``device``
+        that communicates.
 
-    Its timeout is that of the group. On gloo a collective has ended when it returns, and what goes
-    wrong is a :class:`GangError`. NCCL's run on in the background: a rank that is missing is
-    noticed by its watchdog, which ends the process with a message of its own.
+    The gang has the timeout of the group. On gloo, a collective is done when it returns, and
+    failures raise :class:`GangError`. On NCCL, collectives run in the background; NCCL's watchdog
+    notices missing ranks and ends the process with its own message.
 
-    Pickled, as a part of a module, a gang remembers which group it stands for and finds it again
-    where it is unpickled; a process that is not in such a group gets a gang of the same rank and
-    size whose collectives raise :class:`GangError`.
+    A gang can be pickled, for example in a module, and finds its group again when unpickled. A
+    process outside the group gets a gang of the same rank and size whose collectives raise
+    :class:`GangError`.
     """
 
     def __init__(self, process_group: ProcessGroup | None, device: torch.device | str) -> None:
@@ -45,7 +45,7 @@ class ProcessGroupGang(Gang):
                 "`torch.distributed.init_process_group()` or `deepspeed.init_distributed()`."
             )
         group = process_group if process_group is not None else dist.group.WORLD
-        # A process that is not in a group holds a marker in place of it.
+        # A process outside the group gets a placeholder from torch.
         if not isinstance(group, ProcessGroup):
             raise ValueError(
                 f"`process_group` must hold this process (global rank {dist.get_rank()}), but "
@@ -56,8 +56,8 @@ class ProcessGroupGang(Gang):
             backend, timeout = find_backend(group, device)
         except RuntimeError as e:
             raise ValueError(
-                f"`device` must be one for which `process_group` has a backend, but is '{device}' "
-                "instead. Pass the device of the group, or give the group a backend for it."
+                f"`device` must have a backend in `process_group`, but is '{device}' instead. Pass "
+                "the device of the group, or give the group a backend for it."
             ) from e
         if backend == "fake":
             raise ValueError(
@@ -71,7 +71,7 @@ class ProcessGroupGang(Gang):
 
     @property
     def global_ranks(self) -> list[int]:
-        """The rank in the whole job of each rank of the gang."""
+        """The global rank of each rank of the gang."""
         return dist.get_process_group_ranks(self._group)
 
     def _create_gang(self, ranks: list[int], timeout: timedelta) -> Gang | None:
@@ -108,7 +108,7 @@ class ProcessGroupGang(Gang):
         self._run("all_gather", lambda: self._gather(flat, source, numels), input)
 
     def _gather(self, output: Tensor, input: Tensor, sizes: list[int]) -> None:
-        """All ranks' inputs, which have ``sizes``, one after the other."""
+        """Concatenates the inputs of all ranks, with ``sizes`` items each."""
         is_even = len(set(sizes)) == 1
         if is_even and (not self._is_gloo or input.nbytes < _SMALL_BYTES):
             dist.all_gather_single(output, input, self._group)
@@ -117,8 +117,8 @@ class ProcessGroupGang(Gang):
         if not self._is_gloo:
             dist.all_gather(list(outputs), input, self._group)
             return
-        # gloo's own one copies all of it once more, and takes two to three times as long as this:
-        # in round i each rank sends to the i-th one after it. No part has to be copied.
+        # gloo's own all-gather copies everything once more, and takes two to three times as long as
+        # P-1 rounds: in round i each rank sends to the i-th rank after it, without copies.
         rounds = []
         for step in range(1, self._size):
             to, source = (self._rank + step) % self._size, (self._rank - step) % self._size
@@ -186,7 +186,7 @@ class ProcessGroupGang(Gang):
         )
 
     def _run(self, operation: str, collective: Callable[[], object], *tensors: Tensor) -> None:
-        """Every collective of the gang goes through here, with the tensors that it sends."""
+        """Runs a collective that sends ``tensors``; all collectives of the gang go through here."""
         try:
             with self._observed(operation, tensors):
                 collective()
@@ -236,7 +236,7 @@ def _restore_gang(
 
 @final
 class _DetachedGang(Gang):
-    """What a pickled gang becomes where its processes are not: it knows its place, and no more."""
+    """An unpickled gang outside its process group: knows its rank and size, but can't send."""
 
     def __init__(self, rank: int, global_ranks: list[int], device: torch.device) -> None:
         super().__init__(rank, len(global_ranks), device, timedelta(0))
