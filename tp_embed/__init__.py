@@ -1,6 +1,6 @@
 """Tensor-parallel embedding tables for DeepSpeed and Megatron-style training.
 
-Names are imported when they are first used: ``import tp_embed`` does not import torch.
+Names are imported on first use: ``import tp_embed`` does not import torch.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
-    """Returns the version of the installed package, or "0+unknown" if only the source is there."""
+    """Returns the version of the installed package, or "0+unknown" if it isn't installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

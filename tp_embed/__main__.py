@@ -1,4 +1,4 @@
-"""``python -m tp_embed``: the command ``tp-embed``."""
+"""Runs the command ``tp-embed`` for ``python -m tp_embed``."""
 
 from __future__ import annotations
 

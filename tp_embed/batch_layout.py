@@ -1,4 +1,4 @@
-"""Where the sequences of a batch begin and end, for padded and for packed batches."""
+"""The layout of padded and packed batches: where sequences begin and end."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 class BatchLayout:
     """Describes which positions of a batch hold which sequence, and which are padding.
 
-    A *padded* batch has the shape ``(N, S, *)``: one sequence a row, filled up to the width S.
-    A *packed* batch has the shape ``(S, *)``: sequences one after the other, filled up at the end.
+    A *padded* batch has the shape ``(N, S, *)``: one sequence per row, padded to the width S.
+    A *packed* batch has the shape ``(S, *)``: concatenated sequences, padded at the end.
 
     :param shape: the leading dimensions: ``(N, S)``, or ``(S,)`` if ``packed``.
     :param seq_lens: the length of each sequence, in positions, each at least 1; if ``None``, the
         batch is full: N sequences of length S, or a single packed one.
-    :param packed: whether the sequences follow each other in one dimension.
-    :param device: where the tensor properties live.
+    :param packed: whether the sequences are concatenated in one dimension.
+    :param device: the device of the tensor properties.
     :raises ValueError: the shape does not fit ``packed``, or the lengths do not fit the shape.
     :raises TypeError: a length is not an integer.
     """
@@ -116,7 +116,7 @@ class BatchLayout:
     def of(
         batch: Tensor, seq_lens: Sequence[int] | None = None, *, packed: bool = False
     ) -> BatchLayout:
-        """The layout of ``batch``, whose first two dimensions (or first, if ``packed``) count.
+        """Returns the layout of ``batch``, from its first two dimensions (first one if ``packed``).
 
         :param batch: the batch. *Shape:* :math:`(N,S,*)`, or :math:`(S,*)` if ``packed``.
         :param seq_lens: the length of each sequence; if ``None``, there is no padding.
@@ -133,8 +133,8 @@ class BatchLayout:
 
     @property
     def seq_begin_indices(self) -> Sequence[int]:
-        """Where each sequence begins in the flattened batch, and at the end one index more: where a
-        next sequence would begin (the ``cu_seqlens`` of variable-length attention)."""
+        """Where each sequence begins in the flattened batch, followed by where the next one would
+        begin (the ``cu_seqlens`` of variable-length attention)."""
         return self._seq_begin_indices
 
     @property
@@ -177,7 +177,7 @@ class BatchLayout:
 
     @property
     def packed(self) -> bool:
-        """Whether the sequences follow each other in one dimension."""
+        """Whether the sequences are concatenated in one dimension."""
         return self._packed
 
     def __repr__(self) -> str:

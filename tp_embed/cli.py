@@ -1,7 +1,7 @@
-"""The command ``tp-embed``: what its commands are, how they are printed, and its exit codes.
+"""The command line ``tp-embed``: its subcommands, output and exit codes.
 
-A command is a :class:`~tp_embed.command.Command` of a module that imports no torch, so that
-``--help`` answers at once.
+Each subcommand is a :class:`~tp_embed.command.Command` in a module that doesn't import torch, so
+that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ COMMANDS: Mapping[str, Command] = {
 
 EXIT_CODES = """\
 exit codes:
-    0  done; what was compared is the same
-    1  failed: a checkpoint is damaged or cannot be written as asked for, or a file is not there;
-       `doctor` has found errors
-    2  an option is missing, or has a value that it cannot have
-    3  what was compared differs
-    4  refused: a checkpoint could run code, or reach files outside of its directory
-  130  interrupted; what `convert` has written is kept for `--resume`
-  141  whoever read the output is gone
+    0  success; a comparison found no difference
+    1  failure: a checkpoint is damaged or can't be written as requested, a file is missing, or
+       `doctor` found errors
+    2  an option is missing or has an invalid value
+    3  a comparison found differences
+    4  refused: a checkpoint could run code, or reach files outside its directory
+  130  interrupted; `convert` keeps what it has written for `--resume`
+  141  the reader of the output is gone
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command, by default that of the command line.
+    """Runs a command, by default from the command line.
 
     :returns: the exit code.
-    :raises SystemExit: as :mod:`argparse` does, after ``--help`` and wrong usage.
+    :raises SystemExit: from :mod:`argparse`, after ``--help`` and wrong usage.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # Some launchers put it first; the environment has it too.
+    # Some launchers prepend it; it is in the environment too.
     if arguments and re.fullmatch(r"--local[-_]rank=\d+", arguments[0]):
         del arguments[0]
     values = vars(_parser().parse_args(arguments))
@@ -66,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(command: str, values: Mapping[str, Any]) -> int:
-    """Runs a command, and prints its report or its error.
+    """Runs a command, and prints its report or error.
 
-    :param values: its arguments; also ``json``, whether to print a JSON object.
+    :param values: the arguments of the command, and ``json``: whether to print a JSON object.
     :returns: the exit code.
     """
     arguments = dict(values)
@@ -79,7 +79,7 @@ def run(command: str, values: Mapping[str, Any]) -> int:
         message = f"interrupted. {COMMANDS[command].interrupted}"
         return fail("interrupted", message, INTERRUPTED, as_json)
     except BrokenPipeError:
-        # Python writes what is left once more as it ends, and would complain.
+        # Python flushes stdout at exit, and would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
 
@@ -127,14 +127,14 @@ def _print_json(data: Mapping[str, Any]) -> None:
 
 
 def _print(line: str, stream: TextIO) -> None:
-    """Prints ``line``; control characters, which names in a file may have, as escapes."""
+    """Prints ``line``, and escapes control characters, which names in a file may contain."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     encoding = stream.encoding or "utf-8"
     print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
 class _Version(argparse.Action):
-    """Prints the version. It is looked up when asked for, as that takes time."""
+    """Prints the version. Looks it up only on demand, since that takes time."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
         super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=0, help=help)
@@ -145,13 +145,13 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    how: dict[str, Any] = {
+    options: dict[str, Any] = {
         "formatter_class": argparse.RawDescriptionHelpFormatter,
         "allow_abbrev": False,
     }
-    description = "Looks after sharded embedding tables: checkpoints, plans, machines, runs."
+    description = "Tools for sharded embedding tables: checkpoints, plans, machines, runs."
     parser = argparse.ArgumentParser(
-        prog="tp-embed", description=description, epilog=EXIT_CODES, **how
+        prog="tp-embed", description=description, epilog=EXIT_CODES, **options
     )
     parser.add_argument("--version", action=_Version, help="print the version and exit")
     parsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
                 help=command.help,
                 description=command.description,
                 epilog=epilog,
-                **how,
+                **options,
             )
         )
     return parser

@@ -1,7 +1,7 @@
-"""What a command of ``tp-embed`` consists of. :mod:`tp_embed.cli` lists them and runs one.
+"""The interface of the commands of ``tp-embed``, which :mod:`tp_embed.cli` lists and runs.
 
-A module that holds a :class:`Command` is imported for ``tp-embed --help``: torch, and whatever else
-takes time to import, has to be imported by its ``run``.
+``tp-embed --help`` imports every module with a :class:`Command`: import torch, and whatever else is
+slow to import, in ``run``.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ FAILED, USAGE, MISMATCH, UNSAFE, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 4, 130, 141
 
 @dataclass(frozen=True)
 class Report:
-    """What a command has to say.
+    """The output of a command.
 
-    :param data: all of it, as JSON can hold it; nothing for a rank that leaves it to another.
+    :param data: the whole report for JSON; ``None`` on ranks that don't report.
     :param lines: the same for people.
-    :param warnings: what people must not miss; they go to stderr.
+    :param warnings: important messages for stderr.
     :param code: the exit code.
-    :param printed: is called when all has been printed.
+    :param printed: called after everything was printed.
     """
 
     data: Mapping[str, Any] | None
@@ -33,9 +33,9 @@ class Report:
 
 
 class CommandError(Exception):
-    """A command cannot do what it was asked for.
+    """A command failed.
 
-    :param kind: a word for scripts that read ``--json``.
+    :param kind: the kind of error, for scripts that read ``--json``.
     :param code: the exit code.
     """
 
@@ -46,7 +46,7 @@ class CommandError(Exception):
 
 
 class WrongUsageError(CommandError):
-    """An option has a value that it cannot have."""
+    """An option has an invalid value."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "usage", USAGE)
@@ -60,15 +60,15 @@ class MissingPackageError(CommandError, ImportError):
 class Command:
     """A command.
 
-    :param name: as it is typed.
+    :param name: its name on the command line.
     :param help: its line in ``tp-embed --help``.
     :param description: the first sentence of its own help.
-    :param add_arguments: gives its parser the options. ``--json``, and ``--quiet`` if it is there,
-        are seen to by :mod:`tp_embed.cli`.
-    :param run: takes the other values by name.
+    :param add_arguments: adds the options to its parser. :mod:`tp_embed.cli` handles ``--json``,
+        and ``--quiet`` if it exists.
+    :param run: runs the command, given the other values by name. Raises :class:`CommandError` on
+        failure; an :class:`OSError` counts as one too.
     :param epilog: the end of its own help.
-    :param interrupted: what is to be said after Ctrl-C.
-    :raises CommandError: ``run`` raises it; an :class:`OSError` is taken for one too.
+    :param interrupted: the message after Ctrl-C.
     """
 
     name: str

@@ -1,21 +1,21 @@
-"""How one dimension of a table is cut over the ranks of a gang: pure arithmetic, no tensors."""
+"""Splits one dimension of a table over the ranks of a gang: pure arithmetic, no tensors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-# Shards whose sizes differ by less than that are alike.
-_ALIKE = 1.1
+# Shards count as equally large up to this ratio of their sizes.
+_SIZE_TOLERANCE = 1.1
 
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """Cuts ``size`` consecutive items into one contiguous block per rank.
+    """Splits ``size`` consecutive items into one contiguous block per rank.
 
     Every rank holds ``ceil(size / num_shards)`` items until none are left, so the last block may
-    be shorter and blocks after it are empty. This is the cut of :func:`torch.chunk` and of
-    DTensor's ``Shard``, with empty blocks kept.
+    be shorter and blocks after it are empty, as with :func:`torch.chunk` and DTensor's ``Shard``,
+    but keeping empty blocks.
 
     >>> Partition(10, 4).sizes
     (3, 3, 3, 1)
@@ -39,16 +39,16 @@ class Partition:
 
     @property
     def block(self) -> int:
-        """The size of the largest shard, which is that of every shard where the cut is even."""
+        """The size of the largest shard, and of every shard if the split is even."""
         return -(-self.size // self.num_shards)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The number of items of each shard, by rank. They add up to ``size``."""
+        """The number of items of each shard, by rank. The sum is ``size``."""
         return tuple(len(self.shard(rank)) for rank in range(self.num_shards))
 
     def shard(self, rank: int) -> range:
-        """The items of ``rank``, as a range of logical indices; empty where none are left.
+        """Returns the items of ``rank``, as a range of logical indices; empty if none are left.
 
         :raises ValueError: ``rank`` is not in ``[0, num_shards)``.
         """
@@ -61,10 +61,10 @@ class Partition:
 def auto_strategy(
     num_embeddings: int, embed_dim: int, num_shards: int, *, tied: bool
 ) -> Literal["embed", "vocab"]:
-    """Chooses the cut for ``"auto"`` of :func:`tp_embed.shard_embeddings`. If the largest shard of
-    one cut is more than a tenth larger than the other's, takes the other. Else takes ``"vocab"``
-    for a table that is tied to a head, whose logits can then stay sharded, and ``"embed"`` for
-    other tables, since it sends less.
+    """Chooses the strategy for ``"auto"`` of :func:`tp_embed.shard_embeddings`. If the largest
+    shards of the two differ by more than a tenth, takes the smaller one. Otherwise takes
+    ``"vocab"`` for a table that is tied to a head, whose logits can then stay sharded, and
+    ``"embed"`` for other tables, since it sends less.
 
     >>> auto_strategy(128_000, 4096, 8, tied=False)
     'embed'
@@ -72,5 +72,5 @@ def auto_strategy(
     by_rows = Partition(num_embeddings, num_shards).block * embed_dim
     by_columns = num_embeddings * Partition(embed_dim, num_shards).block
     if tied:
-        return "vocab" if by_rows <= _ALIKE * by_columns else "embed"
-    return "embed" if by_columns <= _ALIKE * by_rows else "vocab"
+        return "vocab" if by_rows <= _SIZE_TOLERANCE * by_columns else "embed"
+    return "embed" if by_columns <= _SIZE_TOLERANCE * by_rows else "vocab"
