@@ -143,7 +143,7 @@ def test_every_exception_ends_all(pool, what, size):
         assert kind == "GangError"
         start = what.split("[")[0].encode("utf8", "replace")
         assert f"Rank {last} of ProcessGroupGang(rank={rank}, ".encode() in message
-        assert b"has failed, and this one with it: " + start in message
+        assert b"failed, so this rank stops too: " + start in message
 
 
 def test_ranks_that_fail_together_raise_their_own(pool):

@@ -134,7 +134,7 @@ def test_lookups_between_comparisons_count_too(pool, kind):
             if found == odd:
                 assert "rank 1 has 4 at position (0, 0) where rank 0 has 1" in error
             else:
-                assert "since the last comparison others were not, and were trained on" in error
+                assert "since the last comparison others differed, and were used" in error
                 assert "TP_EMBED_CHECK_IDS=1" in error
     for every in (0, False):
         assert pool(2, at_lookup, kind, every, 2) == [None] * 2

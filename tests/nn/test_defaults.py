@@ -181,5 +181,5 @@ def fake_group():
 
 
 def test_fake_backend_is_refused(fake_group):
-    with pytest.raises(ValueError, match=r"of torch's 'fake' one.*Use a `FakeGang\(device, rank="):
+    with pytest.raises(ValueError, match=r"has torch's 'fake' .*Use a `FakeGang\(device, rank="):
         ProcessGroupGang(None, "cpu")

@@ -173,7 +173,7 @@ def test_groups_that_a_muon_leaves_to_adam():
 def test_unknown_optimizers_are_named_once():
     embed = ShardedEmbedding(GANG, V, 6)
     run(embed)
-    with pytest.warns(UserWarning, match="`Signs` trains sharded tables, and is not known"):
+    with pytest.warns(UserWarning, match="`Signs` trains sharded tables, and is unknown"):
         Signs(embed.parameters()).step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

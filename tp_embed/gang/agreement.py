@@ -97,7 +97,7 @@ def _first_failure(gang: Gang, failures: list[str | None], what: str | None) -> 
         if failure is not None:
             if what is not None:
                 return f"{what} failed on rank {rank} of {gang}: {failure}"
-            return f"Rank {rank} of {gang} has failed, and this one with it: {failure}"
+            return f"Rank {rank} of {gang} failed, so this rank stops too: {failure}"
     return None
 
 

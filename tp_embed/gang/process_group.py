@@ -48,7 +48,7 @@ class ProcessGroupGang(Gang):
         # A process outside the group gets a placeholder from torch.
         if not isinstance(group, ProcessGroup):
             raise ValueError(
-                f"`process_group` must hold this process (global rank {dist.get_rank()}), but "
+                f"`process_group` must include this process (global rank {dist.get_rank()}), but "
                 "does not. Make a gang only in the processes of the group."
             )
         device = torch.device(device)
@@ -61,9 +61,9 @@ class ProcessGroupGang(Gang):
             ) from e
         if backend == "fake":
             raise ValueError(
-                "`process_group` must be of a backend that sends, but is of torch's 'fake' one, "
-                "which has no sizes that differ by rank. Use a `FakeGang(device, rank=..., "
-                "size=...)` for dry runs."
+                "`process_group` must have a backend that communicates, but has torch's 'fake' "
+                "backend instead, whose ranks can't have different sizes. Use a `FakeGang(device, "
+                "rank=..., size=...)` for dry runs."
             )
         super().__init__(dist.get_rank(group), dist.get_world_size(group), device, timeout)
         self._group = group

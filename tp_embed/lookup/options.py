@@ -36,8 +36,8 @@ class LookupOptions:
             )
         if self.sparse and self.reuse_grad:
             raise ValueError(
-                "`reuse_grad` must be False with `sparse`, but is True instead: it is about dense "
-                "gradients."
+                "`reuse_grad` must be False with `sparse`, but is True instead. It applies only to "
+                "dense gradients."
             )
         is_number = isinstance(self.scale, (int, float)) or (
             isinstance(self.scale, Tensor) and not self.scale.ndim

@@ -161,8 +161,8 @@ class _Comparison:
             difference = self._first_differences(others)
         else:
             difference = (
-                "these ids are the same, but since the last comparison others were not, and were "
-                f"trained on. Find the first with {VARIABLE}=1, which compares each lookup"
+                "these ids are the same, but since the last comparison others differed, and were "
+                f"used. Find the first ones with {VARIABLE}=1, which compares each lookup"
             )
         ranks = f"rank {others[0]}" if len(others) == 1 else f"ranks {others}"
         raise GangError(
@@ -170,10 +170,9 @@ class _Comparison:
             f"{numbers[0]} {ranks} and rank 0 disagree: {difference}. Give the ranks of a gang one "
             "batch: split the data over the data-parallel ranks only, with "
             "`DistributedSampler(..., num_replicas=<data-parallel size>, rank=<data-parallel "
-            "rank>)`, or broadcast it with `gang.broadcast(ids)`; samples that a model draws "
-            "(generation, GRPO) likewise. To give each rank ids of its own, gather them and have "
-            "each get its part by "
-            f'`output="sequence"`. {VARIABLE}=0 turns this check off.'
+            "rank>)`, or broadcast it with `gang.broadcast(ids)`, also if the model samples it "
+            "(generation, GRPO). To give each rank its own ids, gather them, and pass "
+            f'`output="sequence"` to return each rank its part. {VARIABLE}=0 disables this check.'
         )
 
     def _first_differences(self, others: list[int]) -> str:

@@ -68,8 +68,8 @@ class GangLayer(Module):
         if name.startswith("weight_") and self.gang.size > 1:  # By `torch.nn.utils.prune`.
             raise ValueError(
                 f"The weight of a `{type(self).__name__}` must not come from `{name}`, which "
-                "would see this rank's shard for the table. Prune the table before it is sharded, "
-                "and make that permanent."
+                "would treat this rank's shard as the whole table. Prune the table before sharding "
+                "it, and make the pruning permanent."
             )
         super().register_parameter(name, param)
         if name == "weight" and param is not None:

@@ -57,9 +57,9 @@ def _run(init_fn: Callable[[Table], object], whole: Table, seed: int) -> None:
     found = whole.weight.shape, whole.weight.dtype, whole.weight.device
     if found != expected:
         raise ValueError(
-            "`init_fn` must fill `embed.weight` and leave its shape, dtype and device as they are, "
+            "`init_fn` must fill `embed.weight` and keep its shape, dtype and device, "
             f"{(tuple(expected[0]), *expected[1:])}, "
-            f"but has made them {(tuple(found[0]), *found[1:])} instead."
+            f"but changed them to {(tuple(found[0]), *found[1:])} instead."
         )
     if draws.any:
         zero_pad_row(whole)

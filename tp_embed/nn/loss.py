@@ -100,7 +100,7 @@ def cross_entropy(
 
 # The compiler would unroll its loops into hundreds of products.
 @torch.compiler.disable(  # type: ignore[untyped-decorator]
-    reason="For a loss in the graph take `cross_entropy()` of the logits."
+    reason="For a loss in the graph, use `cross_entropy()` with the logits."
 )
 def linear_cross_entropy(
     x: Tensor,

@@ -142,9 +142,9 @@ def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if shards and kind not in _warned and not _is_elementwise(kind):
         _warned.add(kind)
         warnings.warn(
-            f"`{kind.__name__}` trains sharded tables, and is not known to tp_embed. If it treats "
+            f"`{kind.__name__}` trains sharded tables, and is unknown to tp_embed. If it treats "
             "each item by itself, as Adam does, the tables train as if they were whole. If it "
-            "looks at whole matrices, at their norms for example, they do not: give them an "
+            "looks at whole matrices, for example at their norms, they do not: give the tables an "
             "optimizer of their own, such as `torch.optim.AdamW`.",
             stacklevel=4,
         )
