@@ -131,7 +131,7 @@ def test_what_does_not_fit_together_is_named():
         embed = SHARDED[kind](MIDDLE, 5, 4, output="sequence")
         with pytest.raises(ValueError, match=r"a dimension to split for `output='sequence'`"):
             embed(torch.tensor(1))
-        message = r"of the shape of `x`, \(2, 4\), but is of \(2, 3\)"
+        message = r"have the shape of `x`, \(2, 4\), but has \(2, 3\)"
         for layout in (BatchLayout((2, 3), [1, 2]), BatchLayout((2, 3), None)):
             with pytest.raises(ValueError, match=message):
                 embed(torch.ones(2, 4, dtype=torch.int64), layout)

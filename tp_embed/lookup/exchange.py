@@ -271,7 +271,7 @@ class RowsToAll(_ToAll):
 class RowsToBlocks(Exchange):
     """Forward: one all-to-all, to each rank q the rows among its :math:`U_q` that this rank holds.
     Without de-duplication one reduce-scatter, (P-1)/P N E. Backward: one all-to-all, to each rank
-    the gradients of E items of the positions among this rank's :math:`N_{rank}` whose rows it
+    the gradients, E items each, of those among this rank's :math:`N_{rank}` positions whose rows it
     holds. (On an accelerator, without de-duplication: one all-gather, (P-1) :math:`N_{rank}` E.)"""
 
     def fetch(self, weight: Tensor) -> Tensor:

@@ -185,7 +185,8 @@ class ShardedEmbedding(_ShardedTable):
 
     Without de-duplication, replace U by N. See :mod:`tp_embed.lookup.exchange`.
 
-    Parameters that are not listed are the same as for :class:`StandardEmbedding`.
+    ``num_embeddings``, ``pad_idx``, ``dtype``, ``sparse``, ``reuse_grad``, ``scale`` and
+    ``train_rows`` are documented in :class:`StandardEmbedding`.
 
     :param gang: the gang to shard the table over.
     :param embed_dim: E, the size of each embedding; any size for any gang.
@@ -224,8 +225,8 @@ class VocabShardedEmbedding(_ShardedTable):
       about (P-1)/P U E/P; without de-duplication one reduce-scatter, (P-1)/P N E. One all-to-all
       in the backward, (P-1)/P N E/P.
 
-    See :mod:`tp_embed.lookup.exchange`. Parameters that are not listed are the same as for
-    :class:`ShardedEmbedding`.
+    See :mod:`tp_embed.lookup.exchange` for details, and :class:`ShardedEmbedding` for parameters
+    that are not listed here.
 
     :param num_embeddings: V, the size of the embedding table; any size for any gang.
     :param embed_dim: E, the size of each embedding.
