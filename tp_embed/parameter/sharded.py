@@ -31,69 +31,21 @@ from tp_embed._torch_private import (
 )
 from tp_embed.gang import Gang
 from tp_embed.gang.collectives import whole_table
+from tp_embed.parameter.operations import (
+    FLAT,
+    FOREACH_REDUCTIONS,
+    IN_PLACE,
+    KEPT,
+    OF_GRAPHS,
+    PASSED,
+    PIECES,
+    SPARSE,
+    TRANSPOSED,
+    VALUES,
+    VECTOR,
+)
 from tp_embed.parameter.reductions import OF_GRADIENTS, REDUCTIONS, reduce_table
 from tp_embed.partition import Partition
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# Read no values of the table, or work on each item alone.
-_PASSED = _names(
-    """
-    __dir__ __format__ __hash__ __repr__ __setstate__ _has_compatible_shallow_copy_type
-    _is_view _typed_storage allclose as_subclass backward can_cast chunk data_ptr dim dim_order
-    element_size empty_like equal flatten_dense_tensors full_like get_device grad is_complex
-    is_conj is_contiguous is_floating_point is_inference is_neg is_pinned is_same_size is_set_to
-    is_shared is_signed module_load ndimension nelement new new_empty new_empty_strided new_full
-    new_ones new_tensor new_zeros numel ones_like record_stream register_hook
-    register_post_accumulate_grad_hook requires_grad_ result_type retain_grad share_memory_ size
-    storage storage_offset storage_type stride unflatten_dense_tensors untyped_storage zeros_like
-    """
-)
-
-# Return a tensor of the shape of the shard, which is a shard as well.
-_KEPT = _names(
-    """
-    __add__ __and__ __div__ __eq__ __ge__ __gt__ __invert__ __le__ __lt__ __mul__ __ne__ __neg__
-    __or__ __pos__ __pow__ __radd__ __rdiv__ __rmul__ __rpow__ __rsub__ __rtruediv__ __sub__
-    __truediv__ abs add addcdiv addcmul alias bfloat16 ceil clamp clamp_max clamp_min clip clone
-    contiguous copysign cpu cuda detach div divide double eq exp expm1 float float_power floor
-    fmod frac ge greater greater_equal gt half isclose isfinite isinf isnan le lerp less
-    less_equal log log1p log2 logical_and logical_not logical_or lt masked_fill maximum minimum
-    mul multiply nan_to_num ne neg negative not_equal pin_memory positive pow reciprocal
-    remainder reshape_as round rsqrt rsub sgn sigmoid sign sqrt square sub subtract tanh to
-    true_divide trunc type type_as view_as where xpu
-    """
-)
-
-# Modify the shard in place, item by item.
-_IN_PLACE = _names(
-    """
-    __iadd__ __idiv__ __imul__ __ipow__ __isub__ __itruediv__ abs_ add_ addcdiv_ addcmul_ clamp_
-    clamp_max_ clamp_min_ clip_ constant_ copy_ detach_ div_ divide_ exp_ fill_ float_power_
-    lerp_ masked_fill_ mul_ multiply_ nan_to_num_ neg_ ones_ pow_ reciprocal_ resize_as_ round_
-    rsqrt_ set_ sign_ sqrt_ square_ sub_ subtract_ true_divide_ zero_ zeros_
-    """
-)
-
-# Return a view of another shape, for flat buffers.
-_FLAT = _names("flatten ravel reshape view")
-
-# Split a flat view into plain tensors, or concatenate it to a vector of Parameters.
-_PIECES = _names("__getitem__ narrow reshape reshape_as split unflatten view view_as")
-_VECTOR = _names("cat concat concatenate")
-
-# For sparse gradients: operations that read no items, and ones that return the items.
-_SPARSE = _names("_coalesced_ _indices _nnz dense_dim indices is_coalesced sparse_dim sparse_mask")
-_VALUES = _names("_values coalesce to_dense values")
-
-_TRANSPOSED = _names("H T mH mT")
-
-# Operators of a graph, which was checked when traced. Others may be custom, as a fused loss.
-_OF_GRAPHS = _names("aten higher_order prim prims tp_embed")
-_REDUCTIONS = _names("_foreach_max _foreach_norm _foreach_powsum")
 
 
 @dataclass(frozen=True)
@@ -212,7 +164,7 @@ class _Guarded:
         kwargs = kwargs or {}
         if isinstance(func, OperatorBase):
             operator: Any = func
-            if operator.namespace not in _OF_GRAPHS and _needs_graph(args, kwargs):
+            if operator.namespace not in OF_GRAPHS and _needs_graph(args, kwargs):
                 raise ValueError(_refusal(operator.__name__, args, kwargs))
             with unguarded():
                 return func(*args, **kwargs)
@@ -223,11 +175,11 @@ class _Guarded:
                 return reduced
         if name in ("__get__", "__set__", "__delete__"):
             name = func.__self__.__name__
-            is_passed, is_kept = name not in _TRANSPOSED, name == "data"
+            is_passed, is_kept = name not in TRANSPOSED, name == "data"
             is_kept = is_kept and func.__name__ == "__get__"
         else:
-            is_kept = name in _KEPT or name in _FLAT or name in _VALUES or name in _VECTOR
-            is_passed = (is_kept and name not in _VECTOR) or _passes(func, name, args, kwargs)
+            is_kept = name in KEPT or name in FLAT or name in VALUES or name in VECTOR
+            is_passed = (is_kept and name not in VECTOR) or _passes(func, name, args, kwargs)
         if getattr(func, "__module__", None) == dist.distributed_c10d.__name__:
             is_passed = not _reaches_gang(func, args, kwargs)
         if name == "register_hook":
@@ -239,24 +191,24 @@ class _Guarded:
             try:
                 result = func(*args, **kwargs)
             except RuntimeError as e:
-                if name in _KEPT or name in _IN_PLACE:  # An operand may have the table's shape.
+                if name in KEPT or name in IN_PLACE:  # An operand may have the table's shape.
                     raise ValueError(_refusal(name, args, kwargs)) from e
                 raise
         if name == "grad":
             _mark_grads(func, args, result)
-        is_kept = is_kept or (name in _IN_PLACE and isinstance(result, Tensor))
+        is_kept = is_kept or (name in IN_PLACE and isinstance(result, Tensor))
         return _kept(result, name, args, kwargs) if is_kept else result
 
 
 def _passes(func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> bool:
-    if name in _PASSED or name in _IN_PLACE or name in _SPARSE:
+    if name in PASSED or name in IN_PLACE or name in SPARSE:
         return True
-    if name in _PIECES or name in _VECTOR:
+    if name in PIECES or name in VECTOR:
         origin = _origin(args, kwargs)
         return origin.ndim == 1 and not isinstance(origin, ShardedGrad)
     if name == "__setitem__":  # With a mask, as in `grad[grad.isnan()] = 0.0`.
         return isinstance(args[1], _Guarded) and not isinstance(args[2], Tensor)
-    return name.startswith(("_foreach_", "_fused_", "_amp_")) and name not in _REDUCTIONS
+    return name.startswith(("_foreach_", "_fused_", "_amp_")) and name not in FOREACH_REDUCTIONS
 
 
 def _reaches_gang(collective: Any, args: Any, kwargs: Any) -> bool:
@@ -270,18 +222,18 @@ def _reaches_gang(collective: Any, args: Any, kwargs: Any) -> bool:
 def _kept(result: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Returns ``result`` as a shard, if it has the shape of one."""
     origin = _origin(args, kwargs)
-    if type(result) is not Tensor or (name in _IN_PLACE and result.shape == origin.shape):
+    if type(result) is not Tensor or (name in IN_PLACE and result.shape == origin.shape):
         return result
     is_grad = isinstance(origin, ShardedGrad)
-    is_flat = result.ndim == 1 and (name in _VECTOR or name in _FLAT)
-    if result.shape == origin.shape or is_flat or (is_grad and name in _VALUES):
+    is_flat = result.ndim == 1 and (name in VECTOR or name in FLAT)
+    if result.shape == origin.shape or is_flat or (is_grad and name in VALUES):
         kind = ShardedGrad if is_grad else ShardedTensor
         if result.is_sparse:  # Sparse tensors can't be viewed.
             return _become(result, kind, origin)
         shard: Any = result.as_subclass(kind)
-        shard._shard = replace(origin._shard, is_vector=True) if name in _VECTOR else origin._shard
+        shard._shard = replace(origin._shard, is_vector=True) if name in VECTOR else origin._shard
         return shard
-    if name in _PIECES and (origin.ndim == 1 or result.dtype != origin.dtype):
+    if name in PIECES and (origin.ndim == 1 or result.dtype != origin.dtype):
         return result  # A piece, or bytes.
     raise ValueError(_refusal(name, args, kwargs))
 
