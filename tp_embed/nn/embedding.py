@@ -116,7 +116,7 @@ class _ShardedTable(Table):
                 "instead. `shard_embeddings()` replaces the tables of other classes."
             )
         weight = embed.weight
-        options = replace(embed._options, output=output, dedup=dedup, check_ids=check_ids)
+        options = replace(embed.options, output=output, dedup=dedup, check_ids=check_ids)
         sharded = cls(
             gang,
             embed.num_embeddings,
@@ -166,7 +166,7 @@ class _ShardedTable(Table):
             init_fn=self.init_fn,
             device="meta",
             dtype=self.weight.dtype,
-            **self._options.of_whole(),
+            **self.options.of_whole(),
         )
         whole.requires_grad_(self.weight.requires_grad).train(self.training)
         return whole.to_empty(device=device or self.weight.device)

@@ -98,10 +98,10 @@ def _option(name: str) -> Any:
     """Returns a property for the lookup option ``name``; assigning it rebuilds the lookup."""
 
     def assign(table: Table, value: Any) -> None:
-        table._options = replace(table._options, **{name: value})
+        table.options = replace(table.options, **{name: value})
         table._prepare()
 
-    return property(attrgetter(f"_options.{name}"), assign)
+    return property(attrgetter(f"options.{name}"), assign)
 
 
 class Table(GangLayer, Embedding):
@@ -144,7 +144,7 @@ class Table(GangLayer, Embedding):
             train_rows = as_rows(train_rows, num_embeddings)
         self.init_fn = init_fn
         self.gang = gang
-        self._options = LookupOptions(
+        self.options = LookupOptions(
             output, dedup, sparse, reuse_grad, scale, train_rows, check_ids
         )
         self._prepare()
@@ -157,7 +157,7 @@ class Table(GangLayer, Embedding):
 
     def _prepare(self) -> None:
         """Builds the lookup, again whenever the gang, the pad row or an option is assigned."""
-        options, kind = self._options, type(self).__name__
+        options, kind = self.options, type(self).__name__
         if options.output not in self.outputs:
             hint = "" if self.shard_dim else " `ShardedEmbedding` gives 'shard', its own columns."
             raise ValueError(

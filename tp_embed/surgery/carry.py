@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from enum import Enum
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 from tp_embed.lookup.gradient import keeps_coalesced
+from tp_embed.lookup.options import LookupOptions
 from tp_embed.lookup.train_rows import RowMask
 from tp_embed.nn.embedding import StandardEmbedding
 from tp_embed.parameter.sharded import ShardedParameter, name_shard
@@ -44,7 +46,8 @@ _TORCH_ATTRIBUTES = {
     *vars(nn.Linear(1, 1, device="meta")),
 }
 _STANDARD_ATTRIBUTES = {*vars(StandardEmbedding(1, 1, device="meta", train_rows=[0]))}
-_PROPERTIES = {"partition", "rows", "columns", "reuse_grad", "shard_dim", "outputs"}
+_PROPERTIES = {"gang", "pad_idx", "partition", "rows", "columns", "shard_dim", "outputs"}
+_PROPERTIES |= {option.name for option in fields(LookupOptions)}
 _OWN_METHODS = {"__init__", "__repr__", "_get_name", "extra_repr", "forward"}
 
 

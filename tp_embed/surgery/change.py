@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,10 +105,13 @@ def _shard(
     draw: bool = True,
 ) -> ShardedEmbedding | VocabShardedEmbedding:
     kind = VocabShardedEmbedding if strategy == "vocab" else ShardedEmbedding
+    lookup: dict[str, Any] = {
+        "output": options.output,
+        "dedup": options.dedup,
+        "check_ids": options.check_ids,
+    }
     if options.init_fn is None or not draw:
-        return kind.from_embedding(
-            table, gang, output=options.output, dedup=options.dedup, check_ids=options.check_ids
-        )
+        return kind.from_embedding(table, gang, **lookup)
     new = kind(
         gang,
         table.num_embeddings,
@@ -117,13 +120,7 @@ def _shard(
         init_fn=options.init_fn,
         device=table.weight.device,
         dtype=table.weight.dtype,
-        output=options.output,
-        dedup=options.dedup,
-        sparse=table.sparse,
-        reuse_grad=table.reuse_grad,
-        scale=table.scale,
-        check_ids=options.check_ids,
-        train_rows=table.train_rows,
+        **replace(table.options, **lookup).of_shard(),
     )
     new.weight.requires_grad_(table.weight.requires_grad)
     return new
