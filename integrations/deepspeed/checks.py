@@ -9,10 +9,12 @@ from typing import Any
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from torch.nn import Module
 
+from tp_embed.gang import Gang
 from tp_embed.gang.agreement import of_all_ranks
 from tp_embed.nn.head import ShardedLayer
 from tp_embed.parameter.optimizers import needs_matrix, refuse
 from tp_embed.parameter.sharded import ShardedParameter
+from tp_embed.partition import Partition
 from tp_embed.surgery.strategies import Choices
 
 from .private import (
@@ -278,6 +280,43 @@ def check_sub_groups(engine: Any) -> None:
             f"for the norms of the missing ones. Set it to {max(all_items)} or more, which makes "
             "one, or try another size."
         )
+
+
+def check_empty_shards(
+    model: Module, gang: Gang, config: Mapping[str, Any], choices: Choices
+) -> None:
+    """Checks that each rank of ``gang`` holds a part of each table at ZeRO 3. Decides by sizes
+    alone: either all ranks raise, or none.
+
+    :raises ValueError: a rank would hold an empty shard. DeepSpeed fails on that rank in the first
+        forward, and the other ranks wait.
+    """
+    if _stage(config) != 3 or gang.size == 1:
+        return
+    for name, layer in model.named_modules():
+        if isinstance(layer, ShardedLayer) and 0 in layer.partition.sizes:
+            raise _empty_shard(name, layer.partition, layer.shard_dim, "Shard it over fewer ranks")
+    for group, chosen in choices:
+        if chosen == "none":
+            continue
+        shape = gang.whole_shape(group.weight)
+        cuts = {"vocab": Partition(shape[0], gang.size), "embed": Partition(shape[-1], gang.size)}
+        if 0 in cuts[chosen].sizes:
+            name = group.names[0]
+            fix = f'Leave it whole, `"tp_embed": {{"rules": {{"{name}": "none"}}}}`'
+            fitting = [strategy for strategy, cut in cuts.items() if 0 not in cut.sizes]
+            if group.embeddings and fitting:
+                fix += f", or shard it with {fitting[0]!r}"
+            raise _empty_shard(name, cuts[chosen], int(chosen == "embed"), fix)
+
+
+def _empty_shard(name: str, partition: Partition, dim: int, fix: str) -> ValueError:
+    items = ("row", "column")[dim]
+    return ValueError(
+        f"The table '{name}' must have a {items} on each of {partition.num_shards} tensor-parallel "
+        f"ranks at ZeRO 3, but its shards have {list(partition.sizes)} {items}s instead: DeepSpeed "
+        f"cannot gather an empty one. {fix}."
+    )
 
 
 def check_choices(

@@ -28,6 +28,7 @@ from .checks import (
     check_choices,
     check_clipping,
     check_config,
+    check_empty_shards,
     check_optimizer_type,
     check_reuse_grad,
     check_sparse,
@@ -142,6 +143,7 @@ def _check_plan(
     plan: ShardingPlan, section: EmbedConfig, ds_config: dict[str, Any], dp_size: int
 ) -> None:
     check_choices(plan.model, ds_config, plan.choices, plan.left)
+    check_empty_shards(plan.model, plan.gang, ds_config, plan.choices)
     if plan.gang.size > 1:
         check_optimizer_type(ds_config, plan.choices)
     _check_gradients(plan, ds_config, dp_size)

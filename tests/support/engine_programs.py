@@ -30,7 +30,7 @@ from torch.nn import functional
 from engines_job import mpu_over
 from launch import environment
 from programs import OPTIMIZERS, Op, Seen, Spec, in_place, make_ids, noise, term
-from tp_embed import OutputHead, Partition
+from tp_embed import OutputHead
 from tp_embed.integrations.deepspeed import initialize
 
 # Of the optimizers that are not Adams.
@@ -266,10 +266,6 @@ class Machine:
 
     def read(self) -> Seen:
         """What DeepSpeed tells of the table."""
-        spec = self.spec
-        cut = Partition(spec.rows if spec.kind == "vocab" else spec.dim, spec.tp_size)
-        if spec.stage == 3 and not cut.shard(spec.tp_size - 1):
-            return {}  # A known gap: the rank of an empty shard raises alone.
         seen = {"fp32": safe_get_full_fp32_param(self.weight)}
         if self.reduced:
             seen["gradient"] = safe_get_full_grad(self.weight)

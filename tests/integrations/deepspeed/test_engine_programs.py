@@ -163,6 +163,12 @@ def test_sub_groups_that_differ_are_refused(engines):
         assert "refused: ValueError: `zero_optimization.sub_group_size` must make" in seen
 
 
+def test_empty_shards_are_refused_at_zero3(engines):
+    spec = EngineSpec("vocab", 1, 4, stage=3, optimizer="AdamW")
+    for seen in engines(SIZE, run, Program(spec, SIZE, (("initialize", {}),))):
+        assert "refused: ValueError: The table 'embed' must have a row on each of 2" in seen
+
+
 def main() -> None:
     program = eval(sys.argv[1])
     pool = Pool(SIZE)
