@@ -1,8 +1,8 @@
 """DeepSpeed: a gang over its process groups, and the embedding classes as its layers.
 
-Tables that are sharded over a :class:`DeepSpeedGang` are tensor-parallel layers to DeepSpeed:
-AutoTP leaves them alone, the gradient norm counts every shard once, the engine's consolidated state
-dict holds them whole and universal checkpoints merge and cut them.
+DeepSpeed treats tables sharded over a :class:`DeepSpeedGang` as tensor-parallel layers: AutoTP
+skips them, the gradient norm counts every shard once, the engine's consolidated state dict holds
+whole tables, and universal checkpoints merge and cut them.
 """
 
 from .checks import check_config

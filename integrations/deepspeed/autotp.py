@@ -18,9 +18,9 @@ NOTE = "left to AutoTP, which cuts its columns with the attention heads"
 def per_head_tables(
     model: Module, config: Mapping[str, Any], tables: Sequence[TableGroup]
 ) -> list[str]:
-    """The names of the tables with a column for each attention head, such as the relative position
-    biases of T5, that AutoTP is going to cut. A rank needs the columns of its own heads, where a
-    sharded table gives all of them."""
+    """Returns the names of tables with one column per attention head that AutoTP will cut, such as
+    T5's relative position biases. A rank needs the columns of its own heads, but a sharded table
+    returns all of them."""
     num_heads = AutoTPMeta.from_model_config(getattr(model, "config", None)).num_attention_heads
     found = [
         name
@@ -37,7 +37,7 @@ def _shape(weight: Tensor) -> tuple[int, ...]:
 
 
 def _cut_by_autotp(model: Module, config: Mapping[str, Any]) -> set[str]:
-    """The names of all modules that AutoTP would cut if they were embeddings."""
+    """Returns the names of all modules that AutoTP would cut if they were embeddings."""
     tensor_parallel = get_tensor_parallel_config(config)
     if tensor_parallel.autotp_size <= 1:
         return set()

@@ -1,4 +1,4 @@
-"""Refuses what DeepSpeed would do wrong without a word."""
+"""Refuses what DeepSpeed would silently get wrong."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def _above_1(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Option:
-    """What a DeepSpeed config must not say with tensor parallelism: ``key``, with its sections,
-    where ``is_wrong`` finds its value so. The rest completes the sentences of the error."""
+    """Refuses values of ``key``, a dotted path in the DeepSpeed config, with tensor parallelism if
+    ``is_wrong`` says so. The other fields complete the error message."""
 
     key: str
     is_wrong: Callable[[Any], bool]
@@ -63,7 +63,7 @@ class _Option:
             )
 
 
-# Each is read in the source of DeepSpeed 0.19.8; the tests run those that run on the CPU.
+# From the source of DeepSpeed 0.19.8; tests cover the options that run on the CPU.
 _OPTIONS = (
     _Option(
         "checkpoint.use_node_local_storage",
@@ -85,16 +85,16 @@ _OPTIONS = (
         "zero_optimization.zero_quantized_gradients",
         _is_on,
         "false",
-        "qgZ reduces gradients over the ranks of a node and over nodes, tensor-parallel ones too, "
-        "and would sum those of different shards",
+        "qgZ reduces gradients over all ranks of a node and over nodes, and would sum gradients of "
+        "different shards",
         "Set it to false; `zero_quantized_weights` gathers over data-parallel ranks and may stay",
     ),
     _Option(
         "zero_optimization.zenflow",
         lambda value: True,
         "left out",
-        "ZenFlow chooses the columns of a Parameter that it updates at once by the norms of their "
-        "gradients, and would choose others for each shard",
+        "ZenFlow picks the columns that it updates at once by their gradient norms, and would pick "
+        "different columns for each shard",
         "Leave it out; `offload_optimizer` without it works",
     ),
     _Option(
@@ -117,18 +117,18 @@ _OPTIONS = (
         "hybrid_engine",
         _is_on,
         "left out",
-        "the hybrid engine hands the weights of layers to kernels for inference, which take a "
-        "shard of a table for all of it",
+        "the hybrid engine passes weights to inference kernels, which would take a shard for the "
+        "whole table",
         "Leave it out, and generate with the engine itself",
     ),
 )
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Checks a DeepSpeed config for an engine with tensor parallelism. ``initialize()`` does so by
-    itself.
+    """Checks a DeepSpeed config for an engine with tensor parallelism. ``initialize()`` calls it.
 
-    :raises ValueError: DeepSpeed would train with it, but not as it says, or not save all of it.
+    :raises ValueError: with this config, DeepSpeed would silently train wrongly or save only a part
+        of the model.
     """
     stage = _stage(config)
     for name in ("bf16", "fp16"):
@@ -160,13 +160,13 @@ def check_clipping(config: Mapping[str, Any]) -> None:
 
 def check_sparse(config: Mapping[str, Any]) -> None:
     """
-    :raises ValueError: DeepSpeed's optimizer takes no sparse gradients, or clips dense ones only.
+    :raises ValueError: DeepSpeed's optimizer takes no sparse gradients, or clips only dense ones.
     """
     stage = _stage(config)
     if stage > 0:
         raise ValueError(
-            "`zero_optimization.stage` must be 0 for sparse gradients, which ZeRO has no room for "
-            f"in its flat buffers, but is {stage} instead. Set it to 0, or `tp_embed.sparse` to "
+            "`zero_optimization.stage` must be 0 for sparse gradients, which ZeRO cannot keep in "
+            f"its flat buffers, but is {stage} instead. Set it to 0, or `tp_embed.sparse` to "
             "false."
         )
     clipping: Any = get_gradient_clipping(config)
@@ -181,44 +181,44 @@ def check_sparse(config: Mapping[str, Any]) -> None:
 def check_reuse_grad(config: Mapping[str, Any], dp_size: int) -> None:
     """
     :param dp_size: the number of data-parallel ranks.
-    :raises ValueError: DeepSpeed writes to gradients in a way that their memory, which is taken
-        again, does not notice.
+    :raises ValueError: DeepSpeed would write to gradients without bumping their version, so their
+        memory could not be reused safely.
     """
     stage = _stage(config)
     if stage == 0 and dp_size > 1:
         raise ValueError(
             "`zero_optimization.stage` must be 1, 2 or 3 for `reuse_grad` with data-parallel "
-            "ranks, but is 0 instead: there DeepSpeed writes the rows of other ranks to a gradient "
-            "through `.data`, which torch does not count, and the next gradient would still have "
-            "them. Set it to 1, or `tp_embed.reuse_grad` to false."
+            "ranks, but is 0 instead: there DeepSpeed writes rows of other ranks to a gradient "
+            "through `.data`, which torch does not count, and the next gradient would keep them. "
+            "Set it to 1, or `tp_embed.reuse_grad` to false."
         )
 
 
 def check_tied_stages(model: PipelineModule) -> None:
     """
-    :raises ValueError: as :func:`check_reuse_grad`, of a model with tables of that kind.
+    :raises ValueError: as :func:`check_reuse_grad`, for pipeline stages that share a table.
     """
     tied = [spec.key for spec in layer_specs_of(model) if isinstance(spec, TiedLayerSpec)]
     if tied and model.num_stages > 1:
         raise ValueError(
             f"`reuse_grad` must be False for the tables of pipeline stages with tied layers, "
             f"{sorted(set(tied))}, but is True instead: DeepSpeed all-reduces their gradients in "
-            "place, which torch does not count, and the next gradient would have rows of this one."
+            "place, which torch does not count, and the next gradient would keep rows of this one."
         )
 
 
 def check_model(model: Module) -> None:
-    """Checks a model of which the tables are about to be sharded.
+    """Checks a model before its tables are sharded.
 
-    :raises ValueError: AutoTP has been there before, its layers are not made for training, or the
-        model would not call what replaces its tables.
+    :raises ValueError: AutoTP has already processed the model, its layers were built for
+        inference, or the model would keep calling its old tables.
     """
     if isinstance(model, PipelineModule):
         raise ValueError(PIPELINE)
     if getattr(model, "ds_autotp_parsed", False):
         raise ValueError(
-            "`model` must not have passed AutoTP, which may have sliced its tables, but has. "
-            "Shard the tables before `deepspeed.initialize()`."
+            "`model` must not have been processed by AutoTP, which may have sliced its tables, but "
+            "it was. Shard the tables before `deepspeed.initialize()`."
         )
     theirs = [
         name
@@ -227,20 +227,20 @@ def check_model(model: Module) -> None:
     ]
     if theirs and not is_autotp_training_mode():
         raise ValueError(
-            f"AutoTP's mode must be TRAINING, but is INFERENCE instead, in which its layers, such "
-            f"as '{theirs[0]}', are made without gradients. Call "
-            "`deepspeed.set_autotp_mode(training=True)` before they are made."
+            f"AutoTP's mode must be TRAINING, but is INFERENCE instead, which builds its layers, "
+            f"such as '{theirs[0]}', without gradients. Call "
+            "`deepspeed.set_autotp_mode(training=True)` before they are built."
         )
 
 
 def check_optimizer_type(config: Mapping[str, Any], choices: Choices) -> None:
-    """Checks the optimizer that DeepSpeed makes by its config, or is given, for sharded tables.
+    """Checks the optimizer in the DeepSpeed config against the sharded tables.
 
-    :raises ValueError: it looks at whole matrices, as LAMB, Muon and Adafactor do.
+    :raises ValueError: the optimizer needs whole matrices, as LAMB, Muon and Adafactor do.
     """
     name = str((config.get("optimizer") or {}).get("type"))
     for group, chosen in choices:
-        # DeepSpeed hands what has one of these in its name from Muon to Adam.
+        # DeepSpeed's Muon leaves Parameters with these names to Adam.
         left_to_adam = any(part in group.names[0].lower() for part in ("embed", "lm_head"))
         is_fit = not needs_matrix(name) or (name.lower() == "muon" and left_to_adam)
         if chosen != "none" and not is_fit:
@@ -248,7 +248,7 @@ def check_optimizer_type(config: Mapping[str, Any], choices: Choices) -> None:
 
 
 def check_made_optimizer(engine: Any) -> None:
-    """Checks the optimizer that a function of the user has made for an engine.
+    """Checks the optimizer that the user's function built for an engine.
 
     :raises ValueError: as :func:`check_optimizer_type`.
     """
@@ -259,11 +259,11 @@ def check_made_optimizer(engine: Any) -> None:
 
 
 def check_sub_groups(engine: Any) -> None:
-    """Checks the sub-groups of ZeRO 3, for each of which DeepSpeed sums a norm over the
-    tensor-parallel ranks. All ranks have to call it; those of a gang gather two numbers.
+    """Checks the sub-groups of ZeRO 3. DeepSpeed sums one norm per sub-group over the
+    tensor-parallel ranks. All ranks must call it; the ranks of a gang gather two numbers.
 
-    :raises ValueError: shards differ in size, and some ranks have more sub-groups than others,
-        which would wait for ever.
+    :raises ValueError: shards differ in size, so some ranks have more sub-groups than others and
+        would wait forever.
     """
     layers = (layer for layer in engine.module.modules() if isinstance(layer, ShardedLayer))
     gang = next((layer.gang for layer in layers), None)
@@ -274,9 +274,9 @@ def check_sub_groups(engine: Any) -> None:
     counts, all_items = zip(*of_all_ranks(gang, [len(groups), items]), strict=True)
     if len(set(counts)) > 1:
         raise ValueError(
-            "`zero_optimization.sub_group_size` must make as many sub-groups on each "
+            "`zero_optimization.sub_group_size` must make the same number of sub-groups on each "
             f"tensor-parallel rank, but is {engine.zero_sub_group_size()} and makes "
-            f"{list(counts)} instead, since shards differ in size: DeepSpeed would wait for ever "
+            f"{list(counts)} instead, since shards differ in size: DeepSpeed would wait forever "
             f"for the norms of the missing ones. Set it to {max(all_items)} or more, which makes "
             "one, or try another size."
         )
@@ -322,27 +322,27 @@ def _empty_shard(name: str, partition: Partition, dim: int, fix: str) -> ValueEr
 def check_choices(
     model: Module, config: Mapping[str, Any], choices: Choices, per_head: Collection[str] = ()
 ) -> None:
-    """Checks what is about to become of each table, against what AutoTP is told to do.
+    """Checks the chosen strategies against the options of AutoTP.
 
     :param per_head: the names of tables that AutoTP cuts over the attention heads.
-    :raises ValueError: AutoTP is told to shard an output head too, a ``partition_config`` matches a
-        table that is left whole, of which AutoTP would keep some columns and gather none, or a rule
-        shards one of ``per_head``, of which the heads need some columns.
+    :raises ValueError: AutoTP would shard an output head too; a ``partition_config`` matches a
+        table that stays whole, which AutoTP would slice without gathering; or a rule shards one of
+        ``per_head``, whose columns belong to the heads.
     """
     for group, chosen in choices:
         for name in group.names if chosen != "none" else []:
             if name in per_head:
                 raise ValueError(
                     f"The strategy for '{name}' must be 'none', but is {chosen!r} instead: AutoTP "
-                    "cuts its columns with the attention heads, each rank of which would get all "
-                    "of them. Leave it out of `tp_embed.rules`."
+                    "cuts its columns with the attention heads, but each rank would get all "
+                    "columns. Leave it out of `tp_embed.rules`."
                 )
     tensor_parallel = get_tensor_parallel_config(config)
     heads = [group.names[0] for group, chosen in choices if group.heads and chosen != "none"]
     if heads and tensor_parallel.vocab_parallel_lm_head:
         raise ValueError(
             "`tensor_parallel.vocab_parallel_lm_head` must not be true where `tp_embed` shards the "
-            f"output head of {heads}. Set `tp_embed.shard_logits` to true in the place of it, or "
+            f"output head of {heads}. Set `tp_embed.shard_logits` to true instead, or "
             "`tp_embed.tie_head` and `tp_embed.shard_head` to false."
         )
     partition = tensor_parallel.get_partition_config_object()

@@ -39,18 +39,18 @@ class WatchdogConfig(BaseModel):
 
 
 class EmbedConfig(BaseModel):
-    """How the tables of a model are sharded; the keys of the ``"tp_embed"`` section. See
-    :func:`tp_embed.shard_embeddings` for what they mean.
+    """The keys of the ``"tp_embed"`` section, which says how to shard the tables of a model. They
+    mean what they mean in :func:`tp_embed.shard_embeddings`, except:
 
     :param init: the name of a function of :mod:`tp_embed.nn.init`, or
         ``"package.module.function"``, or a mapping of such a ``name`` and keyword arguments,
         ``{"name": "normal", "std": 0.1}``.
-    :param train_rows: for names of tables, the rows that get a gradient: a list of rows, or a
-        slice as Python writes it, ``{"*.embed_tokens": "32000:"}``.
-    :param shard_logits: whether a model of transformers computes its loss from the logits of each
-        rank, see :func:`tp_embed.integrations.transformers.shard_logits`. Then ``outputs.logits``
-        are rank-local wherever labels are given.
-    :param watchdog: ends all ranks when one is missing, once the engine is there; none by default.
+    :param train_rows: maps names of tables to the rows that get a gradient: a list of rows, or a
+        slice in Python's syntax, ``{"*.embed_tokens": "32000:"}``.
+    :param shard_logits: whether a model of transformers computes its loss from rank-local logits,
+        see :func:`tp_embed.integrations.transformers.shard_logits`. Then ``outputs.logits`` are
+        rank-local whenever labels are given.
+    :param watchdog: ends all ranks if one goes missing after the engine is built; off by default.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -97,7 +97,7 @@ class EmbedConfig(BaseModel):
 
     @property
     def options(self) -> ShardingOptions:
-        """What is passed on to the surgery."""
+        """The options for :func:`tp_embed.shard_embeddings`."""
         return ShardingOptions(
             strategy=self.strategy,
             rules=self.rules,
@@ -114,9 +114,9 @@ class EmbedConfig(BaseModel):
 
 
 def read_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], EmbedConfig]:
-    """Splits a DeepSpeed config into what is DeepSpeed's and our section.
+    """Splits a config into DeepSpeed's part and our section.
 
-    :raises ValueError: the section does not hold what it may; the error names the key.
+    :raises ValueError: the section is invalid; the error names the key.
     """
     rest = {key: value for key, value in config.items() if key != SECTION}
     try:

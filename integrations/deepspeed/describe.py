@@ -1,4 +1,4 @@
-"""Describes a model to DeepSpeed's universal checkpoints, as AutoTP does for those that it cuts."""
+"""Describes a model to DeepSpeed's universal checkpoints, as AutoTP does for models it cuts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _DESCRIBED_BY = "described_by", "tp_embed"
 
 
 def describe_model(model: Module, gang: Gang) -> None:
-    """Leaves on ``model`` what a universal checkpoint has to know of its Parameters: those of our
-    layers describe themselves, those of Megatron-style layers have ``tensor_model_parallel`` and
-    ``partition_dim`` and are cut evenly, and the rest is the same on every rank of a gang.
+    """Attaches to ``model`` what a universal checkpoint needs to know of its Parameters. Our layers
+    describe their own. Megatron-style layers set ``tensor_model_parallel`` and ``partition_dim``,
+    and are cut evenly. All other Parameters are the same on every rank of a gang.
 
-    AutoTP does it again later, for all that it cuts. A model with a description of its own keeps
-    it, and it has to cover our layers.
+    AutoTP repeats this later for the layers that it cuts. A model that brings its own description
+    keeps it; it must cover our layers.
     """
     known = getattr(model, UNIVERSAL_CHECKPOINT_INFO, None)
     if known is not None and not (isinstance(known, dict) and _DESCRIBED_BY in known.items()):

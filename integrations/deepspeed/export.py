@@ -1,7 +1,7 @@
 """Writes the whole model of an engine in the layout of Hugging Face.
 
 DeepSpeed's ``save_16bit_model()`` writes the part of one tensor-parallel rank at ZeRO 0 to 2, and
-gathers all of the model on one rank before it writes at ZeRO 3.
+gathers the whole model on one rank at ZeRO 3.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ def export(
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5_000_000_000,
 ) -> None:
-    """Writes the whole model of ``engine``, of any ZeRO stage and any tensor-parallel size, as
-    safetensors, with ``config.json`` if it is one of transformers, so that
-    ``from_pretrained(directory)`` loads it. A weight that has several names is written once.
+    """Writes the whole model of ``engine``, at any ZeRO stage and tensor-parallel size, as
+    safetensors, so that ``from_pretrained(directory)`` loads it; models of transformers get a
+    ``config.json``. Tied weights are written once.
 
-    All ranks of the engine call it. Parameters are gathered one at a time, and rank 0, which
-    writes, holds those of one file. Each is gathered over the data-parallel group where ZeRO has
-    cut it, and sent to rank 0 by the other ranks of its tensor-parallel group.
+    All ranks of the engine must call it. Gathers one Parameter at a time: over the data-parallel
+    group if ZeRO partitions it, then by sends from its tensor-parallel group to rank 0. Rank 0
+    writes, and holds the Parameters of one file.
 
     :param directory: the directory to write, on the file system of rank 0.
-    :param dtype: the dtype of the Parameters; if ``None``, that which they have. With
+    :param dtype: the dtype to write; ``None`` keeps the dtypes of the Parameters. With
         ``torch.float32``, 16-bit Parameters are the optimizer's master weights, exactly.
-    :param max_shard_size: how many bytes there are at most in a file; a Parameter that is larger
-        has one of its own.
-    :raises FileExistsError: ``directory`` is there already; a :class:`GangError` on other ranks.
-    :raises ValueError: ``dtype`` is another, the model has pipeline stages, experts, or layers that
-        cannot be gathered, or there are no master weights; before anything is written.
+    :param max_shard_size: the maximum size of a file in bytes; a larger Parameter gets a file of
+        its own.
+    :raises FileExistsError: ``directory`` already exists; a :class:`GangError` on other ranks.
+    :raises ValueError: ``dtype`` is not supported; the model has pipeline stages, experts, or
+        layers that cannot be gathered; or there are no master weights. Nothing has been written.
     """
     module = engine.module
     parameters = _parameters(module)
@@ -99,7 +99,7 @@ def _staged_directory(directory: str | Path) -> Iterator[Path]:
 
 
 def _parameters(module: Module) -> dict[str, Parameter]:
-    """The Parameters, each by the name by which transformers saves it."""
+    """Returns the Parameters by the names that transformers saves them under."""
     tied: Iterable[str] = getattr(module, "all_tied_weights_keys", None) or ()
     names: dict[Parameter, str] = {}
     for name, param in module.named_parameters(remove_duplicate=False):
@@ -118,8 +118,8 @@ def _check(engine: Any, parameters: Mapping[str, Parameter], dtype: torch.dtype 
     for name, param in parameters.items():
         if is_moe_param(param):
             raise ValueError(
-                f"`engine` must have a model without experts, of which each rank has others, but "
-                f"`{name}` is one of an expert."
+                f"`engine` must have a model without experts, which differ between ranks, but "
+                f"`{name}` belongs to an expert."
             )
         if getattr(param, DS_TENSOR_MODEL_PARALLEL, False) and map_of(param) is None:
             raise ValueError(
@@ -144,7 +144,7 @@ def _wants_master(param: Parameter, dtype: torch.dtype | None) -> bool:
 
 
 def _plan(sizes: Mapping[str, int], max_shard_size: int) -> dict[str, list[str]]:
-    """The names of the tensors in each file."""
+    """Assigns the names of tensors to files."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
@@ -163,7 +163,8 @@ def _plan(sizes: Mapping[str, int], max_shard_size: int) -> dict[str, list[str]]
 
 @contextmanager
 def _partitioned(engine: Any) -> Iterator[None]:
-    """Cuts what ZeRO 3 holds gathered, as DeepSpeed does to save, and gathers it again."""
+    """Partitions the Parameters that ZeRO 3 keeps gathered, as DeepSpeed does to save, and gathers
+    them again."""
     if engine.zero_optimization_stage() < 3:
         yield
         return
@@ -175,7 +176,7 @@ def _partitioned(engine: Any) -> Iterator[None]:
 
 
 def _gather(engine: Any, param: Parameter, dtype: torch.dtype | None) -> Tensor | None:
-    """The whole ``param`` on rank 0, on the CPU, and ``None`` elsewhere. All ranks call it."""
+    """Returns the whole ``param`` on the CPU of rank 0, ``None`` elsewhere. All ranks call it."""
     shard = _shard(param, dtype)
     layout, group = map_of(param), bwc_tensor_model_parallel_group(engine.mpu)
     if layout is None or group is None:
@@ -197,7 +198,8 @@ def _gather(engine: Any, param: Parameter, dtype: torch.dtype | None) -> Tensor 
 
 @torch.no_grad()
 def _shard(param: Parameter, dtype: torch.dtype | None) -> Tensor:
-    """What this tensor-parallel rank holds of ``param``, gathered over the data-parallel group."""
+    """Returns this tensor-parallel rank's shard of ``param``, gathered over the data-parallel
+    group."""
     master = safe_get_full_fp32_param(param) if _wants_master(param, dtype) else None
     if master is not None:
         return local(master).reshape(local_shape(param)).contiguous()
@@ -206,7 +208,7 @@ def _shard(param: Parameter, dtype: torch.dtype | None) -> Tensor:
 
 
 def _on_rank_0(world: Gang, action: Callable[[], Any]) -> Any:
-    """Does ``action`` on rank 0; if it fails, all ranks do. All ranks call it."""
+    """Runs ``action`` on rank 0; if it fails, all ranks raise. All ranks call it."""
     return raise_together(world, lambda: action() if world.rank == 0 else None, "The export")
 
 
@@ -228,7 +230,7 @@ def _write_index(folder: Path, files: Mapping[str, list[str]], sizes: Mapping[st
 
 
 def _write_config(folder: Path, module: Module, dtype: torch.dtype | None) -> None:
-    """The configuration of a model of transformers, as ``save_pretrained()`` writes it."""
+    """Writes the configuration of a model of transformers, as ``save_pretrained()`` does."""
     config: Any = getattr(module, "config", None)
     if not hasattr(config, "save_pretrained"):
         return

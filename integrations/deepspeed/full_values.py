@@ -1,4 +1,4 @@
-"""DeepSpeed's `safe_get_full_*` and `safe_set_full_*` of sharded tables."""
+"""DeepSpeed's `safe_get_full_*` and `safe_set_full_*` for sharded tables."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ _SETTERS = ("set_full_hp_param", "set_full_hp_grad")
 
 
 def guard_full_values(model: Module, optimizer: Any) -> None:
-    """Guards the weights of the tables of ``model`` now, and whenever the optimizer of the engine
-    links its fp32 values to them, as it does again when a checkpoint is loaded."""
+    """Guards the weights of tables now, and whenever the engine's optimizer links its fp32 values
+    to them, as it does again after loading a checkpoint."""
     after_linking(optimizer, lambda: _guard(model))
 
 
 def _guard(model: Module) -> None:
-    """Lets setters have the block of this rank of what has the shape of the table, and refuses
-    other shapes than the shard's: at ZeRO 1 and 2, DeepSpeed would read the first items. At ZeRO 3,
-    what DeepSpeed gives of a weight is marked as a shard, as what it makes of the weight is at
-    other stages."""
+    """Makes setters take this rank's block from a whole table, and refuse shapes other than the
+    shard's: at ZeRO 1 and 2, DeepSpeed would read the first items. At ZeRO 3, marks the values that
+    getters return as shards, as they already are at other stages."""
     for layer in model.modules():
         if isinstance(layer, ShardedLayer):
             known = vars(layer.weight)
@@ -44,7 +43,7 @@ def _guard(model: Module) -> None:
 
 
 def _link_empty(weight: Any) -> None:
-    """Gives an empty shard what DeepSpeed gives the others of the table at ZeRO 1 and 2."""
+    """Links an empty shard as DeepSpeed links the other shards of the table at ZeRO 1 and 2."""
 
     def get(*_: Any) -> Tensor | None:
         return as_shard(torch.empty_like(weight, dtype=torch.float32), weight)
@@ -71,7 +70,7 @@ def _guarded(layer: Any, setter: Callable[..., None]) -> Callable[..., None]:
 
 
 class _Stage3:
-    """DeepSpeed's optimizer of ZeRO 3 for the weight of ``layer``, which has it as an attribute."""
+    """Wraps DeepSpeed's ZeRO 3 optimizer for the weight of ``layer``, which refers to it."""
 
     def __init__(self, layer: Any, optimizer: Any) -> None:
         self._layer, self._optimizer = layer, optimizer

@@ -32,10 +32,10 @@ from .timing import log_collective
 
 @final
 class DeepSpeedGang(ProcessGroupGang):
-    """A :class:`ProcessGroupGang` whose layers DeepSpeed takes for its own tensor-parallel layers.
+    """A :class:`ProcessGroupGang` whose layers DeepSpeed treats as its own tensor-parallel layers.
 
-    Make it with one of the class methods, or over any process group as the base class. DeepSpeed's
-    ``comms_logger`` sees its collectives, as ``tp_embed.all_gather`` and the like.
+    Create it with one of the class methods, or over any process group like the base class.
+    DeepSpeed's ``comms_logger`` logs its collectives, as ``tp_embed.all_gather`` and so on.
     """
 
     def __init__(self, process_group: ProcessGroup | None, device: torch.device | str) -> None:
@@ -44,14 +44,15 @@ class DeepSpeedGang(ProcessGroupGang):
 
     @classmethod
     def from_groups(cls, tp_size: int | None = None) -> Self:
-        """The tensor-parallel group of ``deepspeed.utils.groups``, which AutoTP uses.
+        """Returns a gang over the tensor-parallel group of ``deepspeed.utils.groups``, which
+        AutoTP uses.
 
-        :param tp_size: the ``autotp_size`` of the DeepSpeed config. Before
-            ``deepspeed.initialize()`` it is needed to make the groups (and torch.distributed is
-            initialised if it is not yet); once they exist, it is only checked.
-        :raises GangError: there are no groups yet and ``tp_size`` is ``None``.
+        :param tp_size: the ``autotp_size`` of the DeepSpeed config. Required before
+            ``deepspeed.initialize()``, to make the groups (this initializes torch.distributed if
+            needed); only checked once the groups exist.
+        :raises GangError: no groups exist yet and ``tp_size`` is ``None``.
         :raises ValueError: ``tp_size`` does not divide the number of processes, or differs from
-            the size of the groups that exist.
+            the size of existing groups.
         """
         if tp_size is not None:
             deepspeed.init_distributed()
@@ -79,10 +80,10 @@ class DeepSpeedGang(ProcessGroupGang):
 
     @classmethod
     def from_mpu(cls, mpu: Any) -> Self:
-        """The tensor-parallel group of a Megatron-style model-parallel unit, such as
-        ``megatron.core.mpu`` or the grid of a ``PipelineModule``.
+        """Returns a gang over the tensor-parallel group of a Megatron-style model-parallel unit,
+        such as ``megatron.core.mpu`` or the grid of a ``PipelineModule``.
 
-        :raises TypeError: ``mpu`` has no getter for it.
+        :raises TypeError: ``mpu`` has no getter for the group.
         """
         try:
             group = bwc_tensor_model_parallel_group(mpu)
@@ -95,7 +96,7 @@ class DeepSpeedGang(ProcessGroupGang):
 
     @classmethod
     def from_engine(cls, engine: Any) -> Self:
-        """The tensor-parallel group of a ``DeepSpeedEngine``.
+        """Returns a gang over the tensor-parallel group of a ``DeepSpeedEngine``.
 
         :raises GangError: the engine has neither AutoTP nor an ``mpu``.
         """
@@ -108,7 +109,7 @@ class DeepSpeedGang(ProcessGroupGang):
 
     @classmethod
     def _over(cls, group: Any) -> Self:
-        # The device that the engine is going to use, which may not be the current one yet.
+        # The device that the engine will use; it may not be the current one yet.
         local_rank = os.environ.get("LOCAL_RANK")
         if local_rank is None:
             return cls(group, get_accelerator().current_device_name())
@@ -124,7 +125,7 @@ class DeepSpeedGang(ProcessGroupGang):
         describe_model(model, self)
 
     def whole(self, *parameters: Tensor, modified: bool = False) -> AbstractContextManager[object]:
-        """Fetches what ``deepspeed.zero.Init`` has partitioned."""
+        """Gathers Parameters that ``deepspeed.zero.Init`` has partitioned."""
         partitioned: list[Any] = [p for p in parameters if is_zero_param(p)]
         if not partitioned:
             return nullcontext()
@@ -134,7 +135,7 @@ class DeepSpeedGang(ProcessGroupGang):
         return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
     def fetched_with(self, model: Module) -> Sequence[Gang]:
-        """The groups over which ``deepspeed.zero.Init`` has partitioned ``model``."""
+        """Returns the groups that ``deepspeed.zero.Init`` has partitioned ``model`` over."""
         partitioned: list[Any] = [p for p in model.parameters() if is_zero_param(p)]
         found = dict.fromkeys(p.ds_process_group for p in partitioned)
         for group in found:
@@ -142,8 +143,8 @@ class DeepSpeedGang(ProcessGroupGang):
             if len(set(ranks) & set(self.global_ranks)) > 1:
                 raise ValueError(
                     "`deepspeed.zero.Init` must partition over data-parallel ranks, but does over "
-                    f"{ranks}, of which {self.global_ranks} are tensor-parallel: their shards "
+                    f"{ranks}, where {self.global_ranks} are tensor-parallel: their shards "
                     "would be mixed up. Pass it `data_parallel_group=deepspeed.utils.groups."
-                    "get_data_parallel_group()`, or that of your `mpu`."
+                    "get_data_parallel_group()`, or the group of your `mpu`."
                 )
         return [ProcessGroupGang(group, self.device) for group in found]

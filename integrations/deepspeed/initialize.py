@@ -33,21 +33,21 @@ def initialize(
     mesh_param: Any = None,
     config_params: str | dict[str, Any] | None = None,
 ) -> tuple[Any, Any, Any, Any]:
-    """:func:`deepspeed.initialize`, which takes the same and returns the same, after the tables of
-    ``model`` have been sharded as the section ``"tp_embed"`` of the config says (see
-    :class:`EmbedConfig`; without one, as its defaults say)::
+    """Shards the tables of ``model``, then calls :func:`deepspeed.initialize`, with the same
+    arguments and results. The section ``"tp_embed"`` of the config says how to shard (see
+    :class:`EmbedConfig`; its defaults apply without a section)::
 
         {"tensor_parallel": {"autotp_size": 8}, "tp_embed": {"strategy": "vocab"}, ...}
 
-    The gang is that of AutoTP, or else that of ``mpu``; without either, tables stay whole. The
-    report of what was sharded is logged and is ``engine.tp_embed_report``; the watchdog, if the
-    section has one, is ``engine.tp_embed_watchdog``. An optimizer, and parameter groups, that were
-    built before get the new Parameters, in place.
+    The gang is AutoTP's group, or else the one of ``mpu``; without either, tables stay whole. Logs
+    a report, ``engine.tp_embed_report``. The watchdog, if the section has one, is
+    ``engine.tp_embed_watchdog``. An existing optimizer and its parameter groups get the new
+    Parameters, in place.
 
-    All ranks have to call it. They compare their sections, the tables, and the seeds of torch.
+    All ranks must call it. They compare their sections, tables, and torch seeds.
 
-    :raises ValueError: the section holds what it may not, or the config is one with which DeepSpeed
-        would not do what it says; see also :func:`tp_embed.shard_embeddings`.
+    :raises ValueError: the section is invalid, or DeepSpeed would silently not do what the config
+        says; see also :func:`tp_embed.shard_embeddings`.
     :raises GangError: the ranks of a gang disagree.
     """
     if model is None:
@@ -59,10 +59,10 @@ def initialize(
     )
     merge_tp_model_init_into_config(ds_config, mpu, mesh_param, deepspeed.comm)
     if model_parameters is not None:
-        # Before the tables change: a generator may have begun to give old ones.
+        # Before the tables change: a generator would mix old and new Parameters.
         model_parameters = list(model_parameters)
 
-    # What a config says in the place of `mesh_param`.
+    # The config key for `mesh_param`.
     sizes = {} if mesh_param is None else {"sequence_parallel_size": mesh_param[1]}
     report = shard_model(
         model,
@@ -98,7 +98,7 @@ def initialize(
 
 
 def _load_config(args: Any, config: Any) -> tuple[Any, dict[str, Any]]:
-    """The config, wherever it is, and ``args`` without it."""
+    """Returns ``args`` without the config, and the config, wherever it was given."""
     in_args = getattr(args, "deepspeed_config", None)
     if (config is None) == (in_args is None):
         given = "neither" if config is None else "both"

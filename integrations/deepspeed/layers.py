@@ -1,7 +1,7 @@
-"""Makes DeepSpeed take our layers for its own `TensorParallel_Layer`.
+"""Makes DeepSpeed treat our layers as its own `TensorParallel_Layer`.
 
-DeepSpeed keeps what it knows of a tensor-parallel Parameter on the Parameter itself; AutoTP asks a
-module for `replaced` and then leaves it alone.
+DeepSpeed describes a tensor-parallel Parameter by attributes of it. AutoTP skips modules that are
+marked as `replaced`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ for _layer in get_args(ShardedLayer):
 
 def register_layer(layer: Module, gang: Gang) -> None:
     """Marks the weight of a sharded embedding or head as tensor-parallel, for gradient norms,
-    gathering and universal checkpoints. Doing it twice does no harm."""
+    gathering and universal checkpoints. Idempotent."""
     if not isinstance(layer, ShardedLayer):
         raise TypeError(
             "`layer` must be a sharded embedding or a head tied to one, "
@@ -36,7 +36,7 @@ def register_layer(layer: Module, gang: Gang) -> None:
     layer.replaced = True  # type: ignore[assignment]
     weight, partition, dim = layer.weight, layer.partition, layer.shard_dim
     if hasattr(weight, DS_IS_REPLACED_MODULE):
-        return  # By the embedding that a head shares it with, or before.
+        return  # Registered before, or by the embedding that shares it with a head.
 
     shard = _Shard(gang, partition, dim)
     mark_replaced(weight, shard.gather_params, shard.partition_params)
@@ -46,13 +46,13 @@ def register_layer(layer: Module, gang: Gang) -> None:
 def describe_parameter(
     parameter: Parameter, dim: int, sizes: tuple[int, ...], *, unsupported: str | None = None
 ) -> None:
-    """Tells universal checkpoints that each rank of a gang holds so many of the rows of
-    ``parameter``, for ``dim`` 0, or columns, for 1; or for what reason it cannot be merged."""
+    """Tells universal checkpoints how many rows (``dim`` 0) or columns (``dim`` 1) of
+    ``parameter`` each rank of a gang holds, or why they cannot merge it."""
     shape = local_shape(parameter)
     logical = [*shape[:dim], sum(sizes), *shape[dim + 1 :]]
-    # As `HiddenParallelEmbedding` and `VocabParallelEmbedding` describe theirs, but for
-    # `original_shape`: from it DeepSpeed would conclude that this is the one table that is cut over
-    # the vocabulary, and cut others to its size when it merges them.
+    # As `HiddenParallelEmbedding` and `VocabParallelEmbedding` do, except for `original_shape`:
+    # DeepSpeed would assume that this is the only vocabulary-parallel table, and would cut others
+    # to its size when it merges them.
     describe(
         parameter,
         len(sizes),
@@ -67,7 +67,7 @@ def describe_parameter(
 
 
 class _Shard:
-    """Gathers the Parameter that it belongs to, in place, and puts its shard back."""
+    """Gathers its Parameter in place, and restores the shard."""
 
     def __init__(self, gang: Gang, partition: Partition, dim: int) -> None:
         self._gang, self._partition, self._dim = gang, partition, dim
@@ -88,7 +88,7 @@ class _Shard:
             if self._shard is None:
                 param.data = shard.clone()
             else:
-                # The same memory as before: it may be a view of an optimizer's flat buffer.
+                # Keep the memory: it may be a view of an optimizer's flat buffer.
                 self._shard.copy_(shard)
                 param.data, self._shard = self._shard, None
 

@@ -16,19 +16,19 @@ from .private import DS_AUTOTP_UC_META, resolve_autotp_partition
 
 
 def map_of(param: Parameter) -> AffineMap | None:
-    """The map of ``param``, or ``None`` if it is not known to be cut."""
+    """Returns the map of ``param``, or ``None`` if it is not known to be cut."""
     conversion = getattr(param, DS_AUTOTP_UC_META, {}).get("conversion", {})
     entry = conversion.get("affine_map")
     return None if entry is None else AffineMap.from_dict(entry)
 
 
 def local_shape(param: Parameter) -> tuple[int, ...]:
-    """The shape of this rank's shard, which at ZeRO 3 is not that of ``param``."""
+    """Returns the shape of this rank's shard, also at ZeRO 3, where ``param.shape`` differs."""
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
 def logical_shape(param: Parameter) -> tuple[int, ...]:
-    """The shape of the whole Parameter."""
+    """Returns the shape of the whole Parameter."""
     layout = map_of(param)
     if layout is not None:
         return layout.shape
@@ -37,15 +37,15 @@ def logical_shape(param: Parameter) -> tuple[int, ...]:
 
 
 def own_shard(param: Parameter, key: str, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-    """What this rank holds of ``whole``, which is the Parameter or its optimizer state ``key``.
+    """Returns this rank's shard of ``whole``, the Parameter or its optimizer state ``key``.
 
-    *Shape:* that of the rank's shard.
+    *Shape:* ``local_shape(param)``.
     """
     shard = resolve_autotp_partition(param, {}, whole, tp_rank, tp_size, state_key=key)
     return (whole if shard is None else shard).reshape(local_shape(param))
 
 
 def has_mixed_up_masters(engine: Any) -> bool:
-    """Whether DeepSpeed mistakes where an optimizer's state of a Parameter is: with round-robin
-    gradients it looks it up in another order than that of the flat tensors."""
+    """Returns whether DeepSpeed looks up the optimizer state of the wrong Parameter: with
+    round-robin gradients, its order differs from the order in the flat tensors."""
     return bool(getattr(engine.optimizer, "round_robin_gradients", False))

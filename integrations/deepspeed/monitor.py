@@ -1,4 +1,4 @@
-"""Watches the tables of a DeepSpeed engine, by DeepSpeed's own monitor."""
+"""Monitors the tables of a DeepSpeed engine through DeepSpeed's own monitor."""
 
 from __future__ import annotations
 
@@ -19,25 +19,24 @@ from .timing import time_collectives
 
 
 class EngineMonitor(Monitor):
-    """A :class:`Monitor` for an engine, which writes to what the DeepSpeed config names
+    """A :class:`Monitor` for an engine. Writes to the backends in the DeepSpeed config
     (``"tensorboard"``, ``"csv_monitor"``, ``"wandb"``, ``"comet"``), next to DeepSpeed's figures::
 
         engine, *_ = initialize(model=model, config=config)
         monitor = EngineMonitor(engine)
 
-    All else is as before, at each ZeRO stage, with gradient accumulation, and in a pipeline. The
-    loss is the one that the model returns (alone, first of a tuple, or as ``.loss``); if it is
-    computed outside, pass it: ``monitor.record(loss=loss)``. Norms are those of the averaged
-    gradient before it is clipped.
+    Works at each ZeRO stage, with gradient accumulation, and in a pipeline. Takes the loss from the
+    model's output (the output itself, its first item, or ``.loss``); if the loss is computed
+    outside, pass it: ``monitor.record(loss=loss)``. Norms are of the averaged gradient before
+    clipping.
 
-    Makes the timers of :func:`time_collectives` too.
+    Also adds the timers of :func:`time_collectives`.
 
-    :param engine: what ``initialize`` gave; all ranks, and at the same place.
-    :param writer: gets the figures in addition; see :class:`Monitor` for it and for the rest.
-    :param every: if ``None``, as often as DeepSpeed prints (``"steps_per_print"``), or 10 where it
-        never does.
-    :raises ValueError: the config has ``round_robin_gradients``, with which DeepSpeed mistakes
-        which gradient is whose.
+    :param engine: returned by ``initialize``; all ranks must create the monitor at the same place.
+    :param writer: also gets the figures; see :class:`Monitor` for this and the other arguments.
+    :param every: defaults to DeepSpeed's ``"steps_per_print"``, or 10 if DeepSpeed never prints.
+    :raises ValueError: the config sets ``round_robin_gradients``, where DeepSpeed returns gradients
+        of the wrong Parameter.
     """
 
     prefix = "Train/Samples/"
@@ -54,8 +53,8 @@ class EngineMonitor(Monitor):
     ) -> None:
         if has_mixed_up_masters(engine):
             raise ValueError(
-                "`engine` must have `zero_optimization.round_robin_gradients` off, since DeepSpeed "
-                "gives the gradient of another Parameter for a table with it on."
+                "`engine` must have `zero_optimization.round_robin_gradients` off, since with it "
+                "DeepSpeed returns the gradient of another Parameter for a table."
             )
         printed = engine.steps_per_print()
         if every is None:
@@ -89,7 +88,7 @@ class EngineMonitor(Monitor):
         engine = self._engine
 
         def take_step_watched(*args: Any, **kwargs: Any) -> None:
-            total = getattr(engine, "total_loss", None)  # Of the last stage of a pipeline.
+            total = getattr(engine, "total_loss", None)  # From a pipeline's last stage.
             if isinstance(total, Tensor):
                 self.record(loss=total / engine.gradient_accumulation_steps())
             self._before_update()

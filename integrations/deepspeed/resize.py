@@ -32,31 +32,30 @@ def resize_vocab(
     init_fn: InitFn | None = None,
     shrink: bool = False,
 ) -> None:
-    """Writes a universal checkpoint whose tables, heads and their biases have another number of
-    rows. Rows that stay keep their values and moments bit for bit; the moments of new rows are
-    zero.
+    """Writes a copy of a universal checkpoint with a new number of rows in its tables, heads and
+    biases. Keeps the values and moments of old rows bit for bit; moments of new rows are zero.
 
-    It runs in one process, on the CPU. Give the model that loads the result the new size, too.
+    Runs in one process, on the CPU. The model that loads the result must have the new size, too.
 
     :param source: the directory of a universal checkpoint, see :func:`to_universal`: the one with
         the file ``latest_universal``.
     :param output: the directory to write.
-    :param names: the Parameters to resize, as patterns of :mod:`fnmatch`. A table that is tied to
-        a head has one name; a head that is not has its own. *Shape:* :math:`(V,E)`, or :math:`(V)`
-        for a bias, the same :math:`V` for all.
+    :param names: the Parameters to resize, as :mod:`fnmatch` patterns. A table tied to a head has
+        one name; an untied head has its own. *Shape:* :math:`(V,E)`, or :math:`(V)` for a bias,
+        with the same :math:`V` for all.
     :param num_embeddings: the new number of rows.
     :param init_fn: initializes the new rows of tables, as in :class:`tp_embed.StandardEmbedding`;
         ``torch.manual_seed()`` decides the values. New items of a bias are zero.
-    :param shrink: has to be ``True`` if there are fewer rows than before; the last are dropped.
-    :raises FileNotFoundError: ``source`` is not there.
-    :raises FileExistsError: ``output`` is there already.
+    :param shrink: must be ``True`` to drop rows, the last ones.
+    :raises FileNotFoundError: ``source`` does not exist.
+    :raises FileExistsError: ``output`` already exists.
     :raises ValueError: ``source`` is not universal, a pattern matches nothing or Parameters of
-        several sizes, or there would be fewer rows.
+        different sizes, or rows would be dropped without ``shrink``.
     """
     source, output = Path(source), Path(output)
     if output.resolve().is_relative_to(source.resolve()):
         raise ValueError(
-            f"`output` must not be in `source`, of which it is to be a copy, but is `{output}`."
+            f"`output` must not be in `source`, since it is a copy of it, but is `{output}`."
         )
     old = find_universal(source)
     matched = _matching(old, names)
@@ -92,8 +91,8 @@ def _check_sizes(matched: dict[str, Path], num_embeddings: int, shrink: bool) ->
     sizes = {shape[0] if shape else 0 for shape in shapes.values()}
     if len(sizes) != 1 or any(len(shape) > 2 for shape in shapes.values()):
         raise ValueError(
-            f"`names` must match Parameters with one number of rows, but match {shapes}. Name "
-            "those of the vocabulary only."
+            f"`names` must match Parameters with one number of rows, but match {shapes}. Name only "
+            "Parameters of the vocabulary."
         )
     size = sizes.pop()
     if num_embeddings < 1:
@@ -108,12 +107,12 @@ def _check_sizes(matched: dict[str, Path], num_embeddings: int, shrink: bool) ->
 
 
 def _keys(directory: Path) -> list[str]:
-    """The tensors of a Parameter: a frozen one has no moments."""
+    """Returns the keys of a Parameter's tensors: frozen Parameters have no moments."""
     return [key for key in (MASTER, *MOMENTS) if state_file(directory, key).is_file()]
 
 
 def _resize(old: Tensor, size: int, init_fn: InitFn | None, draw: bool) -> Tensor:
-    """``old`` with ``size`` rows; new ones are drawn, or zero."""
+    """Returns ``old`` with ``size`` rows; new rows are drawn, or zero."""
     kept = old[:size]
     if len(kept) == size:
         return kept

@@ -1,4 +1,4 @@
-"""Shards the tables of a model as a DeepSpeed config says, before there is an engine."""
+"""Shards the tables of a model according to a DeepSpeed config, before there is an engine."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def shard_model(
     parameters: Any = None,
     check: Callable[[Gang], None] = lambda gang: None,
 ) -> ShardingReport:
-    """Shards the tables of ``model``, for an engine of the DeepSpeed config, as ``section`` says.
+    """Shards the tables of ``model`` by ``section``, for an engine of ``ds_config``.
 
-    All ranks have to call it, after ``deepspeed.init_distributed()``. They compare their sections,
-    the tables, and the seeds of torch.
+    All ranks must call it, after ``deepspeed.init_distributed()``. They compare their sections,
+    tables, and torch seeds.
 
-    :param ds_config: without the section.
-    :param optimizer: gets the new Parameters, if it is one, and not a function that makes one.
-    :param parameters: of the optimizer to be: get the new ones, in place.
-    :param check: what else may refuse the model; is called before anything is changed.
+    :param ds_config: the DeepSpeed config without the section.
+    :param optimizer: gets the new Parameters, unless it is a function that builds an optimizer.
+    :param parameters: Parameters or groups for a later optimizer; updated in place.
+    :param check: may refuse the model too; called before anything changes.
     :raises ValueError: as :func:`initialize`.
     :raises GangError: the ranks of a gang disagree.
     """
@@ -85,8 +85,8 @@ def shard_model(
 
 
 def start_watchdog(section: EmbedConfig) -> Watchdog | None:
-    """The watchdog of the section, if it has one. It is for when there is an engine: until then
-    ops may be compiled, for which ranks wait long."""
+    """Starts the watchdog of the section, if it has one. Call it once the engine is built: until
+    then, ranks may wait long while ops compile."""
     return None if section.watchdog is None else Watchdog.start(section.watchdog.timeout)
 
 
@@ -117,7 +117,7 @@ def _plan(
     optimizer: Any,
     parameters: list[Any] | None,
 ) -> ShardingPlan | None:
-    """None for a model whose tables stay as they are."""
+    """Returns ``None`` if the tables stay as they are."""
     if isinstance(model, PipelineModule):
         if model.num_stages > 1:
             check_clipping(ds_config)
@@ -174,8 +174,8 @@ def _apply(plan: ShardingPlan, section: EmbedConfig) -> ShardingReport:
 
 
 def _check_gradients(plan: ShardingPlan, ds_config: dict[str, Any], dp_size: int) -> None:
-    """Checks that the engine can do with the kinds of gradients that the tables give, those that
-    are sharded already included."""
+    """Checks that the engine supports the gradients of the tables, including tables that are
+    sharded already."""
     sharded = _sharded_tables(plan.model)
 
     def is_asked(option: str) -> bool:
@@ -198,16 +198,16 @@ def _sharded_tables(model: Module) -> list[ShardedEmbedding | VocabShardedEmbedd
 
 
 def _is_out_of_reach(model: Module, gang: Gang) -> bool:
-    """Whether the Parameters are partitioned by `deepspeed.zero.Init` while there is no tensor
-    parallelism, for which alone it would be worth to fetch them."""
+    """Returns whether `deepspeed.zero.Init` has partitioned the Parameters and there is no tensor
+    parallelism: then gathering them is not worthwhile."""
     return isinstance(gang, FakeGang) and any(map(is_zero_param, model.parameters()))
 
 
 def _check_stages(
     model: PipelineModule, gang: Gang, ds_config: dict[str, Any], dp_size: int
 ) -> None:
-    """Checks the tables of all stages, of which each rank sees those of its own: that there is none
-    that is not sharded, and that the engine can do with their gradients."""
+    """Gathers what each rank knows of the tables of its own stage, and checks that all tables are
+    sharded and that the engine supports their gradients."""
     modules = dict(model.named_modules())
     own = [name for name, m in modules.items() if isinstance(m, nn.Embedding) and gang.size > 1]
     own_reuse = any(table.reuse_grad for table in _sharded_tables(model))

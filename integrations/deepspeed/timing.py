@@ -13,7 +13,7 @@ from tp_embed.monitor.traffic import gangs_of
 
 from .private import comm
 
-# What DeepSpeed calls the operations; it computes bandwidths by that.
+# DeepSpeed's names of the operations, which it computes bandwidths by.
 _DEEPSPEED_NAMES = {
     "all_gather": "all_gather_into_tensor",
     "all_reduce": "all_reduce",
@@ -27,8 +27,8 @@ _DEEPSPEED_NAMES = {
 
 def log_collective(operation: str, tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
     """Logs a collective as ``tp_embed.OPERATION`` if the section ``"comms_logger"`` of the config
-    asks for it, by ``prof_all`` or by that name in ``prof_ops``. As with DeepSpeed's own, the size
-    is that of what this rank puts in, and each call waits for the accelerator."""
+    asks for it, by ``prof_all`` or by this name in ``prof_ops``. Like DeepSpeed, logs the size of
+    this rank's input, and synchronizes the accelerator after each call."""
     logger = comm.comms_logger
     name = f"tp_embed.{operation}"
     if not logger.enabled or not (logger.prof_all or name in logger.prof_ops):
@@ -51,8 +51,8 @@ def _log(logger: Any, operation: str, name: str, num_bytes: int) -> Iterator[Non
 
 def time_collectives(engine: Any) -> None:
     """Adds a timer ``tp_embed.OPERATION`` for each kind of collective of the engine's tables, if
-    the config has ``"wall_clock_breakdown": true``: they are in the lines that DeepSpeed logs by
-    step, and in ``engine.get_wall_clock_timers()``. Doing it twice does no harm.
+    the config has ``"wall_clock_breakdown": true``. DeepSpeed logs the timers with each step and
+    returns them from ``engine.get_wall_clock_timers()``. Idempotent.
     """
     if not engine.wall_clock_breakdown() or hasattr(engine, "tp_embed_timers"):
         return

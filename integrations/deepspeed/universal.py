@@ -17,22 +17,22 @@ def to_universal(
     *,
     optimizer_names: Sequence[str] | None = None,
 ) -> None:
-    """Converts a checkpoint that ``engine.save_checkpoint()`` has written to a universal one,
-    which an engine of any ZeRO stage and any tensor- and data-parallel size loads with
-    :func:`load_universal`: Parameters, both moments of Adam and its step, exact. The same as
+    """Converts a checkpoint of ``engine.save_checkpoint()`` to a universal one, which
+    :func:`load_universal` loads at any ZeRO stage and any tensor- and data-parallel size. Keeps
+    Parameters, both moments of Adam and its step exactly. The same as
     ``tp-embed convert SOURCE OUTPUT --to universal``.
 
-    It runs in one process, on the CPU, in little memory, and runs no code out of the source. What
-    cannot be kept, such as objects in the client's state, is logged as a warning.
+    Runs in one process, on the CPU, in little memory, and runs no code from the source. Warns of
+    anything it cannot keep, such as objects in the client state.
 
-    :param source: the directory of one tag, or the one around it: then the latest is taken. Not of
-        a pipeline or of experts.
+    :param source: the directory of a tag, or its parent, which stands for the latest tag. Not of a
+        pipeline or of experts.
     :param output: the directory to write; it gets the file ``latest_universal``, and a directory
         for the tag.
-    :param optimizer_names: for ZeRO 0: the names of the Parameters of the optimizer, in its order,
-        which the checkpoint does not hold. Needed unless DeepSpeed has made the optimizer by its
-        config; then it is the order of the model, if it was given no other `model_parameters`.
-    :raises FileExistsError: ``output`` is there already.
+    :param optimizer_names: for ZeRO 0, the names of the optimizer's Parameters in its order, which
+        the checkpoint does not hold. Required unless DeepSpeed made the optimizer from its config;
+        then it is the order of the model, if no other `model_parameters` were passed.
+    :raises FileExistsError: ``output`` already exists.
     :raises CheckpointError: ``source`` is not such a directory, lacks the file of a rank, is
         damaged, asks to run code, or holds something that cannot be converted exactly.
     """

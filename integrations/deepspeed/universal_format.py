@@ -1,6 +1,6 @@
 """Reads and writes the tensors of universal checkpoints, for engines and resized vocabularies.
 
-Where they are is in :mod:`tp_embed.checkpoint.formats.universal.paths`.
+See :mod:`tp_embed.checkpoint.formats.universal.paths` for the layout of the files.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from tp_embed.checkpoint.formats.universal.paths import (
 
 
 def load(path: Path) -> Any:
-    """What is saved as ``path``; of tensors, no more is read than is used, and no code is run."""
+    """Loads ``path`` without running code from it; maps tensors, so reads only what is used."""
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def find_universal(directory: Path, tag: str | None = None) -> Path:
-    """The directory of the universal checkpoint ``tag`` in ``directory``, or of the one that the
-    file ``latest_universal`` names."""
+    """Returns the directory of the universal checkpoint ``tag`` in ``directory``. ``tag`` defaults
+    to the one in the file ``latest_universal``."""
     if tag is None:
         file = directory / LATEST
         if not file.is_file():
             raise FileNotFoundError(
                 f"`{directory}` must have a file `{LATEST}`, which `to_universal()` writes, but "
-                "has none. Convert the engine's checkpoint, or say the `tag` in it."
+                "has none. Convert the engine's checkpoint, or pass its `tag`."
             )
         tag = read_latest(file)
     if not is_universal(directory / tag):
@@ -46,7 +46,7 @@ def find_universal(directory: Path, tag: str | None = None) -> Path:
 
 
 def read_tensor(parameter: Path, key: str) -> Tensor:
-    """The tensor ``key`` of the Parameter in the directory ``parameter``.
+    """Reads the tensor ``key`` of the Parameter in the directory ``parameter``.
 
     :raises ValueError: the file is not as :func:`to_universal` writes it.
     """
@@ -55,7 +55,7 @@ def read_tensor(parameter: Path, key: str) -> Tensor:
     if not isinstance(entry, dict) or PARAM not in entry:
         raise ValueError(
             f"`{file}` must hold a tensor in its logical shape, but is flat, as DeepSpeed's "
-            "converter leaves it at ZeRO 3. Convert the checkpoint that it came from with "
+            "converter leaves it at ZeRO 3. Convert the original checkpoint with "
             "`to_universal()`."
         )
     tensor: Tensor = entry[PARAM]

@@ -1,7 +1,7 @@
 """Loads universal checkpoints into engines of every ZeRO stage.
 
-DeepSpeed loads what is trained at ZeRO 1 to 3. ZeRO 0, frozen Parameters and buffers, which it
-leaves as they are, are loaded here.
+DeepSpeed loads trained Parameters at ZeRO 1 to 3. This module loads what DeepSpeed does not: ZeRO
+0, frozen Parameters and buffers.
 """
 
 from __future__ import annotations
@@ -44,24 +44,23 @@ def load_universal(
     strict: bool = True,
     load_lr_scheduler_states: bool = True,
 ) -> tuple[str, dict[str, Any]]:
-    """Loads what :func:`to_universal` has written into ``engine``, of any ZeRO stage and any
-    tensor- and data-parallel size: Parameters and buffers, moments and step of Adam, the param
-    groups' hyperparameters, the learning-rate schedule and the step counts.
+    """Loads the output of :func:`to_universal` into ``engine``, at any ZeRO stage and any tensor-
+    and data-parallel size: Parameters and buffers, moments and step of Adam, the param groups'
+    hyperparameters, the learning-rate schedule and the step counts.
 
-    All ranks call it, and each reads all of the checkpoint but keeps no more than its part. The
-    engine need not be configured for universal checkpoints. It runs no code out of the files.
+    All ranks must call it. Each reads the whole checkpoint but keeps only its part. The engine need
+    not be configured for universal checkpoints. Runs no code from the files.
 
-    :param directory: what :func:`to_universal` has written.
-    :param tag: the checkpoint in it; if ``None``, the one that its file ``latest_universal`` names.
-    :param strict: if ``False``, frozen Parameters and buffers that the checkpoint lacks stay as
-        they are, as for one that was saved with ``exclude_frozen_parameters``.
+    :param directory: the output of :func:`to_universal`.
+    :param tag: the checkpoint in it; defaults to the one in its file ``latest_universal``.
+    :param strict: if ``False``, keeps frozen Parameters and buffers that the checkpoint lacks, as
+        after saving with ``exclude_frozen_parameters``.
     :param load_lr_scheduler_states: whether to load the learning-rate schedule, if the engine has
         one.
-    :returns: what ``engine.load_checkpoint()`` does: the path of the file that was read, and the
-        client's state.
-    :raises FileNotFoundError: there is no such checkpoint.
-    :raises ValueError: the checkpoint does not fit the model or the optimizer. Nothing has been
-        changed then.
+    :returns: the results of ``engine.load_checkpoint()``: the path of the file that was read, and
+        the client state.
+    :raises FileNotFoundError: the checkpoint does not exist.
+    :raises ValueError: the checkpoint does not fit the model or the optimizer. Nothing has changed.
     """
     directory = Path(directory)
     universal = find_universal(directory, tag)
@@ -73,7 +72,7 @@ def load_universal(
     if has_mixed_up_masters(engine):
         raise ValueError(
             "`engine` must have `zero_optimization.round_robin_gradients` off, since DeepSpeed "
-            "puts each Parameter's optimizer state in the place of another's, but has it on."
+            "would load optimizer states into the wrong Parameters, but has it on."
         )
     _check_files(universal, stage)
     param_groups = load(optimizer_state_file(universal))[PARAM_GROUPS]
@@ -118,7 +117,7 @@ def _check_files(universal: Path, stage: int) -> None:
 
 
 def _basic_optimizer(engine: Any, stage: int) -> torch.optim.Optimizer:
-    """The optimizer of torch that the engine has wrapped, if it has."""
+    """Returns the torch optimizer that the engine wraps, or the engine's own."""
     wrapped = engine.optimizer.optimizer if stage else engine.optimizer
     if isinstance(wrapped, torch.optim.Optimizer):
         return wrapped
@@ -132,12 +131,12 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[
     for group in optimizer.param_groups:
         if not {"betas", "eps"} <= group.keys() or group.get("amsgrad", False):
             raise ValueError(
-                "`engine` must have Adam or AdamW without amsgrad, the states of which the "
-                f"checkpoint holds, but has a `{type(optimizer).__name__}` with {sorted(group)}."
+                "`engine` must have Adam or AdamW without amsgrad, whose states the checkpoint "
+                f"holds, but has a `{type(optimizer).__name__}` with {sorted(group)}."
             )
     if len(optimizer.param_groups) != len(groups):
         raise ValueError(
-            f"The optimizer must have {len(groups)} param groups, as that of the checkpoint, but "
+            f"The optimizer must have {len(groups)} param groups, like the checkpoint, but "
             f"has {len(optimizer.param_groups)}. Build it with the same param groups."
         )
 
@@ -145,7 +144,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[
 def _check_parameters(
     parameters: Mapping[str, Parameter], found: Mapping[str, Path], strict: bool
 ) -> None:
-    """That there is all that the engine wants, and no more."""
+    """Checks that the checkpoint has the engine's Parameters, and no others."""
     unknown = [
         name for name in found.keys() - parameters.keys() if state_file(found[name], STEP).is_file()
     ]
@@ -181,7 +180,7 @@ def _check_parameters(
 
 
 def _check_steps(found: Mapping[str, Path]) -> None:
-    """That there is one step for all, which is all that ZeRO 1 to 3 can have."""
+    """Checks that all Parameters have the same step, as ZeRO 1 to 3 need."""
     steps = {
         name: float(read_step(path))
         for name, path in found.items()
@@ -215,7 +214,7 @@ def _check_scheduler(engine: Any, state: Any) -> None:
     if engine.lr_scheduler is not None and state is None:
         raise ValueError(
             "The checkpoint must have the state of a learning-rate schedule, since the engine has "
-            "one, but has none. Pass `load_lr_scheduler_states=False` to start the schedule anew."
+            "one, but has none. Pass `load_lr_scheduler_states=False` to restart the schedule."
         )
 
 
@@ -228,7 +227,7 @@ def _load_buffers(engine: Any, buffers: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def _load_parameter(engine: Any, param: Parameter, directory: Path, stage: int) -> None:
-    """Loads a Parameter that DeepSpeed does not."""
+    """Loads a Parameter that DeepSpeed does not load."""
     if stage == 3:
         fragment = engine.optimizer.load_hp_checkpoint_state(str(directory), MASTER, param=param)
         param.ds_tensor.copy_(fragment)  # type: ignore[attr-defined]
@@ -265,14 +264,14 @@ def _load_optimizer(
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A param group of an optimizer without its Parameters."""
+    """Returns a param group without its Parameters."""
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
 def _mend_zero3(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Gives each param group its own hyperparameters, and each state a step of its own: DeepSpeed
-    gives all groups those of the first, and all states one tensor, which then counts each step
-    several times."""
+    """Gives each param group its own hyperparameters, and each state its own step. DeepSpeed gives
+    all groups the hyperparameters of the first, and all states one shared step tensor, which then
+    counts each step several times."""
     for own, group in zip(optimizer.param_groups, groups, strict=True):
         own.update(_hyperparameters(group))
     for state in optimizer.state.values():
