@@ -1,5 +1,5 @@
-"""Hydra: schemas for the configs that are installed as ``tp_embed.configs``, and where they are;
-and what an app needs that a launcher starts on several ranks."""
+"""Hydra: schemas and the search path for the configs in ``tp_embed.configs``, and tools for apps
+that a launcher starts on several ranks."""
 
 from .app import main, strip_local_rank
 from .options import shard_options

@@ -27,14 +27,14 @@ from .logs import log_failure
 def main(
     config_path: str | None = None, config_name: str | None = None, version_base: str | None = "1.3"
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[..., Any]]:
-    """:func:`hydra.main`, which takes the same, for any launcher.
+    """:func:`hydra.main`, with the same arguments, for any launcher.
 
-    - ``--local_rank``, which ``deepspeed`` adds to the arguments and Hydra refuses, is removed.
-    - The variables that ``deepspeed.init_distributed()`` reads are set, if Open MPI or Slurm
-      started the process, or nothing did (see :meth:`tp_embed.launch.environment.Place.export`).
-    - An exception that ends a job is in the rank's log, and if there are several ranks it ends the
-      sweep too. A watchdog that runs tells it to the other ranks.
-    - An error in the config lists the keys that there are.
+    - Removes ``--local_rank``, which ``deepspeed`` adds to the arguments and Hydra refuses.
+    - Sets the variables that ``deepspeed.init_distributed()`` reads, if Open MPI, Slurm or no
+      launcher started the process (see :meth:`tp_embed.launch.environment.Place.export`).
+    - Writes an exception that ends a job to the rank's log. With several ranks, it ends the sweep
+      too, and a running watchdog reports it to the other ranks.
+    - Lists the valid keys after an error in the config.
     """
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[..., Any]:
@@ -47,12 +47,12 @@ def main(
                     return function(config)
             except Exception as e:
                 if watchdog := sys.modules.get("tp_embed.watchdog"):
-                    # The others wait for this rank, and Hydra ends it without an error.
+                    # The other ranks wait for this one, and Hydra ends it without an error.
                     watchdog.Watchdog.report(e)
-                # It was not set if the function was called with a config.
+                # Not set if the function was called with a config.
                 in_sweep = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
                 if place.size > 1 and in_sweep:
-                    # Hydra would begin the next job, while the other ranks wait for it in this one.
+                    # Hydra would start the next job, while the other ranks wait in this one.
                     traceback.print_exc()
                     raise SystemExit(1) from None
                 raise
@@ -69,7 +69,7 @@ def main(
             try:
                 return app()
             except SystemExit as e:
-                # Hydra has printed the error, and ends the program while it handles it.
+                # Hydra has printed the error, and exits while it handles it.
                 if help_text := explain(e.__context__):
                     print(help_text, file=sys.stderr)
                 raise
@@ -80,8 +80,8 @@ def main(
 
 
 def strip_local_rank(argv: MutableSequence[str]) -> None:
-    """Removes ``--local_rank=N`` from the arguments of a program, in place. If ``LOCAL_RANK`` is
-    not set, it is set to N."""
+    """Removes ``--local_rank=N`` from the arguments of a program, in place. Sets ``LOCAL_RANK`` to
+    N unless it is set."""
     kept: list[str] = []
     arguments = iter(argv)
     for argument in arguments:
@@ -94,8 +94,8 @@ def strip_local_rank(argv: MutableSequence[str]) -> None:
 
 
 def explain(error: BaseException | None) -> str | None:
-    """What Hydra does not say of an error in a config: the keys that there are, with their types;
-    or how to install what is missing. ``None`` if there is nothing to add."""
+    """Returns help on a config error that Hydra does not give: the valid keys with their types, or
+    how to install a missing plugin. ``None`` if there is nothing to add."""
     if isinstance(error, MissingConfigException):
         name = str(error.missing_cfg_file)
         is_plugin = name.startswith("hydra/launcher/submitit_")
@@ -117,7 +117,7 @@ def explain(error: BaseException | None) -> str | None:
 
 
 def _type_of(config: DictConfig, key: str) -> str:
-    """The type of a key by its schema, as an annotation; nothing if there is none."""
+    """Returns the type of a key from its schema, as an annotation, or ``""``."""
     node: Any = config._get_node(key)
     kind = node._metadata.ref_type
     if kind is Any:

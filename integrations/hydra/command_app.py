@@ -12,11 +12,10 @@ from .app import main
 
 
 def run_command(config_name: str, run: Callable[[DictConfig], int]) -> int:
-    """Calls ``run`` with the config of that name and the overrides of the command line, once for
-    each job of a sweep.
+    """Calls ``run`` with the named config and the overrides of the command line, once for each job
+    of a sweep.
 
-    :returns: the largest exit code that it returned; or that for wrong usage, if Hydra has refused
-        the overrides.
+    :returns: the largest exit code, or the code for wrong usage if Hydra refused the overrides.
     """
     codes: list[int] = []
     running = False
@@ -31,7 +30,7 @@ def run_command(config_name: str, run: Callable[[DictConfig], int]) -> int:
     try:
         app()
     except SystemExit as e:
-        if e.code == 1:  # Of Hydra, which has said what is wrong.
+        if e.code == 1:  # From Hydra, which has printed the error.
             return cli.FAILED if running else cli.USAGE
         raise
     return max(codes, default=0)

@@ -21,7 +21,7 @@ from .command_app import run_command
 
 @dataclass
 class ConvertConfig:
-    """The arguments of :func:`tp_embed.checkpoint.actions.convert`, and how to print."""
+    """The arguments of :func:`tp_embed.checkpoint.actions.convert`, and options for printing."""
 
     source: str = MISSING
     output: str = MISSING
@@ -51,12 +51,12 @@ class ConvertConfig:
 
 
 def register_schema() -> None:
-    """Makes the schema known to Hydra."""
+    """Registers the schema with Hydra."""
     ConfigStore.instance().store(name="tp_embed_convert", node=ConvertConfig, provider="tp_embed")
 
 
 def run(config: DictConfig) -> int:
-    """Converts what ``config`` says.
+    """Converts a checkpoint as ``config`` says.
 
     :returns: the exit code.
     """

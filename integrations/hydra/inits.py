@@ -1,7 +1,7 @@
 """The parameters of the functions of :mod:`tp_embed.nn.init`, for the group ``init``.
 
-Written down, and not read off the functions, since any Hydra app of an environment that has this
-package may import them, and ``tp_embed.nn.init`` would import torch.
+Not derived from the functions, since any Hydra app in an environment with this package may import
+this module, and ``tp_embed.nn.init`` would import torch.
 """
 
 from __future__ import annotations

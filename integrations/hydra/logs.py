@@ -11,7 +11,7 @@ from typing import Any
 
 
 class RankFileHandler(logging.FileHandler):
-    """A :class:`logging.FileHandler` that makes the directory of its file."""
+    """A :class:`logging.FileHandler` that creates the directory of its file."""
 
     def __init__(self, filename: str, *args: Any, **kwargs: Any) -> None:
         Path(filename).parent.mkdir(parents=True, exist_ok=True)
@@ -20,13 +20,13 @@ class RankFileHandler(logging.FileHandler):
 
 @contextmanager
 def log_failure() -> Iterator[None]:
-    """Writes what ends the block to the log files of this process; Hydra prints it, but among what
-    the other ranks print."""
+    """Writes an exception that ends the block to the log files of this process. Hydra prints it
+    too, but among the output of other ranks."""
     try:
         yield
     except BaseException as e:
         if isinstance(e, SystemExit) and not e.code:
-            raise  # It came to its end.
+            raise  # A normal exit.
         record = logging.getLogger(__name__).makeRecord(
             __name__, logging.ERROR, __file__, 0, "%s", (type(e).__name__,), sys.exc_info()
         )

@@ -1,4 +1,4 @@
-"""From what a config chooses to the arguments of :func:`tp_embed.shard_embeddings`."""
+"""Converts the choices of a config to the arguments of :func:`tp_embed.shard_embeddings`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 
 
 def shard_options(config: DictConfig) -> dict[str, Any]:
-    """The keyword arguments of :func:`tp_embed.shard_embeddings`.
+    """Returns the keyword arguments of :func:`tp_embed.shard_embeddings`.
 
-    :param config: holds the choices of the groups: ``embedding``, and if they were chosen ``head``
-        and ``init``. In a project with groups of its own, that is ``config.tp_embed``.
+    :param config: holds the choices of the groups ``embedding`` and, if chosen, ``head`` and
+        ``init``. In a project with its own groups, pass ``config.tp_embed``.
     """
     from tp_embed.lookup.train_rows import read_rows  # Imports torch, which takes seconds.
 

@@ -1,8 +1,8 @@
-"""``tp-embed plan`` as a Hydra app, for what a training run would choose.
+"""``tp-embed plan`` as a Hydra app, for the choices of a training run.
 
     python -m tp_embed.integrations.hydra.plan model=llama3_8b deepspeed=zero2 tp_size=8 dp_size=4
 
-The config is ``plan.yaml``. The exit codes are those of the command.
+The config is ``plan.yaml``. The exit codes are the same as for the command.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .schema import DataConfig, EmbeddingConfig, HeadConfig, ModelConfig, Strate
 
 
 class Device(Enum):
-    """What it is planned for."""
+    """The device to plan for."""
 
     cuda = "cuda"
     cpu = "cpu"
@@ -30,7 +30,7 @@ class Device(Enum):
 
 @dataclass
 class PlanConfig:
-    """What a run chooses of the groups of ``train.yaml``, and the machines."""
+    """The choices of a run in the groups of ``train.yaml``, and the machines."""
 
     tp_size: int = MISSING
     dp_size: int = MISSING
@@ -55,12 +55,12 @@ class PlanConfig:
 
 
 def register_schema() -> None:
-    """Makes the schema known to Hydra, and those of the groups."""
+    """Registers the schema and the group schemas with Hydra."""
     register_schemas()
     ConfigStore.instance().store(name="tp_embed_plan", node=PlanConfig, provider="tp_embed")
 
 
-# What is called alike, and means the same.
+# Keys with the same name and meaning in both.
 _SAME = (
     "json",
     "tokens",
@@ -78,7 +78,7 @@ _SAME = (
 
 
 def options(config: DictConfig) -> dict[str, Any]:
-    """The options of ``tp-embed plan``, by their names in its parser."""
+    """Returns the options of ``tp-embed plan``, by their names in its parser."""
     model, head, deepspeed = config.model, config.head, config.deepspeed
     strategy = config.embedding.strategy
     if model.tie_word_embeddings and not head.tie_head:
@@ -112,7 +112,7 @@ def options(config: DictConfig) -> dict[str, Any]:
 
 
 def run(config: DictConfig) -> int:
-    """Plans for what ``config`` says.
+    """Plans for ``config``.
 
     :returns: the exit code.
     """

@@ -1,8 +1,8 @@
-"""One run directory for all ranks, and a log of each: what ``tp_embed/ranks`` in the defaults list
-of an app stands for.
+"""One run directory for all ranks, with a log per rank: ``tp_embed/ranks`` in the defaults list of
+an app.
 
-Hydra knows nothing of ranks. Each would name its directory by its own clock, and all would write
-the same files.
+Hydra knows nothing of ranks. Each rank would name its directory by its own clock, and all would
+write the same files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tp_embed.launch.environment import find_place
 
 from .run_start import close_server, run_start
 
-# What is agreed on. Their values are the same in all jobs of a sweep.
+# Interpolations that ranks agree on. Their values are the same in all jobs of a sweep.
 _AGREED = re.compile(r"\$\{\s*(?:now|tp_embed\.run_id)\s*:[^{}]*\}")
 
 
@@ -29,8 +29,8 @@ class RanksCallback(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         _agree()
-        # Before a sweep makes its directories, Hydra puts its own `now` in place, but all jobs keep
-        # what has been resolved.
+        # Before a sweep creates its directories, Hydra registers its own `now`, but all jobs keep
+        # resolved values.
         OmegaConf.get_cache(config).pop("now", None)
         for text in {*_AGREED.findall(json.dumps(OmegaConf.to_container(config), default=str))}:
             _ = OmegaConf.create({"value": text}, parent=config).value
@@ -50,7 +50,7 @@ class RanksCallback(Callback):
 
 
 def register_resolvers() -> None:
-    """Makes ours known to OmegaConf:
+    """Registers our resolvers with OmegaConf:
 
     - ``${tp_embed.run_id:}``: the id of the run, the same on all ranks.
     - ``${tp_embed.rank:5}``: the rank of this process, here with five digits.
@@ -81,9 +81,9 @@ def _agree() -> None:
     try:
         run_start()
     except Exception as e:
-        # Of what callbacks raise, Hydra makes warnings; ranks would go on, each on its own.
+        # Hydra turns exceptions of callbacks into warnings; ranks would go on, each on its own.
         raise SystemExit(f"{type(e).__name__}: {e}") from e
     OmegaConf.register_new_resolver("now", _now, use_cache=True, replace=True)
 
 
-register_resolvers()  # A job that was sent to another machine finds them by its callback.
+register_resolvers()  # For jobs on other machines, which import this module for the callback.

@@ -2,7 +2,7 @@
 
     python -m tp_embed.integrations.hydra.reference docs/config.md
 
-Choices and values come from the files in ``configs/``, types and meanings from the schemas.
+Takes choices and values from the files in ``configs/``, types and meanings from the schemas.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _HEADER = """\
 Written by `python -m tp_embed.integrations.hydra.reference docs/config.md`; a test checks that it
 is current.
 
-`examples/train_lm.py` is a [Hydra](https://hydra.cc) app. A group is chosen by `GROUP=CHOICE`, a
-key is set by `KEY=VALUE`, and both are swept by `--multirun` with `GROUP=A,B` or `'init=glob(*)'`.
-A choice that does not exist is an error that lists those that do, and so is a value that is none of
-several; a misspelt key and a value of a wrong type are errors that list the keys. Below, `as=B`
-stands for the values of the choice `B`, but for those that follow. How to start it, on one node or
-several, and where its ranks write, is in [launching.md](launching.md).
+`examples/train_lm.py` is a [Hydra](https://hydra.cc) app. Choose from a group with `GROUP=CHOICE`,
+set a key with `KEY=VALUE`, and sweep over either with `--multirun` and `GROUP=A,B` or
+`'init=glob(*)'`. Errors list the valid choices and values; after a misspelt key or a value of a
+wrong type, the valid keys. Below, `as=B` stands for the values of choice `B`, except for those that
+follow. [launching.md](launching.md) says how to start the app, on one node or several, and where
+its ranks write.
 
 """
 
@@ -41,7 +41,7 @@ _IN_OTHER_PROJECTS = """\
 ## In other projects
 
 `pip install 'tp-embed[hydra]'` gives any Hydra app the groups `tp_embed/init`, `tp_embed/embedding`
-and `tp_embed/head`, with the choices below, and no others of ours:
+and `tp_embed/head`, with the choices below, and no other groups:
 
 ```yaml
 defaults:
@@ -50,14 +50,13 @@ defaults:
   - tp_embed/head: sharded
   - _self_
 
-# Hydra does not find plugins of editable installs (`pip install -e`): they need this line as well.
+# Only for editable installs (`pip install -e`), where Hydra does not find plugins.
 hydra:
   searchpath: [pkg://tp_embed.configs.groups]
 ```
 
-Hydra itself does not look in `hydra.searchpath` for `glob(*)` and completion. If an editable
-install is to have them too, call `tp_embed.integrations.hydra.register_schemas()` before
-`hydra.main` runs, in place of the line.
+Hydra ignores `hydra.searchpath` for `glob(*)` and completion. To get them with an editable install,
+call `tp_embed.integrations.hydra.register_schemas()` before `hydra.main` runs instead.
 
 ```python
 from tp_embed.integrations.hydra import shard_options
@@ -65,10 +64,10 @@ from tp_embed.integrations.hydra import shard_options
 shard_embeddings(model, gang, **shard_options(config.tp_embed))
 ```
 
-Then `python app.py tp_embed/init=normal tp_embed.init.std=0.02` works. With `tp_embed/ranks` in the
-defaults list too, all ranks have one run directory: see
-[launching.md](launching.md#your-own-hydra-app). An init function of your own is a file
-`tp_embed/init/NAME.yaml` among your configs, without a schema or with one of yours:
+Then `python app.py tp_embed/init=normal tp_embed.init.std=0.02` works. Add `tp_embed/ranks` to the
+defaults list to give all ranks one run directory: see
+[launching.md](launching.md#your-own-hydra-app). To add your own init function, write a file
+`tp_embed/init/NAME.yaml` among your configs, with or without your own schema:
 
 ```yaml
 _target_: my_package.my_function # called with the embedding, see `tp_embed.nn.init.blockwise`
@@ -76,35 +75,35 @@ _partial_: true
 power: 2
 ```
 
-In our own apps it is a file `init/NAME.yaml` in a directory that is named by `--config-dir`.
+For our own apps, write `init/NAME.yaml` in the directory that you pass as `--config-dir`.
 
 """
 
-# What each group is for, its schema, and where its keys are if not under its name.
+# The meaning of each group, its schema, and the package of its keys if not its name.
 _GROUPS: dict[str, tuple[str, type | None, str | None]] = {
-    "init": ("How tables are initialised: the functions of `tp_embed.nn.init`.", None, None),
-    "embedding": ("How tables are sharded.", EmbeddingConfig, None),
-    "head": ("How the output head is sharded.", HeadConfig, None),
+    "init": ("How to initialize tables: the functions of `tp_embed.nn.init`.", None, None),
+    "embedding": ("How to shard tables.", EmbeddingConfig, None),
+    "head": ("How to shard the output head.", HeadConfig, None),
     "model": (
-        "The size of the model. A key that is null is left to transformers.",
+        "The size of the model. A null key takes the default of transformers.",
         ModelConfig,
         None,
     ),
     "data": ("The text.", DataConfig, None),
-    "deepspeed": ("The ZeRO stage. The keys are those of the DeepSpeed config.", None, None),
+    "deepspeed": ("The ZeRO stage. The keys are keys of the DeepSpeed config.", None, None),
     "optimizer": ("The optimizer, in the DeepSpeed config.", None, "deepspeed.optimizer"),
-    "precision": ("The type of weights and activations.", None, "deepspeed"),
-    "offload": ("What leaves the device between its uses.", None, "deepspeed"),
+    "precision": ("The dtype of weights and activations.", None, "deepspeed"),
+    "offload": ("What to offload from the device between uses.", None, "deepspeed"),
     "checkpoint": ("Which checkpoints `resume=true` reads.", None, "deepspeed.checkpoint"),
     "launcher": ("One run or a sweep, and their directories.", None, "hydra"),
     "experiment": ("Complete sets of choices.", None, ""),
-    "debug": ("Runs of seconds.", None, ""),
+    "debug": ("Runs that take seconds.", None, ""),
 }
 _SHARED = ("init", "embedding", "head")
 
 
 def reference() -> str:
-    """The page, in Markdown."""
+    """Returns the page, in Markdown."""
     defaults = _defaults()
     parts = [_HEADER, _IN_OTHER_PROJECTS]
     parts += [_group(name, *about, defaults[name]) for name, about in _GROUPS.items()]
@@ -112,7 +111,7 @@ def reference() -> str:
 
 
 def choices(group: str) -> dict[str, Traversable]:
-    """The files of a group of ours, by the name of the choice."""
+    """Returns the files of a group by the names of their choices."""
     configs = files("tp_embed.configs")
     directory = configs / "groups" / "tp_embed" / group if group in _SHARED else configs / group
     found = [file for file in directory.iterdir() if file.name.endswith(".yaml")]
@@ -120,7 +119,7 @@ def choices(group: str) -> dict[str, Traversable]:
 
 
 def _defaults() -> dict[str, str]:
-    """What ``train.yaml`` chooses of each group."""
+    """Returns the choice of ``train.yaml`` in each group."""
     config = OmegaConf.load(str(files("tp_embed.configs") / "train.yaml"))
     return {
         group: choice
@@ -134,7 +133,7 @@ def _defaults() -> dict[str, str]:
 def _group(name: str, about: str, schema: type | None, package: str | None, default: str) -> str:
     text = f"## `{name}`\n\n{about}"
     if package == "":
-        text += " Their keys are those of the whole config."
+        text += " They set keys of the whole config."
     elif package is not None:
         text += f" The keys are in `{package}`."
     lines = []
@@ -149,7 +148,7 @@ def _group(name: str, about: str, schema: type | None, package: str | None, defa
             (f"`init.{key}`", kind, ", ".join(f"`{function}`" for function in functions))
             for (key, kind), functions in _init_parameters().items()
         ]
-        text += "\n" + _table(("key", "type", "of"), lines)
+        text += "\n" + _table(("key", "type", "functions"), lines)
     elif schema is not None:
         text += "\n" + _keys(schema, f"{name}.")
     return text + "\n"
@@ -175,7 +174,7 @@ def _keys(schema: type, prefix: str, values: Any = None) -> str:
 
 
 def _init_parameters() -> dict[tuple[str, str], list[str]]:
-    """The functions that have a parameter of such a name and type."""
+    """Maps each parameter, by name and type, to the functions that have it."""
     found: dict[tuple[str, str], list[str]] = {}
     common = {field.name for field in fields(Init)}
     for function, schema in INITS.items():
@@ -186,7 +185,7 @@ def _init_parameters() -> dict[tuple[str, str], list[str]]:
 
 
 def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The keys of a file with their values, but those that are for Hydra."""
+    """Yields the keys and values of a file, except keys for Hydra."""
     for key in config:
         value = config._get_node(key)
         if not prefix and key in ("defaults", "_target_", "_partial_"):
@@ -224,7 +223,7 @@ def _text(value: Any) -> str:
 
 
 def _types(schema: type) -> dict[str, str]:
-    """The type of each key, by its choices if it is one of several."""
+    """Returns the type of each key, or its choices if it is an enum."""
 
     def text(hint: Any) -> str:
         if isinstance(hint, type) and issubclass(hint, Enum):

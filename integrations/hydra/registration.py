@@ -1,4 +1,4 @@
-"""Makes our configs and their schemas known to Hydra."""
+"""Registers our configs and their schemas with Hydra."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _SCHEMAS = "tp_embed/schema"
 
 class TpEmbedSearchPath(SearchPathPlugin):
     """Gives every project the groups ``tp_embed/init``, ``tp_embed/embedding`` and
-    ``tp_embed/head``, after its own configs, and nothing else of ours. Apps whose configs are ours
-    have them by their short names too.
+    ``tp_embed/head``, after its own configs, and nothing else of ours. Our own apps also get them
+    by their short names.
 
-    Not by ``hydra.searchpath``: Hydra does not look there for ``glob(*)`` and completion.
+    Does not use ``hydra.searchpath``, which Hydra ignores for ``glob(*)`` and completion.
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
@@ -33,8 +33,8 @@ class TpEmbedSearchPath(SearchPathPlugin):
 
 
 def register_group_schemas() -> None:
-    """Makes known what the files of the groups ``init``, ``embedding`` and ``head``, and ``ranks``
-    refer to."""
+    """Registers the schemas and resolvers for the groups ``init``, ``embedding`` and ``head``, and
+    for ``ranks``."""
     register_resolvers()
     store = ConfigStore.instance()
     for name, schema in INITS.items():
@@ -44,11 +44,11 @@ def register_group_schemas() -> None:
 
 
 def register_schemas() -> None:
-    """Makes our schemas and groups known to Hydra; call it before ``hydra.main`` or ``compose``
-    runs. Needed by apps whose primary config is one of ours."""
+    """Registers our schemas and groups with Hydra; call it before ``hydra.main`` or ``compose``
+    runs. Required if the primary config is one of ours."""
     register_group_schemas()
     store = ConfigStore.instance()
     for name, node in {"adam": AdamConfig, "sgd": SGDConfig}.items():
         store.store(group=f"{_SCHEMAS}/optimizer", name=name, node=node, provider="tp_embed")
     store.store(name="tp_embed_train", node=TrainConfig, provider="tp_embed")
-    Plugins.instance().register(TpEmbedSearchPath)  # Which editable installs do not find.
+    Plugins.instance().register(TpEmbedSearchPath)  # Editable installs do not find plugins.

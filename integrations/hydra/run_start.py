@@ -1,8 +1,8 @@
-"""When a run started and what its id is, the same on all ranks of all nodes.
+"""The start time and id of a run, the same on all ranks of all nodes.
 
-Clocks differ, and ranks start one after the other. So rank 0 says it to the others, through a store
-of torch.distributed at the address where the ranks are going to meet anyway. That works before
-torch.distributed is initialised, which is when Hydra makes a directory that is named so.
+Clocks differ, and ranks start one after the other. So rank 0 sends both to the others, through a
+torch.distributed store at the address where the ranks will meet anyway. This works before
+torch.distributed is initialized, when Hydra creates directories named by time or id.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tp_embed.launch.environment import Place, find_place
 RUN_ID = "TP_EMBED_RUN_ID"
 _KEY = "tp_embed/run_start"
 _TIMEOUT = timedelta(minutes=5)
-_servers: list[Any] = []  # That of this process, while others may connect to it.
+_servers: list[Any] = []  # The server of this process, while others may connect to it.
 
 
 @dataclass(frozen=True)
 class RunStart:
-    """``time`` is that of rank 0's clock and zone; ``id`` is the variable ``TP_EMBED_RUN_ID`` of
-    rank 0, or else made of the time and a few random digits. Both stay when torchrun starts the
-    ranks again."""
+    """``time`` is in rank 0's clock and time zone; ``id`` is rank 0's variable
+    ``TP_EMBED_RUN_ID``, or else the time and a few random digits. Both survive restarts by
+    torchrun."""
 
     time: datetime
     id: str
@@ -35,10 +35,10 @@ class RunStart:
 
 @functools.cache
 def run_start() -> RunStart:
-    """That of the run of this process. It is agreed on once, when all ranks have called this; all
-    jobs of a sweep that run in this process have the same.
+    """Returns the start of this process's run. The ranks agree on it once, when all have called
+    this; all jobs of a sweep in this process share it.
 
-    :raises GangError: not all ranks were there in time, or nobody has said where rank 0 is.
+    :raises GangError: a rank did not come in time, or the address of rank 0 is unknown.
     """
     place = find_place()
     time = datetime.now()
@@ -48,8 +48,8 @@ def run_start() -> RunStart:
 
 
 def close_server() -> None:
-    """Lets go of the server that rank 0 has started, which torch.distributed uses too while it is
-    there. Later it would find there what an earlier process group has left."""
+    """Releases the server that rank 0 started. torch.distributed would reuse it, and find keys of
+    an earlier process group."""
     _servers.clear()
 
 
@@ -66,7 +66,7 @@ def _agree(place: Place, own: RunStart) -> RunStart:
         if place.rank == 0:
             _servers.append(store)
             text = json.dumps([own.time.isoformat(), own.id])
-            text = store.compare_set(_KEY, "", text).decode()  # What is there already, stays.
+            text = store.compare_set(_KEY, "", text).decode()  # Keeps an existing value.
             store.set(here[0], "")
             try:
                 store.wait(here, _TIMEOUT)

@@ -1,6 +1,6 @@
-"""What a training config holds, so that a misspelt key or a value of a wrong type is an error.
+"""Schemas of a training config, so that misspelt keys and values of a wrong type are errors.
 
-The dataclasses give types and meanings, the files in ``configs/`` values.
+The dataclasses give types and meanings, the files in ``configs/`` give values.
 """
 
 # ruff: noqa: RUF009 (`_key` is `dataclasses.field`)
@@ -15,7 +15,7 @@ from omegaconf import MISSING
 
 
 def _key(meaning: str) -> Any:
-    """A key of a config file, and what it means."""
+    """Declares a key of a config file, with its meaning for the reference."""
     return field(default=MISSING, metadata={"meaning": meaning})
 
 
@@ -29,7 +29,7 @@ class Strategy(Enum):
 
 
 class Output(Enum):
-    """The layouts of what an embedding gives."""
+    """The layouts of an embedding's output."""
 
     replicated = "replicated"
     sequence = "sequence"
@@ -37,7 +37,7 @@ class Output(Enum):
 
 
 class Dedup(Enum):
-    """Whether a row is sent once that several positions want."""
+    """Whether to send a row once if several positions look it up."""
 
     auto = "auto"
     always = True
@@ -46,20 +46,20 @@ class Dedup(Enum):
 
 @dataclass
 class EmbeddingConfig:
-    """How tables are sharded and initialised, see :func:`tp_embed.shard_embeddings`."""
+    """How to shard and initialize tables, see :func:`tp_embed.shard_embeddings`."""
 
-    strategy: Strategy = _key("what becomes of a table that no rule names")
+    strategy: Strategy = _key("the strategy for tables that no rule names")
     rules: dict[str, Strategy] = _key(
         "strategies by patterns of names, such as `*.wpe`; patterns only in files"
     )
-    output: Output = _key("the layout of what the embeddings give; models want `replicated`")
-    dedup: Dedup = _key("whether a row is sent once that several positions want")
-    sparse: bool | None = _key("whether gradients are sparse; null: where they were")
+    output: Output = _key("the layout of the outputs; models need `replicated`")
+    dedup: Dedup = _key("whether to send a row once if several positions look it up")
+    sparse: bool | None = _key("whether gradients are sparse; null: as before sharding")
     reuse_grad: bool | None = _key(
-        "whether dense gradients are put into the same memory; null: where they were"
+        "whether to reuse the memory of dense gradients; null: as before sharding"
     )
     check_ids: int | None = _key(
-        "ranks compare their ids at each n-th lookup; 0: never, null: each 128th"
+        "ranks compare their ids at every n-th lookup; 0: never, null: every 128th"
     )
     train_rows: dict[str, Any] = _key(
         "the rows that get a gradient, by patterns of names: a list, or a slice such as `32000:`; "
@@ -70,25 +70,25 @@ class EmbeddingConfig:
 
 @dataclass
 class HeadConfig:
-    """How the output head is treated."""
+    """How to shard the output head."""
 
-    tie_head: bool = _key("whether a head that shares its table is sharded, and the table with it")
-    shard_head: bool = _key("whether a head with a weight of its own is sharded")
-    shard_logits: bool = _key("whether the loss is computed from the logits of each rank")
+    tie_head: bool = _key("whether to shard a tied head together with its table")
+    shard_head: bool = _key("whether to shard a head with its own weight")
+    shard_logits: bool = _key("whether to compute the loss from rank-local logits")
 
 
 @dataclass
 class ModelConfig:
-    """The config of a model of transformers, of which a size is made."""
+    """The config of a model of transformers."""
 
     type: str = _key("the `model_type` of transformers: llama, qwen3, gemma3_text, ...")
-    vocab_size: int | None = _key("classes; null: the tokens of the data")
+    vocab_size: int | None = _key("rows of the table; null: the number of tokens in the data")
     hidden_size: int = _key("the width E of the table")
     intermediate_size: int = _key("the width of the feed-forward layers")
-    num_hidden_layers: int = _key("layers")
-    num_attention_heads: int = _key("heads of queries")
-    num_key_value_heads: int = _key("heads of keys and values")
-    head_dim: int | None = _key("the width of a head; null: what the model takes by default")
+    num_hidden_layers: int = _key("the number of layers")
+    num_attention_heads: int = _key("query heads")
+    num_key_value_heads: int = _key("key and value heads")
+    head_dim: int | None = _key("the width of a head; null: the model's default")
     max_position_embeddings: int = _key("the longest sequence")
     tie_word_embeddings: bool = _key("whether the head shares the table")
     extra: dict[str, Any] = _key("any other keys of the config class")
@@ -96,18 +96,18 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """The text and how it is cut into batches."""
+    """The text and the shape of batches."""
 
-    vocab_size: int = _key("tokens of the BPE, at most")
-    seq_len: int = _key("tokens of a sequence")
-    batch_size: int = _key("sequences of a batch, on each data-parallel rank")
-    max_bytes: int | None = _key("how much of the text is read; null: all")
-    cache_dir: str = _key("where tokens are kept between runs")
+    vocab_size: int = _key("the maximum number of tokens in the BPE vocabulary")
+    seq_len: int = _key("tokens per sequence")
+    batch_size: int = _key("sequences per batch, on each data-parallel rank")
+    max_bytes: int | None = _key("how much of the text to read; null: all")
+    cache_dir: str = _key("where to cache tokens between runs")
 
 
 @dataclass
 class AdamParams:
-    """What DeepSpeed's ``Adam`` and ``AdamW`` take."""
+    """The parameters of DeepSpeed's ``Adam`` and ``AdamW``."""
 
     lr: float = MISSING
     betas: list[float] = MISSING
@@ -127,7 +127,7 @@ class AdamConfig:
 
 @dataclass
 class SGDParams:
-    """What DeepSpeed's ``SGD`` takes."""
+    """The parameters of DeepSpeed's ``SGD``."""
 
     lr: float = MISSING
     momentum: float = MISSING
@@ -146,14 +146,14 @@ class SGDConfig:
 class TrainConfig:
     """A training run: ``train.yaml``."""
 
-    name: str = _key("the run, and its directory `runs/NAME`")
+    name: str = _key("the name of the run and its directory, `runs/NAME`")
     seed: int = _key("decides the initial model and the batches")
     tp_size: int = _key("tensor-parallel ranks; the others are data-parallel")
-    steps: int = _key("steps of the optimizer")
+    steps: int = _key("optimizer steps")
     lr: float = _key("the learning rate after warm-up")
-    eval_batches: int = _key("batches that the validation loss is taken of")
+    eval_batches: int = _key("batches for the validation loss")
     checkpoint_every: int = _key("steps between checkpoints")
-    resume: bool = _key("whether to go on from the last checkpoint of this name")
+    resume: bool = _key("whether to resume from the last checkpoint of this name")
     init: Any = MISSING
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
