@@ -1,4 +1,4 @@
-"""Real text that every Python has: the source code of its standard library, as token ids."""
+"""Real text that comes with Python: the source code of its standard library, as token ids."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VALIDATION_SHARE = 20  # One file of this many is kept for validation.
 
 
 def find_sources(max_bytes: int | None) -> list[Path]:
-    """The standard library's modules, in the order of their names, up to ``max_bytes`` in all."""
+    """Returns the standard library's modules, sorted by name, up to ``max_bytes`` in total."""
     root = Path(sysconfig.get_paths()["stdlib"])
     sources, total = [], 0
     for path in sorted(root.rglob("*.py")):
@@ -39,7 +39,7 @@ def find_sources(max_bytes: int | None) -> list[Path]:
 class Corpus:
     """Token ids of the training and the validation text, memory-mapped.
 
-    :param directory: what :func:`load` has made: ``train.npy``, ``validation.npy``, ``meta.json``.
+    :param directory: written by :func:`load`: ``train.npy``, ``validation.npy``, ``meta.json``.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -48,15 +48,15 @@ class Corpus:
         self.vocab_size: int = json.loads((directory / "meta.json").read_text())["vocab_size"]
 
     def batch(self, step: int, batch_size: int, seq_len: int, *, seed: int, rank: int) -> Tensor:
-        """The batch of a step, the same whenever it is asked for. *Shape:* (batch, seq), int64."""
+        """Returns the batch of a step, the same on each call. *Shape:* (batch, seq), int64."""
         generator = np.random.default_rng((seed, step, rank))
         starts = generator.integers(len(self.train) - seq_len, size=batch_size)
         return _rows(self.train, starts, seq_len)
 
     @torch.no_grad()
     def validation_loss(self, model: Any, count: int, batch_size: int, seq_len: int) -> float:
-        """The mean loss of ``model``, or of an engine around it, over ``count`` batches that are
-        evenly spread over the validation text."""
+        """Returns the mean loss of ``model``, a model or an engine, over ``count`` batches spread
+        evenly over the validation text."""
         model.eval()
         starts = np.linspace(0, len(self.validation) - seq_len, count * batch_size, dtype=np.int64)
         losses = []
@@ -74,15 +74,14 @@ def _rows(tokens: Any, starts: Any, seq_len: int) -> Tensor:
 def load(
     cache: Path, vocab_size: int, max_bytes: int | None, say: Callable[[str], None] = print
 ) -> Corpus:
-    """The text in tokens of a byte-level BPE that was trained on it, made unless ``cache`` has it.
+    """Loads the text as tokens from ``cache``, or trains a byte-level BPE and encodes the text.
 
-    The result is moved into place when it is complete, so a run that is interrupted leaves nothing
-    that a later one would take for whole.
+    Moves complete results into place, so an interrupted run leaves nothing that looks complete.
 
     :param cache: the directory of all corpora; each has its own, with ``tokenizer.json``.
-    :param vocab_size: the tokens of the BPE, at most.
-    :param max_bytes: how much of the text to take; if ``None``, all.
-    :param say: told what takes long.
+    :param vocab_size: the maximum number of tokens in the BPE vocabulary.
+    :param max_bytes: how much of the text to use; ``None`` for all.
+    :param say: called with a message before slow steps.
     """
     sources = find_sources(max_bytes)
     key = hashlib.sha256(
@@ -127,5 +126,5 @@ def load(
     except OSError:
         if not target.is_dir():
             raise
-        shutil.rmtree(temporary)  # Another run has made the same meanwhile.
+        shutil.rmtree(temporary)  # Another run was faster.
     return Corpus(target)

@@ -1,4 +1,4 @@
-"""The validation loss of a model that `train_lm.py` wrote, by plain transformers.
+"""Computes the validation loss of a model that `train_lm.py` wrote, by plain transformers.
 
 python examples/evaluate_lm.py runs/train_lm
 """

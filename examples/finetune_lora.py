@@ -1,9 +1,9 @@
-"""LoRA on a model that is loaded straight into shards.
+"""Trains LoRA on a model that loads straight into shards.
 
     deepspeed --num_gpus 2 --no_local_rank examples/finetune_lora.py MODEL_DIR ADAPTER_DIR
 
-No rank ever holds a whole table of the model. The adapter is also on the table, and is one that
-plain PEFT loads. If there is no model in MODEL_DIR, a small one is made.
+No rank ever holds a whole table. The adapter covers the table, too, and plain PEFT loads it. Writes
+a small model to MODEL_DIR if it has none.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONFIG = {
     "zero_optimization": {"stage": 1},
     "tensor_parallel": {
         "autotp_size": 2,
-        # AutoTP does not know LoRA, so it is told to cut what has no adapters.
+        # AutoTP does not support LoRA, so let it cut only layers without adapters.
         "partition_config": {
             "use_default_specs": False,
             "layer_specs": [
@@ -66,7 +66,7 @@ def batches() -> list[Tensor]:
 
 
 def train(model: Any, optimizer: Any) -> list[float]:
-    """By an engine, or, to compare with, by torch alone."""
+    """Trains on an engine or, for comparison, in plain torch."""
     losses = []
     model.train()
     for ids in batches():

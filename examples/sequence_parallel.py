@@ -25,24 +25,24 @@ CONFIG: dict[str, Any] = {
     "gradient_clipping": 1.0,
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
     "zero_optimization": {"stage": 1},
-    # Each rank gets its positions of the lookup: they travel to it alone.
+    # Sends each rank only the embeddings of its positions.
     "tp_embed": {"strategy": "vocab", "output": "sequence"},
 }
 
 
 def gather_sequence(x: Tensor, length: int, gang: Gang) -> Tensor:
-    """(batch, positions of this rank, E) -> (batch, positions, E). The gradient is cut."""
+    """(batch, positions of this rank, E) -> (batch, positions, E). Splits the gradient."""
     return gather_columns(x.mT, gang, Partition(length, gang.size)).mT
 
 
 def scatter_sequence(x: Tensor, gang: Gang) -> Tensor:
-    """The other way round. The gradient is gathered."""
+    """(batch, positions, E) -> (batch, positions of this rank, E). Gathers the gradient."""
     return scatter_columns(x.mT, gang, Partition(x.size(1), gang.size)).mT
 
 
 class SequenceNorm(nn.LayerNorm):
-    """Sees the positions of this rank: the gradients of its weights are added up over the gang.
-    What is replicated between two tensor-parallel layers needs that, biases as well."""
+    """Normalizes the positions of this rank, and sums the gradients of its weights over the gang.
+    All replicated weights between two tensor-parallel layers need this, biases as well."""
 
     def __init__(self, dim: int, gang: Gang) -> None:
         super().__init__(dim)
@@ -54,7 +54,7 @@ class SequenceNorm(nn.LayerNorm):
 
 
 class ParallelAttention(nn.Module):
-    """Some heads on each rank. It takes and gives the positions of this rank."""
+    """Computes some heads on each rank. Input and output are the positions of this rank."""
 
     def __init__(self, dim: int, heads: int, gang: Gang) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class ParallelAttention(nn.Module):
     @staticmethod
     def _own(shard: Tensor, dim: int) -> nn.Parameter:
         weight: Any = nn.Parameter(shard)
-        # As Megatron marks them, for the norm of the gradients and for checkpoints.
+        # Megatron's marks, for the gradient norm and for checkpoints.
         weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1
         return weight  # type: ignore[no-any-return]
 
@@ -76,8 +76,8 @@ class ParallelAttention(nn.Module):
         q, k, v = linear(x, self.qkv).unflatten(-1, (3, -1, self.width)).permute(2, 0, 3, 1, 4)
         x = scaled_dot_product_attention(q, k, v, is_causal=True)
         partial = linear(x.transpose(1, 2).flatten(2), self.out)
-        # With the gathering above four collectives. Megatron merges the sum and the cut, and in the
-        # backward those above, into a reduce-scatter each.
+        # Four collectives with the gather above. Megatron merges the sum and the split into one
+        # reduce-scatter, here and in the backward above.
         return scatter_sequence(reduce_partial(partial, self.gang), self.gang)
 
 
@@ -96,7 +96,7 @@ class LanguageModel(nn.Module):
         length = ids.size(1)
         x = self.embed(ids)  # The positions of this rank.
         x = x + self.attention(self.norm(x), length)
-        # The head wants all of them.
+        # The head needs all positions.
         return gather_sequence(self.last_norm(x), length, self.gang)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class LanguageModel(nn.Module):
 
 
 def batches() -> list[Tensor]:
-    """The same ones on all ranks of a gang."""
+    """Returns the same batches on all ranks of a gang."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(VOCAB_SIZE, (2, LENGTH + 1), generator=generator) for _ in range(STEPS)]
 

@@ -1,10 +1,10 @@
-"""A script with Accelerate and AutoTP.
+"""Trains with Accelerate and AutoTP.
 
     deepspeed --num_gpus 2 --no_local_rank examples/train_accelerate.py OUTPUT_DIR
     accelerate launch --config_file examples/accelerate.yaml examples/train_accelerate.py OUTPUT_DIR
 
-The lines that shard its table end in `# added`. It saves its state after two steps and goes on from
-there once more, and saves the whole model in the end.
+The lines that shard its table end in `# added`. Saves its state after two steps and resumes from
+it, and saves the whole model at the end.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def batches() -> DataLoader[list[int]]:
 
 def main(output_dir: str) -> None:
     if not torch.cuda.is_available():
-        PartialState(cpu=True)  # With `Accelerator(cpu=True)` it would not use DeepSpeed.
+        PartialState(cpu=True)  # `Accelerator(cpu=True)` would not use DeepSpeed.
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=CONFIG))
     model = build_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

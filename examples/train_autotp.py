@@ -1,4 +1,4 @@
-"""A DeepSpeed script with AutoTP.
+"""Trains with DeepSpeed and AutoTP.
 
     deepspeed --num_gpus 2 --no_local_rank examples/train_autotp.py
 
@@ -41,7 +41,7 @@ def build_model() -> LlamaForCausalLM:
 
 
 def batches() -> list[Tensor]:
-    """AutoTP needs the same ones on all ranks of a tensor-parallel group."""
+    """Returns the same batches on all ranks of a tensor-parallel group, as AutoTP needs."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(VOCAB_SIZE, (2, 16), generator=generator) for _ in range(STEPS)]
 

@@ -1,9 +1,9 @@
-"""A script with the Trainer of transformers and AutoTP.
+"""Trains with the Trainer of transformers and AutoTP.
 
     deepspeed --num_gpus 2 --no_local_rank examples/train_hf_trainer.py OUTPUT_DIR
 
-The lines that shard its table end in `# added`. It saves checkpoints that `from_pretrained` loads,
-goes on from the last one if there is any, and takes the best one in the end.
+The lines that shard its table end in `# added`. Saves checkpoints that `from_pretrained` loads,
+resumes from the last one if there is any, and takes the best one at the end.
 """
 
 from __future__ import annotations

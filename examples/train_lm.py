@@ -2,10 +2,10 @@
 
     deepspeed --num_gpus 2 --no_local_rank examples/train_lm.py embedding=vocab_sharded init=normal
 
-A Hydra app: the configs are in `configs/`, the primary one is `configs/train.yaml`. It writes to
+A Hydra app: the configs are in `configs/`, the primary one is `configs/train.yaml`. Writes to
 `runs/NAME`: `config.yaml`, a log of each rank in `logs/`, `metrics.csv`, `monitor.jsonl`,
-`loss.png`, DeepSpeed's `checkpoints/`, and at the end `model/`, the whole model as transformers
-saves it, and `report.html`, a page about the run.
+`loss.png`, DeepSpeed's `checkpoints/`, and at the end `model/`, the whole model in the layout of
+transformers, and `report.html`, a page about the run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(config: DictConfig) -> None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     torch.manual_seed(config.seed)
     if not torch.cuda.is_available():
-        torch.set_num_threads(1)  # One process for each core.
+        torch.set_num_threads(1)  # One process per core.
 
     gang = DeepSpeedGang.from_groups(tp_size=config.tp_size)
     is_first = dist.get_rank() == 0
@@ -125,7 +125,7 @@ def main(config: DictConfig) -> None:
 
 
 def make_model_config(model: DictConfig, tokens: int) -> Any:
-    """The config of transformers for the choice of the group `model`, for so many tokens."""
+    """Returns the config of transformers for the choice of the group `model`."""
     fields: Any = OmegaConf.to_container(model, resolve=True)
     given = {key: value for key, value in fields.items() if value is not None}
     extra, model_type = given.pop("extra"), given.pop("type")
@@ -139,10 +139,10 @@ def make_model_config(model: DictConfig, tokens: int) -> Any:
 
 
 def write_model(engine: Any, target: Path) -> None:
-    """Writes the whole model, as transformers saves it, in place of what ``target`` held."""
+    """Writes the whole model in the layout of transformers, replacing ``target``."""
     temporary = target.with_name(f".{target.name}")
     if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)  # Of a run that was broken off.
+        shutil.rmtree(temporary, ignore_errors=True)  # From an interrupted run.
     dist.barrier()
     export(engine, temporary)
     if dist.get_rank() == 0:
@@ -152,8 +152,8 @@ def write_model(engine: Any, target: Path) -> None:
 
 
 class Checkpoints:
-    """DeepSpeed checkpoints of which there is a whole one whenever the run is interrupted: each
-    has a directory of its own, and ``latest`` names one only once all ranks have written theirs."""
+    """DeepSpeed checkpoints that survive an interrupted run: each has its own directory, and
+    ``latest`` names one only after all ranks have written it."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -175,8 +175,8 @@ class Checkpoints:
         dist.barrier()
 
     def set_aside(self) -> None:
-        """Moves what an earlier run of this name left, and this one would overwrite, to
-        ``checkpoints.previous``, of which there is one."""
+        """Moves the checkpoints of an earlier run with this name to ``checkpoints.previous``,
+        replacing it."""
         if dist.get_rank() == 0 and self._directory.exists():
             previous = self._directory.with_name(f"{self._directory.name}.previous")
             shutil.rmtree(previous, ignore_errors=True)
@@ -184,8 +184,8 @@ class Checkpoints:
         dist.barrier()
 
     def load(self, engine: Any) -> int:
-        """Loads the latest one and returns the number of steps that it had done."""
-        # What DeepSpeed, and `tp-embed convert --to universal`, call it.
+        """Loads the latest checkpoint and returns its number of steps."""
+        # The file names of DeepSpeed and `tp-embed convert --to universal`.
         name = "latest_universal" if engine.load_universal_checkpoint() else "latest"
         if not (self._directory / name).exists():
             raise FileNotFoundError(
@@ -199,7 +199,7 @@ class Checkpoints:
 
 
 class Metrics:
-    """Figures by step, in a CSV file; those that a resumed run repeats are replaced."""
+    """Figures by step, in a CSV file; a resumed run replaces the steps it repeats."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

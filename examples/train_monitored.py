@@ -1,9 +1,9 @@
-"""What there is to watch while tables are trained on a DeepSpeed engine.
+"""Monitors tables while they train on a DeepSpeed engine.
 
     deepspeed --num_gpus 2 --no_local_rank examples/train_monitored.py runs/monitored
 
-In the directory it writes `tensorboard/`, `monitor.jsonl` and `report.html`, and it prints what
-DeepSpeed and TensorBoard say. The lines that watch the tables end in `# added`.
+Writes `tensorboard/`, `monitor.jsonl` and `report.html` to the directory, and prints the figures of
+DeepSpeed and TensorBoard. The lines that monitor the tables end in `# added`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def build_model() -> LlamaForCausalLM:
 
 
 def batch(generator: torch.Generator) -> torch.Tensor:
-    """Ids of which few are frequent, as those of text are. *Shape:* (4, 64)."""
+    """Draws ids; a few are frequent, as in text. *Shape:* (4, 64)."""
     return (VOCAB_SIZE * torch.rand(4, 64, generator=generator) ** 4).long()
 
 

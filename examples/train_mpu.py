@@ -1,4 +1,4 @@
-"""A script with a Megatron-style model-parallel unit.
+"""Trains with a Megatron-style model-parallel unit.
 
     deepspeed --num_gpus 2 --no_local_rank examples/train_mpu.py
 
@@ -28,7 +28,8 @@ CONFIG = {
 
 
 class ModelParallelUnit:
-    """Ranks with neighbouring numbers are model-parallel; those in equal places, data-parallel."""
+    """Makes neighbouring ranks model-parallel, and ranks with the same model-parallel rank
+    data-parallel."""
 
     def __init__(self, size: int) -> None:
         ranks = torch.arange(dist.get_world_size()).view(-1, size)
@@ -62,7 +63,7 @@ class LanguageModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB_SIZE, DIM)
-        self.body = nn.GRU(DIM, DIM, batch_first=True)  # In place of model-parallel layers.
+        self.body = nn.GRU(DIM, DIM, batch_first=True)  # Stands for model-parallel layers.
         self.head: Any = nn.Linear(DIM, VOCAB_SIZE, bias=False)
         self.head.weight = self.embed.weight
 
@@ -73,7 +74,7 @@ class LanguageModel(nn.Module):
 
 
 def batches() -> list[Tensor]:
-    """The same ones on all ranks of a model-parallel group."""
+    """Returns the same batches on all ranks of a model-parallel group."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(VOCAB_SIZE, (2, 16), generator=generator) for _ in range(STEPS)]
 

@@ -1,12 +1,12 @@
-"""Trains a transformer in stages, DeepSpeed's pipeline, with the table of each cut over a gang.
+"""Trains a transformer with DeepSpeed's pipeline, where each stage shards its table over a gang.
 
     deepspeed --num_gpus 4 --no_local_rank examples/train_pipeline.py --stages 2 --tp 2
 
-The first stage looks ids up in the table and the last one projects to logits with it. Both hold
-the block of their rank, which DeepSpeed keeps equal, and no rank holds all logits. What is between
-them is plain torch, whole on each rank of a gang: the place of layers that are tensor-parallel.
+The first stage looks up ids in the table, and the last one projects to logits with it. Both hold
+their rank's block, which DeepSpeed keeps equal, and no rank holds all logits. The layers between
+are plain torch, whole on each rank of a gang. They stand for tensor-parallel layers.
 
-It writes DeepSpeed checkpoints to `runs/train_pipeline`, from which `--resume` goes on.
+Writes DeepSpeed checkpoints to `runs/train_pipeline`; `--resume` loads the last one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tp_embed.nn.loss import cross_entropy
 
 
 class Positions(nn.Module):
-    """Adds what is learned of each position."""
+    """Adds learned position embeddings."""
 
     def __init__(self, seq_len: int, dim: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Positions(nn.Module):
 
 
 class Block(nn.TransformerEncoderLayer):
-    """A layer of a transformer, in which a token sees those before it."""
+    """A causal transformer layer."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__(
@@ -55,7 +55,7 @@ class Block(nn.TransformerEncoderLayer):
 
 
 def shard_logits(embed: VocabShardedEmbedding, x: Tensor) -> Tensor:
-    """The logits of the rows that this rank holds. *Shape:* :math:`(N,S,V_{rank})`."""
+    """Returns the logits of this rank's rows. *Shape:* :math:`(N,S,V_{rank})`."""
     logits: Tensor = OutputHead(embed, output="shard")(x)
     return logits
 
@@ -71,7 +71,8 @@ def build(
     layers: int,
     seed: int = 0,
 ) -> PipelineModule:
-    """The same initial model for any number of stages and any gang: layers are seeded by number."""
+    """Builds the same initial model for any number of stages and any gang, by seeding layers by
+    number."""
     table = partial(
         TiedLayerSpec,
         "embed",
@@ -99,7 +100,7 @@ def build(
         loss_fn=loss,
         partition_method="type:Block",
         seed_layers=True,
-        seed_fn=torch.manual_seed,  # DeepSpeed's own takes no numpy integers, which it is given.
+        seed_fn=torch.manual_seed,  # DeepSpeed's default fails on its own numpy integers.
         base_seed=seed,
     )
 
@@ -107,7 +108,8 @@ def build(
 def micro_batches(
     corpus: Corpus, options: argparse.Namespace, data_rank: int, first: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids and targets: the same on all ranks of a pipeline, others in each pipeline."""
+    """Yields ids and targets, the same on all ranks of a pipeline but different between
+    pipelines."""
     for number in count(first):
         tokens = corpus.batch(
             number, options.batch_size, options.seq_len + 1, seed=options.seed, rank=data_rank
@@ -117,7 +119,7 @@ def micro_batches(
 
 def main(options: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
-        torch.set_num_threads(1)  # One process for each core.
+        torch.set_num_threads(1)  # One process per core.
     deepspeed.init_distributed()
     ranks = dist.get_world_size()
     in_pipeline = options.stages * options.tp
@@ -127,7 +129,7 @@ def main(options: argparse.Namespace) -> None:
             f"but is {in_pipeline} instead."
         )
     topology = PipeModelDataParallelTopology(options.stages, options.tp, ranks // in_pipeline)
-    # The specs need the gang before there is a pipeline, which makes a grid of its own.
+    # The specs need the gang before the pipeline exists, which makes its own grid.
     grid = PipelineParallelGrid(topology)
     gang = DeepSpeedGang.from_mpu(grid)
 
@@ -174,14 +176,14 @@ def main(options: argparse.Namespace) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Trains a transformer in stages.")
     parser.add_argument("--stages", type=int, default=2, help="stages of a pipeline")
-    parser.add_argument("--tp", type=int, default=2, help="ranks over which a table is cut")
+    parser.add_argument("--tp", type=int, default=2, help="ranks to shard a table over")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--seq_len", type=int, default=128)
     parser.add_argument("--vocab_size", type=int, default=8000)
-    parser.add_argument("--batch_size", type=int, default=4, help="sequences of a micro-batch")
-    parser.add_argument("--micro_batches", type=int, default=4, help="micro-batches of a step")
+    parser.add_argument("--batch_size", type=int, default=4, help="sequences per micro-batch")
+    parser.add_argument("--micro_batches", type=int, default=4, help="micro-batches per step")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--checkpoint_every", type=int, default=10, help="steps")
     parser.add_argument("--lr", type=float, default=2e-3)

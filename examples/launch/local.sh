@@ -3,7 +3,7 @@
 #
 #     RANKS=2 examples/launch/local.sh steps=50 embedding=vocab_sharded
 #
-# Needs: the environment in which `pip install '.[train]'` was run, active.
+# Needs: an active environment with `pip install '.[train]'`.
 # Without it: "exec: deepspeed: not found"
 set -euo pipefail
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Several nodes, one command on each, by `deepspeed --no_ssh`: for a cluster that starts the
-# commands itself.
+# Several nodes, one command on each, by `deepspeed --no_ssh`: for clusters that start the commands
+# themselves.
 #
 #     HOSTS="node1 node2" NODE_RANK=0 RANKS=8 examples/launch/no_ssh.sh tp_size=8   # on node1
 #     HOSTS="node1 node2" NODE_RANK=1 RANKS=8 examples/launch/no_ssh.sh tp_size=8   # on node2
 #
-# RANKS is of each node. HOSTS and the overrides have to be the same on all.
+# RANKS is per node. HOSTS and the overrides must be the same on all nodes.
 #
-# Needs: on each node, the environment in which `pip install '.[train]'` was run, active; and a
-# directory that all nodes share.
+# Needs: on each node, an active environment with `pip install '.[train]'`; and a directory that all
+# nodes share.
 # Without it: "deepspeed: command not found"
 # Without NODE_RANK: "NODE_RANK: must be the index of this node in HOSTS"
 set -euo pipefail

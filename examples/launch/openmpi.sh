@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# One node or several, by Open MPI's mpirun. The ranks do not use MPI, nor need mpi4py: they take
-# their places from what mpirun sets.
+# One node or several, by Open MPI's mpirun. The ranks do not use MPI or mpi4py: they read their
+# places from mpirun's environment variables.
 #
 #     HOSTS="node1 node2" RANKS=8 IFNAME=eth0 examples/launch/openmpi.sh tp_size=8
 #
-# RANKS is of each node. IFNAME is the network interface between the nodes, of the same name on all.
-# `deepspeed --hostfile FILE --launcher openmpi` starts the same mpirun, and wants
+# RANKS is per node. IFNAME is the network interface between the nodes, with the same name on all.
+# `deepspeed --hostfile FILE --launcher openmpi` starts the same mpirun, and needs
 # `--launcher_args "--mca btl_tcp_if_include IFNAME"` if the interface is not eth0.
 #
-# Needs: Open MPI on all nodes (apt-get install openmpi-bin); for several nodes, ssh without a
-# password from this node to the others, and this directory and the environment under the same paths.
+# Needs: Open MPI on all nodes (apt-get install openmpi-bin); for several nodes, passwordless ssh
+# from this node to the others, and this directory and the environment under the same paths.
 # Without it: "exec: mpirun: not found"; by `deepspeed`: "RuntimeError: launcher 'openmpi' not
 # installed."
 set -euo pipefail
@@ -31,6 +31,6 @@ for name in DS_ACCELERATOR GLOO_SOCKET_IFNAME MASTER_ADDR MASTER_PORT NCCL_SOCKE
     if [[ -n "${!name:-}" ]]; then options+=(-x "$name"); fi
 done
 
-# Otherwise a rank has one core only, or two.
+# --bind-to none, since mpirun would give each rank only one or two cores.
 exec mpirun -n "$((ranks * ${#hosts[@]}))" --host "${slots#,}" --bind-to none "${options[@]}" \
     python "${SCRIPT:-examples/train_lm.py}" "$@"

@@ -3,11 +3,11 @@
 #
 #     HOSTS="node1 node2" RANKS=8 IFNAME=eth0 examples/launch/pdsh.sh tp_size=8
 #
-# RANKS is of each node. IFNAME is the network interface between the nodes, of the same name on all.
-# The first host has to be an address that all reach; it is where rank 0 listens.
+# RANKS is per node. IFNAME is the network interface between the nodes, with the same name on all.
+# Rank 0 listens on the first host, so all nodes must reach its address.
 #
-# Needs: pdsh on this node (apt-get install pdsh); ssh without a password from this node to all,
-# itself too; and this directory and the environment under the same paths on all.
+# Needs: pdsh on this node (apt-get install pdsh); passwordless ssh from this node to all nodes,
+# including itself; and this directory and the environment under the same paths on all.
 # Without pdsh: "RuntimeError: launcher 'pdsh' not installed."
 # Without ssh: "RuntimeError: Using hostfile at ... but host=node1 was not reachable via ssh."
 set -euo pipefail
@@ -17,9 +17,9 @@ directory=$(mktemp -d)
 trap 'rm -rf "$directory"' EXIT
 printf "%s slots=${RANKS:-2}\n" "${hosts[@]}" >"$directory/hostfile"
 
-# What DeepSpeed sets on the nodes. Of this shell's environment it takes only NCCL_*, PYTHON* and a
-# few more; what `.deepspeed_env` at home, or here, has besides is kept. PATH is for `ninja` and
-# `nvcc`, by which DeepSpeed compiles operators.
+# The environment that DeepSpeed sets on the nodes. From this shell it passes only NCCL_*, PYTHON*
+# and a few more. Keeps the entries of `.deepspeed_env` at home or here. PATH is for `ninja` and
+# `nvcc`, which compile DeepSpeed's operators.
 env_file="$directory/env"
 {
     grep -hs = ~/".deepspeed_env" "${DS_ENV_FILE:-.deepspeed_env}" || true
@@ -34,8 +34,8 @@ env_file="$directory/env"
     done
 } >"$env_file"
 
-# The shells of the nodes read the arguments once more. What has a space, DeepSpeed puts in double
-# quotes.
+# The shells of the nodes parse the arguments again. DeepSpeed puts double quotes around arguments
+# with a space.
 arguments=()
 for argument in "$@"; do
     if [[ "$argument" == *" "* ]]; then
@@ -45,7 +45,7 @@ for argument in "$@"; do
     fi
 done
 
-# --force_multi, so that it is the same with one host.
+# --force_multi, to do the same with one host.
 DS_ENV_FILE="$env_file" deepspeed --hostfile "$directory/hostfile" --force_multi \
     --master_addr "${MASTER_ADDR:-${hosts[0]}}" --master_port "${MASTER_PORT:-29500}" \
     "${SCRIPT:-examples/train_lm.py}" "${arguments[@]}"

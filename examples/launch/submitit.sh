@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# A sweep with a Slurm job for each choice, submitted by Hydra. It waits for the jobs.
+# A sweep with a Slurm job for each run, submitted by Hydra. Waits for the jobs.
 #
 #     NODES=2 RANKS=8 examples/launch/submitit.sh tp_size=8 embedding=sharded,vocab_sharded
 #
-# RANKS is of each node. More of what Slurm is asked for: `hydra.launcher.partition=...`,
-# `hydra.launcher.gpus_per_node=8`, `hydra.launcher.timeout_min=120`, and what else
+# RANKS is per node. More Slurm options: `hydra.launcher.partition=...`,
+# `hydra.launcher.gpus_per_node=8`, `hydra.launcher.timeout_min=120`, and others that
 # `examples/launch/submitit.sh --cfg hydra --package hydra.launcher` shows.
 #
 # Needs: Slurm, and the plugin of Hydra: pip install '.[train,slurm]'; and a directory that all nodes
-# share, in which this is started.
+# share. Start it there.
 # Without the plugin: "hydra/launcher/submitit_slurm is a plugin of Hydra: pip install
 # 'tp-embed[slurm]'"
 # Without Slurm: "RuntimeError: Could not detect "srun", are you indeed on a slurm cluster?"
 set -euo pipefail
 
 script="${SCRIPT:-examples/train_lm.py}"
-# The jobs import the modules that are next to the script, and are not started by it.
+# The jobs import modules next to the script, but do not run it as a script.
 PYTHONPATH="$(cd "$(dirname "$script")" && pwd)${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONPATH
 

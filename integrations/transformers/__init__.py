@@ -1,6 +1,6 @@
 """Hugging Face: transformers, its Trainer, Accelerate and PEFT, with sharded tables.
 
-Names are imported when they are first used, since Accelerate, PEFT and DeepSpeed are optional.
+Imports names on first use, since Accelerate, PEFT and DeepSpeed are optional.
 """
 
 from __future__ import annotations

@@ -16,16 +16,16 @@ from .shard import shard_by_config
 
 
 def prepare(accelerator: Any, *objects: Any, **options: Any) -> Any:
-    """``accelerator.prepare(*objects, **options)`` of an ``Accelerator`` with DeepSpeed, after the
-    tables of the model among them have been sharded as the section ``"tp_embed"`` of the DeepSpeed
-    config says, see :class:`tp_embed.integrations.deepspeed.EmbedConfig`. The optimizer among them
-    gets the new Parameters. The engine has the report as ``tp_embed_report`` and the
+    """Shards the tables of the model in ``objects``, then calls
+    ``accelerator.prepare(*objects, **options)``. The section ``"tp_embed"`` of the DeepSpeed config
+    says how to shard, see :class:`tp_embed.integrations.deepspeed.EmbedConfig`. The optimizer in
+    ``objects`` gets the new Parameters. The engine has the report as ``tp_embed_report`` and the
     watchdog, if the section has one, as ``tp_embed_watchdog``.
 
-    ``accelerator.get_state_dict(engine)`` and ``save_model()`` give the whole model, for which
-    ``stage3_gather_16bit_weights_on_model_save`` is set unless the config says otherwise.
+    Sets ``stage3_gather_16bit_weights_on_model_save`` unless the config does, so that
+    ``accelerator.get_state_dict(engine)`` and ``save_model()`` return the whole model.
 
-    :raises ValueError: the Accelerator does not use DeepSpeed, or there is more than one model.
+    :raises ValueError: the Accelerator does not use DeepSpeed, or there is not exactly one model.
     """
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None:
@@ -39,7 +39,7 @@ def prepare(accelerator: Any, *objects: Any, **options: Any) -> Any:
     optimizers = [found for found in objects if isinstance(found, Optimizer)]
     groups = []
     for dummy in (found for found in objects if isinstance(found, DummyOptim)):
-        dummy.params = list(dummy.params)  # It may be a generator, which can be read once.
+        dummy.params = list(dummy.params)  # A generator could be read only once.
         groups.append(dummy.params)
     report = shard_by_config(
         models[0],

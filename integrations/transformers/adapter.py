@@ -1,4 +1,4 @@
-"""Has `shard_embeddings()` check and adapt models of transformers."""
+"""Makes `shard_embeddings()` check and adapt models of transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from tp_embed.surgery.adapters import ADAPTERS
 
 
 class _TransformersAdapter:
-    """Models of transformers save and resize their tables themselves, and would save one shard."""
+    """Adapts models of transformers, which save and resize tables themselves: they would save one
+    shard."""
 
     def check(self, model: Module, tables: Collection[Module]) -> None:
         if _has_models():
@@ -27,7 +28,8 @@ class _TransformersAdapter:
 
 
 def _has_models() -> bool:
-    """``import transformers`` alone does not load the module of the models, which takes a while."""
+    """Returns whether there may be models; ``import transformers`` alone does not load this slow
+    module."""
     return "transformers.modeling_utils" in sys.modules
 
 

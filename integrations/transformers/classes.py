@@ -1,4 +1,4 @@
-"""Classes for models of transformers and PEFT that know of the shards of their tables."""
+"""Classes for models of transformers and PEFT that know that their tables are sharded."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from .save import SavesShards
 
 
 def adapt(model: Module) -> None:
-    """Gives each model of transformers in ``model`` that has sharded tables a class that is made
-    from its own: its ``save_pretrained()`` writes whole tables, and its
-    ``resize_token_embeddings()`` resizes shards. Models and embeddings of PEFT get the same.
+    """Replaces the class of each model of transformers in ``model`` that has sharded tables by a
+    subclass: its ``save_pretrained()`` writes whole tables, and its ``resize_token_embeddings()``
+    resizes shards. Adapts models and embeddings of PEFT, too.
 
-    :func:`tp_embed.shard_embeddings` calls it. Doing it twice does no harm.
+    :func:`tp_embed.shard_embeddings` calls it. Idempotent.
     """
     for module in list(model.modules()):
         if isinstance(module, PreTrainedModel) and has_shards(module):
             give_class(module, ResizesShards, SavesShards)
     if _has_peft(model):
-        from .lora import adapt_lora  # An optional dependency, which is there.
+        from .lora import adapt_lora  # An optional dependency, installed here.
 
         adapt_lora(model)
 
 
 def check_adapters(model: Module, tables: Collection[Module]) -> None:
-    """Checks that what others have put around ``tables`` of ``model``, or in the place of its
-    ``forward``, works on shards of them."""
+    """Checks that adapters of ``tables``, and a replaced ``forward`` of ``model``, work with
+    sharded tables."""
     check_forward(model, tables)
     if _has_peft(model):
         from . import lora

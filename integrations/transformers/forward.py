@@ -1,4 +1,4 @@
-"""Finds models whose ``forward`` was replaced by one that reads the weight of the output head."""
+"""Finds models whose ``forward`` was replaced by one that reads the output head's weight."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from transformers import PreTrainedModel
 
 from tp_embed.nn.head import OutputHead
 
-# Packages whose fused losses multiply by the weight of the head themselves.
+# Packages whose fused losses multiply by the head's weight themselves.
 _FUSED = frozenset({"cut_cross_entropy", "liger_kernel", "trl", "unsloth", "unsloth_zoo"})
 
 
 def check_forward(model: Module, heads: Collection[Module] = ()) -> None:
-    """Checks the models of transformers in ``model`` whose output head is sharded, or is one of
-    ``heads``, which are to be.
+    """Checks the models of transformers in ``model`` whose output head is sharded, or will be, as
+    one of ``heads``.
 
-    :raises ValueError: the ``forward`` of one was replaced, for the class or for the object, by one
-        that multiplies by the weight of the head, of which each rank has a part.
+    :raises ValueError: the ``forward`` of a model, on its class or on the object, was replaced by
+        one that multiplies by the head's weight, which is only a shard on each rank.
     """
     for module in model.modules():
         if not isinstance(module, PreTrainedModel):
@@ -39,8 +39,8 @@ def check_forward(model: Module, heads: Collection[Module] = ()) -> None:
 
 
 def _replaced_forward(module: Any) -> Any:
-    """The function that ``module`` calls in the place of the ``forward`` that its class was written
-    with, or None."""
+    """Returns the function that replaced the original ``forward`` of the class of ``module``, or
+    None."""
     function = vars(module).get("forward")
     if function is None:
         owner = next(base for base in type(module).__mro__ if "forward" in vars(base))
@@ -64,5 +64,5 @@ def _is_fused(function: Any) -> bool:
 
 
 def _home(function: Any) -> str:
-    """The module that the code is in: `functools.wraps` copies `__module__`."""
+    """Returns the module of the code: `functools.wraps` copies `__module__`."""
     return str(getattr(function, "__globals__", {}).get("__name__", ""))

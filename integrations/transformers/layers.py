@@ -1,4 +1,4 @@
-"""The sharded layers of a model, and what they are shards of."""
+"""The sharded layers of a model, and their whole tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tp_embed.parameter.sharded import local
 
 
 def sharded_layers(model: Module) -> Iterator[tuple[str, ShardedLayer]]:
-    """The sharded embeddings and heads of ``model``, each with the name of its weight."""
+    """Yields the sharded embeddings and heads of ``model`` with the names of their weights."""
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ShardedLayer):
             yield f"{name}.weight" if name else "weight", module
@@ -25,13 +25,13 @@ def has_shards(model: Module) -> bool:
 
 
 def table_shape(layer: ShardedLayer) -> tuple[int, int]:
-    """The sizes of the whole table: V, E."""
+    """Returns the shape of the whole table, (V, E)."""
     shape = list(getattr(layer.weight, "ds_shape", layer.weight.shape))  # At ZeRO 3.
     shape[layer.shard_dim] = layer.partition.size
     return shape[0], shape[1]
 
 
 def gather_into(output: Tensor, layer: ShardedLayer) -> None:
-    """Puts the whole table into ``output``, on any device. All ranks of the gang call it; where
-    ``output`` is on meta, the rank only takes part."""
+    """Gathers the whole table into ``output``, on any device. All ranks of the gang call it; a rank
+    whose ``output`` is on meta only takes part."""
     gather_table(output, local(layer.weight), layer.shard_dim, layer.gang, layer.partition)

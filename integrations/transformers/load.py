@@ -25,7 +25,7 @@ from tp_embed.surgery.shard import shard_embeddings
 
 from .layers import sharded_layers, table_shape
 
-# How much of a file is in memory at a time.
+# The size of the part of a file in memory at a time.
 _CHUNK_BYTES = 16 << 20
 
 
@@ -37,21 +37,21 @@ def from_pretrained(
     sharding: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """``model_class.from_pretrained(name_or_path, *args, **options)`` followed by
-    :func:`tp_embed.shard_embeddings`, but each rank reads no more of the tables than its shards,
-    and holds those, the rest of the model, and 16 MiB for each of the threads that read.
+    """Does what ``model_class.from_pretrained(name_or_path, *args, **options)`` followed by
+    :func:`tp_embed.shard_embeddings` does, but each rank reads only its shards of the tables. A
+    rank holds these, the rest of the model, and 16 MiB per reading thread.
 
-    The model is built on meta, its tables are sharded there, and transformers fills it as it fills
-    those with a tensor-parallel plan: keys, dtypes and ties are its business. All ranks call it.
+    Builds the model on meta and shards its tables there. Then transformers loads it like a model
+    with a tensor-parallel plan, and handles keys, dtypes and ties. All ranks must call it.
 
     :param model_class: a model of transformers, or one of its ``Auto`` classes.
     :param gang: the tensor-parallel gang, such as ``DeepSpeedGang.from_groups(tp_size=8)``.
     :param sharding: options of :func:`tp_embed.shard_embeddings`.
-    :param options: those of ``from_pretrained()``.
-    :raises ValueError: the checkpoint is not of safetensors or lacks a table, an option has
-        transformers cut or quantize the model itself, or a config with ZeRO 3 is active, with which
-        it would build every rank's model in parts.
-    :raises GangError: another rank has failed, such as one that has not found the checkpoint.
+    :param options: options of ``from_pretrained()``.
+    :raises ValueError: the checkpoint is not in safetensors or lacks a table; an option makes
+        transformers cut or quantize the model itself; or a config with ZeRO 3 is active, which
+        would make transformers partition the model while building it.
+    :raises GangError: another rank has failed, for example because it did not find the checkpoint.
     """
     meeting = _Meeting(gang)
     try:
@@ -67,8 +67,8 @@ def from_pretrained(
 
 
 class _Meeting:
-    """Where the ranks wait for each other, before the tables are sharded and when they are loaded:
-    one that has not found the checkpoint on its node would leave the others in a collective."""
+    """Makes ranks wait for each other before sharding and after loading: a rank that did not find
+    the checkpoint on its node would leave the others in a collective."""
 
     def __init__(self, gang: Gang) -> None:
         self._gang = gang
@@ -76,8 +76,8 @@ class _Meeting:
 
     def hold(self, error: str | None = None) -> None:
         """
-        :raises ValueError: this rank comes with an ``error``.
-        :raises GangError: another one does.
+        :raises ValueError: this rank passed an ``error``.
+        :raises GangError: another rank did.
         """
 
         def fail() -> None:
@@ -102,9 +102,7 @@ def _check_options(options: dict[str, Any], sharding: dict[str, Any]) -> None:
                 f"but is {options[name]!r}."
             )
     if "init_fn" in sharding:
-        raise ValueError(
-            "`sharding` must not have an `init_fn`: tables are those of the checkpoint."
-        )
+        raise ValueError("`sharding` must not have an `init_fn`: tables come from the checkpoint.")
     if is_deepspeed_zero3_enabled():
         raise ValueError(
             "`from_pretrained` must be called before a DeepSpeed config with ZeRO 3 becomes active "
@@ -114,7 +112,7 @@ def _check_options(options: dict[str, Any], sharding: dict[str, Any]) -> None:
 
 
 def _model_class(model_class: Any, name_or_path: str, options: dict[str, Any]) -> Any:
-    """What an ``Auto`` class would take."""
+    """Returns the class of the model, resolving ``Auto`` classes."""
     if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
         return model_class
     if options.get("config") is None:
@@ -133,7 +131,7 @@ def _model_class(model_class: Any, name_or_path: str, options: dict[str, Any]) -
 
 
 def _loading(base: Any, gang: Gang, sharding: dict[str, Any], meeting: _Meeting) -> Any:
-    """``base`` with tables that are sharded before they are loaded."""
+    """Returns a subclass of ``base`` that shards tables before loading them."""
 
     def load(model: Any, state_dict: Any, files: list[str] | None, *args: Any, **more: Any) -> Any:
         if (
@@ -142,12 +140,12 @@ def _loading(base: Any, gang: Gang, sharding: dict[str, Any], meeting: _Meeting)
             or not all(f.endswith(".safetensors") for f in files)
         ):
             raise ValueError(
-                f"The checkpoint must be of safetensors, of which slices can be read, but is of "
+                f"The checkpoint must be in safetensors, which can be read in slices, but has "
                 f"{files}. Convert it: `tp-embed convert SOURCE OUTPUT --to hf`."
             )
         meeting.hold()
         model.__class__ = base
-        model.tie_weights(recompute_mapping=False)  # As it is going to be, so are tables sharded.
+        model.tie_weights(recompute_mapping=False)  # Sharding depends on ties.
         shard_embeddings(model, gang, **sharding)
         meeting.is_next = True
         _as_dtensors(model)
@@ -171,7 +169,7 @@ def _loading(base: Any, gang: Gang, sharding: dict[str, Any], meeting: _Meeting)
 
 
 def _as_dtensors(model: Any) -> None:
-    """Shows transformers the tables as what it reads slices for."""
+    """Replaces weights of tables by DTensors, which transformers reads slices for."""
     shown: dict[Tensor, Parameter] = {}
     for _, layer in sharded_layers(model):
         if layer.gang.size > 1 and layer.weight not in shown:
@@ -206,7 +204,7 @@ def _replace(model: Any, new: dict[Tensor, Parameter]) -> None:
 
 
 def _check_found(model: Any, missing: set[str]) -> None:
-    """A tied table is there if one of its names is."""
+    """Checks that the checkpoint had each table, by one of its names if tied."""
     found = {layer.weight for key, layer in sharded_layers(model) if key not in missing}
     lacking = [key for key, layer in sharded_layers(model) if layer.weight not in found]
     if lacking:
@@ -222,8 +220,8 @@ def _keys(file: str) -> list[str]:
 
 
 class _Slices:
-    """A tensor in a safetensors file, of which slices are read. The file is mapped anew for each
-    chunk of rows, so that what was read of it can leave the memory."""
+    """Reads slices of a tensor in a safetensors file. Maps the file again for each chunk of rows,
+    so that pages already read can leave memory."""
 
     def __init__(self, file: str, key: str) -> None:
         self._open = partial(safe_open, file, framework="pt")
@@ -248,7 +246,7 @@ class _Slices:
         rest = [slice(first, last) for first, last, _ in parts[1:]]
         empty = self._read(slice(0, 0), *rest)
         output = empty.new_empty((stop - start, *empty.shape[1:]))
-        # As much of the file as is mapped for a row, of all columns.
+        # Mapped for a row: the bytes of all columns.
         row_bytes = max(1, output.itemsize * math.prod(shape[1:]))
         step = max(1, _CHUNK_BYTES // row_bytes)
         for row in range(start, stop if output.numel() else start, step):

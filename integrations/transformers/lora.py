@@ -23,19 +23,18 @@ from .save import SavesShards
 
 
 def get_peft_model(model: Module, peft_config: peft.PeftConfig, *args: Any, **options: Any) -> Any:
-    """:func:`peft.get_peft_model` for a model with sharded tables: LoRA may name them among its
-    ``target_modules`` or ``modules_to_save``, and ``save_pretrained()`` of what it returns writes
-    an adapter that plain PEFT loads.
+    """:func:`peft.get_peft_model` for a model with sharded tables. LoRA may name them in
+    ``target_modules`` or ``modules_to_save``, and ``save_pretrained()`` of the result writes an
+    adapter that plain PEFT loads.
 
-    Without either, :func:`peft.get_peft_model` itself does as well. A model of PEFT of which the
-    tables are sharded later, by :func:`tp_embed.shard_embeddings`, needs neither.
+    :func:`peft.get_peft_model` itself works if neither names a sharded table, or if
+    :func:`tp_embed.shard_embeddings` shards the tables later.
 
-    Prompt tuning and p-tuning read the table by calling it, and need it from the beginning: of a
-    table that is sharded over the vocabulary, plain PEFT does not find it.
+    Prompt tuning and p-tuning need this function, since plain PEFT does not find a table that is
+    sharded over the vocabulary.
 
-    :raises ValueError: PEFT is asked for something that needs the whole table, such as DoRA,
-        ``trainable_token_indices`` of it, ``ensure_weight_tying`` for a copy of it, or for an
-        adapter of a sharded output head.
+    :raises ValueError: PEFT needs the whole table, as for DoRA, ``trainable_token_indices``,
+        ``ensure_weight_tying`` for a copy of it, or an adapter of a sharded output head.
     """
     _check_tables(model, peft_config)
     if isinstance(peft_config, peft.LoraConfig):
@@ -61,7 +60,7 @@ def _check_tables(model: Module, config: peft.PeftConfig) -> None:
     if isinstance(named, str):
         named = [named]
     if has_tokens and not (named and isinstance(next(iter(named)), str)):
-        # Ids alone are those of the input embedding.
+        # Plain ids refer to the input embedding.
         table: Any = model.get_input_embeddings()  # type: ignore[operator]
         named = [name for name, layer in layers.items() if layer is table]
     for name in _matching(layers, named or []):
@@ -74,14 +73,14 @@ def _check_tables(model: Module, config: peft.PeftConfig) -> None:
 
 
 def _matching(layers: Mapping[str, ShardedLayer], patterns: Iterable[str]) -> list[str]:
-    """Names that PEFT takes for one of ``patterns``: those that end with it."""
+    """Returns the names that PEFT matches with ``patterns``: by their last parts."""
     return [n for n in layers for p in patterns if n == p or n.endswith(f".{p}")]
 
 
 @contextmanager
 def _showing_sizes(model: Module) -> Iterator[None]:
-    """Lets PEFT find the table of the input by its number of rows. It looks at that which ZeRO 3
-    notes on a Parameter, too."""
+    """Makes PEFT find the input table by its number of rows, which PEFT also takes from ZeRO 3's
+    ``ds_shape``."""
     shown: dict[Any, tuple[int, int]] = {}
     for _, layer in sharded_layers(model):
         if not hasattr(layer.weight, "ds_shape"):
@@ -96,7 +95,7 @@ def _showing_sizes(model: Module) -> Iterator[None]:
 
 
 def adapt_lora(model: Module) -> None:
-    """Makes what PEFT has put around sharded tables know of it. Doing it twice does no harm."""
+    """Adapts the PEFT layers and models around sharded tables. Idempotent."""
     modules: list[Any] = list(model.modules())
     for module in modules:
         if isinstance(module, lora.LoraLayer) and isinstance(module.get_base_layer(), ShardedLayer):
@@ -107,8 +106,8 @@ def adapt_lora(model: Module) -> None:
 
 def check_adapters(model: Module, tables: Collection[Module]) -> None:
     """
-    :raises ValueError: an adapter of PEFT on one of the ``tables``, which are about to be sharded,
-        would not fit its shard.
+    :raises ValueError: a PEFT adapter on one of ``tables``, which will be sharded, would not fit
+        its shard.
     """
     for module in model.modules():
         if isinstance(module, TrainableTokensLayer) and module.get_base_layer() in tables:
@@ -121,8 +120,8 @@ def check_adapters(model: Module, tables: Collection[Module]) -> None:
 
 
 class LoraOfShards(lora.Embedding):
-    """LoRA of a sharded embedding. A and B are whole on every rank, r (V + E) items, and get the
-    same gradients there; what it adds is that of LoRA of the whole table."""
+    """LoRA of a sharded embedding, equal to LoRA of the whole table. A and B are whole on every
+    rank, r (V + E) items, and get the same gradients there."""
 
     def _get_in_out_features(self, module: Module) -> tuple[int, int]:
         assert isinstance(module, ShardedLayer)
@@ -143,7 +142,7 @@ class LoraOfShards(lora.Embedding):
         return torch.tensor(scale)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What merging adds to this rank's block."""
+        """Returns the update that merging adds to this rank's block."""
         base: Any = self.get_base_layer()
         rows, columns = base.rows, base.columns
         whole = super().get_delta_weight(adapter)
@@ -152,7 +151,7 @@ class LoraOfShards(lora.Embedding):
 
 def _check(config: peft.LoraConfig) -> None:
     """
-    :raises ValueError: a variant of LoRA would look at a shard as if it were the table.
+    :raises ValueError: a variant of LoRA would treat a shard as the whole table.
     """
     if config.use_dora or config.init_lora_weights not in (True, False, "gaussian"):
         what = "use_dora" if config.use_dora else "init_lora_weights"
@@ -161,23 +160,23 @@ def _check(config: peft.LoraConfig) -> None:
 
 def _refuse_option(name: str, value: object) -> None:
     raise ValueError(
-        f"`{name}` must be left as it is for LoRA of sharded tables, which it would have to see "
-        f"whole, but is {value!r}. Take the tables out of `target_modules`, or leave them whole: "
+        f"`{name}` must be left as it is for LoRA of sharded tables, since it needs whole ones, "
+        f"but is {value!r}. Take the tables out of `target_modules`, or leave them whole: "
         "`rules={NAME: 'none'}`."
     )
 
 
 def _refuse_tokens(table: str) -> None:
     raise ValueError(
-        f"`trainable_token_indices` must name tables that are whole, but name {table}, of which "
-        "each rank has a part: PEFT puts the new rows into the whole weight. Name it in "
+        f"`trainable_token_indices` must name tables that are whole, but name {table}, which is "
+        "split over ranks: PEFT writes the new rows into the whole weight. Name it in "
         "`modules_to_save` to train all of its rows, or leave it whole: `rules={NAME: 'none'}`."
     )
 
 
 def _refuse_head(head: Module, *args: Any, **options: Any) -> Module:
     raise ValueError(
-        "`target_modules` must not name an output head that is sharded, of which each rank has "
+        "`target_modules` must not name an output head that is sharded, since each rank has only "
         "some classes. Name it in `modules_to_save`, or leave it whole: `shard_head=False`, or "
-        "`tie_head=False` where it is tied."
+        "`tie_head=False` if it is tied."
     )

@@ -1,4 +1,4 @@
-"""The loss of a causal language model, from the logits of each rank."""
+"""The loss of a causal language model from rank-local logits."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tp_embed.nn.loss import cross_entropy
 
 
 def shard_logits(model: Any) -> None:
-    """Lets ``model`` compute its loss from the logits of each rank, where it is given labels: N
-    ceil(V/P) of them are held in the place of N V, and three fp32 numbers for each token are
-    all-reduced in the place of an all-gather of logits.
+    """Makes ``model`` compute its loss from rank-local logits when it gets labels. Holds N
+    ceil(V/P) logits instead of N V, and all-reduces three fp32 numbers per token instead of
+    all-gathering logits.
 
-    Then ``outputs.logits`` are those of this rank's classes. Where there are no labels, as in
-    ``model.generate()``, all logits are put together as before.
+    With labels, ``outputs.logits`` are the logits of this rank's classes. Without labels, as in
+    ``model.generate()``, logits are gathered as before.
 
-    :param model: a causal language model, such as ``LlamaForCausalLM``, of which the output head is
-        sharded over the vocabulary. Its ``forward`` must not look at logits by their class between
-        head and loss (Chameleon does); what it does to all alike, such as soft-capping, is right.
-    :raises ValueError: the head is not sharded so, or the model has another loss than that of
-        causal language models, or one that cannot be replaced (T5).
+    :param model: a causal language model, such as ``LlamaForCausalLM``, whose output head is
+        sharded over the vocabulary. Between head and loss, its ``forward`` may treat all logits
+        alike, as soft-capping does, but must not select logits by class, as Chameleon does.
+    :raises ValueError: the head is not sharded over the vocabulary, the model does not use the loss
+        of causal language models, or its loss cannot be replaced (T5).
     """
     head = model.get_output_embeddings()
     if not isinstance(head, OutputHead) or head.shard_dim != 0:
@@ -41,7 +41,7 @@ def shard_logits(model: Any) -> None:
 
 def check_loss(model: Any) -> None:
     """
-    :raises ValueError: the loss of ``model`` is not one that :func:`shard_logits` can compute.
+    :raises ValueError: :func:`shard_logits` cannot compute the loss of ``model``.
     """
     name = type(model).__name__
     if "loss_function" not in inspect.unwrap(type(model).forward).__code__.co_names:
@@ -72,7 +72,7 @@ def _after_forward(model: Any, args: tuple[Any, ...], output: object) -> None:
 
 
 class _CausalLMLoss:
-    """``ForCausalLMLoss`` of transformers, of rank-local logits."""
+    """``ForCausalLMLoss`` of transformers for rank-local logits."""
 
     def __init__(self, head: OutputHead) -> None:
         self._head = head
@@ -88,8 +88,8 @@ class _CausalLMLoss:
         **kwargs: Any,
     ) -> Tensor:
         if shift_labels is None:
-            assert labels is not None  # Or this would not be called.
-            # Token n is to predict token n + 1, and the last one nothing.
+            assert labels is not None  # Only called with labels.
+            # Token n predicts token n + 1, and the last one predicts nothing.
             shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         loss = cross_entropy(
             logits.flatten(0, -2),

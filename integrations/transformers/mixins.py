@@ -1,4 +1,4 @@
-"""Gives objects a class that is made from their own."""
+"""Replaces the class of objects by a subclass with mixins."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def give_class(module: Any, *mixins: type) -> None:
-    """Makes ``module`` an instance of a class of the name of its own with ``mixins`` before it."""
+    """Replaces the class of ``module`` by a subclass of the same name with ``mixins`` first."""
     if not isinstance(module, mixins):
         base: Any = type(module)
         module.__class__ = _class_with(base, mixins)
@@ -15,7 +15,7 @@ def give_class(module: Any, *mixins: type) -> None:
 
 @cache
 def _class_with(base: type, mixins: tuple[type, ...]) -> type:
-    # Much of transformers goes by the name of a class: its losses, its plans, `config.json`.
+    # transformers looks up losses, plans and `config.json` by the name of a class.
     attributes = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -27,7 +27,7 @@ def _class_with(base: type, mixins: tuple[type, ...]) -> type:
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    # pickle looks classes up by their names, and would find the one that this was made from.
+    # pickle looks up classes by name, and would find the base.
     base, mixins = type(self)._tp_embed_base
     _, _, *state = super(type(self), self).__reduce_ex__(protocol)
     return (_new, (base, mixins), *state)

@@ -19,15 +19,15 @@ from tp_embed.partition import Partition
 
 from .layers import sharded_layers, table_shape
 
-# How much of a table is gathered at a time.
+# The size of the part of a table to gather at a time.
 _CHUNK_BYTES = 16 << 20
 
-# What transformers multiplies the covariance of the old rows with.
+# The factor of the old rows' covariance in transformers.
 _EPSILON = 1e-9
 
 
 class ResizesShards:
-    """Comes before the class of a model of transformers."""
+    """A mixin for models of transformers; goes before their class."""
 
     def resize_token_embeddings(
         self: Any,
@@ -35,13 +35,13 @@ class ResizesShards:
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> Any:
-        """As that of transformers, on the shards: all ranks call it. Rows that stay are the same to
-        the last bit; rows over the vocabulary move to where they now belong, and no rank holds
-        more of a table than its old and new shard, the new rows, and 16 MiB; ``mean_resizing``
-        takes some E x E fp32 items on top. New rows have the same distribution, drawn by rank 0 of
-        the gang. The Parameters are new ones: resize before an optimizer is made.
+        """Resizes shards as transformers resizes tables. All ranks must call it. Keeps old rows bit
+        for bit. With a table sharded over the vocabulary, moves rows to their new ranks. A rank
+        holds its old and new shard, the new rows, and 16 MiB; ``mean_resizing`` takes some E x E
+        fp32 items on top. Rank 0 of the gang draws new rows from the same distribution as
+        transformers. Replaces the Parameters: resize before you build an optimizer.
 
-        :raises ValueError: DeepSpeed has made an engine of the model.
+        :raises ValueError: the model already has a DeepSpeed engine.
         """
         table = self.get_input_embeddings()
         if not isinstance(table, ShardedLayer):
@@ -69,7 +69,7 @@ class ResizesShards:
                 "`shard_embeddings()` with `train_rows`."
             )
         super().resize_token_embeddings(new_num_tokens, None, mean_resizing)  # type: ignore[misc]
-        # It has read them off a shard.
+        # The base class has read the size of a shard.
         self.config.get_text_config().vocab_size = self.vocab_size = new_num_tokens
         return table
 
@@ -106,14 +106,14 @@ class ResizesShards:
         return layer
 
     def _adjust_bias(self: Any, output_embeddings: Any, input_embeddings: Any) -> None:
-        """Pads the bias of a head to the table that it is tied to. That of ours fits it already."""
+        """Pads a head's bias to the rows of its table. The bias of our heads already fits."""
         if not isinstance(output_embeddings, OutputHead):
             super()._adjust_bias(output_embeddings, input_embeddings)  # type: ignore[misc]
 
 
 @torch.no_grad()
 def resize_table(model: Any, layer: ShardedLayer, num_rows: int, mean_resizing: bool) -> None:
-    """Gives the table of ``layer``, and all that is tied to it in ``model``, so many rows."""
+    """Resizes the table of ``layer``, and all layers of ``model`` tied to it, to ``num_rows``."""
     old_weight, old_size = layer.weight, table_shape(layer)[0]
     new = _new_rows(model, layer, max(0, num_rows - old_size), mean_resizing)
     weight = Parameter(_resize_block(layer, num_rows, new), old_weight.requires_grad)
@@ -134,7 +134,7 @@ def resize_table(model: Any, layer: ShardedLayer, num_rows: int, mean_resizing: 
 
 
 def _resize_block(layer: ShardedLayer, num_rows: int, new: Tensor) -> Tensor:
-    """This rank's block of the table with ``num_rows`` rows, of which the last are ``new``."""
+    """Returns this rank's block of the table with ``num_rows`` rows; the last are ``new``."""
     gang, old, block = layer.gang, layer.partition, local(layer.weight)
     if layer.shard_dim == 1:
         own = old.shard(gang.rank)
@@ -146,12 +146,12 @@ def _resize_block(layer: ShardedLayer, num_rows: int, new: Tensor) -> Tensor:
 
 
 def _move_rows(block: Tensor, old: Partition, new: Partition, gang: Gang) -> Tensor:
-    """The rows of this rank's new block that were there before, by one all-to-all."""
+    """Returns the old rows of this rank's new block, by one all-to-all."""
     ranks = range(gang.size)
     sizes = [_overlap(old.shard(gang.rank), new.shard(rank)) for rank in ranks]
     received = [_overlap(old.shard(rank), new.shard(gang.rank)) for rank in ranks]
     output = block.new_empty((sum(received), block.shape[1]), device=gang.device)
-    # The rows that are dropped are the last ones.
+    # Dropped rows are the last ones.
     kept = block[: sum(sizes)].to(gang.device).contiguous()
     if gang.size == 1:
         return kept.to(block.device)
@@ -164,12 +164,12 @@ def _overlap(a: range, b: range) -> int:
 
 
 def _new_rows(model: Any, layer: ShardedLayer, count: int, mean_resizing: bool) -> Tensor:
-    """*Shape:* :math:`(count,E)`, the same on every rank of the gang."""
+    """Draws new rows, the same on every rank of the gang. *Shape:* :math:`(count,E)`."""
     weight, gang, dim = layer.weight, layer.gang, table_shape(layer)[1]
     if not count or weight.is_meta:
         return weight.new_empty((count, dim))
     factory: Any = {"device": weight.device, "dtype": weight.dtype}
-    # Every rank draws, so that generators that are alike stay so.
+    # Every rank draws, so that equal generators stay equal.
     if mean_resizing:
         rows = _like_the_old(layer, count).to(**factory)
     elif isinstance(layer, OutputHead):
@@ -187,8 +187,8 @@ def _new_rows(model: Any, layer: ShardedLayer, count: int, mean_resizing: bool) 
 
 
 def _like_the_old(layer: ShardedLayer, count: int) -> Tensor:
-    """Rows of the mean of the old ones, with a little of their covariance: Hewitt, "Initializing
-    new word embeddings for pretrained language models" (2021)."""
+    """Draws rows around the mean of the old rows, with a small part of their covariance: Hewitt,
+    "Initializing new word embeddings for pretrained language models" (2021)."""
     mean, covariance = _moments(layer)
     if constraints.positive_definite.check(_EPSILON * covariance).all():
         return MultivariateNormal(mean, covariance_matrix=_EPSILON * covariance).sample((count,))
@@ -196,7 +196,8 @@ def _like_the_old(layer: ShardedLayer, count: int) -> Tensor:
 
 
 def _moments(layer: ShardedLayer) -> tuple[Tensor, Tensor]:
-    """The mean and the covariance of the rows, in fp32. *Shapes:* :math:`(E)`, :math:`(E,E)`."""
+    """Returns the mean and covariance of the rows, in fp32. *Shapes:* :math:`(E)`,
+    :math:`(E,E)`."""
     block, gang = local(layer.weight), layer.gang
     size, dim = table_shape(layer)
     by_rows = layer.shard_dim == 0
@@ -222,7 +223,7 @@ def _moments(layer: ShardedLayer) -> tuple[Tensor, Tensor]:
 
 
 def _resize_bias(head: OutputHead, bias: Parameter, num_rows: int) -> None:
-    """New items have the mean of the old ones: transformers adds less than fp32 can show."""
+    """Gives new items the mean of the old ones: transformers adds less than fp32 resolves."""
     added = max(0, num_rows - len(bias))
     items = bias.detach().float().mean().to(bias.dtype).repeat(added)
     head.bias = Parameter(torch.cat([bias.detach()[:num_rows], items]), bias.requires_grad)

@@ -20,12 +20,12 @@ from tp_embed.gang.agreement import raise_together
 
 from .layers import gather_into, sharded_layers, table_shape
 
-# What `state_dict` is where it is left out.
+# The default of `state_dict`: gather the model's own.
 _OWN: Any = object()
 
 
 class SavesShards:
-    """Comes before the class of a model of transformers or of PEFT."""
+    """A mixin for models of transformers and PEFT; goes before their class."""
 
     def save_pretrained(
         self: Any,
@@ -34,20 +34,20 @@ class SavesShards:
         state_dict: dict[str, Any] | None = _OWN,
         **options: Any,
     ) -> Any:
-        """As that of the class, with whole tables: all ranks call it, and global rank 0 writes.
+        """Saves the model with whole tables. All ranks must call it; global rank 0 writes.
 
-        It gathers tables into a file beside those that it writes, 16 MiB at a time, and maps that
-        into its memory; so it needs none for whole tables, and the room on disk twice.
+        Gathers tables into a file next to the output, 16 MiB at a time, and maps it. So whole
+        tables take no memory, but twice their size on disk.
 
-        :param state_dict: what to write, with whole tables; then no rank gathers, and ``None`` is
-            for ranks that do not write, as from ``accelerator.get_state_dict(engine)``.
-        :raises ValueError: a table in ``state_dict`` is a shard, or it is left out and DeepSpeed
-            has cut other layers too, or is ``None`` on the rank that writes; or that rank cannot
-            write to ``save_directory``.
-        :raises GangError: it cannot, on the other ranks of its gang.
+        :param state_dict: a state dict with whole tables, which is written without gathering.
+            ``None`` on ranks that do not write, as from ``accelerator.get_state_dict(engine)``.
+        :raises ValueError: a table in ``state_dict`` is a shard; ``state_dict`` is ``None`` on the
+            rank that writes; it is left out but DeepSpeed has cut other layers too; or the rank
+            that writes cannot write to ``save_directory``.
+        :raises GangError: on the other ranks of its gang, if that rank cannot write.
         """
         save = super().save_pretrained  # type: ignore[misc]
-        # What is given by position; `save_directory` is the first.
+        # Positional arguments; `save_directory` is the first.
         options |= dict(zip([*signature(save).parameters][1:], args, strict=False))
         state_dict = options.pop("state_dict", state_dict)
         if not _is_writer():
@@ -69,8 +69,9 @@ class SavesShards:
 
 
 def whole_state_dict(model: Module, directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The state dict of ``model`` with whole tables on global rank 0, in files under ``directory``
-    that are gone with the tensors; on other ranks they are on meta. All ranks of the gangs call it.
+    """Returns the state dict of ``model`` with whole tables on global rank 0, and tables on meta
+    elsewhere. The tables are in files under ``directory`` that vanish with the tensors. All ranks
+    of the gangs call it.
     """
     state = dict(model.state_dict())
     gathered: dict[Tensor, Tensor] = {}
@@ -89,26 +90,26 @@ def whole_state_dict(model: Module, directory: str | os.PathLike[str]) -> dict[s
 
 
 def _place(directory: str | os.PathLike[str], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Where a whole table goes."""
+    """Allocates a whole table: in a file on the rank that writes, on meta elsewhere."""
     if not _is_writer():
         return torch.empty(shape, dtype=dtype, device="meta")
     size = math.prod(shape)
     try:
         os.makedirs(directory, exist_ok=True)
         with NamedTemporaryFile(dir=directory, prefix=".table-") as file:
-            # On a full disk, to write to a mapped file would be the end of the process.
+            # On a full disk, writing to a mapped file would kill the process.
             os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
             mapped: Tensor = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
     except OSError as e:
         raise ValueError(
-            "`save_directory` must be a directory on global rank 0, with twice the room of the "
-            f"tables, but there is an error: {e}"
+            "`save_directory` must be a directory on global rank 0, with space for the tables "
+            f"twice, but there is an error: {e}"
         ) from e
     return mapped.view(shape)
 
 
 def _is_writer() -> bool:
-    """Whether this is the rank on which transformers writes."""
+    """Returns whether this is the rank where transformers writes."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
@@ -122,14 +123,14 @@ def _check_whole(model: Module, state: Mapping[str, Any]) -> None:
         if key in state and found != shape:
             raise ValueError(
                 f"`state_dict` must hold `{key}` whole, with the shape {shape}, but has {found}. "
-                "Leave `state_dict` out, on all ranks, or take that of "
+                "Leave `state_dict` out, on all ranks, or pass "
                 "`accelerator.get_state_dict(engine)`, or call "
                 "`tp_embed.integrations.deepspeed.export(engine, directory)`."
             )
 
 
 def _check_gatherable(model: Module) -> None:
-    """Checks that nothing but our layers is cut, which only an engine can put together."""
+    """Checks that no layers but ours are cut: only an engine can gather others."""
     ours = {layer.weight for _, layer in sharded_layers(model)}
     for name, parameter in model.named_parameters():
         is_cut = getattr(parameter, "tensor_model_parallel", False) and parameter not in ours

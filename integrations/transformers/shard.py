@@ -1,4 +1,4 @@
-"""Shards the tables of a model as a DeepSpeed config says, before others build its engine."""
+"""Shards the tables of a model by a DeepSpeed config, before another library builds its engine."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ def shard_by_config(
     optimizer: Optimizer | None = None,
     parameters: Groups | None = None,
 ) -> ShardingReport:
-    """Shards the tables of ``model`` as the section ``"tp_embed"`` of ``config`` says, and has
-    engines of ``config`` give whole models, which is a matter of its ``zero_optimization``.
+    """Shards the tables of ``model`` by the section ``"tp_embed"`` of ``config``, and sets its
+    ``zero_optimization`` so that engines save whole models.
 
-    All ranks call it; it checks what :func:`tp_embed.integrations.deepspeed.initialize` checks.
+    All ranks must call it. Runs the checks of
+    :func:`tp_embed.integrations.deepspeed.initialize`.
     """
     deepspeed.init_distributed()
     ds_config, section = read_section(config)
@@ -48,7 +49,7 @@ def shard_by_config(
 
 def check_lora(model: Module, ds_config: dict[str, Any]) -> None:
     """
-    :raises ValueError: AutoTP, which does not know LoRA, would cut layers with adapters.
+    :raises ValueError: AutoTP would cut layers with LoRA adapters, which it does not support.
     """
     adapted = [
         f"{name}.{parameter}"
@@ -63,8 +64,8 @@ def check_lora(model: Module, ds_config: dict[str, Any]) -> None:
         is_left = spec is None or spec.partition_type == PartitionType.SKIP
         if partition is None or partition.use_default_specs or not is_left:
             raise ValueError(
-                "`tensor_parallel.partition_config` must name, without the default specs, what "
-                f"AutoTP is to cut, and nothing that has adapters of LoRA, but AutoTP would cut "
+                "`tensor_parallel.partition_config` must name, without the default specs, the "
+                f"layers for AutoTP to cut, and none with adapters of LoRA, but AutoTP would cut "
                 f"`{name}`, and the adapter would not fit it. Name layers without adapters: "
                 '`{"use_default_specs": false, "layer_specs": [...]}`.'
             )

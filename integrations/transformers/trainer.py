@@ -20,18 +20,18 @@ logger = logging.get_logger(__name__)
 
 
 class ShardTables(TrainerCallback):
-    """Shards the tables of the model of a ``Trainer`` that uses DeepSpeed::
+    """Shards the tables of a ``Trainer``'s model; requires DeepSpeed::
 
         trainer = Trainer(model, args, ..., callbacks=[ShardTables()])
 
-    It does so at the end of the Trainer's constructor, as the section ``"tp_embed"`` of the
-    DeepSpeed config says, see :class:`tp_embed.integrations.deepspeed.EmbedConfig`. From then on
-    training, evaluation, resuming and the best model work as without it, and ``save_model()`` and
-    checkpoints hold the whole model, for which ``stage3_gather_16bit_weights_on_model_save`` is set
-    unless the config says otherwise. A model whose tables are sharded already is left as it is.
+    Runs at the end of the Trainer's constructor. The section ``"tp_embed"`` of the DeepSpeed config
+    says how to shard, see :class:`tp_embed.integrations.deepspeed.EmbedConfig`. Training,
+    evaluation, resuming and loading the best model work as without it. Sets
+    ``stage3_gather_16bit_weights_on_model_save`` unless the config does, so that ``save_model()``
+    and checkpoints hold the whole model. Keeps tables that are sharded already.
 
-    ``report`` says what was sharded; ``watchdog`` is that of the section, if it has one, from the
-    beginning of the training on.
+    ``report`` lists the sharded tables; ``watchdog`` is the section's watchdog, if it has one, and
+    starts with training.
     """
 
     report: ShardingReport
@@ -41,20 +41,20 @@ class ShardTables(TrainerCallback):
         config = getattr(args, "hf_deepspeed_config", None)
         if config is None:
             raise ValueError(
-                "`args.deepspeed` must be a DeepSpeed config, of which `ShardTables` reads what to "
-                "do, but there is none. Pass one, or leave the callback out."
+                "`args.deepspeed` must be a DeepSpeed config, which `ShardTables` reads, but is "
+                "missing. Pass one, or leave the callback out."
             )
         model = kwargs["model"]
         if model is None:
             raise ValueError(
                 "`model` must be given to the Trainer for `ShardTables`, but is None. A model of "
-                "`model_init` would be built anew after its tables were sharded."
+                "`model_init` would be rebuilt after its tables were sharded."
             )
         self.report = shard_by_config(model, config.config, kwargs.get("optimizer"))
         logger.info(f"tp_embed:\n{self.report}")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Trainers of TRL replace the `forward` after their constructor has called this one's.
+        # TRL's trainers replace the `forward` after calling the constructor of `Trainer`.
         check_forward(kwargs["model"])
         # Accelerate wraps the optimizer of the engine.
         guard_full_values(kwargs["model"], getattr(kwargs["optimizer"], "optimizer", None))
