@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 
 from pool import Pool
 
-# Examples take as long as the ranks need, and the pool serves all examples of a test.
+# Examples take as long as the ranks need, and all examples of a test share the pool.
 settings.register_profile(
     "tp_embed",
     deadline=None,
@@ -34,7 +34,7 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _own_environment() -> Iterator[None]:
-    """What a test's program sets for its process, such as its rank, is not there for others."""
+    """Restores environment variables that a program sets in a test, such as its rank."""
     before = dict(os.environ)
     yield
     os.environ.clear()

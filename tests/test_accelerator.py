@@ -1,7 +1,7 @@
-"""Nothing waits for an accelerator where rows are not counted, so that a graph of it can be made.
+"""Nothing waits for an accelerator unless rows are counted, so graphs can be captured.
 
-On ``meta``, which every machine has, whatever would need a value raises. With a GPU, CUDA says
-where the host waited.
+On ``meta``, which every machine has, reading a value raises. With a GPU, CUDA reports where the
+host waited.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def build(kind, device, rank=1, size=3, **options):
 
 
 class NothingFromTheHost(TorchFunctionMode):
-    """Refuses what would copy values of the host's pageable memory, which waits."""
+    """Refuses copies of values from the host's pageable memory, which wait."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         assert func not in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor), func
@@ -70,7 +70,7 @@ def no_waiting(device: str) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-# CUDA's kernel for gradients is another one above 3072 ids.
+# CUDA uses another gradient kernel above 3072 ids.
 @pytest.mark.parametrize("shape", [(2, 5), (3, 2048)], ids=str)
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
@@ -78,7 +78,7 @@ def test_nothing_waits(device, kind, options, shape):
     embed = build(kind, device, **options)
     ids = torch.zeros(shape, dtype=torch.int64, device=device)
     layout = BatchLayout.of(ids)  # Without padding.
-    for _ in range(4):  # The check of the ids looks at its answers two calls later.
+    for _ in range(4):  # The check of ids reads its results two calls later.
         with no_waiting(device):
             output = embed(ids, layout)
             output.backward(torch.ones_like(output))
@@ -86,8 +86,8 @@ def test_nothing_waits(device, kind, options, shape):
 
 
 def agree_with_the_cpu(device, kind, options):
-    """With any ids, padding included. A FakeGang, whose collectives repeat what this rank has,
-    shows a difference only where both devices call the same ones."""
+    """With any ids, including padding. A FakeGang's collectives repeat this rank's values, so
+    results compare only if both devices call the same collectives."""
     embed = build(kind, device, **options)
     if kind != "standard" and options.get("dedup", "auto") == "auto":
         options = {**options, "dedup": False}
@@ -100,7 +100,7 @@ def agree_with_the_cpu(device, kind, options):
             output, wanted = embed(ids.to(device), layout), expected(ids, layout)
             assert torch.equal(output.cpu(), wanted)
             if (kind, options.get("output")) == ("vocab", "sequence"):
-                continue  # The CPU finds out which gradients to send to whom, and others do not.
+                continue  # Only the CPU finds out which gradients to send to which rank.
             grad = torch.randn_like(wanted)
             output.backward(grad.to(device))
             wanted.backward(grad)
@@ -178,7 +178,7 @@ if torch.cuda.is_available():
             gang = ProcessGroupGang(None, "cuda")
             x = torch.arange(6.0, device="cuda").view(2, 3)
             output = torch.empty_like(x)
-            for again in range(2):  # The first time NCCL connects, and may wait.
+            for again in range(2):  # NCCL connects the first time, and may wait.
                 with no_waiting("cuda") if again else torch.no_grad():
                     gang.all_gather(output, x, [2])
                     gang.all_gather(output[None], x)

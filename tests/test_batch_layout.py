@@ -171,7 +171,7 @@ def test_position_indices_are_those_of_a_loop(case):
     rows = [row + [-1] * (width - len(row)) for row in rows]
     assert layout.position_indices.tolist() == (rows[0] if packed else rows)
 
-    # The flattened batch holds each sequence from where it begins.
+    # The flattened batch holds each sequence from its start.
     flat = layout.position_indices.flatten()
     starts = layout.seq_begin_indices
     assert len(starts) == len(seq_lens) + 1

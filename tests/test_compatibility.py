@@ -1,4 +1,4 @@
-"""What works with `nn.Embedding` and `nn.Linear` comes to the same with ours, or is refused."""
+"""What works with `nn.Embedding` and `nn.Linear` gives the same with ours, or is refused."""
 
 from __future__ import annotations
 

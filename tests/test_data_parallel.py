@@ -1,4 +1,4 @@
-"""Sharded tables under the data parallelism of torch, against one process."""
+"""Compares sharded tables under torch's data parallelism with one process."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_dense_gradients_train_as_one_process(pool, way, strategy, tied):
 
 @pytest.mark.parametrize("strategy", ["embed", "vocab"])
 def test_sparse_gradients_end_in_an_error_of_torch(pool, strategy):
-    """FSDP2 takes none, of :class:`torch.nn.Embedding` either."""
+    """FSDP2 supports none, not even of :class:`torch.nn.Embedding`."""
     for message in pool(4, train, "FSDP2", strategy, tied=False, sparse=True):
         assert isinstance(message, str)
         assert "Sparse" in message

@@ -1,4 +1,4 @@
-"""What only accelerators run, on an emulated device, and `make gpu` on the CPU."""
+"""Code paths of accelerators on an emulated device, and `make gpu` on the CPU."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def test_waiting(failures, name):
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_ranks_agree_with_torch(size, tmp_path):
-    """Over real collectives, with all layouts, empty shards and short blocks."""
+    """With real collectives, all layouts, empty shards and short blocks."""
     jobs = [start(rank, size, tmp_path / "store") for rank in range(size)]
     for rank, wrong in enumerate([answer(job) for job in jobs]):
         assert not wrong, f"rank {rank} of {size}: {wrong}"
 
 
 def test_the_command_for_a_gpu_runs_to_the_end(tmp_path):
-    """In a small form, on the CPU."""
+    """A small version, on the CPU."""
     sizes = ["--vocab", "500", "--dim", "16", "--tokens", "64", "--seconds", "0.001"]
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", *sizes]
     job = subprocess.run(

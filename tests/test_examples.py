@@ -1,5 +1,5 @@
-"""The scripts that `docs/deepspeed.md` shows, on two ranks by the real launcher, and plain torch in
-this process. Those of `docs/transformers.md` are run by test_hf_examples.py."""
+"""Compares the scripts in `docs/deepspeed.md` on two ranks, by the real launcher, with plain torch
+in this process. test_hf_examples.py runs the scripts in `docs/transformers.md`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ EXAMPLES = ROOT / "examples"
 DOC = "".join((ROOT / "docs" / name).read_text() for name in ("deepspeed.md", "transformers.md"))
 MARK = "  # added"
 
-# By the script that is named before each diff.
+# The script named before each diff.
 DIFFS = dict(re.findall(r"`examples/(train_\w+\.py)`:\n+```diff\n(.*?)```", DOC, re.DOTALL))
 
 
 def start(name, *args):
-    """What a script printed, and the losses in it."""
+    """Runs a script; returns its output and the losses in it."""
     output = run(deepspeed_command(EXAMPLES / name, *args))
     return output, [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", output)]
 
@@ -77,7 +77,7 @@ def test_doc_has_a_diff_of_each_script():
 
 @pytest.mark.parametrize("name", DIFFS)
 def test_diff_of_the_doc_is_that_of_the_script(name):
-    """What the diff adds is what the script marks; it and what is around it are in the script."""
+    """The diff adds the lines that the script marks; the script has its lines and their context."""
     diff = [line for line in DIFFS[name].splitlines() if line.strip()]
     script = [line.strip() for line in (EXAMPLES / name).read_text().splitlines()]
     marked = [line.removesuffix(MARK) for line in script if line.endswith(MARK)]
@@ -87,4 +87,4 @@ def test_diff_of_the_doc_is_that_of_the_script(name):
     rest = iter([line.removesuffix(MARK) for line in script])
     for line in diff:
         if not line.startswith("-"):
-            assert line[1:].strip() in rest, line  # `in` goes on from the line before.
+            assert line[1:].strip() in rest, line  # `in` continues from the line before.

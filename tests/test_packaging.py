@@ -23,12 +23,12 @@ ROOMS = {
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
-    source = out / "source"  # A copy: setuptools leaves a `build/` where it works.
+    source = out / "source"  # A copy, since setuptools leaves a `build/` behind.
     for room in ROOMS:
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    # Without isolation, it takes the setuptools that is installed and asks no registry.
+    # Without isolation, it uses the installed setuptools and no registry.
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
     run(build, cwd=source)
     (wheel,) = out.glob("*.whl")
@@ -109,7 +109,7 @@ def test_every_public_name_can_be_imported():
 
 
 def version():
-    """What pyproject.toml says."""
+    """Returns the version in pyproject.toml."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
@@ -119,7 +119,7 @@ import sys, tp_embed
 print(tp_embed.__version__, dir(tp_embed) == sorted([*tp_embed.__all__, "__version__"]))
 assert not any(name in sys.modules for name in ("torch", "safetensors"))
 """
-    # Without site-packages (-S) there is the source alone, which no package is installed from.
+    # Without site-packages (-S), only the source is importable, and no package is installed.
     (tmp_path / "tp_embed").symlink_to(ROOT / "tp_embed")
     for flags, shown in (([], version()), (["-S"], "0+unknown")):
         command = [sys.executable, *flags, "-c", script]

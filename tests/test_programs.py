@@ -1,7 +1,6 @@
-"""Random programs around a table come to what they do with `nn.Embedding` and `nn.Linear`, or are
-refused by one of our errors.
+"""Random programs give the same as with `nn.Embedding` and `nn.Linear`, or one of our errors.
 
-    python tests/test_programs.py "Program(...)"    runs one again
+python tests/test_programs.py "Program(...)"    runs one again
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ TOLERANCES = {"float32": 2e-5, "float64": 1e-10, "bfloat16": 5e-2}
 
 
 def run(gang: Any, program: Program) -> str:
-    """What became of ``program`` on this rank: "same", "both raised: ...", "refused: ..." or
-    "FAILED ..."."""
+    """Returns the outcome of ``program`` on this rank: "same", "both raised: ...", "refused: ..."
+    or "FAILED ..."."""
     return outcome(program, Machine(program.spec), Machine(program.spec, gang))
 
 
 def outcome(program: Program, expected: Any, found: Any) -> str:
-    """What became of ``program`` on two machines, one after the other."""
+    """Runs ``program`` on two machines, one after the other, and returns the outcome."""
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     references = _attempts(expected, program.ops)
@@ -55,7 +54,7 @@ def outcome(program: Program, expected: Any, found: Any) -> str:
 
 
 def _attempts(machine: Any, ops: Sequence[Op]) -> list[Seen | Exception]:
-    """What there is to see after each operation, up to the first that raises."""
+    """Returns the observations after each operation, up to the first that raises."""
     seen: list[Seen | Exception] = []
     for op in ops:
         try:
@@ -125,7 +124,7 @@ def _of(*values: Any) -> st.SearchStrategy[Any]:
 
 
 def _possible(op: Op) -> Op:
-    """What torch can do: a full backward hook makes the output a view, which stays as it is."""
+    """Drops what torch cannot do: a full backward hook makes the output an immutable view."""
     name, arguments = op
     if arguments.get("hook") == "full backward":
         arguments = {key: value for key, value in arguments.items() if key != "inplace"}
@@ -155,7 +154,7 @@ LOOK_UP = st.tuples(
         },
     ),
 ).map(_possible)
-# Torch refuses the last two, and ends the program.
+# torch refuses the last two, which ends the program.
 MODES = ["autograd.grad", "second order", "retained twice"]
 BACKWARD = op("backward", mode=_of(*MODES * 7, "ids changed", "twice"))
 CLIP = op("clip", by=_of("torch", "tp_embed"), norm=_of(1.0, 2.0, float("inf")))
@@ -172,7 +171,7 @@ def _some(ops: st.SearchStrategy[Op], at_least: int, at_most: int) -> st.SearchS
     return st.lists(ops, min_size=at_least, max_size=at_most)
 
 
-# What most loops do, with something left out or put in.
+# A typical loop, with operations left out or inserted.
 TURN = st.tuples(
     _some(OTHERS, 0, 1),
     _some(LOOK_UP, 1, 3),

@@ -1,4 +1,4 @@
-"""Private names of torch stand in one module, and the torch that is installed has them."""
+"""One module has all private names of torch, and the installed torch has them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ OF_OTHERS = set(dir(nn.Parameter(torch.zeros(1)))) | set(dir(dist.ProcessGroup))
 
 
 def of_functions(path: str) -> set[str]:
-    """The private names that are attributes of modules and classes of torch."""
+    """Returns private names that are attributes of torch's modules and classes."""
     names = private_names.names_of(TREES[path], "torch")
     return {n for n in names if any(map(private_names.is_private, n.split(".")))}
 
 
 def of_objects(path: str) -> set[str]:
-    """The private names that are attributes of modules and tensors."""
+    """Returns private names that are attributes of modules and tensors."""
     known = OF_MODULES | OF_OTHERS
     return set(
         private_names.attributes(
@@ -38,7 +38,7 @@ def of_objects(path: str) -> set[str]:
 
 
 def module_names() -> tuple[str, ...]:
-    """Read without an import, which a missing name would end."""
+    """Reads names without an import, which would fail on a missing one."""
     return private_names.constant(TREES[PRIVATE], "MODULE_NAMES")
 
 

@@ -46,7 +46,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole_run(directory):
-    """An uninterrupted run with the default embedding, in runs/whole."""
+    """Runs the default embedding without interruption, in runs/whole."""
     output = run(deepspeed_command(SCRIPT, *TINY, "name=whole"), cwd=directory)
     return directory / "runs" / "whole", output
 
@@ -123,7 +123,7 @@ def test_torchrun_and_other_choices_work(directory, choices):
 
 
 def test_experiment_goes_on_from_a_universal_checkpoint_of_another_stage(directory):
-    """And a model of another architecture, trained by another optimizer, off the device."""
+    """Also with another architecture, another optimizer, and offloading."""
     options = ["experiment=tied_vocab", "debug=tiny", "model=qwen3_tiny", "optimizer=adam"]
     first = ["name=moved", "deepspeed=zero2", "offload=optimizer"]
     run(deepspeed_command(SCRIPT, *options, *first), cwd=directory)
@@ -167,7 +167,7 @@ def test_misspelt_key_is_an_error_that_lists_the_keys(directory):
 
 
 def test_runs_that_make_the_same_corpus_do_not_meet(tmp_path):
-    """Neither finds one, and both make it."""
+    """Neither finds a corpus, and both make it."""
     both = threading.Barrier(2)
 
     def say(text):

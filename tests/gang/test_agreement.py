@@ -1,4 +1,4 @@
-"""Ranks that are about to do different things are all told so, before anything is done."""
+"""If ranks are about to do different things, all raise before anything happens."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_all_ranks_are_told(pool, what, message):
 
 
 def shard_from_init(gang):
-    """Ranks may have different values where all are drawn anew."""
+    """Ranks may have different values if all are drawn again."""
     torch.manual_seed(gang.rank)
     shard_embeddings(nn.Sequential(nn.Embedding(11, 6)), gang, init_fn=init.normal)
 
@@ -84,7 +84,7 @@ def test_error_of_one_rank_ends_all(pool, what, message):
 
 
 class OddError(Exception):
-    """Neither its message nor itself can be passed on as it is."""
+    """Can be neither pickled nor printed."""
 
     def __init__(self, lock):
         super().__init__(lock)
@@ -110,7 +110,7 @@ EXCEPTIONS = {
 
 
 def fail_with(gang, what, failing):
-    """What comes of an exception of the ranks in `failing`, and of a collective after it."""
+    """Returns the outcome of an exception on the ranks in `failing`, and of a later collective."""
 
     def action():
         if gang.rank in failing:
@@ -154,7 +154,7 @@ def test_ranks_that_fail_together_raise_their_own(pool):
 
 
 def agree(gang, size_of_fact):
-    """Facts of any size; None stands for what a rank does not know of."""
+    """Compares facts of any size; None if a rank lacks a fact."""
     meet(gang, lambda known: known.update(a="x" * size_of_fact, b=(1, torch.float32), c=None))
     facts = {"a": 1} if gang.rank else {"a": 1, "b": 2}
     with pytest.raises(GangError) as error:
@@ -180,7 +180,7 @@ def operations(gang):
 
 
 def disagree_and_fail(gang):
-    """Rank 1 has another fact, and fails before it comes to the next one."""
+    """Rank 1 has a different fact, and fails before the next one."""
 
     def action(facts):
         facts["a"] = gang.rank == 1

@@ -34,14 +34,14 @@ def collectives(gang):
     gang.all_gather(output, own.t())
     assert torch.equal(output, torch.stack([t.t() for t in of_rank]))
 
-    # Each rank has another number of rows; on gloo small inputs and large ones take other ways.
+    # Each rank has a different number of rows; gloo uses other algorithms for large inputs.
     for width in (1, 20_000):
         parts = [torch.full((r + 1, width), float(r)) for r in range(size)]
         output = torch.empty(sum(range(1, size + 1)), width)
         sizes = [len(part) for part in parts]
         gang.all_gather(output, parts[rank], sizes)
         assert torch.equal(output, torch.cat(parts))
-        # The input is where it will be in the output.
+        # The input is in its place in the output.
         output = torch.zeros(size, 2, width)
         output[rank] = rank
         gang.all_gather(output, output[rank])
@@ -74,7 +74,7 @@ def collectives(gang):
 def test_collectives(pool, size):
     results = pool(size, collectives)
     assert [rank for rank, _ in results] == list(range(size))
-    # The gang's ranks are its own: they differ from the global ones.
+    # Ranks in the gang differ from global ranks.
     assert all(ranks == list(range(4 - size, 4)) for _, ranks in results)
 
 
@@ -134,7 +134,7 @@ def test_pickled_gang_finds_its_group_again(pool):
     results = pool(3, pickled_and_copied)
     assert [r[:2] for r in results] == [(0, 3.0), (1, 3.0), (2, 3.0)]
 
-    # In this process there is no such group.
+    # This process has no such group.
     detached = pickle.loads(results[1][2])
     assert (detached.rank, detached.size) == (1, 3)
     with pytest.raises(GangError, match=r"not rank 1 of a process group .*\[1, 2, 3\]"):

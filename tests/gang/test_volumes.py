@@ -1,4 +1,4 @@
-"""What a table sends, against what the docstrings state."""
+"""Compares the communication volume of tables with their docstrings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 class RecordingGang(ProcessGroupGang):
-    """Keeps the operations and the bytes of their tensors."""
+    """Records the operations and the bytes of their tensors."""
 
     def __init__(self, process_group, device):
         super().__init__(process_group, device)
@@ -72,7 +72,7 @@ IDS = torch.tensor([[0, 1, 2, 1, 1, 0, 2, 2], [9, 2, 2, 8, 2, 1, 0, 1]])
 
 
 def looked_up(gang, kind, num_embeddings, embed_dim, dtype, output, dedup):
-    """By operation, the bytes that this rank sends in a forward, and in a backward."""
+    """Returns the bytes this rank sends in a forward and in a backward, by operation."""
     options = {"dtype": dtype, "output": output, "dedup": dedup, "check_ids": False}
     embed = SHARDED[kind](gang, num_embeddings, embed_dim, **options)
     with Traffic(gang) as forward:
@@ -113,7 +113,7 @@ def expected(kind, num_embeddings, embed_dim, output, dedup, rank, size):
         total = sum(counts)
         if size == 2 or max(counts) * (size - 1) <= total:
             return {"all_gather": (size - 1) * counts[rank] * embed_dim}, {}
-        # Each rank has as many of the distinct rows to pass on as another.
+        # Each rank passes on the same number of distinct rows.
         distinct = sorted(set(all_ids))
         parts = [distinct[p.start : p.stop] for p in map(Partition(total, size).shard, range(size))]
         spread = sum(len(owned(parts[r], rank)) for r in others) * embed_dim
@@ -148,7 +148,7 @@ def test_lookups_send_what_is_documented(pool, kind, output, dtype, size, sizes)
 
 def sent_by(gang, kind, dedup):
     embed = SHARDED[kind](gang, 100, 64, dedup=dedup, check_ids=False)
-    ids = torch.arange(50) % 10  # A fifth of them is distinct.
+    ids = torch.arange(50) % 10  # A fifth of the ids is distinct.
     with Traffic(gang) as traffic:
         embed(ids)
     return traffic.total().bytes_sent
@@ -175,7 +175,7 @@ def counted_by_torch(gang, kind, output, dedup):
 def test_torch_counts_the_same_collectives(pool, size):
     gather, exchange = {"c10d._allgather_base_": 1}, {"c10d.alltoall_base_": 1}
     for kind, output, dedup, *wanted in [
-        ("embed", "replicated", False, gather, {}),  # Of few bytes: in one round.
+        ("embed", "replicated", False, gather, {}),  # Few bytes, in one round.
         ("embed", "shard", False, {}, {}),
         ("embed", "sequence", True, exchange, exchange),
         ("vocab", "replicated", False, {"c10d.allreduce_": 1}, {}),

@@ -1,20 +1,19 @@
-"""Run by the `deepspeed` launcher: trains small models and saves them as DeepSpeed does, or loads
-such checkpoints and goes on training. What was seen is saved by case and rank.
+"""Run by the `deepspeed` launcher: trains small models and saves them with DeepSpeed, or loads such
+checkpoints and continues training. Saves the results by case and rank.
 
     deepspeed convert_job.py OUT CASES
 
-CASES is a JSON file that has for each name of a case: `stage` (of ZeRO), and if wanted `dtype`
-(`float32`, `bfloat16` or `float16`), `tp` (how many tensor-parallel ranks), `mpu` (they are not
-those of AutoTP, but of an `mpu`), `tied`, `typed` (with a table of one row, a buffer, a frozen
+CASES is a JSON file that maps names of cases to `stage` (of ZeRO), and optionally `dtype`
+(`float32`, `bfloat16` or `float16`), `tp` (the number of tensor-parallel ranks), `mpu` (takes them
+from an `mpu` instead of AutoTP), `tied`, `typed` (with a table of one row, a buffer, a frozen
 Parameter and two param groups), `layers`, `steps` (2), `config` (more of the DeepSpeed config),
 `zero` (more of its `zero_optimization`),
-`save` (arguments of `save_checkpoint()`), `load` (the directory of a checkpoint of DeepSpeed, from
-which training goes on for `steps`) or `universal` (the same of a universal checkpoint, loaded by
-DeepSpeed).
+`save` (arguments of `save_checkpoint()`), `load` (the directory of a DeepSpeed checkpoint to train
+on for `steps`) or `universal` (the same with a universal checkpoint, loaded by DeepSpeed).
 
-The checkpoint of a case is OUT/NAME/end. Cases without tensor parallelism have to come first. What
-each rank has seen is OUT/CASES.RANK.pt: for each case the `losses`, the `state` of all Parameters
-when it was saved, the `steps` and the `buffers`.
+The checkpoint of a case is OUT/NAME/end. Cases without tensor parallelism must come first. Each
+rank writes OUT/CASES.RANK.pt: for each case the `losses`, the `state` of all Parameters at the time
+of saving, the `steps` and the `buffers`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ import llama
 from tp_embed.integrations.deepspeed import initialize
 from universal_job import LR, NORM, TypedLlama, batches, param_groups, state, train
 
-# From the first step on it moves the weights.
+# The weights move from the first step on.
 WARMUP = {"warmup_min_lr": LR / 2, "warmup_max_lr": LR, "warmup_num_steps": 4}
 
 
@@ -105,10 +104,10 @@ def run(name: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def states(engine: Any, case: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-    """What this rank has of each Parameter: its shard, which is not cut by ZeRO, and moments."""
+    """Returns this rank's shard of each Parameter, gathered over ZeRO, and its moments."""
     parameters = dict(engine.module.named_parameters())
     is_wrapped = case["stage"] == 0 and case.get("dtype", "float32") != "float32"
-    # DeepSpeed itself looks for the moments of such an engine in wrong places.
+    # DeepSpeed itself returns wrong moments for such an engine.
     is_wrapped |= case.get("zero", {}).get("round_robin_gradients", False)
     if is_wrapped or not engine.global_steps:
         return {name: weight(p) for name, p in parameters.items() if has_values(p)}

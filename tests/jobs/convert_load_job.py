@@ -1,11 +1,11 @@
 """Run by the `deepspeed` launcher: trains engines and saves them, or loads checkpoints into them as
-a user would, saves them again at once, and goes on training.
+a user would, saves them again at once, and continues training.
 
     deepspeed convert_load_job.py OUT CASES
 
 CASES is a JSON file of cases as for `convert_job.py`, but `load` is a directory with a file
-`latest`, and `args` are those of `load_checkpoint()`. What is saved is OUT/NAME. What each rank has
-seen is OUT/CASES.RANK.pt: the `losses` after that, and what was loaded of the client's state.
+`latest`, and `args` are arguments of `load_checkpoint()`. Saves to OUT/NAME. Each rank writes
+OUT/CASES.RANK.pt: the later `losses`, and the loaded client state.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Run by the `deepspeed` launcher on two ranks for test_deepspeed.py: trains small Llamas with and
-without the plugin on real engines, and saves what was seen, by case and rank."""
+without the plugin on real engines, and saves the results by case and rank."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def batches() -> list[torch.Tensor]:
 
 
 def train_alone(tied: bool) -> dict[str, Any]:
-    """The same training by plain torch in one process."""
+    """Runs the same training in one process of plain torch."""
     model = build(tied)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
     losses, norms = [], []
@@ -64,7 +64,7 @@ CONFIG = {
 
 
 def train(strategy: Any, tied: bool, checkpoint: Path, mpu: bool = False) -> dict[str, Any]:
-    """With AutoTP, or with a Megatron-style ``mpu``, which cuts nothing but what we do."""
+    """Trains with AutoTP, or with a Megatron-style ``mpu``, where only we cut Parameters."""
     model = build(tied)
     gang = DeepSpeedGang.from_groups(tp_size=2)
     report = shard_embeddings(model, gang, strategy=strategy) if strategy else None
@@ -82,7 +82,7 @@ def train(strategy: Any, tied: bool, checkpoint: Path, mpu: bool = False) -> dic
         for name in ("tensor_model_parallel", "ds_is_replaced_module")
     )
     seen["table"] = type(table).__name__, tuple(table.weight.shape)
-    # What `_consolidated_16bit_state_dict()` is at ZeRO 0 to 2; that one asks for AutoTP.
+    # As `_consolidated_16bit_state_dict()` at ZeRO 0 to 2, which requires AutoTP.
     seen["start"] = clone(engine._replace_module_consolidated_state_dict())
 
     for ids in batches():
@@ -115,7 +115,7 @@ def clone(state: Any) -> Any:
 
 
 def fused_losses() -> list[list[torch.Tensor]]:
-    """The loss of our head and that of DeepSpeed, each with the gradients of its inputs."""
+    """Returns the losses of our head and DeepSpeed's, each with the gradients of its inputs."""
     torch.manual_seed(0)
     gang = DeepSpeedGang.from_groups(tp_size=2)
     embed = VocabShardedEmbedding(gang, VOCAB, DIM)
@@ -144,7 +144,7 @@ def fused_losses() -> list[list[torch.Tensor]]:
 
 
 def gangs() -> dict[str, Any]:
-    """What the ways to a gang give, and their errors."""
+    """Returns gangs made in all ways, and their errors."""
     group = groups.get_tensor_model_parallel_group()
     own = SimpleNamespace(get_tensor_model_parallel_group=lambda: group)
     old = SimpleNamespace(get_model_parallel_group=lambda: group)

@@ -1,5 +1,5 @@
-"""All that runs on an emulated device, in a process of its own: prints a JSON object of what went
-wrong, by what was run. With a rank, a size and a file, what a rank of a gang has found."""
+"""Runs all checks on an emulated device, in a separate process. Prints a JSON object of failures by
+check. With a rank, a size and a file, runs one rank of a gang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A part of engines_job.py: how ranks meet before tables are sharded, and fail together."""
+"""A part of engines_job.py: ranks meet before tables are sharded, and fail together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tp_embed.surgery.strategies import choose_strategies
 
 
 def fail_alone_at_zero_3() -> list[str]:
-    """One rank of four fails: before tables are fetched, and when they are drawn. The other
+    """One rank of four fails, before tables are fetched or while they are drawn. The other
     tensor-parallel group fetches with the first one."""
     found = []
     for what in ("hook", "draw"):
@@ -34,7 +34,7 @@ def fail_alone_at_zero_3() -> list[str]:
         except (GangError, MemoryError, ValueError) as e:
             found.append(f"{type(e).__name__}: {e}")
         assert type(model.embed) is nn.Embedding
-        dist.barrier()  # Nobody is left in another collective.
+        dist.barrier()  # No rank is left in another collective.
     return found
 
 
@@ -44,7 +44,7 @@ def run_out_of_memory(embed: Any) -> None:
 
 
 def meetings() -> dict[str, Any]:
-    """What `initialize()` sends over the gang, and how often it chooses strategies."""
+    """Returns the collectives of `initialize()`, and how often it chooses strategies."""
     chosen = []
 
     def count(frame: Any, event: str, arg: Any) -> None:

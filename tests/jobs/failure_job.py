@@ -1,5 +1,5 @@
-"""Run by a launcher for test_failure.py: a model is trained until something happens to its ranks,
-or a checkpoint of it is resumed. Each rank appends what it did to a file of its own, and logs.
+"""Run by a launcher for test_failure.py: trains a model until something happens to its ranks, or
+resumes a checkpoint. Each rank appends its steps to its own file, and logs.
 
     failure_job.py DIRECTORY timeout=SECONDS [load=CHECKPOINT] [steps=N]
 """
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from engines_job import AUTOTP, V, build, config
 from tp_embed.integrations.deepspeed import initialize
 
-BATCH, SAVED = 2, 4  # Sequences in a step; the steps after which it saves.
+BATCH, SAVED = 2, 4  # Sequences per step; steps before it saves.
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
 
 
@@ -29,7 +29,7 @@ def batch(step: int) -> list[torch.Tensor]:
 
 
 def train_alone(steps: int) -> list[float]:
-    """The same by plain torch in one process."""
+    """Trains the same in one process of plain torch."""
     model = build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     losses = []
@@ -53,7 +53,7 @@ def ds_config(tp_size: int, timeout: str | None) -> dict[str, Any]:
 
 
 def train_step(engine: Any, step: int) -> float:
-    """The mean loss of the whole batch."""
+    """Returns the mean loss of the whole batch."""
     dp_size = engine.dp_world_size
     own = batch(step)[dist.get_rank() // (dist.get_world_size() // dp_size) :: dp_size]
     total = torch.zeros(())
@@ -67,7 +67,7 @@ def train_step(engine: Any, step: int) -> float:
 
 
 def save(engine: Any, directory: Path, tag: str) -> None:
-    """Names the checkpoint as the latest when all ranks have written theirs."""
+    """Marks the checkpoint as the latest after all ranks have written it."""
     engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
     if dist.get_rank() == 0:
         (directory / "latest").write_text(tag)

@@ -1,6 +1,6 @@
 """Run by the `deepspeed` launcher for test_format_universal.py: trains engines and saves them, or
-loads universal checkpoints into others and goes on training; what was seen is saved by case. Cases
-without tensor parallelism have to come first."""
+loads universal checkpoints into others and continues training. Saves the results by case. Cases
+without tensor parallelism must come first."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from tp_embed.integrations.deepspeed.universal_load import load_universal
 def make_engine(case: dict[str, Any]) -> Any:
     tp_size = case["tp"]
     tied, typed, stage = case.get("tied", False), case.get("typed", False), case["stage"]
-    # What is loaded has other weights than it had, and another learning rate.
+    # Loading changes the weights and the learning rate.
     model = job.build(tied, typed, seed=int("load" in case))
     types = "embed" if stage == 3 else "vocab"
-    if tp_size > 1:  # Without it, no groups are made, of which there can be others later.
+    if tp_size > 1:  # Without it, no groups exist, and later cases can make other ones.
         gang = DeepSpeedGang.from_groups(tp_size=tp_size)
         shard_embeddings(model, gang, rules={"types": types} if typed else None)
     lr = 1e-4 if "load" in case else job.LR
@@ -38,8 +38,8 @@ def make_engine(case: dict[str, Any]) -> Any:
         "zero_optimization": {
             "stage": stage,
             "stage3_param_persistence_threshold": 100,
-            # DeepSpeed gives all sub-groups one step count, which then counts each step several
-            # times; `load_universal()` mends that.
+            # DeepSpeed shares one step count between sub-groups, counting each step several times;
+            # `load_universal()` fixes that.
             "sub_group_size": 1_000_000 if by_deepspeed else 2_000,
         },
         **({"tensor_parallel": {"autotp_size": tp_size}} if tp_size > 1 else {}),

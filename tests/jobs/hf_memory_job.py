@@ -1,5 +1,5 @@
-"""Run by torchrun on two ranks for test_hf_memory.py: how much memory it takes to load a model with
-a large table into shards, and to save it. Saves what was seen, by rank, in MiB."""
+"""Run by torchrun on two ranks for test_hf_memory.py: measures the memory for loading a model with
+a large table into shards, and for saving it. Saves the results by rank, in MiB."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ V, E = 200_000, 512
 
 
 def status(key: str) -> float:
-    """A figure that the kernel keeps of this process: `VmHWM` is the peak of its memory, with what
-    it has mapped of files; `RssAnon` is what it holds now, without."""
+    """Returns a figure of the kernel for this process: `VmHWM` is its peak memory, including mapped
+    files; `RssAnon` is its current memory without them."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
 
@@ -30,12 +30,12 @@ def reset_peak() -> None:
 
 def main(directory: Path) -> None:
     torch.set_num_threads(1)
-    # Buffers of collectives go back to the kernel when they are freed (3 is M_MMAP_THRESHOLD).
+    # Return freed buffers of collectives to the kernel (3 is M_MMAP_THRESHOLD).
     ctypes.CDLL(None).mallopt(-3, 1 << 20)
     dist.init_process_group("gloo")
     gang = ProcessGroupGang(None, "cpu")
     small = str(directory / "small")
-    # What is imported, and buffered for collectives, at first use.
+    # Imports and buffers of collectives at first use.
     from_pretrained(LlamaForCausalLM, small, gang).save_pretrained(directory / "small saved")
     seen: dict[str, dict[str, float]] = {}
     for strategy in ("embed", "vocab"):

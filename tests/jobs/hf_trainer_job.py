@@ -1,5 +1,5 @@
 """Run by the `deepspeed` launcher on two ranks for test_hf_trainer.py: Trainers of all ZeRO stages,
-with tensor parallelism and without. Saves what was seen, by rank."""
+with tensor parallelism and without. Saves the results by rank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tp_embed.integrations.transformers import ShardTables, from_pretrained
 
 STEPS = 4
 
-# AutoTP does not know LoRA: it is to leave alone what has adapters, here the attention.
+# AutoTP does not support LoRA: it must skip layers with adapters, here the attention.
 MLP_ONLY = {
     "use_default_specs": False,
     "layer_specs": [
@@ -39,7 +39,7 @@ LORA = {
 
 
 def build_model(name: str) -> Any:
-    """One of :data:`hf_models.MODELS`, maybe with LoRA: ``"llama, LoRA of table"``."""
+    """Builds one of :data:`hf_models.MODELS`, optionally with LoRA: ``"llama, LoRA of table"``."""
     name, _, case = name.partition(", LoRA of ")
     model = build(name)
     if case:
@@ -66,7 +66,7 @@ def arguments(directory: Path, **options: Any) -> TrainingArguments:
         eval_steps=2,
         save_steps=2,
         load_best_model_at_end=True,
-        # So that the best is not the last one.
+        # Makes the best checkpoint differ from the last.
         metric_for_best_model="eval_loss",
         greater_is_better=True,
         disable_tqdm=True,
@@ -109,7 +109,7 @@ def seen(trainer: Any) -> dict[str, Any]:
 
 
 def full_values(trainer: Any) -> dict[str, Any]:
-    """What `safe_get_full_*` and `safe_set_full_*` do with the table."""
+    """Runs `safe_get_full_*` and `safe_set_full_*` on the table."""
     embed = trainer.model.get_input_embeddings()
     values = safe_get_full_fp32_param(embed.weight)
     table = values.full_tensor()
@@ -124,7 +124,7 @@ def full_values(trainer: Any) -> dict[str, Any]:
 
 
 def fresh() -> None:
-    """Another Trainer of this process may have another DeepSpeed config."""
+    """Lets Trainers of this process have different DeepSpeed configs."""
     AcceleratorState._reset_state()
     unset_hf_deepspeed_config()
 
@@ -153,7 +153,7 @@ def run(directory: Path, stage: int, tp_size: int, model: str, **section: Any) -
 
 
 def run_loaded(directory: Path) -> list[float]:
-    """A model whose tables were never whole."""
+    """Trains a model whose tables were never whole."""
     fresh()
     args = arguments(directory / "loaded", deepspeed=config(2))
     gang = DeepSpeedGang.from_groups(tp_size=2)
@@ -173,7 +173,7 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     cases: dict[str, Any] = {
-        # First: DeepSpeed keeps the groups of the last engine for those that bring none.
+        # First, since DeepSpeed keeps the groups of the last engine for engines without groups.
         "ZeRO 1": (1, 1, "llama"),
         "ZeRO 3": (3, 1, "tied llama"),
         "ZeRO 1, TP": (1, 2, "llama"),

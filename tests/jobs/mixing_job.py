@@ -1,5 +1,5 @@
 """Run by the `deepspeed` launcher on two ranks for test_mixing.py: tables that AutoTP cuts itself,
-and options that mix shards up. Saves what was seen, by rank."""
+and options that mix up shards. Saves the results by rank."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def refusals() -> dict[str, str]:
 
 
 def made_by_a_function() -> str:
-    """The refusal of an optimizer that is known once there is an engine."""
+    """Returns the error for an optimizer that only the engine knows."""
     untested = {**config(**AUTOTP), "zero_allow_untested_optimizer": True}
     untested.pop("optimizer", None)
     try:
@@ -149,8 +149,8 @@ def train_right(name: str) -> list[float]:
 
 
 def fragments(strategy: str, stage: int, out: Path) -> dict[str, Any]:
-    """What `safe_get_full_*` and `safe_set_full_*` do with a table, also after a checkpoint was
-    loaded, for which DeepSpeed links its values anew."""
+    """Runs `safe_get_full_*` and `safe_set_full_*` on a table, also after loading a checkpoint,
+    when DeepSpeed links its values again."""
     adam = {"type": "AdamW", "params": {"lr": LR, "torch_adam": True}}
     section = {"strategy": strategy}
     engine, *_ = initialize(

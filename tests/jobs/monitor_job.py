@@ -1,5 +1,5 @@
-"""Run by the `deepspeed` launcher on four ranks for test_monitor_engines.py: engines of all ZeRO
-stages that are watched. Saves what the first rank saw."""
+"""Run by the `deepspeed` launcher on four ranks for test_monitor_engines.py: monitors engines at
+all ZeRO stages. Saves the results of the first rank."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ V, E, LENGTH, STEPS, MICRO_BATCHES, LR = 23, 10, 12, 4, 2, 0.1
 BF16 = {"bf16": {"enabled": True}}
 OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 
-# ZeRO stage, strategy, and what else the config has.
+# ZeRO stage, strategy, and more of the config.
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "zero0": (0, "embed", {}),
     "zero1": (1, "vocab", {}),
@@ -39,7 +39,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
 
 
 class Model(nn.Module):
-    """A table that is sharded, one that is left whole, and a head."""
+    """A sharded table, a whole table, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,12 +102,12 @@ def train(engine: Any) -> None:
             engine.step()
         with torch.no_grad():
             engine.eval()
-            engine(step[0])  # Not a part of any step.
+            engine(step[0])  # Part of no step.
             engine.train()
 
 
 def train_pipeline() -> list[dict[str, Any]]:
-    """Two stages, both of which hold the table, over two tensor-parallel ranks."""
+    """Trains two stages that share the table, over two tensor-parallel ranks."""
     topology = PipeModelDataParallelTopology(2, 2, 1)
     gang = DeepSpeedGang.from_mpu(PipelineParallelGrid(topology))
     case = pipeline_job.CASES["tied, ZeRO 1"]
@@ -139,7 +139,7 @@ def main(out: Path) -> None:
         monitor.close()
         seen[name] = {"rows": monitor.rows}
 
-    # Of the last engine, which is at step 4.
+    # The last engine, at step 4.
     monitors = [EngineMonitor(engine, every=every) for every in (1, 2)]
     for monitor in monitors:
         train(engine)
@@ -152,12 +152,12 @@ def main(out: Path) -> None:
     timed = config(
         1, "embed", out / "timed", wall_clock_breakdown=True, comms_logger={"enabled": True}
     )
-    # Each message is as large as the one before.
+    # All messages have the same size.
     timed["tp_embed"] |= {"dedup": False, "check_ids": False}
     engine, *_ = initialize(model=build(), config=timed)
     monitor = EngineMonitor(engine)
     train(engine)
-    # The same by DeepSpeed's own function, to compare what is logged of both.
+    # The same through DeepSpeed's function, to compare the logs.
     deepspeed.comm.all_gather_into_tensor(
         torch.zeros(2 * LENGTH, E // 2),
         torch.zeros(LENGTH, E // 2),

@@ -4,8 +4,8 @@
     node_job.py OUT resume CHECKPOINT ...
 
 Trains a small model with tensor parallelism across the nodes; and, on four ranks, a Llama with
-tensor parallelism inside the nodes and data parallelism across them, which is saved midway, or
-resumed there from checkpoints of other runs. What each rank saw is saved in OUT.
+tensor parallelism inside the nodes and data parallelism across them, which saves midway, or
+resumes there from checkpoints of other runs. Saves the results of each rank in OUT.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import llama
 from tp_embed.integrations.deepspeed import initialize
 from tp_embed.launch.environment import find_place
 
-STEPS, LR = 4, 1e-2  # A checkpoint is saved after half of them.
+STEPS, LR = 4, 1e-2  # Saves a checkpoint after half of them.
 
 
 def batches(dp_rank: int) -> list[torch.Tensor]:
@@ -58,7 +58,7 @@ def train(engine: Any, ids: list[torch.Tensor]) -> list[float]:
 
 
 def inside(mode: str, checkpoints: list[str]) -> dict[str, list[Any]]:
-    """Losses of the batches of this rank."""
+    """Returns the losses of this rank's batches."""
     engine = llama_engine(seed=0)
     ids = batches(groups.get_data_parallel_rank())
     first, second = ids[: STEPS // 2], ids[STEPS // 2 :]
@@ -77,7 +77,7 @@ def inside(mode: str, checkpoints: list[str]) -> dict[str, list[Any]]:
 
 
 def across(nodes: int) -> dict[str, list[Any]]:
-    """Each gang has a rank of every node."""
+    """Trains with a rank of every node in each gang."""
     ranks = range(dist.get_world_size())
     local_size = len(ranks) // nodes
     gangs = [list(ranks[i::local_size]) for i in range(local_size)]

@@ -1,5 +1,5 @@
 """Run by the `deepspeed` launcher on four ranks for test_pipeline.py: trains small pipelines, and
-saves what was seen, by case and rank."""
+saves the results by case and rank."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from train_pipeline import Block, Positions, build
 
 VOCAB, DIM, SEQ, LAYERS, HEADS, SEED = 101, 30, 12, 2, 3, 7  # 101 rows do not divide by two ranks.
 STEPS, MICRO_BATCHES, BATCH = 4, 3, 2
-LR, EPS = 1e-2, 1e-4  # Adam with a small one makes much of the rounding of tiny gradients.
+LR, EPS = 1e-2, 1e-4  # With a small eps, Adam amplifies the rounding of tiny gradients.
 
 TABLE = "tied_modules.embed.weight"
 
@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def micro_batches(data_rank: int = 0, data_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids and targets of one pipeline, of which there are ``data_size``."""
+    """Yields ids and targets of one of ``data_size`` pipelines."""
     generator = torch.Generator().manual_seed(1)
     while True:
         tokens = torch.randint(VOCAB, (data_size, BATCH, SEQ + 1), generator=generator)[data_rank]
@@ -48,7 +48,7 @@ def micro_batches(data_rank: int = 0, data_size: int = 1) -> Iterator[tuple[Tens
 
 
 class Alone(nn.Module):
-    """The same model of torch's own embedding and projection, with layers named as there."""
+    """The same model with torch's embedding and projection, and the same names of layers."""
 
     def __init__(self, tied: bool) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Alone(nn.Module):
         return linear(self.between(self.embed(ids)), head.weight)
 
     def layers(self) -> dict[str, Tensor]:
-        """Its Parameters, by the names of the pipeline's."""
+        """Returns the Parameters by their names in the pipeline."""
         state = self.between.state_dict()
         named = {
             f"{int(number) + 1}.{name}": tensor
@@ -89,7 +89,7 @@ def token_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def train_alone(clip: float, tied: bool = True, pipelines: int = 1) -> dict[str, Any]:
-    """The same training by plain torch in one process."""
+    """Runs the same training in one process of plain torch."""
     model = Alone(tied)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=EPS, weight_decay=0.01)
     streams = [micro_batches(rank, pipelines) for rank in range(pipelines)]
@@ -120,7 +120,7 @@ def mean_loss(model: Alone, batches: list[Any]) -> Tensor:
 def pipeline(
     gang: DeepSpeedGang, topology: Any, *, tied: bool = True, plain: bool = False, seed: int = SEED
 ) -> PipelineModule:
-    """The example's, or an untied one, whose table is cut over the embedding dimension or whole."""
+    """Builds the example's pipeline, or an untied one, with its table cut over columns or whole."""
     if tied:
         sizes = {"seq_len": SEQ, "dim": DIM, "heads": HEADS, "layers": LAYERS}
         return build(gang, topology, vocab_size=VOCAB, seed=seed, **sizes)
@@ -158,7 +158,7 @@ def start(model: PipelineModule, stage: int, clip: float | None) -> Any:
 def train(
     checkpoint: Path, *, stage: int, clip: float, tied: bool = True, tp: int = 2
 ) -> dict[str, Any]:
-    """Trains, saves half-way, and goes on from there with another engine too."""
+    """Trains, saves half-way, and resumes from there in another engine."""
     topology = PipeModelDataParallelTopology(2, tp, 2 // tp)
     grid = PipelineParallelGrid(topology)
     gang = DeepSpeedGang.from_mpu(grid)
@@ -183,7 +183,7 @@ def train(
 
 
 def steps(engine: Any, batches: list[Any]) -> list[tuple[float, float | None]]:
-    """The loss and the norm of the gradients, which DeepSpeed has with ZeRO only, of each step."""
+    """Returns the loss and gradient norm of each step; DeepSpeed has norms only with ZeRO."""
     seen, iterator = [], iter(batches)
     for _ in range(len(batches) // MICRO_BATCHES):
         loss = engine.train_batch(iterator).item()
@@ -193,7 +193,7 @@ def steps(engine: Any, batches: list[Any]) -> list[tuple[float, float | None]]:
 
 
 def whole_state(engine: Any) -> dict[str, Tensor]:
-    """What this stage holds, with the table whole."""
+    """Returns the state of this stage, with the table whole."""
     state = {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
     for name, module in engine.module.named_modules():
         if isinstance(module, (ShardedEmbedding, VocabShardedEmbedding)):
@@ -202,7 +202,7 @@ def whole_state(engine: Any) -> dict[str, Tensor]:
 
 
 def refusals() -> dict[int, str]:
-    """What `initialize()` says to a pipeline of each number of stages, by that number."""
+    """Returns the errors of `initialize()`, by the number of stages."""
     seen = {}
     for stages, zero in ((1, 1), (2, 0)):
         topology = PipeModelDataParallelTopology(stages, 2, 2 // stages)

@@ -1,5 +1,5 @@
-"""A Hydra app of somebody else, with timestamps in its directories, and a config of its own. Rank 1
-is in another time zone and starts later."""
+"""A third-party Hydra app with its own config and timestamps in its directories. Rank 1 is in
+another time zone and starts later."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger("job")
 @main(config_path=".", config_name="run_directory_job")
 def job(config):
     if not dist.is_initialized():
-        dist.init_process_group("gloo")  # At the address of the store that the ranks agreed by.
+        dist.init_process_group("gloo")  # At the address of the store where the ranks agreed.
     if config.watch:
         Watchdog.start(config.watch)
     rank = dist.get_rank()
@@ -51,6 +51,6 @@ def job(config):
 
 
 if __name__ == "__main__":
-    logging.getLogger("DeepSpeed").propagate = False  # As DeepSpeed does it.
+    logging.getLogger("DeepSpeed").propagate = False  # As DeepSpeed does.
     job()
     sys.exit(0)

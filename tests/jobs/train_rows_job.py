@@ -42,7 +42,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train_alone() -> tuple[list[float], torch.Tensor]:
-    """By plain torch in one process, with a hook that masks."""
+    """Trains in one process of plain torch, with a masking hook."""
     model = build()
     model.embed.weight.register_hook(lambda grad: grad * MASK)
     optimizer, losses = optimizer_of(model), []
@@ -70,7 +70,7 @@ def train(mpu: Any, stage: int, strategy: str) -> tuple[list[float], torch.Tenso
 
 
 def zero_init(mpu: Any) -> list[Any]:
-    """What hangs on a Parameter of `deepspeed.zero.Init`."""
+    """Returns the attributes of a Parameter of `deepspeed.zero.Init`."""
     found: list[Any] = []
     for marked in (False, True):
         torch.manual_seed(0)

@@ -1,5 +1,5 @@
 """Run by the `deepspeed` launcher for test_universal.py: trains engines and saves them, or loads
-universal checkpoints into them, and goes on training; what was seen is saved by case and rank."""
+universal checkpoints into them, and continues training. Saves the results by case and rank."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tp_embed.integrations.deepspeed.universal_load import load_universal
 LR = 1e-2
 
 TABLE, NORM = "model.embed_tokens.weight", "model.norm.weight"
-# A table of ours, layers of AutoTP that are cut over columns and rows, and one that is not cut.
+# Our table, layers that AutoTP cuts over columns and rows, and a whole one.
 WATCHED = (
     TABLE,
     "model.layers.0.self_attn.k_proj.weight",
@@ -36,7 +36,7 @@ WATCHED = (
 
 
 class TypedLlama(LlamaForCausalLM):
-    """With a table of one row, which leaves a rank with none, and a buffer."""
+    """Has a table of one row, which gives one rank an empty shard, and a buffer."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
@@ -123,12 +123,12 @@ def train(engine: Any, ids: torch.Tensor) -> float:
 
 
 def state(engine: Any, name: str) -> dict[str, torch.Tensor]:
-    """The shard of this rank, in fp32, and its moments."""
+    """Returns this rank's shard in fp32, and its moments."""
     param = engine.module.get_parameter(name)
     stage = engine.zero_optimization_stage()
     if stage in (1, 2):
-        # DeepSpeed links the moments after the step of the first param group, before there are
-        # those of the others.
+        # DeepSpeed links the moments after the step of the first param group, before the other
+        # groups have moments.
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     if stage == 0:

@@ -1,5 +1,5 @@
-"""Run by test_failure.py: pairs of ranks exchange something until one of them does what its pair is
-for. All pairs run at once, forked by one process, which writes how they ended. Torch only."""
+"""Run by test_failure.py: pairs of ranks communicate until one of them fails in the way of its
+pair. One process forks all pairs, which run at once, and writes how they ended. Torch only."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tp_embed.watchdog import Watchdog, watch
 
 STEPS = 300
 TIMEOUT = 4
-LONG = 60  # Within which it is noticed only what is noticed at once.
-# What is done, by which rank, and the timeout of the watchdog.
+LONG = 60  # Only immediate failures are noticed within it.
+# The failure, its rank, and the timeout of the watchdog.
 PAIRS = {
     "rest": (0, TIMEOUT),
     "hang": (1, TIMEOUT),
@@ -41,13 +41,13 @@ def do(what: str) -> None:
     elif what == "hang":
         time.sleep(1000)
     elif what == "keep":
-        ctypes.PyDLL(None).sleep(1000)  # Which lets no other thread run.
+        ctypes.PyDLL(None).sleep(1000)  # Blocks all other threads.
     elif what == "exit":
         sys.exit()
     elif what in ("raise", "caught"):
         raise ValueError("a bug")
     elif what == "orphan" and os.fork() == 0:
-        time.sleep(10)  # As a worker of a DataLoader does for a while, with all sockets open.
+        time.sleep(10)  # As a DataLoader worker does for a while, with all sockets open.
         os._exit(0)
     elif what == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -72,7 +72,7 @@ def work(what: str, rank: int, address: str) -> None:
         Watchdog.start(timeout)
         exchange(mine)
         return
-    if what == "caught":  # By a framework, which ends the process in its own way.
+    if what == "caught":  # As a framework that ends the process in its own way.
         Watchdog.start(timeout)
         try:
             exchange(mine)
@@ -83,14 +83,14 @@ def work(what: str, rank: int, address: str) -> None:
         exchange(mine)
         assert Watchdog.start(timeout) is watchdog
         if mine:
-            time.sleep(TIMEOUT + 1)  # Nobody waits for it in a collective.
+            time.sleep(TIMEOUT + 1)  # No rank waits for it in a collective.
     with watch(timeout):  # Another one, after the first.
         exchange("")
     print(f"rank {rank} is done")
 
 
 def fork(what: str, rank: int, address: str, output: Path) -> int:
-    """The pid of the process that works; in that process, 0, after its work."""
+    """Returns the pid of the working process; in that process, 0, after its work."""
     if pid := os.fork():
         return pid
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -107,5 +107,5 @@ with hosts(1) as (a,):
 def command_line(pid: str) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:  # Not a process, or not one any more.
+    except OSError:  # No process, or not anymore.
         return ""

@@ -1,5 +1,5 @@
-"""The files in `examples/launch/`: each is run, on this machine or on hosts of it, and what it says
-of a program that is missing is what comes."""
+"""Runs the files in `examples/launch/`, on this machine or on hosts of it, and checks their
+comments about errors of missing programs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
 def header(name):
-    """The comments at the top, as a line of text."""
+    """Returns the comments at the top as a line of text."""
     lines = (LAUNCH / name).read_text().splitlines()[1:]
     end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     return " ".join(line.removeprefix("#").strip() for line in lines[:end])
@@ -65,7 +65,7 @@ def test_file_is_valid_and_says_what_it_needs(name):
     ],
 )
 def test_run_on_this_machine(name, launcher, variables, tmp_path):
-    """Nodes are processes of this machine. `local.sh` is run in `test_run_directory.py`."""
+    """Nodes are processes of this machine. `test_run_directory.py` runs `local.sh`."""
     if launcher == "openmpi" and not shutil.which("mpirun"):
         require("mpirun")
     port = str(free_port())
@@ -85,7 +85,7 @@ def test_run_on_this_machine(name, launcher, variables, tmp_path):
     try:
         statuses = [process.wait(TIMEOUT) for process in processes]
     finally:
-        for process in processes:  # And all that it has started, if it is not over.
+        for process in processes:  # And its children, if it still runs.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     text = "\n".join(output.read_text() for output in outputs)
@@ -194,7 +194,7 @@ def test_batch_script_of_slurm(nodes, tmp_path):
 
 
 def test_submitit_trains_on_nodes(nodes, tmp_path):
-    """By `train_lm.py`, whose config has the launcher."""
+    """Runs `train_lm.py`, whose config has the launcher."""
     env = {"NODES": "2", "RANKS": "1", "SCRIPT": str(ROOT / "examples" / "train_lm.py")}
     command = [LAUNCH / "submitit.sh", "debug=tiny", "embedding=vocab_sharded"]
     nodes[0].run(command, TIMEOUT, tmp_path, env)

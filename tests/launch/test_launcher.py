@@ -1,5 +1,5 @@
-"""The place of a process, from the variables of each launcher; which ones they set is what the
-launchers themselves show in `test_launch_examples.py`."""
+"""The place of a process from the variables of each launcher. `test_launch_examples.py` checks the
+variables with the launchers themselves."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SLURM = {
     [
         ("deepspeed", {"CROSS_RANK": "1", "CROSS_SIZE": "3", "LOCAL_SIZE": "2"}),
         ("torchrun", {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"}),
-        # A node's launcher that was itself started by that of the nodes.
+        # A launcher of a node, started by a launcher of nodes.
         ("deepspeed", {**SLURM, "SLURM_PROCID": "1", "CROSS_RANK": "1", "LOCAL_SIZE": "2"}),
         ("torchrun", {**OPENMPI, "TORCHELASTIC_RUN_ID": "7", "LOCAL_WORLD_SIZE": "2"}),
         ("none", {"LOCAL_SIZE": "2"}),
@@ -70,7 +70,7 @@ def test_open_mpi():
     [
         {"OMPI_MCA_orte_hnp_uri": ""},
         {"OMPI_MCA_orte_hnp_uri": "1;tcp://127.0.0.1:55555"},
-        # Rank 0 is not on the node of mpirun. 192.0.2.0/24 is for documentation, and nobody's.
+        # Rank 0 is not on mpirun's node. 192.0.2.0/24 is reserved for documentation.
         {
             "OMPI_COMM_WORLD_RANK": "0",
             "OMPI_COMM_WORLD_LOCAL_RANK": "0",
@@ -101,7 +101,7 @@ def test_rank_that_a_shell_of_slurm_has_started_is_no_task():
     assert find_place({**shell, **TORCH}).launcher == "none"
     assert find_place({**shell, **TORCH}).rank == 3
     alone = find_place(shell)
-    # Two programs of one shell must not take one port.
+    # Two programs of one shell must use different ports.
     assert (alone.launcher, alone.size, alone.master_port) == ("slurm", 1, None)
     environ = dict(shell)
     alone.export(environ)
@@ -109,7 +109,7 @@ def test_rank_that_a_shell_of_slurm_has_started_is_no_task():
 
 
 def test_ranks_of_a_node_that_nobody_counts_are_not_guessed():
-    """DeepSpeed would take `LOCAL_SIZE` equal to `WORLD_SIZE` for ranks that share memory."""
+    """DeepSpeed assumes shared memory if `LOCAL_SIZE` equals `WORLD_SIZE`."""
     environ = dict(TORCH)
     place = find_place(environ)
     assert place.local_size is None

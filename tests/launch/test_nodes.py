@@ -1,5 +1,5 @@
-"""Several nodes, by the launchers that people use: each starts the same job over two hosts or
-three, and its losses are those of one host and those of plain torch in one process."""
+"""Several nodes, by common launchers: each starts the same job over two or three hosts, with the
+same losses as on one host and in one process of plain torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hosts import IFNAME, hosts, require
 from launch import BIN, environment, free_port
 
 JOB_SECONDS = 240
-# What a process needs to know on every node; ssh brings nothing along.
+# Variables that processes need on every node; ssh passes none.
 NEEDED = ["DS_ACCELERATOR", "OMP_NUM_THREADS", "PATH", "PYTHONPATH", "TORCH_EXTENSIONS_DIR"]
 LAUNCHERS = ["pdsh", "torchrun", "mpirun"]
 
@@ -30,12 +30,12 @@ def nodes():
 
 
 class Runs:
-    """Runs of the job, each once, in a directory that all nodes see."""
+    """Runs the job once per key, in a directory that all nodes share."""
 
     def __init__(self, nodes, directory):
         self.nodes, self.directory = nodes, directory
         self.checkpoint = directory / "checkpoint"
-        self.own = nodes[0].local / "checkpoint"  # On a disk of each node's own.
+        self.own = nodes[0].local / "checkpoint"  # On each node's own disk.
         self.env = {name: environment()[name] for name in NEEDED} | {"GLOO_SOCKET_IFNAME": IFNAME}
         lines = [f"{name}={value}\n" for name, value in self.env.items()]
         (directory / ".deepspeed_env").write_text("".join(lines))
@@ -44,7 +44,7 @@ class Runs:
             (directory / f"hostfile{count}").write_text("".join(lines))
 
     def __getitem__(self, launcher):
-        """What the ranks saw, in their order."""
+        """Returns the results by rank."""
         out = self.directory / launcher
         if not out.exists():
             out.mkdir()
@@ -81,7 +81,7 @@ class Runs:
         self._run([BIN / "deepspeed", *options, *job, "save"])
 
     def _one_node(self, job):
-        """Resumes what two nodes have saved."""
+        """Resumes a checkpoint of two nodes."""
         assert self["pdsh"]
         assert self["torchrun"]
         a, b = self.nodes[:2]
@@ -109,7 +109,7 @@ def test_each_rank_knows_its_place(runs, launcher):
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_losses_are_those_of_one_node(runs, launcher):
-    """To the last bit: each sum is one of two numbers, in whatever order the nodes add them."""
+    """Bit for bit: each sum has two terms, so the order does not matter."""
     for seen, expected in zip(runs[launcher], runs["one_node"], strict=True):
         assert expected["host"] == "node1"
         assert seen["inside"] == expected["inside"]
@@ -118,7 +118,7 @@ def test_losses_are_those_of_one_node(runs, launcher):
 
 
 def train_alone(model, lr, batches, loss_of):
-    """Mean losses of the data-parallel ranks, by plain torch in one process."""
+    """Returns the mean losses of the data-parallel ranks, in one process of plain torch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     losses = []
     for step in zip(*batches, strict=True):
@@ -132,13 +132,13 @@ def train_alone(model, lr, batches, loss_of):
 
 def train_small_alone(dp_size):
     model = engines_job.build()
-    model.up.bias = model.down.bias = None  # The parallel layers have none.
+    model.up.bias = model.down.bias = None  # Parallel layers have no bias.
     batches = [engines_job.batches(rank) for rank in range(dp_size)]
     return train_alone(model, engines_job.LR, batches, model)
 
 
 def means(seen, what):
-    """Over data-parallel ranks."""
+    """Averages over data-parallel ranks."""
     return [sum(losses) / len(seen) for losses in zip(*(s[what] for s in seen), strict=True)]
 
 
@@ -159,7 +159,7 @@ def test_tensor_parallelism_across_nodes_is_as_plain_torch(runs):
 
 
 def test_three_nodes_by_the_openmpi_launcher_of_deepspeed(runs):
-    """Without mpi4py. A vocab of 23 is over three ranks uneven."""
+    """Without mpi4py. A vocab of 23 is uneven over three ranks."""
     seen = runs["deepspeed_openmpi"]
     assert [s["host"] for s in seen] == ["node1", "node2", "node3"]
     assert all(s["gang"] == [0, 1, 2] for s in seen)
@@ -169,7 +169,7 @@ def test_three_nodes_by_the_openmpi_launcher_of_deepspeed(runs):
 
 @pytest.mark.parametrize("disk", ["of all nodes", "of each node"])
 def test_checkpoint_of_two_nodes_resumes_on_one(runs, disk):
-    """With the same losses, to the last bit. The files of each node's own disk were joined."""
+    """The losses are the same bit for bit. The files of both nodes' disks are joined first."""
     which = ["of all nodes", "of each node"].index(disk)
     for seen in runs["one_node"]:
         assert seen["resumed"][which] == seen["inside"][node_job.STEPS // 2 :]
@@ -187,7 +187,7 @@ dist.destroy_process_group()
 
 @pytest.mark.parametrize("variable", [{}, {"GLOO_SOCKET_IFNAME": IFNAME}])
 def test_gloo_needs_the_interface_where_a_host_takes_itself_for_loopback(nodes, variable):
-    """Without it a node tells the others to find it at 127.0.1.1."""
+    """Without it, a node tells the others to connect to 127.0.1.1."""
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": nodes[0].address, "MASTER_PORT": str(free_port())}
     jobs = [
         node.start([sys.executable, "-c", SUM], env={**place, **variable, "RANK": str(rank)})
@@ -204,5 +204,5 @@ def test_gloo_needs_the_interface_where_a_host_takes_itself_for_loopback(nodes, 
         time.sleep(0.1)
     outputs = [job.output for job in jobs if job.status is not None]
     for job in jobs:
-        job.kill()  # The other one, which waits to be found.
+        job.kill()  # The other rank, which waits for connections.
     assert any("Connection refused, remote=[127.0.1.1]" in output for output in outputs)

@@ -1,4 +1,4 @@
-"""One directory for all ranks of a run, by an app that names it by the time."""
+"""All ranks of a run share one directory, in an app that names it by the time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ RUN_FILES = [
 
 
 def test_all_jobs_of_a_sweep_are_in_one_directory(tmp_path, monkeypatch):
-    """By `deepspeed`, which adds `--local_rank`."""
+    """Started by `deepspeed`, which adds `--local_rank`."""
     monkeypatch.setenv("SCRIPT", str(JOB))
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     output = run([str(ROOT / "examples" / "launch" / "local.sh"), "--multirun", "x=1,2"], tmp_path)
@@ -57,7 +57,7 @@ def test_all_jobs_of_a_sweep_are_in_one_directory(tmp_path, monkeypatch):
     for x, directory in ((1, first), (2, second)):
         assert OmegaConf.load(directory / ".hydra" / "overrides.yaml") == [f"x={x}"]
         config = OmegaConf.load(directory / "config.yaml")
-        saved = OmegaConf.to_container(config, resolve=False)  # It is resolved already.
+        saved = OmegaConf.to_container(config, resolve=False)  # It is already resolved.
         assert saved["x"] == x
         assert saved["started"] == f"{sweep.name}-{directory.name.partition('-')[2]}"
         for rank in (0, 1):
@@ -70,7 +70,7 @@ def test_all_jobs_of_a_sweep_are_in_one_directory(tmp_path, monkeypatch):
 
 
 def test_failure_is_in_the_log_of_its_rank_and_ends_the_sweep(tmp_path, monkeypatch):
-    """Rank 0 is waiting for rank 1 then."""
+    """Rank 0 is waiting for rank 1 at that time."""
     monkeypatch.setenv("TP_EMBED_RUN_ID", "mine")
     overrides = ["x=1,2", "fail_on=1", "hydra.sweep.dir=outputs/${tp_embed.run_id:}"]
     with pytest.raises(AssertionError, match=r"AGREED True torchrun 2 .*/outputs/mine/0-\d+ mine"):
@@ -88,7 +88,7 @@ def test_failure_is_in_the_log_of_its_rank_and_ends_the_sweep(tmp_path, monkeypa
 
 
 def test_watchdog_is_told_of_a_failure(tmp_path):
-    """Which Hydra would hide from it."""
+    """Hydra would hide the failure."""
     with pytest.raises(AssertionError, match=r"rank 1 on .* has failed: RuntimeError: this rank"):
         run(torchrun_command(JOB, "fail_on=1", "watch=60"), tmp_path)
 
@@ -124,7 +124,7 @@ def test_port_that_another_program_has_is_named(monkeypatch):
 
 
 def test_ranks_that_torchrun_starts_again_have_the_directory_that_they_had(monkeypatch):
-    """Its store outlives them, so that rank 1 may find there what an earlier rank 0 has left."""
+    """Torchrun's store outlives ranks, so rank 1 may find keys of an earlier rank 0."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 

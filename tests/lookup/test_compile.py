@@ -1,4 +1,4 @@
-"""Models that torch.compile compiles as one graph, against the same models without."""
+"""Compares models that torch.compile compiles as one graph with the same models in eager mode."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tp_embed import BatchLayout, FakeGang, OutputHead, StandardEmbedding, Vocab
 from tp_embed.gang.graph_ops import _NAMED
 
 V, E = 23, 6
-# The first two tell torch which sizes change; a size of 1 is always one of its own.
+# The first two tell torch which sizes change; size 1 always gets its own graph.
 SHAPES = [(2, 5), (3, 8), (7, 9), (2, 6), (4, 12)]
 
 OPTIONS = [
@@ -42,7 +42,7 @@ def build(gang, kind, output="replicated", dedup="auto", **options):
 
 
 class Two(nn.Module):
-    """Two tables, so that the second must not be taken for the first."""
+    """Has two tables, which must not be mixed up."""
 
     def __init__(self, gang, kind, **options):
         super().__init__()
@@ -54,7 +54,7 @@ class Two(nn.Module):
 
 
 def assert_same_step(compiled, model, *args):
-    """A forward and a backward of both give the same bits."""
+    """Checks that a forward and a backward of both give the same bits."""
     expected, output = model(*args), compiled(*args)
     assert_same_bits(output.detach(), expected.detach(), "outputs")
     generator = torch.Generator().manual_seed(output.size(-2))
@@ -69,7 +69,7 @@ def assert_same_step(compiled, model, *args):
 
 
 def train(gang, kind, options, backend, padded=False):
-    """Returns the number of graphs that were made."""
+    """Returns the number of compiled graphs."""
     torch._dynamo.reset()
     model = Two(gang, kind, **options)
     counter = CompileCounterWithBackend(backend)
@@ -94,9 +94,9 @@ def test_alone(kind):
 
 @pytest.mark.parametrize("kind", sorted(SHARDED))
 def test_ranks_with_short_blocks_and_without_any(pool, kind):
-    """Over four ranks the last one has none of 5 positions, and none of 6 or 9."""
+    """The last of four ranks gets none of 5, 6 or 9 positions."""
     counts = pool(4, train, kind, {"output": "sequence"}, "aot_eager")
-    assert max(counts) <= 3  # Sizes of 0 and 1 are ones of their own.
+    assert max(counts) <= 3  # Sizes 0 and 1 get their own graphs.
 
 
 @pytest.mark.parametrize("output", ["replicated", "sequence"])
@@ -111,7 +111,7 @@ def compile_with_inductor(gang, cache):
     torch._dynamo.reset()
     ids = torch.randint(V, (3, 7))
     for kind in sorted(SHARDED):
-        # Nothing that inductor would have to call a C++ compiler for.
+        # Needs no C++ compiler.
         model = nn.Sequential(build(gang, kind, output="sequence"), nn.Linear(E, 4, bias=False))
         compiled = torch.compile(model, fullgraph=True)
         assert_same_step(compiled, model, ids)

@@ -1,4 +1,4 @@
-"""The distinct ids of a batch, compared with `torch.unique`."""
+"""Compares the distinct ids of a batch with `torch.unique`."""
 
 import torch
 from hypothesis import given
@@ -21,7 +21,7 @@ def test_they_are_those_of_torch(ids, dtype):
 
 
 def places(distinct):
-    """Where each id is, in order."""
+    """Returns the places of each id, in order."""
     parts = distinct.order.tensor_split(distinct.starts[1:])
     return {
         int(i): part.tolist() for i, part in zip(distinct.ids, parts, strict=len(distinct.ids) > 0)

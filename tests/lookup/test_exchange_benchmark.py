@@ -1,4 +1,4 @@
-"""The layers that `benchmarks/exchange.py` times: what they give, and what they send."""
+"""The layers that `benchmarks/exchange.py` times: their outputs and communication volumes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(pool, size, **changes):
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_no_layer_differs_from_that_of_torch(pool, size, dtype):
-    # `measure` raises where one does.
+    # `measure` raises if a layer does.
     found = run(pool, size, vocab=48, dtype=dtype, batch=4)
     assert [row["name"] for row in found["rows"] if row["both"]] == list(WAYS)
     assert all(len(row["forward"]) == 3 for row in found["rows"])

@@ -1,4 +1,4 @@
-"""Gradients in the same memory, one after the other: to the last bit what new memory gives."""
+"""Gradients in reused memory are the same bit for bit as in new memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def table(kind, gang, reuse_grad, dtype=torch.float32):
 
 
 def backward(embed, step, micro=0, seed=0, weight=None):
-    """Of other ids in each step, some of them several times."""
+    """Runs a backward of different ids in each step, with duplicates."""
     generator = torch.Generator().manual_seed(100 * seed + 10 * step + micro)
     ids = torch.randint(V, (3, 4), generator=generator)
     output = embed(ids)
@@ -55,7 +55,7 @@ def written_to_by_a_view(embed, step):
 
 
 def used_twice(embed, step):
-    """In one backward, in which autograd adds two gradients up."""
+    """Uses the table twice in one backward, where autograd sums two gradients."""
     generator = torch.Generator().manual_seed(step)
     first, second = torch.randint(V, (2, 5), generator=generator)
     (embed(first) * embed(second)).sum().backward()
@@ -68,7 +68,7 @@ def backward_again(embed, step):
 
 
 def with_a_penalty(embed, step):
-    """Of another gradient of the weight, which is dense."""
+    """Adds a second, dense gradient of the weight."""
     backward(embed, step)
     (embed.weight.square().sum() * 0.01).backward()
 
@@ -121,7 +121,7 @@ def test_gradients_are_those_of_new_memory(pool, way, set_to_none, kind):
 
 
 def addresses(gang, keep):
-    """Where the gradients of the steps were, and what those that were kept hold at the end."""
+    """Returns the addresses of each step's gradient, and the kept gradients at the end."""
     embed = table("embed", gang, reuse_grad=True)
     found, kept, copies = [], [], []
     for step in range(STEPS):
@@ -156,8 +156,8 @@ def test_gradient_that_is_kept_stays_as_it_is(pool):
 
 
 def hooked(gang, reuse_grad):
-    """Hooks before and after the gradient is accumulated, the first of which replaces it, and all
-    of which see it."""
+    """Hooks the gradient before and after accumulation. The first hook replaces it, and all hooks
+    see it."""
     embed = table("vocab", gang, reuse_grad)
     seen = []
     embed.weight.register_hook(lambda grad: seen.append(grad.clone()))
@@ -177,7 +177,7 @@ def hooked(gang, reuse_grad):
 
 
 def step_in_the_backward(gang, reuse_grad):
-    """An optimizer that steps, and drops the gradient, as soon as it is there."""
+    """Steps an optimizer, and drops the gradient, as soon as it is accumulated."""
     embed = table("embed", gang, reuse_grad)
     optimizer = torch.optim.SGD(embed.parameters(), lr=0.1, momentum=0.9)
 
@@ -192,7 +192,7 @@ def step_in_the_backward(gang, reuse_grad):
 
 
 def copied(gang, reuse_grad):
-    """A copy of the layer has memory of its own."""
+    """Checks that a copy of the layer has its own memory."""
     embed = table("embed", gang, reuse_grad)
     backward(embed, 0)
     twin = copy.deepcopy(embed)
@@ -205,7 +205,7 @@ def copied(gang, reuse_grad):
 
 
 def counted_all_reduce(gang, reuse_grad):
-    """Data parallelism by hand, of which torch does not count that the gradient is written to."""
+    """Data parallelism by hand: torch does not count the writes to the gradient."""
     group = gang.as_process_group()
     embed = table("embed", FakeGang("cpu"), reuse_grad)
     seen = []
@@ -219,7 +219,7 @@ def counted_all_reduce(gang, reuse_grad):
 
 
 def data_parallel(gang, reuse_grad, **options):
-    """Two data-parallel ranks, of two tensor-parallel ones each."""
+    """Trains on two data-parallel ranks of two tensor-parallel ranks each."""
     pairs = [gang.create_gang(ranks) for ranks in ([0, 1], [2, 3])]
     across = [gang.create_gang(ranks) for ranks in ([0, 2], [1, 3])]
     mine = next(pair for pair in pairs if pair)

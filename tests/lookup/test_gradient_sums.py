@@ -1,4 +1,4 @@
-"""How gradients are summed: whatever their strides, and on accelerators within CUDA's buffers."""
+"""Sums of gradients: with any strides, and on accelerators within CUDA's buffers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def gradient(embed, ids, grad):
 @pytest.mark.parametrize("dim", [1, 7, 32])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bits_depend_on_values_only(layout, dim, dtype):
-    """Nor on how the table is cut."""
+    """They do not depend on the cut of the table."""
     generator = torch.Generator().manual_seed(dim)
     ids = torch.randint(V, (N,), generator=generator)
     grad = LAYOUTS[layout](torch.randn(N, dim, generator=generator).to(dtype))
@@ -79,7 +79,7 @@ def test_rows_are_within_the_buffers_of_cuda(vocab, size, pad, count, dtype):
         own = Partition(vocab, size).shard(rank)
         rows = rows_to_sum(ids, own, pad_idx)
         assert rows.dtype == dtype
-        if own:  # Or else nothing is launched.
+        if own:  # Otherwise nothing is launched.
             check_kernel(rows, len(own) + 1, 4)
         held = (ids >= own.start) & (ids < own.stop)
         if pad_idx is not None:
@@ -110,7 +110,7 @@ def test_nothing_is_launched_for_what_is_empty(dtype, count, dim, num_rows):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autograd_takes_the_memory_over(dtype):
-    """Without a copy: one row more is what it costs."""
+    """Makes no copy: it costs only one more row."""
     weight = torch.nn.Parameter(torch.zeros(6, 4, dtype=dtype))
     given_grad = sum_all(torch.ones(9, 4, dtype=dtype), torch.arange(9) % 7, 6)
     address = given_grad.data_ptr()

@@ -1,4 +1,4 @@
-"""Ids that are not rows of the table are errors on every rank, and nothing is sent before them."""
+"""Ids out of range raise on every rank, before anything is sent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tp_embed.lookup.ids import IdCheck
 SIZES = [1, 2, 3, 4]
 KINDS = sorted(SHARDED)
 
-# V = 11 is 3 rows a rank for a gang of 4, with room for an id of 11 that is none.
+# V = 11 gives 3 rows per rank in a gang of 4, where id 11 would fit into the last block.
 V, E = 11, 6
 
 INT64 = torch.iinfo(torch.int64)
@@ -60,7 +60,7 @@ def table():
 
 
 def ask(embed, batches):
-    """What `embed` raises for each batch, and what it gives for good ids after that."""
+    """Returns the error of `embed` for each batch, and its output for valid ids afterwards."""
     errors = []
     good = torch.tensor([[0, 10], [3, 7]])
     for ids in batches:
@@ -147,7 +147,7 @@ def test_any_integer_dtype_works(pool, dtype):
 
 
 def deferred(gang):
-    """What an accelerator does, which is to look at the answer two calls later, on the CPU."""
+    """Reads results two calls later, as on an accelerator, but on the CPU."""
     embed = ShardedEmbedding(gang, 11, 6)
     embed._lookup.id_check = IdCheck(lag=2)
     calls = []

@@ -1,4 +1,4 @@
-"""Ranks that look up other ids than others are told so, all of them, and before they hang."""
+"""If ranks look up different ids, all of them raise instead of hanging."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def table():
 
 
 def other(what, rank):
-    """What the last rank looks up, and by which layout."""
+    """Returns the ids and the layout of the last rank."""
     ids, layout = IDS.clone(), BatchLayout.of(IDS, [4, 3])
     if what == "value":
         ids[1, 1] = 0
@@ -80,7 +80,7 @@ def refused(embed, ids, layout=None):
 
 
 def differ(gang, kind, output, what):
-    """The error of a first lookup, and of a later one; then lookups go on."""
+    """Returns the errors of a first and a later lookup; then looks up again."""
     layout = BatchLayout.of(IDS, [4, 3]) if what == "padding" else None
     ids = IDS
     if gang.rank == gang.size - 1:
@@ -117,7 +117,7 @@ def test_other_ids_of_one_rank_are_refused_on_all(pool, what, kind, output, size
 
 
 def at_lookup(gang, kind, every, odd):
-    """At which of 12 lookups a difference at the ``odd``-th is found, and what is said of it."""
+    """Returns which of 12 lookups finds a difference in the ``odd``-th, and its error."""
     embed = SHARDED[kind].from_embedding(table(), gang, check_ids=every)
     for number in range(1, 13):
         ids = IDS.roll(1, 1) if number == odd and gang.rank == 1 else IDS
@@ -141,7 +141,7 @@ def test_lookups_between_comparisons_count_too(pool, kind):
 
 
 def right(gang, kind, output, dtype):
-    """Lookups of all kinds, checked or not, with gradients; and what the check sends."""
+    """Runs lookups of all kinds, checked or not, with gradients; returns what the check sends."""
     results = []
     for check_ids in (False, None, True, 3):
         embed = SHARDED[kind].from_embedding(table(), gang, output=output, check_ids=check_ids)
@@ -172,7 +172,7 @@ def test_checks_change_nothing_but_one_collective(pool, kind, output, dtype):
 
 
 def out_of_range(gang, kind):
-    """The same bad id on all ranks; then on one rank alone, which is another id than theirs."""
+    """Looks up the same bad id on all ranks; then a bad id on one rank alone."""
     embed = SHARDED[kind].from_embedding(table(), gang, check_ids=True)
     bad = IDS.clone()
     bad[1, 0] = V
@@ -194,7 +194,7 @@ def other_table(gang):
 
 
 def other_number(gang):
-    """Rank 0 has looked up once more, in a copy of which it alone knows."""
+    """Rank 0 looks up once more, in a copy that no other rank has."""
     embed = SHARDED["embed"](gang, V, E, check_ids=2)
     embed(IDS)
     embed(IDS)
@@ -211,7 +211,7 @@ def test_other_branches(pool):
 
 
 def copied(gang):
-    """Copies begin to count anew, with the same n, on every rank."""
+    """Copies restart the count, with the same n, on every rank."""
     embed = SHARDED["vocab"](gang, V, E, check_ids=5)
     for _ in range(3):
         embed(IDS)
@@ -231,7 +231,7 @@ def test_copies_count_their_own_lookups(pool):
 
 
 def deferred(gang, every):
-    """What an accelerator does, which is to look at answers two lookups later, on the CPU."""
+    """Reads results two lookups later, as on an accelerator, but on the CPU."""
     check, calls = SameIds(every, lag=2), []
     for number in range(1, 9):
         try:

@@ -1,4 +1,4 @@
-"""Collectives of others on the weight of a sharded table."""
+"""Third-party collectives on the weight of a sharded table."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ V, E = 7, 6
 
 
 def exchange(gang, kind):
-    """What collectives do over the gang, and over a group of one rank, such as a data-parallel
-    one."""
+    """Runs collectives over the gang, and over a group of one rank, as for data parallelism."""
     embed = kind(gang, V, E)
     before = embed.weight.full_tensor().clone() if gang.size > 1 else embed.weight.detach().clone()
     alone = (

@@ -1,4 +1,4 @@
-"""`train_rows` trains as `torch.nn.Embedding` does with a hook that masks its gradient."""
+"""`train_rows` trains like `torch.nn.Embedding` with a hook that masks its gradient."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def sharded(gang, strategy, tied, sparse, rows=ROWS):
     return result
 
 
-# With a head, whose gradient is dense, so is the sum.
+# A head has a dense gradient, so the sum is dense.
 @pytest.mark.parametrize(("tied", "sparse"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("strategy", ["embed", "vocab"])
 @pytest.mark.parametrize("size", SIZES)
@@ -166,7 +166,7 @@ def test_wrong_rows(given, error, message):
 
 
 def trained_rows(layer, call):
-    """The rows of the block with a gradient, when all rows are used."""
+    """Returns the block's rows that get a gradient if all rows are used."""
     layer.weight.grad = None
     call(layer).sum().backward()
     return layer.weight.grad.to_dense().any(1).nonzero()[:, 0].tolist()
@@ -294,7 +294,7 @@ def test_functional_call(sparse):
     embed = StandardEmbedding(V, E, train_rows=ROWS, sparse=sparse)
     leaf = torch.ones(V, E, requires_grad=True)
     torch.func.functional_call(embed, {"weight": leaf * 2}, (ALL,)).sum().backward()
-    assert leaf.grad.to_dense().eq(2).all()  # As a hook of the Parameter, which has no part in it.
+    assert leaf.grad.to_dense().eq(2).all()  # Like a hook of the Parameter, which does not see it.
 
 
 def compiled(gang, kind):

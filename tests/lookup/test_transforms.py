@@ -25,7 +25,7 @@ SIZES = [1, 2, 3]
 
 
 def tables(gang, kind, **options) -> tuple[nn.Embedding, Any]:
-    """The same table of torch and of ours, in fp64."""
+    """Builds the same table with torch and with our class, in fp64."""
     torch.manual_seed(0)
     theirs = nn.Embedding(V, E, padding_idx=PAD, dtype=torch.float64)
     standard = StandardEmbedding(V, E, PAD, dtype=torch.float64)
@@ -36,7 +36,7 @@ def tables(gang, kind, **options) -> tuple[nn.Embedding, Any]:
 
 
 def whole(embed: Any, shard: Tensor) -> Tensor:
-    """The table, or its gradient, of which this rank holds ``shard``."""
+    """Gathers the table, or its gradient, from the ``shard`` of each rank."""
     if isinstance(embed, StandardEmbedding) or embed.gang.size == 1:
         return shard
     output = shard.new_empty(V, E)
@@ -85,7 +85,7 @@ def change_ids(gang, kind, options):
     ids.fill_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    ids = IDS.to(torch.int16)  # Of which the lookup has a copy.
+    ids = IDS.to(torch.int16)  # The lookup has a copy.
     loss = embed(ids).sum()
     ids.fill_(1)
     loss.backward()

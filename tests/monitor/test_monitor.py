@@ -1,4 +1,4 @@
-"""Counting collectives, and watching a training loop of plain torch."""
+"""Counts collectives, and monitors a training loop of plain torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ V, E, STEPS, EVERY = 19, 6, 6, 2
 
 
 class Model(nn.Module):
-    """Gives the loss and the logits. The head shares the table."""
+    """Returns the loss and the logits. The head shares the table."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ def batches():
 
 
 def train(model, monitor=None):
-    """The norm of the table's gradient, and the loss, of each step."""
+    """Returns the norm of the table's gradient, and the loss, of each step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     monitor = monitor and monitor(model, optimizer)
     seen = []
@@ -86,7 +86,7 @@ def watched(gang: Gang, directory, strategy: str):
 
 
 def looked_up_bytes(strategy, ids, size):
-    """What a lookup sends by an all-to-all and by all-gathers, the mean of the ranks."""
+    """Returns the bytes of a lookup by all-to-alls and by all-gathers, averaged over ranks."""
     item, distinct = torch.float32.itemsize, sorted(set(ids))
     if strategy == "embed":
         count = len(distinct) if len(distinct) <= 0.85 * len(ids) else len(ids)
@@ -125,7 +125,7 @@ def test_tensorboard_shows_what_one_process_computes(pool, tmp_path, strategy):
     assert scalars("tp_embed/unique_ratio/embed") == pytest.approx(ratios)
     assert scalars("lr") == pytest.approx([0.1 * step for step in sampled])
 
-    # What the table costs by the docstrings of the layers, without the evaluations in between.
+    # The volumes in the docstrings of the layers, without the evaluations in between.
     n, size = 16 * torch.float32.itemsize, 4
     blocks = {"embed": -(-E // size), "vocab": -(-V // size)}
     looked_up = [looked_up_bytes(strategy, batches()[step].tolist(), size) for step in sampled]
@@ -145,7 +145,7 @@ def test_tensorboard_shows_what_one_process_computes(pool, tmp_path, strategy):
     assert all(0 < exchange < step for exchange, step in times)
     speeds = zip(scalars("tp_embed/tokens_per_second"), scalars("tp_embed/step_ms"), strict=True)
     assert [speed * step / 1000 for speed, step in speeds] == pytest.approx([16] * 3, rel=1e-4)
-    # The test's process is one of those whose memory this is, by its size.
+    # A plausible size of this process.
     assert all(50 < mib < 4000 for mib in scalars("tp_embed/memory_mib"))
 
 
@@ -289,7 +289,7 @@ def test_traffic_counts_calls_bytes_and_time_until_it_is_closed(pool):
         assert (total.calls, total.bytes_sent) == (8, 3400)
         assert total.seconds == pytest.approx(sum(entry.seconds for entry in found.values()))
         assert all(entry.seconds > 0 for entry in found.values())
-        if rank:  # Waiting for the rank that is late.
+        if rank:  # Waits for the late rank.
             assert found["barrier"].seconds > 0.1
         assert {name: entry.calls for name, entry in second.items()} == {
             "all_gather": 1,

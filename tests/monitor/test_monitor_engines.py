@@ -1,5 +1,5 @@
-"""Engines that are watched, by the real launcher: against one process of plain torch, and against
-what DeepSpeed itself logs."""
+"""Compares monitored engines, by the real launcher, with one process of plain torch and with
+DeepSpeed's own logs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def seen(out):
 
 @pytest.fixture(scope="module")
 def alone():
-    """Each step by plain torch in one process: over the micro batches of both data-parallel
+    """Runs each step in one process of plain torch, on the micro batches of both data-parallel
     ranks."""
     model = job.build()
     optimizer = torch.optim.SGD(model.parameters(), lr=job.LR)
@@ -57,7 +57,12 @@ def test_loss_norms_and_ids_are_those_of_one_process(seen, alone, case):
     tolerance = 1e-2 if case == "bf16" else 1e-5
     rows = seen[case]["rows"]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert [row["at"] for row in rows] == [8, 16, 24, 32]  # One for each sample, of 2 x 2 a step.
+    assert [row["at"] for row in rows] == [
+        8,
+        16,
+        24,
+        32,
+    ]  # By samples, 2 x 2 per step.
     for row, expected in zip(rows, alone, strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=tolerance)
         norms = {n: norm for n, norm in expected["norms"].items() if n in row["grad_norm"]}
@@ -65,7 +70,7 @@ def test_loss_norms_and_ids_are_those_of_one_process(seen, alone, case):
         assert row["grad_norm"] == pytest.approx(norms, rel=tolerance)
         assert row["unique_ratio"] == pytest.approx({"embed": expected["ratio"], "positions": 1.0})
         assert len(row["memory"]) == 4
-        tokens = 2 * job.MICRO_BATCHES * job.LENGTH  # Of two data-parallel ranks.
+        tokens = 2 * job.MICRO_BATCHES * job.LENGTH  # Two data-parallel ranks.
         assert row["tokens_per_second"] * row["seconds"] == pytest.approx(tokens)
 
 
@@ -79,7 +84,7 @@ def test_pipeline_is_watched_where_its_schedule_updates(seen):
     assert row["step"] == 2
     assert row["loss"] == pytest.approx(expected["losses"][1], rel=1e-5)
 
-    # The norm of the first stage's table, which the last stage has too, after one step.
+    # The norm of the first stage's table, shared by the last stage, after one step.
     model = pipeline_job.Alone(tied=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=pipeline_job.LR, eps=pipeline_job.EPS)
     stream = pipeline_job.micro_batches()
@@ -119,16 +124,16 @@ def test_comms_logger_sees_our_collectives_as_its_own(out, seen):
         for name, sizes in seen["timed"]["comms"].items()
     }
     micro_batches = job.STEPS * job.MICRO_BATCHES
-    forwards = micro_batches + job.STEPS  # With the evaluations.
+    forwards = micro_batches + job.STEPS  # Includes evaluations.
     ours = comms["tp_embed.all_gather"]
     logits = job.LENGTH * -(-job.V // 2) * 4
-    # What DeepSpeed logged for a tensor of the size of the lookup's, by its own function.
+    # DeepSpeed's log of its own function for a tensor of the same size as in the lookup.
     lookup = min(comms["all_gather_into_tensor"])
     assert ours == {lookup: forwards, logits: forwards}
     hidden = job.LENGTH * job.E * 4
     assert comms["tp_embed.all_reduce"] == {hidden: micro_batches}
 
-    # A rank sends (P-1) times what it puts into an all-gather, and 2 (P-1)/P times into the other.
+    # A rank sends (P-1) times its input in an all-gather, and 2 (P-1)/P times in an all-reduce.
     sent = {"all_gather": lookup + logits, "all_reduce": hidden}
     for row in seen["timed"]["rows"]:
         traffic = {operation: entry["bytes"] for operation, entry in row["traffic"].items()}
@@ -139,7 +144,7 @@ def test_comms_logger_sees_our_collectives_as_its_own(out, seen):
 def test_wall_clock_breakdown_has_our_timers(out, seen):
     timers = seen["timed"]["timers"]
     assert 0 < timers["tp_embed.all_reduce"] < timers["bwd"]
-    assert timers["tp_embed.all_gather"] > 0  # Those of evaluations too, which `fwd` leaves out.
+    assert timers["tp_embed.all_gather"] > 0  # Includes evaluations, unlike `fwd`.
     lines = re.findall(r"time \(ms\) \| fwd: .*", (out / "log").read_text())
     assert len(lines) == job.STEPS
     for line in lines:

@@ -54,7 +54,7 @@ def run_dir(tmp_path):
 
 
 class Page(HTMLParser):
-    """The text of a page, and its elements; a page that is not well-formed is an error."""
+    """Collects the text and elements of a page; raises unless it is well-formed."""
 
     VOID = ("meta",)
 
@@ -88,7 +88,7 @@ def test_page_has_figures_charts_and_nothing_from_elsewhere(run_dir):
     page = Page(write_report(run_dir).read_text())
     assert page.links == []
     assert "script" not in page.seen
-    assert "<script>alert(1)</script>" in page.text  # As text, from the config.
+    assert "<script>alert(1)</script>" in page.text  # Text from the config.
     for text in (
         "first",
         "2 ranks · 2 nodes · CPU",
@@ -106,7 +106,7 @@ def test_page_has_figures_charts_and_nothing_from_elsewhere(run_dir):
         assert text in re.sub(r"\s+", " ", page.text)
     assert page.seen.count("svg") == 6
     lines = [name for name in page.ids if name.startswith("line-")]
-    assert len(lines) == 7  # One for each table, and one for each other chart.
+    assert len(lines) == 7  # One per table, and one per other chart.
 
 
 def test_metrics_of_each_step_are_enough(tmp_path):
@@ -152,11 +152,11 @@ def test_a_resumed_run_supersedes_what_it_repeats(run_dir):
     log.start({"started": "later"})
     log.add(row(30, loss=1.0))
     with (run_dir / "monitor.jsonl").open("a") as file:
-        file.write('{"step": 40, "every": 10, "lo')  # Where the process was killed.
+        file.write('{"step": 40, "every": 10, "lo')  # The process was killed here.
     run = read_run(run_dir)
     assert run.series("loss") == ([10, 20, 30], [4.9, 4.8, 1.0])
     assert run.about == {"started": "later"}
-    # One that is started again, sampled less often, supersedes all.
+    # A restarted run, sampled less often, replaces all.
     (run_dir / "monitor.jsonl").open("a").write("\n" + json.dumps(row(40, every=40)) + "\n")
     assert read_run(run_dir).series("loss") == ([40], [4.6])
 
@@ -165,7 +165,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def drawn(*lines):
-    """The SVG of a chart, and the groups of its lines."""
+    """Returns the SVG of a chart, and the groups of its lines."""
     svg = ElementTree.fromstring(to_svg(line_charts({"": lines})))
     return svg, [g for g in svg.iter(f"{SVG}g") if g.get("id", "").startswith("line-")]
 

@@ -40,7 +40,7 @@ def look_up(gang, kind, reuse_grad, dedup):
         found = batched(embed.weight, embed(IDS))
         whole = found.full_tensor() if hasattr(found, "full_tensor") else found
         assert_same_bits(whole, expected, "gradients")
-        embed(IDS).sum().backward()  # Puts a gradient into the memory that is used again.
+        embed(IDS).sum().backward()  # Puts a gradient into the reused memory.
 
 
 @pytest.mark.parametrize("reuse_grad", [False, True])

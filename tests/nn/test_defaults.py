@@ -1,4 +1,4 @@
-"""torch's default device and dtype, threads, and its fake backend: layers do as they do without."""
+"""Layers do not change under torch's default device and dtype, threads, or its fake backend."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LAYERS = [
 
 @contextmanager
 def defaults(device, dtype):
-    """Models are often made under ``meta``, scripts often begin with a default dtype."""
+    """Models are often built under ``meta``, and scripts often set a default dtype."""
     before = torch.get_default_dtype()
     torch.set_default_device(device)
     torch.set_default_dtype(dtype)
@@ -59,7 +59,7 @@ def tensors():
 
 
 def lookups(gang, device, dtype):
-    """Everything that layers give, made before the defaults are set or under them."""
+    """Returns the outputs of layers built before setting the defaults, or under them."""
     table, ids, layout = tensors()
     found = []
     with defaults(device, dtype):
@@ -131,7 +131,7 @@ def turn(embed, ids, grad):
 @pytest.mark.parametrize("reuse_grad", [False, True])
 @pytest.mark.parametrize(("kind", "output"), [*LAYERS, ("standard", "replicated")])
 def test_threads_do_not_share_memory(kind, output, reuse_grad):
-    """Each thread looks up ids of its own, many times; gangs that send nothing need no order."""
+    """Each thread looks up its own ids, many times; gangs that send nothing need no order."""
     sizes = 512, 64
     if kind == "standard":
         embed = StandardEmbedding(*sizes, reuse_grad=reuse_grad)

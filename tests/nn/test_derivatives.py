@@ -1,4 +1,4 @@
-"""Second derivatives, transforms and graphs of heads and losses, against plain torch in one
+"""Compares second derivatives, transforms and graphs of heads and losses with plain torch in one
 process."""
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def problem():
 
 
 def own_part(table, gang, kind):
-    """This rank's block of a table that is the same on every rank, for autograd too."""
+    """Returns this rank's block of a replicated table, differentiably."""
     if kind == "embed":
         return scatter_columns(table, gang, Partition(E, gang.size))
     own = Partition(V, gang.size).shard(gang.rank)
@@ -49,8 +49,7 @@ def own_part(table, gang, kind):
 
 
 def our_loss(gang, kind, way, cap=None, **options):
-    """The loss as a function of the hidden states, the block of this rank, the bias, and the
-    target."""
+    """Returns the loss as a function of hidden states, this rank's block, bias and target."""
     output = "shard" if way == "shard" else "replicated"
     embed = SHARDED[kind](gang, V, E, dtype=torch.float64)
     head = OutputHead(embed, bias=nn.Parameter(torch.zeros(V, dtype=torch.float64)), output=output)
@@ -79,7 +78,7 @@ def their_loss(x, table, bias, target, **options):
 
 
 def both(gang, kind, way, options):
-    """Our loss and that of torch, both as functions of what is the same on every rank."""
+    """Returns our loss and torch's, both as functions of replicated inputs."""
     block_loss = our_loss(gang, kind, way, **options)
 
     def ours(x, table, bias, target):
@@ -89,7 +88,7 @@ def both(gang, kind, way, options):
 
 
 def derivatives(loss, inputs, cotangents):
-    """Products with the Hessian, and the gradient of a penalty of the gradients."""
+    """Returns products with the Hessian, and the gradient of a gradient penalty."""
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
     first = torch.autograd.grad(loss(*inputs), inputs, create_graph=True)
     products = torch.autograd.grad(first, inputs, cotangents, retain_graph=True)
@@ -125,7 +124,7 @@ def test_second_derivatives_are_those_of_torch(pool, size, kind, way, options):
 
 
 def check_gradients(gang, kind, way, options):
-    """Numerically, with what is the same on every rank, so that all change it alike."""
+    """Checks gradients numerically, with replicated inputs that all ranks change alike."""
     x, table, bias, _, target = problem()
     ours, _ = both(gang, kind, way, options)
     inputs = [tensor.requires_grad_() for tensor in (x[:4], table, bias)]
@@ -171,8 +170,7 @@ def test_second_derivatives_of_losses_of_tokens(pool, size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
 def test_second_derivatives_in_low_precision(dtype, options):
-    """Of logits, whose probabilities come back from the gradient that is kept; confident ones
-    too."""
+    """Recovers the probabilities of logits from the saved gradient, also for confident logits."""
     logits = (4 * torch.randn(N, V, generator=torch.Generator().manual_seed(1))).to(dtype)
     target, direction = torch.tensor([1, 6, 2, 3, 4]), torch.randn(N, V)
 
@@ -192,7 +190,7 @@ def test_second_derivatives_in_low_precision(dtype, options):
 
 
 def tied(gang, kind, way):
-    """Hidden states that depend on the block too: no part of its gradient is there twice."""
+    """Hidden states also depend on the block: no part of its gradient counts twice."""
     x, table, bias, mixing, target = problem()
     cotangents = [torch.randn_like(tensor) for tensor in (mixing, table, bias)]
     block_loss = our_loss(gang, kind, way)

@@ -1,4 +1,4 @@
-"""What the embedding classes promise besides parity: their state, copies, shapes and volumes."""
+"""Properties of the embedding classes besides parity: state, copies, shapes and volumes."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_shapes_at_any_place_of_any_gang(case):
 
 
 def test_nothing_is_allocated_on_meta():
-    # 2^60 numbers, and an init function that would need them.
+    # 2^60 numbers, and an init function that would need memory for them.
     for embed in all_kinds(MIDDLE, 1 << 30, 1 << 30, 7, device="meta", init_fn=lambda e: 1 / 0):
         embed.reset_parameters()
         assert embed.weight.is_meta
@@ -210,7 +210,7 @@ def round_trip(gang, kind, options, frozen, training):
     assert_same_bits(again.weight, whole.weight, "tables")
     assert embed.to_embedding(device="meta").weight.is_meta
 
-    # The three tables are apart from each other.
+    # The three tables share no memory.
     before = whole.weight.detach().clone()
     with torch.no_grad():
         embed.weight.fill_(1.0)
@@ -232,7 +232,7 @@ def xavier(embed):
 
 
 def large(gang, kind):
-    """More than travels at once: 40 MiB."""
+    """More than one message holds: 40 MiB."""
     torch.manual_seed(5)
     whole = StandardEmbedding(1003, 10001, 1002, init_fn=xavier)
     torch.manual_seed(5)
@@ -282,7 +282,7 @@ def copied(gang, kind, sparse):
 def test_copies_train_on_their_own(pool, kind, size):
     for sparse in (False, True):
         for rank, (dumped, block) in enumerate(pool(size, copied, kind, sparse)):
-            # In this process there is no such group.
+            # This process has no such group.
             embed = pickle.loads(dumped)
             assert (embed.gang.rank, embed.gang.size) == (rank, size)
             assert_same_bits(embed.weight, block, "blocks")

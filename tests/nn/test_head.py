@@ -1,4 +1,4 @@
-"""The head that shares the table of a sharded embedding, against ``torch.nn.functional.linear``."""
+"""Compares the head over the table of a sharded embedding with ``torch.nn.functional.linear``."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_head_needs_a_sharded_embedding():
 
 
 def capped_head_and_reference(gang, kind):
-    """Of all logits, those of each rank, and the loss; with a cap that is not that of the head."""
+    """Compares all logits, rank-local logits, and the loss, which overrides the head's cap."""
     torch.manual_seed(2)
     table = StandardEmbedding(11, 7, dtype=torch.float64)
     bias = nn.Parameter(torch.randn(11, dtype=torch.float64))

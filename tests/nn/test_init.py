@@ -1,4 +1,4 @@
-"""The initial table is a function of the seed, the row and the column, whatever the gang."""
+"""The initial table depends only on seed, row and column, not on the gang."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def users_marked(embed, rate=1.0):
     init.fill(embed, lambda tile, generator: tile.exponential_(rate, generator=generator))
 
 
-# The init functions that draw numbers, each with what torch has for it.
+# The random init functions, each with torch's equivalent.
 RANDOM = {
     "scaled": (init.scaled, lambda w: w.normal_(0, w.size(1) ** -0.5)),
     "normal": (init.normal, torch_init.normal_),
@@ -78,12 +78,12 @@ FILLED = {
     "constant": partial(init.constant, value=0.3),
 }
 
-# Several tiles of 256 x 128, none of which ends where a shard does; less rows, columns than ranks.
+# Several tiles of 256 x 128, none aligned with a shard; fewer rows or columns than ranks.
 TABLES = [(700, 150, -3), (3, 5, None), (300, 2, 1)]
 
 
 def drawn(gang, kind, names, seeds=(7, 7, 7, 7), dtype=None):
-    """The whole tables, and what torch's generator gives after them."""
+    """Returns the whole tables, and the next numbers of torch's generator."""
     torch.manual_seed(seeds[gang.rank])
     tables = []
     for name in names:
@@ -158,7 +158,7 @@ def test_distribution_is_that_of_torch(name):
     torchs = of_torch(torch.empty(700, 150))
     count, std = ours.numel(), torchs.std()
 
-    # The statistic of Kolmogorov and Smirnov, with the bound that one test in a thousand exceeds.
+    # The Kolmogorov-Smirnov statistic, with a bound that one test in a thousand exceeds.
     values, both = [t.view(-1).sort().values for t in (ours, torchs)], torch.cat([ours, torchs])
     a, b = (torch.searchsorted(v, both, right=True) / count for v in values)
     assert (a - b).abs().max() < 1.95 * (2 / count) ** 0.5
@@ -173,7 +173,7 @@ def test_distribution_is_that_of_torch(name):
 @pytest.mark.parametrize("name", RANDOM)
 def test_tiles_rows_and_tables_are_drawn_independently(name):
     ours, other = (StandardEmbedding(700, 150, init_fn=FILLED[name]).weight for _ in range(2))
-    # A tile that is drawn twice would repeat 32768 of 105000 numbers.
+    # Drawing a tile twice would repeat 32768 of 105000 numbers.
     assert ours.unique().numel() > 0.98 * ours.numel()
     assert (ours == other).float().mean() < 0.01
     with torch.no_grad():
@@ -260,7 +260,7 @@ def test_error_of_a_users_function_is_raised_on_every_rank(pool, kind, size):
             assert last.startswith("OSError")
         else:
             assert "GangError: `init_fn` failed on rank 0 of" in last
-    # Nothing is left half-done.
+    # Nothing is half-done.
     wanted = expected(["a user's own"])
     for result in pool(size, drawn, kind, ["a user's own"]):
         assert_drawn(result, wanted)
@@ -308,7 +308,7 @@ def test_kaiming_names_an_unknown_mode():
         StandardEmbedding(3, 2, init_fn=partial(init.kaiming_normal, mode="fan"))
 
 
-# The peak of this process's own memory: `ru_maxrss` would start at that of the parent.
+# The peak of this process alone: `ru_maxrss` would start at the parent's peak.
 MEASURE = """
 import re, sys
 from functools import partial
@@ -333,8 +333,8 @@ print(mib("VmHWM") - before, weight.nbytes / 2**20, weight.count_nonzero().item(
 
 
 def measured(kind, size, path=""):
-    """MiB by which initialising a shard of a table of 1 GiB raises the peak, MiB of the shard, and
-    its non-zeros."""
+    """Returns by how many MiB initializing a shard of a 1 GiB table raises the peak, the MiB of the
+    shard, and its non-zeros."""
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, kind, str(size), str(path)],
         capture_output=True,
@@ -347,7 +347,7 @@ def measured(kind, size, path=""):
 
 @pytest.fixture
 def file_of_1_gib(tmp_path):
-    """A table of zeros, with a one in each row 1024 i and column 4 i; it has holes on disk."""
+    """Writes a sparse file: a table of zeros, with ones in row 1024 i and column 4 i."""
     header = {"wte": {"dtype": "F32", "shape": [1 << 18, 1 << 10], "data_offsets": [0, 1 << 30]}}
     text = json.dumps(header).encode()
     path = tmp_path / "table.safetensors"

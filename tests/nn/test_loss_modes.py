@@ -1,5 +1,5 @@
-"""Heads and losses in graphs, with in-place work on what they give, under autocast and other
-defaults, and with hooks on what they keep."""
+"""Heads and losses in graphs, with in-place changes of their outputs, under autocast and other
+defaults, and with saved-tensor hooks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def graphs(gang, kind, way):
         graph = make_fx(step, tracing_mode=mode)(*inputs, target)
         torch.testing.assert_close(graph(*inputs, target), expected)
         if mode != "symbolic":
-            # Of torch's own loss, where the head gives all logits.
+            # torch's own loss, if the head returns all logits.
             errors = (RuntimeError, IndexError)
             with pytest.raises(errors, match=r"All of `target` must be in|is out of bounds"):
                 graph(*inputs, target + V)
@@ -123,7 +123,7 @@ def write_to_outputs(gang, kind, num_classes, shape, bias):
 @pytest.mark.parametrize("bias", [False, True])
 @per_size
 def test_outputs_can_be_written_to(pool, size, kind, bias):
-    """Also where blocks are even, of one token, and of one column for all ranks."""
+    """Also with even blocks, one token, and one column over all ranks."""
     for num_classes, shape in [(12, (2, 3)), (11, (2, 3)), (12, (1,)), (11, (1, 1)), (12, ())]:
         pool(size, write_to_outputs, kind, num_classes, shape, bias)
 
@@ -220,7 +220,7 @@ def test_a_loss_keeps_logits_only_for_a_cap(soft_cap):
         loss = cross_entropy(logits, torch.arange(N), *alone, soft_cap=soft_cap)
     assert sum(t.numel() == logits.numel() for t in kept) == 1 + (soft_cap is not None)
     assert sum(t.data_ptr() == logits.data_ptr() for t in kept) == (soft_cap is not None)
-    if soft_cap is None:  # As in torch, which keeps the result of `log_softmax()`.
+    if soft_cap is None:  # As in torch, which saves the result of `log_softmax()`.
         with torch.no_grad():
             logits.zero_()
     loss.backward()

@@ -1,5 +1,5 @@
-"""The pad row after a user's init function: that of a pretrained table is kept, as
-``nn.Embedding.from_pretrained()`` keeps it, and a random one is zero, as in ``nn.Embedding``."""
+"""The pad row after a user's init function: kept for a pretrained table, as in
+``nn.Embedding.from_pretrained()``, and zero for a random one, as in ``nn.Embedding``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def loads(embed):
 
 
 def copies_other_rows(embed):
-    """All but the pad row, 3, which would else be what was in the memory."""
+    """Fills all rows but the pad row, 3, which would otherwise be uninitialized."""
     with torch.no_grad():
         embed.weight[:3] = PRETRAINED[:3]
         embed.weight[4:] = PRETRAINED[4:]
@@ -47,7 +47,7 @@ def draws_elsewhere(embed):
 
 
 def grows(embed):
-    """Draws new rows beside pretrained ones: torch has drawn, so the pad row is zero."""
+    """Draws new rows next to pretrained ones: torch drew numbers, so the pad row is zero."""
     nn.init.normal_(embed.weight)
     embed.weight.data[:8] = PRETRAINED[:8]
 

@@ -1,4 +1,4 @@
-"""Sharded or not, a table gives what `torch.nn.Embedding` gives, bit for bit."""
+"""Sharded or not, a table equals `torch.nn.Embedding` bit for bit."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_every_exchange_is_torch(pool, name, kind, output, size):
 
 
 def spread_ids(gang, dedup):
-    """All distinct ids but one are the first rank's."""
+    """Gives all distinct ids but one to the first rank."""
     whole = StandardEmbedding(40, 8)
     embed = SHARDED["vocab"].from_embedding(whole, gang, dedup=dedup, check_ids=False)
     ids = torch.tensor([3, 1, 39, 0, 5, 4, 2, 3, 7, 6])
@@ -117,7 +117,7 @@ def test_rows_that_one_rank_owns_are_spread_over_the_gang(pool):
     sent = pool(4, spread_ids, True)
     assert all({"all_to_all", "all_gather"} == operations.keys() for operations in sent)
     row = 8 * 4
-    # 9 distinct rows, of which the others get 3, 3 and 0 from the first; then 3 go to each.
+    # 9 distinct rows: the first rank sends 3, 3 and 0 to the others; then each gets 3.
     assert sent[0]["all_to_all"].bytes_sent == 5 * row
     assert sent[0]["all_gather"].bytes_sent == 3 * 3 * row
 

@@ -1,4 +1,4 @@
-"""Norms of gradients, and clipping by them, are those of the model without shards."""
+"""Gradient norms, and clipping by them, are the same as without sharding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ORDERS = [2.0, 1.0, 0.5, 3.7, 0.0, float("inf"), float("-inf"), -1.0]
 
 
 class Model(nn.Module):
-    """A table, and one with fewer rows than ranks; the head is tied to the first if asked to."""
+    """Has a table, and one with fewer rows than ranks; optionally ties the head to the first."""
 
     def __init__(self, tied, sparse=False, dtype=torch.float32):
         super().__init__()
@@ -47,7 +47,7 @@ def backward(model, step=0, scale=1.0):
 
 
 def models(gang, strategy, tied=False, sparse=False, dtype=torch.float32):
-    """The model of one process, with dense gradients, and the sharded one."""
+    """Builds the model of one process, with dense gradients, and the sharded model."""
     sharded = Model(tied, sparse, dtype)
     shard_embeddings(sharded, gang, strategy=strategy)
     return Model(tied, dtype=dtype), sharded
@@ -70,7 +70,7 @@ def assert_same_on_all_ranks(gang, tensor):
 
 
 def take_gradients(expected, model):
-    """Gives the model of one process the gradients of the sharded one."""
+    """Copies the gradients of the sharded model to the model of one process."""
     for whole, parameter in zip(expected.parameters(), model.parameters(), strict=True):
         grad = parameter.grad.to_dense()
         whole.grad = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).clone()
@@ -146,8 +146,8 @@ def test_training(pool, strategy, tied):
 
 
 def over_several_gangs(world):
-    """A table over two ranks and one over four, in a model whose gradients are averaged over the
-    two replicas of the former."""
+    """Shards one table over two ranks and one over four, and averages gradients over the two
+    replicas of the former."""
     pairs = [world.create_gang([0, 1]), world.create_gang([2, 3])]
     others = [world.create_gang([0, 2]), world.create_gang([1, 3])]
     narrow = next(gang for gang in pairs if gang)
@@ -172,7 +172,7 @@ def over_several_gangs(world):
 
 def _count(calls, gang, name):
     calls.append((gang, name))
-    return warnings.catch_warnings()  # Some context.
+    return warnings.catch_warnings()  # The batch.
 
 
 def test_gangs_of_several_sizes_in_data_parallelism(pool):
@@ -180,7 +180,7 @@ def test_gangs_of_several_sizes_in_data_parallelism(pool):
 
 
 def without_gradients(gang):
-    """Frozen tables, tables that were not used, and one that has a gradient on one rank only."""
+    """Frozen tables, unused tables, and a table with a gradient on one rank only."""
     expected, model = models(gang, "vocab")
     for m in (expected, model):
         m.types.weight.requires_grad_(False)
@@ -227,7 +227,7 @@ def test_not_finite_on_one_rank(pool, value):
 
 def test_arguments_are_those_of_torch():
     embed = VocabShardedEmbedding(FakeGang("cpu", rank=1, size=4), 8, 2)
-    embed(torch.tensor([2, 3])).sum().backward()  # Its rows, and as many on each of four ranks.
+    embed(torch.tensor([2, 3])).sum().backward()  # The rows, and as many on each of four ranks.
     assert tp_embed.clip_grad_norm_(embed.weight, 1.0) == 4
     torch.testing.assert_close(
         embed.weight.grad.detach(), torch.full((2, 2), 0.25), rtol=1e-6, atol=0

@@ -1,4 +1,4 @@
-"""Optimizers that treat each item by itself train shards; others are refused by name."""
+"""Elementwise optimizers train shards; others are refused by name."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Lamb(torch.optim.Optimizer):
 
 
 class Signs(torch.optim.Optimizer):
-    """One that nobody knows, and that treats each item by itself."""
+    """An unknown elementwise optimizer."""
 
     def __init__(self, params):
         super().__init__(params, {"lr": 0.01})
@@ -70,7 +70,7 @@ class Signs(torch.optim.Optimizer):
 
 
 class Rows(Signs):
-    """One that nobody knows, and that looks at rows."""
+    """An unknown optimizer that uses whole rows."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -88,7 +88,7 @@ class Spectral(Rows):
 
 
 class Quiet(torch.optim.AdamW):
-    """A subclass with the step of a known class."""
+    """A subclass that inherits the step of a known class."""
 
 
 def layers():
@@ -115,7 +115,7 @@ def trains_as_whole(gang, strategy, name):
                 backward(m, step)
                 optimizer.step()
     table = model.embed.to_embedding().weight
-    # What decides by the sign of a gradient has no use for its last bit.
+    # Optimizers that use the sign of a gradient amplify rounding.
     torch.testing.assert_close(table, expected.embed.weight, rtol=1e-4, atol=2e-5)
     assert_same_on_all_ranks(gang, model.norm.weight)
 
@@ -214,12 +214,12 @@ def test_optimizers_of_the_tables_that_were_replaced(size):
     backward(model)
     with pytest.raises(ValueError, match="holds a whole table that `shard_embeddings"):
         optimizer.step()
-    old.grad = torch.ones_like(old)  # Somebody trains it on, elsewhere.
+    old.grad = torch.ones_like(old)  # Training continues elsewhere.
     torch.optim.AdamW([old]).step()
 
 
 class Counts(torch.optim.Optimizer):
-    """Keeps something of another shape than the Parameter."""
+    """Keeps state of another shape than the Parameter."""
 
     def __init__(self, params):
         super().__init__(params, {})

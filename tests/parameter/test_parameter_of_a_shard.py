@@ -1,4 +1,4 @@
-"""A new layer of a shard is refused, or refuses to compute with it."""
+"""A new layer made of a shard is refused, or refuses to compute with it."""
 
 from __future__ import annotations
 

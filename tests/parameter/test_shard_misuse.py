@@ -1,4 +1,4 @@
-"""Shards that are swapped, copied, or read by other code: an error that names the fix."""
+"""Swapping, copying or reading shards in other code raises an error that names the fix."""
 
 from __future__ import annotations
 

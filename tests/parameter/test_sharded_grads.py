@@ -1,4 +1,4 @@
-"""What torch and users' loops do to the gradient of a shard is right for the table, or refused."""
+"""Operations of torch and users on a shard's gradient are right for the table, or refused."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_reductions(pool, strategy):
 
 
 def decays_by_the_loss(gang, strategy):
-    """A penalty on the weights that is part of the loss."""
+    """Adds a penalty on the weights to the loss."""
     expected, model = models(gang, strategy)
     for m in (expected, model):
         sum(p.pow(2).sum() for p in m.parameters()).backward()
@@ -125,7 +125,7 @@ def test_penalties(pool, strategy):
 
 
 def skips_together(gang, strategy, sparse):
-    """One rank alone has a gradient that is not finite: all of them skip the step."""
+    """If one rank has a non-finite gradient, all ranks skip the step."""
     _, model = models(gang, strategy, sparse=sparse)
     tables = [model.embed, model.types]
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -242,7 +242,7 @@ def test_gradients_stay_what_they_are():
     ],
 )
 def test_saved_states_are_plain(make):
-    """A checkpoint of an optimizer holds no shards, which know of processes."""
+    """Checkpoints of optimizers hold no shards, since these refer to processes."""
     for embed in shards():
         optimizer = make(embed.parameters())
         optimizer.step()
@@ -254,7 +254,7 @@ def test_saved_states_are_plain(make):
 
 
 def behind_ddp(gang, strategy):
-    """Each process is a replica of its own: shards of a gang that is not there."""
+    """Each process is a replica: shards of a gang without processes."""
     model = Model(tied=False)
     shard_embeddings(model, FakeGang("cpu", rank=1, size=2), strategy=strategy)
     wrapped = DistributedDataParallel(

@@ -1,4 +1,4 @@
-"""A shard is never read as the table, and what works item by item goes through."""
+"""A shard is never read as the table; elementwise operations pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS = [ShardedEmbedding, VocabShardedEmbedding]
 
 
 class Fused(torch.autograd.Function):
-    """Multiplies in its forward, as fused losses do."""
+    """Multiplies by the weight in its forward, as fused losses do."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -136,7 +136,7 @@ def test_reads_are_refused_in_compiled_code(kind):
 
 
 def item_by_item(w):
-    """What gives a shard again."""
+    """Runs operations that return shards."""
     mask = torch.ones_like(w)
     return [
         w.detach(),

@@ -1,4 +1,4 @@
-"""Models that read `embed.weight` themselves: right, or an error that names the table."""
+"""Models that read `embed.weight` get right results, or an error that names the table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STRATEGIES = ["auto", "embed", "vocab"]
 
 
 class Reads(nn.Module):
-    """Reads its table by ``read``."""
+    """Reads its table with ``read``."""
 
     def __init__(self, read):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The planner against engines of DeepSpeed: what they hold, and what they send."""
+"""Compares the planner with DeepSpeed engines: their memory and communication."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_engine_holds_and_sends_what_is_planned(measured, case):
     rows = [rank[benchmark.CASES.index(case)] for rank in measured]
     assert all(row["strategy"] == strategy for row in rows)
     planned = benchmark.plan(setup, strategy)
-    # ZeRO 1 and 2 pad all Parameters together to twice the ranks, ZeRO 3 pads each to the ranks.
+    # ZeRO 1 and 2 pad the flat Parameters to twice the ranks, ZeRO 3 pads each one to the ranks.
     padding = 0 if setup.vocab_size == benchmark.EVEN["vocab_size"] else 2 * setup.dp_size
     per_item = 4 * 5  # Weight, gradient, master copy and two moments.
     assert 0 <= max(row["held"] for row in rows) - planned.states <= padding * per_item
@@ -47,5 +47,5 @@ def test_fit_finds_the_network_that_times_are_of():
         seconds = torch.tensor([network.seconds(setup, t) for t in transfers], dtype=torch.float64)
         found = benchmark.fit(transfers, seconds)
         assert (found.bandwidth, found.latency) == pytest.approx((3e9, 20e-6))
-    # Faster than it could be by any link.
+    # Faster than any link.
     assert benchmark.fit(transfers[:2], torch.tensor([1e-6, 2e-3])).latency == 0.0

@@ -1,4 +1,4 @@
-"""Loading with ``assign=True``: shards that own their memory, and what hangs on a Parameter."""
+"""Loading with ``assign=True``: shards own their memory, and attributes of Parameters stay."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Tied(nn.Module):
 
 
 def state_of(gang, form):
-    """A new state dict: whole, with a second key for the tie, or as DTensors over columns."""
+    """Builds a state dict: whole, with a second key for the tie, or as DTensors over columns."""
     torch.manual_seed(1)
     table = torch.randn(12, 6)
     if form == "bf16":
@@ -57,7 +57,7 @@ def assign(gang, strategy, form, device):
     assert not weight.requires_grad
     assert isinstance(model.head, OutputHead)
     assert torch.equal(model.head.weight.detach(), own)
-    # As in torch: tied tensors stay one memory, and tied Parameters one.
+    # As in torch: tied tensors share memory, and tied Parameters stay one.
     assert model.head.weight.data_ptr() == weight.data_ptr()
     assert (model.head.weight is weight) == (form == "parameter")
     if gang.size > 1:
@@ -96,7 +96,7 @@ def test_refused_table_leaves_the_parameter(pool, strategy):
 
 
 def step_after(gang, strategy, swap):
-    """Training goes on as that of a model that was not sharded."""
+    """Checks that training continues like the unsharded model's."""
     torch.__future__.set_swap_module_params_on_conversion(swap)
     try:
         whole, model = Tied(), Tied()
@@ -107,7 +107,7 @@ def step_after(gang, strategy, swap):
             model.load_state_dict(state, assign=not swap)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
-    if not swap:  # Assigning unties, in torch too.
+    if not swap:  # Assigning breaks ties, as in torch.
         whole.head.weight, model.head.weight = whole.embed.weight, model.embed.weight
     for each in (whole, model):
         optimizer = torch.optim.SGD(each.parameters(), lr=0.1)

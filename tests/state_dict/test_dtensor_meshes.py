@@ -1,4 +1,4 @@
-"""Loading DTensors that are cut over any mesh: the right rows, or one error on all ranks."""
+"""Loading DTensors over any mesh gives the right rows, or the same error on all ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from tp_embed import FakeGang, shard_embeddings
 from tp_embed.checkpoint import hook_state_dict
 
-# Whose blocks over another mesh have the shapes of those over the gang, on some ranks or on all.
+# Blocks over another mesh have the same shapes as over the gang, on some ranks or on all.
 SIZES = [(8, 4), (3, 4), (4, 3), (1, 2), (2, 1)]
 
 
@@ -37,7 +37,7 @@ class Tied(nn.Module):
 
 
 def load(gang, strategy, value, expected):
-    """Into an embedding and a head that is tied to it."""
+    """Loads into an embedding and a tied head."""
     rows, width = expected.shape
     model = Tied(rows, width)
     shard_embeddings(model, gang, strategy=strategy)
@@ -55,14 +55,14 @@ def load(gang, strategy, value, expected):
 
 
 def last(gang, size):
-    """The gang of the last ``size`` ranks of the job, or ``None``, and their ranks. All processes
-    have to make a mesh, those too that it leaves out."""
+    """Returns the gang of the last ``size`` ranks of the job, or ``None``, and their ranks. All
+    processes must make a mesh, even those outside."""
     ranks = list(range(gang.size - size, gang.size))
     return gang.create_gang(ranks), ranks
 
 
 def over_own_ranks(gang, strategy, size):
-    """All ranks of the mesh are in the gang, so that any cut can be put together."""
+    """All ranks of the mesh are in the gang, so any cut can be gathered."""
     gang, ranks = last(gang, size)
     flat = DeviceMesh("cpu", ranks)
     square = DeviceMesh("cpu", torch.tensor(ranks).view(1, -1), mesh_dim_names=("one", "all"))
@@ -76,7 +76,7 @@ def over_own_ranks(gang, strategy, size):
         expected = table_of(rows, width)
         for mesh, placements in cuts:
             strided = any(isinstance(cut, _StridedShard) for cut in placements)
-            if strided and rows % gang.size:  # torch has none of these.
+            if strided and rows % gang.size:  # torch has no such meshes.
                 continue
             value = distribute_tensor(expected.clone(), mesh, placements)
             assert load(gang, strategy, value, expected) is None, (mesh, placements)
@@ -92,14 +92,14 @@ def test_mesh_over_the_ranks_of_the_gang(pool, size, strategy):
 
 
 def gangs_of(gang, size):
-    """The gang of this rank, of ``size`` neighbours."""
+    """Returns the gang of this rank, of ``size`` neighbours."""
     blocks = [range(i, i + size) for i in range(0, gang.size, size)]
     short = timedelta(seconds=10)
     return next(g for g in [gang.create_gang(b, timeout=short) for b in blocks] if g)
 
 
 def over_other_ranks(gang, strategy, size):
-    """Meshes that reach into other gangs, or leave ranks of the gang out."""
+    """Meshes that include other gangs, or miss ranks of the gang."""
     own = gangs_of(gang, size)
     world = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("dp", "tp"))
     flat = DeviceMesh("cpu", torch.arange(4))
@@ -143,7 +143,7 @@ def test_meshes_that_are_parts_of_the_gang(pool, strategy):
 
 
 def in_other_order(gang, strategy, size):
-    """torch itself takes the ranks of such a mesh in two orders."""
+    """torch itself orders the ranks of such a mesh in two ways."""
     gang, ranks = last(gang, size)
     mesh = DeviceMesh("cpu", ranks[::-1])
     if gang is None:
@@ -162,7 +162,7 @@ def test_mesh_in_another_order(pool, size, strategy):
 
 
 def of_one_kind_here(gang):
-    """A rank whose DTensor is another than that of the others doesn't leave them waiting."""
+    """A rank with a different DTensor does not leave the others waiting."""
     mesh = DeviceMesh.from_group(gang.as_process_group(), "cpu")
     cut = Shard(0) if gang.rank else Shard(1)
     shape = (8, 2) if gang.rank else (8 // gang.size, 4)

@@ -1,5 +1,5 @@
-"""State dicts of optimizers of sharded tables: through torch's distributed checkpoints from any
-gang to any other, whole, and in shards, against the training of a model that was not sharded."""
+"""State dicts of optimizers of sharded tables, compared with an unsharded model: whole, in shards,
+and through torch's distributed checkpoints between any two gangs."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def train(model, optimizer, steps):
 
 
 def assert_trains_on(model, optimizer, name):
-    """From three steps on as what was not sharded."""
+    """Checks that training after three steps continues like the unsharded model's."""
     whole, of_whole = build(name=name)
     train(whole, of_whole, 3)
     for _ in range(2):
@@ -83,7 +83,7 @@ def assert_trains_on(model, optimizer, name):
 
 
 def assert_close(found, expected, rtol=1e-5, atol=1e-6):
-    """Sums over a head that is cut are rounded in another order."""
+    """Sums over a sharded head round in another order."""
     if isinstance(expected, torch.Tensor):
         torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
     elif isinstance(expected, dict):
@@ -135,7 +135,7 @@ def load(gang, strategy, name, path, options):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("strategy", ["embed", "vocab"])
 def test_resharding(pool, tmp_path, strategy, name):
-    """2 -> 3 -> 1, on the other cut, and in plain torch."""
+    """From 2 to 3 to 1 ranks, with the other cut, and in plain torch."""
     pool(2, save, strategy, name, str(tmp_path), None)
     for size, other in ((3, strategy), (1, strategy), (2, "embed"), (3, "vocab")):
         pool(size, load, other, name, str(tmp_path), None)
@@ -158,7 +158,7 @@ def test_flattened(pool, tmp_path, strategy):
 
 
 def through_whole(gang, strategy, mode, cpu_offload, broadcast):
-    """A state dict that torch puts together on each rank, or on one."""
+    """Loads a state dict that torch gathers on each rank, or on one."""
     model, optimizer = build(gang, strategy)
     train(model, optimizer, 3)
     options = StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload)
@@ -167,7 +167,7 @@ def through_whole(gang, strategy, mode, cpu_offload, broadcast):
         of_optimizer = get_optimizer_state_dict(model, optimizer, options=options)
     whole, of_whole = build()
     train(whole, of_whole, 3)
-    # torch gives it to rank 0 of the job, if it goes to the CPU.
+    # torch returns it on rank 0 of the job, if it goes to the CPU.
     if not cpu_offload or torch.distributed.get_rank() == 0:
         assert_close(state, whole.state_dict())
         assert_close(of_optimizer, get_optimizer_state_dict(whole, of_whole))
@@ -194,7 +194,7 @@ def test_state_dict_of_rank_0(pool, strategy, mode):
 
 
 def forms(gang, strategy, name):
-    """Each form, through a file, into a new optimizer."""
+    """Loads each form, through a file, into a new optimizer."""
     model, optimizer = build(gang, strategy, name)
     train(model, optimizer, 3)
     for mode in ("full", "sharded", "dtensor"):
@@ -214,7 +214,7 @@ def forms(gang, strategy, name):
                 if isinstance(value, torch.Tensor) and value.numel():
                     assert value.untyped_storage().nbytes() == value.nbytes
         assert_trains_on(other, of_other, name)
-    # Without the hooks it is as torch has it.
+    # Without hooks, as in torch.
     state = optimizer.state_dict()
     assert set(state) == {"state", "param_groups"}
 
@@ -243,7 +243,7 @@ def test_shard_of_another_rank_is_refused():
 
 
 class RowSums(torch.optim.SGD):
-    """Keeps a number for each row beside the moments."""
+    """Keeps a number per row besides the moments."""
 
     def step(self, closure=None):
         super().step(closure)
@@ -267,7 +267,7 @@ def factored(gang, mode, strategy):
 
 @pytest.mark.parametrize("strategy", ["embed", "vocab"])
 def test_factored_states(pool, strategy):
-    """Such as those of Adafactor: sums over rows or columns are no blocks of a table."""
+    """As in Adafactor: sums over rows or columns are not blocks of a table."""
     for mode in ("full", "dtensor"):
         for message in pool(2, factored, mode, strategy):
             assert "`embed.weight.row_var` has the shape" in message
@@ -285,7 +285,7 @@ def test_bad_optimizers():
         TypeError, match=r"must be a `torch.optim.Optimizer`.* is a `Model` instead"
     ):
         hook_state_dict(model, optimizer=[other]).__enter__()
-    # No hook is left.
+    # No hook remains.
     assert not model._state_dict_hooks
     assert not model._load_state_dict_pre_hooks
 
@@ -304,7 +304,7 @@ def test_table_of_another_size_is_refused():
 
 
 def left_out(gang, strategy, mode, has_stepped):
-    """An optimizer that nobody named would save one rank's moments for all."""
+    """Without its name, an optimizer would save one rank's moments for all."""
     model, optimizer = build(gang, strategy)
     if has_stepped:
         train(model, optimizer, 1)
@@ -315,7 +315,7 @@ def left_out(gang, strategy, mode, has_stepped):
                 get_state_dict(model, optimizer)
         else:
             optimizer.state_dict()
-        get_state_dict(other, of_other)  # Of no table here.
+        get_state_dict(other, of_other)  # Belongs to no table here.
     optimizer.state_dict()
 
 

@@ -1,4 +1,4 @@
-"""What people save, copy and share of a model: with sharded tables, in plain torch."""
+"""Saving, copying and sharing models with sharded tables, by plain torch."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def assert_same(model, whole, atol=2e-6):
 
 
 def assert_sharded(model, gang):
-    """It is still guarded, and tied."""
+    """Checks that the weight is still guarded, and tied."""
     assert isinstance(model.embed.weight, ShardedParameter) == (gang.size > 1)
     assert model.head.weight is model.embed.weight
 
@@ -145,7 +145,7 @@ def swapped(gang, strategy):
         for each in (model, whole):
             each.double().float()
             each.load_state_dict(each.state_dict())
-        assert model.embed.weight is weight  # That is what it is for.
+        assert model.embed.weight is weight  # That is its purpose.
         assert_sharded(model, gang)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
@@ -178,7 +178,7 @@ def test_shared_memory(pool, size, strategy):
 
 
 def loaded_kinds(gang, strategy):
-    """A ShardedTensor, a DTensor, a whole table, a shard; strictly or not; of ShardedParameters."""
+    """Loads a ShardedTensor, DTensor, table, shard and ShardedParameter; strictly or not."""
     source = build(gang, strategy)
     states = [source.state_dict(), source.state_dict(keep_vars=True), Model().state_dict()]
     with hook_state_dict(source, "dtensor"):
@@ -233,7 +233,7 @@ def test_averaged_models(pool, size, strategy):
 
 
 def flattened(gang, strategy):
-    """A vector of this rank's Parameters, which goes back into them."""
+    """Flattens this rank's Parameters into a vector, and restores them."""
     model, other = build(gang, strategy), build(gang, strategy, seed=1)
     vector = nn.utils.parameters_to_vector(model.parameters())
     assert vector.numel() == sum(p.numel() for p in model.parameters())
@@ -266,7 +266,7 @@ def test_round_trips_of_classes(pool, size, strategy):
 
 
 def of_rank_0(gang, strategy):
-    """What one rank saved for all is another shard on the others."""
+    """A state saved by one rank for all is a wrong shard on the others."""
     model = build(gang, strategy)
     box = [None]
     if gang.rank == 0:

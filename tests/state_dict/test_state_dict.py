@@ -1,5 +1,5 @@
-"""State dicts of sharded models: whole, in shards and as DTensors, against those of the model that
-was not sharded, and with torch's own distributed checkpoints."""
+"""State dicts of sharded models: whole, in shards and as DTensors, compared with the unsharded
+model, and with torch's own distributed checkpoints."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def round_trips(gang, strategy, loaded_as):
     assert isinstance(states["dtensor"]["embed.weight"], DTensor)
     assert_equal({k: _whole(t) for k, t in states["dtensor"].items()}, expected)
     assert states["sharded"]["embed.weight"].shape == model.embed.weight.shape
-    assert model.state_dict()["embed.weight"].shape == model.embed.weight.shape  # As without.
+    assert model.state_dict()["embed.weight"].shape == model.embed.weight.shape  # As without hooks.
 
     for mode, state in states.items():
-        # A whole table and a DTensor go to any strategy, a shard to its own.
+        # Whole tables and DTensors load with any strategy, shards only with their own.
         other = sharded(gang, strategy if mode == "sharded" else loaded_as, seed=1)
         with hook_state_dict(other):
             result = other.load_state_dict(state)
@@ -89,7 +89,7 @@ def test_full_state_dict_of_one_rank(pool):
 
 
 def alone(gang):
-    """A rank that saves its shard needs no other."""
+    """A rank saves its shard without the others."""
     if gang.rank == 1:
         model = sharded(FakeGang("cpu", rank=1, size=gang.size), "vocab")
         with hook_state_dict(model, "sharded"):
@@ -120,7 +120,7 @@ def load_distributed(gang, strategy, path):
 @pytest.mark.parametrize("strategy", ["embed", "vocab"])
 def test_distributed_checkpoint(pool, tmp_path, strategy):
     pool(4, save_distributed, strategy, str(tmp_path))
-    # By plain torch, in one process, into the model that was not sharded.
+    # By plain torch, in one process, into the unsharded model.
     model = Model(seed=1)
     state = model.state_dict()
     dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
@@ -130,7 +130,7 @@ def test_distributed_checkpoint(pool, tmp_path, strategy):
 
 
 def local_shards(gang):
-    """A ShardedTensor over rows, as torch's older sharding makes."""
+    """Returns a ShardedTensor over rows, as torch's older sharding makes."""
     table = Model().embed.weight.detach()
     sizes = -(-V // gang.size)
     start = min(gang.rank * sizes, V)

@@ -1,8 +1,8 @@
-"""What works with `nn.Embedding` and `nn.Linear` comes to the same with ours, or is refused.
+"""What works with `nn.Embedding` and `nn.Linear` gives the same with ours, or is refused.
 
-A case is a function that does what users do in a :class:`World`, and gives what there is to see.
-It is run once with the layers of torch and once with each of ours. `compatibility_page.py` writes
-the outcomes as a page.
+A case is a function that does what users do in a :class:`World`, and returns its observations. It
+runs once with torch's layers and once with each of ours. `compatibility_page.py` writes the
+outcomes as a page.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Seen = Sequence[Any]
 
 @dataclass(frozen=True)
 class Case:
-    """``users_do`` is the docstring of the function, ``topic`` the heading it is listed under."""
+    """``users_do`` is the docstring of the function, ``topic`` its heading on the page."""
 
     name: str
     topic: str
@@ -41,7 +41,7 @@ class Case:
 
 
 def cases_of(topic: str, functions: Mapping[str, Any]) -> list[Case]:
-    """The functions of a module that have a docstring and take a world only."""
+    """Returns the functions of a module that have a docstring and take only a world."""
     return [
         Case(name, topic, function.__doc__, function)
         for name, function in functions.items()
@@ -53,7 +53,7 @@ def cases_of(topic: str, functions: Mapping[str, Any]) -> list[Case]:
 
 
 class World:
-    """Makes layers, with the same values everywhere: those of torch without a gang, else ours.
+    """Makes layers with the same values everywhere: torch's without a gang, else ours.
 
     :param kind: "standard", "embed" or "vocab".
     """
@@ -77,7 +77,7 @@ class World:
         return SHARDED[self.kind].from_embedding(standard, self.gang)
 
     def head(self, embed: Any) -> Any:
-        """A head that is tied to ``embed``."""
+        """Returns a head tied to ``embed``."""
         if not self.is_torch and self.kind != "standard":
             return OutputHead(embed)
         head = nn.Linear(DIM, ROWS, bias=False)
@@ -89,17 +89,17 @@ class World:
         return Model(embed, self.head(embed))
 
     def shard(self, model: nn.Module, **options: Any) -> nn.Module:
-        """What `shard_embeddings()` makes of a model of torch."""
+        """Shards a plain model by `shard_embeddings()`."""
         if not self.is_torch and self.kind != "standard":
             shard_embeddings(model, self.gang, strategy=self.kind, **options)
         return model
 
     def plain_model(self) -> Model:
-        """A model of torch, not sharded yet."""
+        """Returns a model of torch's layers."""
         return World("torch").model()
 
     def whole(self, embed: Any, block: Tensor | None = None) -> Tensor:
-        """``block``, shaped as the weight of ``embed``, put together over the gang."""
+        """Gathers ``block``, shaped like the weight of ``embed``, over the gang."""
         block = plain(embed.weight if block is None else block)
         if self.is_torch or not isinstance(embed, tuple(SHARDED.values())):
             return block.clone()
@@ -128,7 +128,7 @@ class Model(nn.Module):
 
 
 def plain(block: Tensor) -> Tensor:
-    """A shard as a plain dense tensor, without its gradient."""
+    """Returns a shard as a plain dense tensor, without its gradient."""
     if hasattr(block, "to_local"):
         block = block.to_local()
     return block.detach().to_dense()
@@ -143,7 +143,7 @@ def ids() -> Tensor:
 
 
 def outcome(gang: Any, kind: str, case: Case) -> str:
-    """On this rank: "same", "error as in torch", "refused: ...", or "FAILED: ..."."""
+    """Returns "same", "error as in torch", "refused: ..." or "FAILED: ..." for this rank."""
     warnings.simplefilter("ignore")
     expected, reference_error = _attempt(case, World(kind))
     found, error = _attempt(case, World(kind, gang))

@@ -228,7 +228,7 @@ def checkpointing(world: World) -> Seen:
 
 
 def offloaded_activations(world: World) -> Seen:
-    """Keep what is saved for the backward elsewhere: `saved_tensors_hooks`, `save_on_cpu`"""
+    """Keep saved tensors elsewhere: `saved_tensors_hooks`, `save_on_cpu`"""
     model, shapes = world.model(), set()
 
     def pack(tensor):

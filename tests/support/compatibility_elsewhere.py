@@ -1,4 +1,4 @@
-"""Rows of the page of :mod:`compatibility_page` that other tests show."""
+"""Rows of the page of :mod:`compatibility_page` for other tests."""
 
 from __future__ import annotations
 
@@ -91,6 +91,12 @@ ELSEWHERE = [
         "Same: the whole table",
         "2",
         "test_mixing.py::test_full_values_of_a_table_are_set_and_got",
+    ),
+    Row(
+        "Train a table with an empty shard on some rank, at ZeRO 3",
+        "*Refused* on all ranks: The table must have a row on each tensor-parallel rank",
+        "2, 3",
+        "test_checks.py::test_empty_shards_are_refused_at_zero3",
     ),
     Row(
         "Train some rows only: `train_rows=`",

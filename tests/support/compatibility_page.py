@@ -1,4 +1,4 @@
-"""Writes docs/compatibility.md from what the cases come to.
+"""Writes docs/compatibility.md from the outcomes of the cases.
 
 python tests/support/compatibility_page.py
 """
@@ -64,7 +64,7 @@ are in `tests/support/compatibility_*.py`.
 
 @cache
 def find_outcomes(pool: Pool, case: Case, kind: str, size: int) -> str:
-    """What became of a case on all ranks; see :func:`compatibility.outcome`."""
+    """Returns the outcome of a case on all ranks; see :func:`compatibility.outcome`."""
     try:
         ranks = pool(size, outcome, kind, case, timeout=30)
     except RankError as error:
@@ -90,7 +90,7 @@ def page(pool: Pool) -> str:
 
 
 def _cell(pool: Pool, case: Case) -> str:
-    """By outcome the classes and sizes that it holds for."""
+    """Returns the outcomes, with the classes and sizes of each."""
     found: dict[str, list[tuple[str, int]]] = {}
     for kind in KINDS:
         for size in SIZES:
@@ -115,7 +115,7 @@ def _where(where: list[tuple[str, int]]) -> str:
 
 
 def _without_places(text: str) -> str:
-    """An outcome without what differs from rank to rank and from machine to machine."""
+    """Removes parts of an outcome that differ between ranks or machines."""
     text = re.sub(r",? on (rank \d+ of )?\w*Gang\([^)]*\)", "", text)
     text = re.sub(r"shape \(\d*,? ?\d*\)", "shape (...)", text)
     text = re.sub(r"(rows|columns) \d+:\d+ of \d+", "rows or columns ...", text)

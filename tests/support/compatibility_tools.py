@@ -1,4 +1,4 @@
-"""Cases of :mod:`compatibility`: optimizers, compilers, and what wraps a model."""
+"""Cases of :mod:`compatibility`: optimizers, compilers, and wrappers of models."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def sparse_adam(world: World) -> Seen:
 
 
 def grad_scaler(world: World) -> Seen:
-    """Scale the loss by `torch.amp.GradScaler`, and meet an infinite gradient in one row"""
+    """Scale the loss by `torch.amp.GradScaler`, with an infinite gradient in one row"""
     model = world.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -184,7 +184,7 @@ def weight_norm(world: World) -> Seen:
 
 
 def sequential(world: World) -> Seen:
-    """Put the layer into `nn.Sequential` and others, with other layers"""
+    """Put the layer into `nn.Sequential` and other containers"""
     model = nn.Sequential(world.embedding(), nn.Tanh())
     return (copy.deepcopy(model)(ids()),)
 

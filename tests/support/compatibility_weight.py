@@ -1,4 +1,4 @@
-"""Cases of :mod:`compatibility`: reads of the weight, hooks and attributes of it, norms, state."""
+"""Cases of :mod:`compatibility`: reads, hooks and attributes of the weight, norms, state."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def clip_values(world: World) -> Seen:
 
 
 def vectors(world: World) -> Seen:
-    """Go through a vector: `parameters_to_vector`, `vector_to_parameters`"""
+    """Convert to a vector and back: `parameters_to_vector`, `vector_to_parameters`"""
     model = world.model()
     vector_to_parameters(2 * parameters_to_vector(model.parameters()), model.parameters())
     return (world.whole(model.embed),)
@@ -323,7 +323,7 @@ def other_dtypes(world: World) -> Seen:
 
 
 def other_integers(world: World) -> Seen:
-    """Look up int32 ids, ids that are not contiguous, none, and scalars"""
+    """Look up int32, non-contiguous, empty and scalar ids"""
     embed = world.embedding()
     several = ids().int(), ids().T, ids()[:, :0], ids()[0, 0], ids()[:, ::2]
     return tuple(embed(x) for x in several)

@@ -1,9 +1,9 @@
-"""A device of this process whose tensors are on the CPU, to run what only accelerators run.
+"""Emulates an accelerator on the CPU, to run code paths that only accelerators take.
 
-``with emulated() as device:`` makes it. Its tensors hold tensors of the CPU, so that values can be
-compared. What CUDA would wait for raises inside `no_waiting()`. The gradient of an embedding goes
-through the integer arithmetic of CUDA's kernel, which raises where the kernel would touch memory
-that is not its own. torch.accelerator knows the device, so use it in a process of its own.
+``with emulated() as device:`` creates it. Its tensors wrap CPU tensors, so values can be compared.
+Inside `no_waiting()`, operations that would wait for CUDA raise. The gradient of an embedding runs
+the integer arithmetic of CUDA's kernel, and raises where the kernel would access foreign memory.
+The device registers with torch.accelerator, so use it in a separate process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 NAME = "emulated"
 aten = torch.ops.aten
 
-# What asks the device for values or sizes. A blocking copy to or from the CPU does too.
+# Operations that read values or sizes from the device. So does a blocking copy to or from the CPU.
 _WAITS = {
     aten._local_scalar_dense.default,
     aten.nonzero.default,
@@ -42,7 +42,7 @@ class WaitedError(RuntimeError):
 
 class _State:
     """
-    :ivar copies: to the host, which nothing has waited for yet: (target, what it is to hold).
+    :ivar copies: pending copies to the host, which nothing has waited for: (target, source).
     """
 
     waiting_is_error = False
@@ -61,7 +61,7 @@ class Event:
 
 
 class Stream:
-    """The one stream of the device. Copies to the host are done when an event is waited for."""
+    """The only stream of the device. Copies to the host complete on waiting for an event."""
 
     def is_capturing(self) -> bool:
         return _State.capturing
@@ -77,7 +77,7 @@ def _synchronize(device: object = None) -> None:
 
 @contextmanager
 def capturing() -> Iterator[None]:
-    """As a graph is captured: to wait is an error then."""
+    """Emulates capturing a graph: waiting is an error."""
     _State.capturing = True
     try:
         with no_waiting():
@@ -101,7 +101,7 @@ def no_waiting() -> Iterator[None]:
 
 
 class Emulated(Tensor):
-    """A tensor on the emulated device, which holds ``raw``, on the CPU."""
+    """A tensor on the emulated device, which wraps ``raw``, on the CPU."""
 
     raw: Tensor
 
@@ -142,11 +142,11 @@ class Emulated(Tensor):
 
 
 def _asks(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the host would wait for the device."""
+    """Returns whether the host would wait for the device."""
     if func in _WAITS:
         return True
     if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
-        # For the number of what is true.
+        # To count true items.
         return any(index is not None and index.dtype == torch.bool for index in args[1])
     if func is aten.copy_.default:
         blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
@@ -173,7 +173,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
     def unwrap(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, Emulated):
-            # Numbers and 0-dim tensors of the CPU may be mixed with those of a device.
+            # Numbers and 0-dim CPU tensors may be mixed with tensors of a device.
             assert not tensor.ndim or func in (aten.copy_.default, aten._to_copy.default), func
             return tensor
         wrapped[id(tensor.raw)] = tensor
@@ -185,7 +185,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     else:
         result = func(*raw_args, **raw_kwargs)
     if func is aten.copy_.default and not isinstance(args[0], Emulated):
-        if len(args) > 2 and args[2]:  # Without waiting: nothing is there yet.
+        if len(args) > 2 and args[2]:  # Without waiting: the values are not there yet.
             _State.copies.append((args[0], args[1].raw.clone()))
             args[0].fill_(-1)
         return args[0]
@@ -199,7 +199,7 @@ def _wrap(raw: Tensor, known: Tensor | None) -> Tensor:
 
 
 class _Factories(TorchDispatchMode):
-    """Makes tensors of the emulated device, and pinned memory, which is any."""
+    """Makes tensors on the emulated device, and pinned memory, which is any memory."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -214,7 +214,7 @@ class _Factories(TorchDispatchMode):
 
 
 class _OfLists(TorchFunctionMode):
-    """Makes tensors of lists on the CPU and copies them, as torch does where no mode sees it."""
+    """Makes tensors from lists on the CPU and copies them, as torch does outside modes."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -228,7 +228,7 @@ class _OfLists(TorchFunctionMode):
 def emulated() -> Iterator[str]:
     if torch._C._get_privateuse1_backend_name() != NAME:
         _setup_privateuseone_for_python_backend(NAME)
-    # What a backend has in C++, torch's Python backends leave out.
+    # torch's Python backends lack these C++ parts of a backend.
     with (
         patch("torch.accelerator.current_stream", lambda device=None: Stream()),
         patch("torch.accelerator.synchronize", _synchronize),
@@ -241,8 +241,8 @@ def emulated() -> Iterator[str]:
 def embedding_dense_backward(
     grad: Tensor, rows: Tensor, num_weights: int, padding_idx: int, by_freq: bool
 ) -> Tensor:
-    """The gradient, after the checks of :func:`check_kernel`. Up to 3072 rows are added up as CUDA
-    does: 32 at a time in fp32, which are added to the gradient in its dtype."""
+    """Returns the gradient, after the checks of :func:`check_kernel`. Sums up to 3072 rows as CUDA
+    does: 32 at a time in fp32, then into the gradient in its dtype."""
     check_kernel(rows, num_weights, grad.size(1))
     result = torch.zeros(num_weights, grad.size(1), dtype=grad.dtype)
     wide = torch.promote_types(grad.dtype, torch.float32)
@@ -257,10 +257,10 @@ def embedding_dense_backward(
 
 
 def check_kernel(rows: Tensor, num_weights: int, width: int) -> None:
-    """The integer part of `embedding_dense_backward` of CUDA (EmbeddingBackwardKernel.cu), whose
-    buffers hold ``max_segments`` entries.
+    """Runs the integer part of CUDA's `embedding_dense_backward` (EmbeddingBackwardKernel.cu),
+    whose buffers hold ``max_segments`` entries.
 
-    :raises AssertionError: it would launch an empty grid, or leave its buffers.
+    :raises AssertionError: it would launch an empty grid, or exceed its buffers.
     """
     assert width, "a launch with a grid of 0 blocks"
     if not len(rows):

@@ -1,8 +1,7 @@
-"""Random programs of a DeepSpeed engine, as those of :mod:`programs` are of a table.
+"""Random programs of a DeepSpeed engine, as :mod:`programs` has for a table.
 
-A program is run by a :class:`Machine` with an engine of ours over gangs of `tp_size` ranks, and by
-another with an engine of DeepSpeed, in which every rank has the whole model and the batches of its
-gang.
+A :class:`Machine` runs a program on our engine over gangs of `tp_size` ranks. Another one runs it
+on DeepSpeed's engine, where every rank has the whole model and the batches of its gang.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from programs import OPTIMIZERS, Op, Seen, Spec, in_place, make_ids, noise, term
 from tp_embed import OutputHead
 from tp_embed.integrations.deepspeed import initialize
 
-# Of the optimizers that are not Adams.
+# The states of optimizers other than Adams.
 MOMENTS: dict[str, tuple[str, ...]] = {
     "SGD": (),
     "momentum": ("momentum_buffer",),
@@ -44,7 +43,7 @@ MOMENTS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class EngineSpec(Spec):
-    """``by`` says who cuts the rest of the model: nobody ("mpu") or AutoTP."""
+    """``by`` says what cuts the rest of the model: nothing ("mpu") or AutoTP."""
 
     tp_size: int = 2
     neighbours: bool = True
@@ -58,7 +57,7 @@ class EngineSpec(Spec):
 
     @property
     def exact(self) -> bool:
-        return False  # Data-parallel ranks and AutoTP add up in another order.
+        return False  # Data-parallel ranks and AutoTP sum in another order.
 
     @property
     def config(self) -> dict[str, Any]:
@@ -96,7 +95,7 @@ class Model(nn.Module):
         return self.head
 
     def forward(self, hows: list[Any], loss: str, arrives: str, inplace: str, *of: Tensor) -> Any:
-        """The loss of ids and factors, which are ``of`` by turns, and logits or outputs."""
+        """Returns the loss, and logits or outputs; ``of`` alternates ids and factors."""
         terms, seen = [], []
         for how, ids, factors in zip(hows, of[::2], of[1::2], strict=True):
             output = in_place(how["inplace"], self.embed(ids), factors.to(self.embed.weight.dtype))
@@ -123,7 +122,7 @@ _mpus: dict[tuple[int, bool], Any] = {}
 
 
 def _mpu(tp_size: int, neighbours: bool) -> Any:
-    """Made once in a process, since groups stay."""
+    """Makes an mpu once per process, since groups stay."""
     if (tp_size, neighbours) not in _mpus:
         ranks = torch.arange(dist.get_world_size())
         gangs = ranks.view(-1, tp_size) if neighbours else ranks.view(tp_size, -1).T
@@ -132,8 +131,8 @@ def _mpu(tp_size: int, neighbours: bool) -> Any:
 
 
 def start_deepspeed() -> None:
-    """What a launcher does for a process. DeepSpeed's own collectives, which are built when they
-    are first needed, stay out: a pool may end its processes at any time."""
+    """Sets up a process as a launcher does. Disables DeepSpeed's own collectives, which are built
+    on first use: a pool may end its processes at any time."""
     rank, world_size = str(dist.get_rank()), str(dist.get_world_size())
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
@@ -144,14 +143,13 @@ def start_deepspeed() -> None:
 
 
 class Machine:
-    """Runs the operations of a program. Each gives what there is to see after it, put together over
-    the gang."""
+    """Runs the operations of a program. Each returns its observations, gathered over the gang."""
 
     def __init__(self, spec: EngineSpec, is_ours: bool) -> None:
         self.spec, self.is_ours = spec, is_ours
         self.mpu = _mpu(spec.tp_size, spec.neighbours)
         self.engine: Any = None
-        # What there is over all data-parallel ranks; reads of anything else hang in DeepSpeed.
+        # State that all data-parallel ranks have; reading other state hangs in DeepSpeed.
         self.reduced = self.stepped = False
         self.directory = [tempfile.mkdtemp()] if dist.get_rank() == 0 else [""]
         dist.broadcast_object_list(self.directory)
@@ -207,7 +205,7 @@ class Machine:
         return self._table()
 
     def _table(self) -> Seen:
-        """All Parameters but those that AutoTP cuts."""
+        """Returns all Parameters that AutoTP does not cut."""
         cut = ("up.weight", "up.bias", "down.weight") if self.spec.by == "AutoTP" else ()
         seen: Seen = {}
         for name, parameter in self.engine.module.named_parameters():
@@ -225,7 +223,7 @@ class Machine:
         inplace: str = "none",
         mode: str = "backward",
     ) -> Seen:
-        """A forward and the backward of it."""
+        """Runs a forward and its backward."""
         spec, dp_rank = self.spec, self.mpu.get_data_parallel_rank()
         hows, of = [], []
         for how in looked_up:
@@ -265,7 +263,7 @@ class Machine:
         return {**seen, **self._table()}
 
     def read(self) -> Seen:
-        """What DeepSpeed tells of the table."""
+        """Reads the table through DeepSpeed."""
         seen = {"fp32": safe_get_full_fp32_param(self.weight)}
         if self.reduced:
             seen["gradient"] = safe_get_full_grad(self.weight)
@@ -274,9 +272,9 @@ class Machine:
         return {name: _whole(value) for name, value in seen.items()}
 
     def write(self, moments: bool = False) -> Seen:
-        """Sets what ``read`` reads."""
+        """Sets the values of ``read``."""
         spec = self.spec
-        # DeepSpeed raises on a rank alone where a partition of ZeRO 3 is padded.
+        # DeepSpeed raises on one rank alone if a partition of ZeRO 3 is padded.
         is_padded = spec.rows % spec.tp_size or spec.dim % spec.tp_size
         if spec.stage == 3 and (is_padded or spec.rows * spec.dim % dist.get_world_size()):
             return {}

@@ -1,4 +1,4 @@
-"""The small models of transformers that tests of its integration use."""
+"""Small models for the tests of the integration with transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ V, E = 37, 16
 
 
 def small_sizes(layers: int) -> dict[str, Any]:
-    """What most configs are given."""
+    """Returns the sizes for most configs."""
     return {
         "vocab_size": V,
         "hidden_size": E,
@@ -27,7 +27,7 @@ def small_sizes(layers: int) -> dict[str, Any]:
 
 
 def small_models(layers: int) -> dict[str, tuple[str, str, dict[str, Any]]]:
-    """The classes of models and their configs, and the sizes, by a name."""
+    """Returns classes of models, their configs and sizes, by name."""
     sizes = small_sizes(layers)
     gpt2 = {
         "vocab_size": V,
@@ -51,7 +51,7 @@ MODELS = small_models(layers=1)
 
 
 def build(name: str, **options: Any) -> Any:
-    """One of :data:`MODELS`, the same each time."""
+    """Builds one of :data:`MODELS`, always the same."""
     torch.manual_seed(0)
     model_class, config_class, sizes = MODELS[name]
     config = getattr(transformers, config_class)(**{**sizes, **options})

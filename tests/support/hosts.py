@@ -4,21 +4,21 @@
         assert a.run(["ssh", b.name, "hostname"]).strip() == b.name
         job = b.start([sys.executable, "job.py"], cwd=tmp_path, env={"GLOO_SOCKET_IFNAME": IFNAME})
         b.link_down()  # Pulls its cable: packets are lost, and nobody is told.
-        b.kill_all()  # All that runs there is gone at once, and sshd is back.
+        b.kill_all()  # Kills all its processes at once, and restarts sshd.
         status = job.wait(timeout=60)
         print(job.output)
 
-A host is a set of Linux namespaces. The file system is shared, as over NFS, but for `/dev/shm`,
-`/run`, the operators that DeepSpeed has compiled, and `host.local`, an empty directory of its own.
+A host is a set of Linux namespaces. Hosts share the file system, as over NFS, except `/dev/shm`,
+`/run`, DeepSpeed's compiled operators, and `host.local`, an empty directory.
 `ssh` works between hosts without options (so pdsh and mpirun do), as root, with a key made for
 them; the user's `~/.ssh` is neither read nor written. Commands of ``run`` and ``start`` have the
-environment of `launch.environment()`; those that come in by ssh have none of it, as on a real host.
+environment of `launch.environment()`; commands over ssh have none of it, as on a real host.
 
-All of a host ends with its first process, which ends when the process that called ``hosts`` does,
-by whatever cause: nothing is left behind, and the machine's own network is never touched.
+A host ends with its first process, which ends with the process that called ``hosts``, for any
+cause: nothing is left behind, and the machine's own network is never touched.
 
-``require("pdsh")`` skips a test where there can be no hosts, or no pdsh on them, and says what to
-install; with `TP_EMBED_REQUIRE_HOSTS=1` it fails the test instead.
+``require("pdsh")`` skips a test if hosts or pdsh are not available, and says what to install; with
+`TP_EMBED_REQUIRE_HOSTS=1` it fails the test instead.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ import pytest
 
 from launch import ROOT, environment
 
-IFNAME = "eth0"  # Of every host.
-ANSWER_SECONDS = 30  # For what answers at once, unless the machine is busy.
+IFNAME = "eth0"  # The same on every host.
+ANSWER_SECONDS = 30  # For immediate answers, unless the machine is busy.
 
 PACKAGES = {
     "ip": "iproute2",
@@ -50,7 +50,7 @@ PACKAGES = {
     "unshare": "util-linux",
 }
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-# DeepSpeed's compiled operators. What is killed while it loads one leaves a lock that all others
+# DeepSpeed's compiled operators. A process killed while loading one leaves a lock that all others
 # wait for: each host has a copy.
 OPERATORS = environment()["TORCH_EXTENSIONS_DIR"]
 UNLOCK = f"rm -f {OPERATORS}/*/lock"
@@ -118,7 +118,7 @@ while [ ! -s /run/sshd.pid ]; do sleep 0.02; done
 
 
 def why_not(*programs: str) -> str:
-    """Why there can be no hosts with ``programs``, and what to do; empty if there can."""
+    """Returns why hosts with ``programs`` are not available, and what to do; empty if they are."""
     needed = {"ip", "nsenter", "ssh", "sshd", "unshare", *programs}
     missing = {PACKAGES[program] for program in needed if not shutil.which(program, path=PATH)}
     if missing:
@@ -133,8 +133,8 @@ def why_not(*programs: str) -> str:
 
 
 def require(*programs: str) -> None:
-    """Skips the test, or fails it where hosts are required, if there can be no hosts with
-    ``programs``."""
+    """Skips the test, or fails it if hosts are required, if hosts with ``programs`` are not
+    available."""
     if reason := why_not(*programs):
         if os.environ.get("TP_EMBED_REQUIRE_HOSTS") == "1":
             pytest.fail(reason, pytrace=False)
@@ -149,16 +149,16 @@ class Job:
 
     @property
     def output(self) -> str:
-        """What it has printed so far, stdout and stderr."""
+        """Its output so far, stdout and stderr."""
         return self._output.read_text(errors="replace")
 
     @property
     def status(self) -> int | None:
-        """Its exit status; None while it runs."""
+        """Returns its exit status; None while it runs."""
         return self._process.poll()
 
     def wait(self, timeout: float) -> int:
-        """Waits for its exit status. After ``timeout`` seconds it is killed and the test fails."""
+        """Waits for its exit status. After ``timeout`` seconds, kills it and fails the test."""
         try:
             return self._process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -166,7 +166,7 @@ class Job:
             raise AssertionError(f"{self.what} took over {timeout} s:\n{self.output}") from None
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
-        """Sends a signal to its process group. What it started by ssh goes on."""
+        """Sends a signal to its process group, which does not reach processes started over ssh."""
         pid = self._process.pid
         with suppress(FileNotFoundError, ProcessLookupError):
             inside = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -176,17 +176,17 @@ class Job:
 
 
 def hold(stack: ExitStack, directory: Path, name: str, options: Sequence[str], script: str) -> int:
-    """Runs ``script`` in new namespaces; it and they last until the stack ends or this process
-    does. Gives a process of this machine that is in them."""
+    """Runs ``script`` in new namespaces, until the stack or this process ends. Returns a process of
+    this machine inside them."""
     errors = directory / f"{name}_errors"
     with errors.open("wb") as file:
         process = subprocess.Popen(
             ["unshare", *options, "--pid", "--fork", "--kill-child", "sh", "-c", script],
-            stdin=subprocess.PIPE,  # Its end is the script's end.
+            stdin=subprocess.PIPE,  # Its end ends the script.
             stdout=subprocess.PIPE,
             stderr=file,
             env={"PATH": PATH},
-            start_new_session=True,  # Not for the ^C of a terminal.
+            start_new_session=True,  # Protected from ^C in a terminal.
         )
     stack.callback(process.communicate)  # Closes it, and waits.
     assert process.stdout is not None
@@ -200,9 +200,9 @@ class Host:
 
     def __init__(self, name: str, address: str, directory: Path, pid: int, switch: int) -> None:
         self.name, self.address, self.pid = name, address, pid
-        self.local = directory / "local"  # The same path on every host, and of each its own.
+        self.local = directory / "local"  # The same path on every host, but different directories.
         self._directory, self._switch, self._jobs = directory, switch, 0
-        # Both ends appear where they are to be.
+        # Creates both ends in their namespaces.
         self._in_switch("add", self.name, "type", "veth", "peer", IFNAME, "netns", str(pid))
         self._in_switch("set", self.name, "master", "switch", "up")
         self.run(f"ip addr add {address}/24 dev {IFNAME}; ip link set {IFNAME} up")
@@ -240,21 +240,21 @@ class Host:
         cwd: Path | str = ROOT,
         env: Mapping[str, str] | None = None,
     ) -> str:
-        """What ``command`` printed; a failure or a time-out fails the test with it."""
+        """Returns the output of ``command``; a failure or timeout fails the test with it."""
         job = self.start(command, cwd, env)
         status = job.wait(timeout)
         assert status == 0, f"{job.what} exited with {status}:\n{job.output}"
         return job.output
 
     def link_down(self) -> None:
-        """Pulls its cable out of the switch: the host keeps its interface and its address."""
+        """Unplugs its cable from the switch: the host keeps its interface and address."""
         self._in_switch("set", self.name, "down")
 
     def link_up(self) -> None:
         self._in_switch("set", self.name, "up")
 
     def kill_all(self) -> None:
-        """Kills all that runs on the host, and starts sshd anew."""
+        """Kills all processes on the host, and restarts sshd."""
         self.run(f"kill -9 -1; sleep 0.1; {UNLOCK}")
         self._serve()
 
@@ -268,8 +268,8 @@ class Host:
 
 @contextmanager
 def hosts(count: int, *, loopback_names: bool = False) -> Iterator[list[Host]]:
-    """``count`` hosts, named node1, node2, ..., on one switch. With ``loopback_names`` the name of
-    a host is 127.0.1.1 to itself, as the installer of Debian and Ubuntu has it."""
+    """Starts ``count`` hosts, named node1, node2, ..., on one switch. With ``loopback_names``, a
+    host resolves its own name to 127.0.1.1, as Debian's and Ubuntu's installers set up."""
     addresses = {f"node{i}": f"10.77.0.{i}" for i in range(1, count + 1)}
     with ExitStack() as stack:
         directory = Path(tempfile.mkdtemp(prefix="hosts_"))

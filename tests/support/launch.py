@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Where jobs find what they share with tests.
+# Modules that jobs share with tests.
 SUPPORT = Path(__file__).parent
 BIN = Path(sys.prefix) / "bin"
 
@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 def remove_shared_memory(command: Sequence[str]) -> None:
-    """Removes the 66 MiB that DeepSpeed's collectives for the CPU leave behind for each rank."""
+    """Removes the 66 MiB per rank that DeepSpeed's CPU collectives leave behind."""
     for port in (arg.partition("=")[2] for arg in command if arg.startswith("--master")):
         for file in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):
             file.unlink(missing_ok=True)
@@ -64,7 +64,7 @@ def torchrun_command(script: Path | str, *args: object, ranks: int = 2) -> list[
 
 
 def start(command: Sequence[str], cwd: Path | str = ROOT) -> subprocess.Popen[str]:
-    """Starts ``command`` in a session of its own, so that all its processes can be ended."""
+    """Starts ``command`` in its own session, so that all its processes can be ended."""
     return subprocess.Popen(
         command,
         cwd=cwd,
@@ -77,7 +77,7 @@ def start(command: Sequence[str], cwd: Path | str = ROOT) -> subprocess.Popen[st
 
 
 def run(command: Sequence[str], cwd: Path | str = ROOT, timeout: float = 240) -> str:
-    """What ``command`` printed; a failure or a time-out fails the test with it."""
+    """Returns the output of ``command``; a failure or timeout fails the test with it."""
     process = start(command, cwd)
     try:
         output, _ = process.communicate(timeout=timeout)

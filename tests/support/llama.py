@@ -1,4 +1,4 @@
-"""The small Llama that engines are tested with."""
+"""A small Llama for the tests of engines."""
 
 from __future__ import annotations
 

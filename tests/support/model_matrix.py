@@ -1,4 +1,4 @@
-"""Trains models of the zoo whole and sharded, and says whether they come to the same.
+"""Trains models of the zoo whole and sharded, and compares the results.
 
 python tests/support/model_matrix.py [--markdown PAGE] [family ...]
 """
@@ -25,8 +25,8 @@ from tp_embed.checkpoint import full_state_dict
 
 STRATEGIES = ("embed", "vocab", "auto")
 SIZE = 2
-# Sharded heads add up in another order. Relative to the largest value, and to the largest change.
-# All is rounding: in fp64 those of the models that run in it agree to 1e-10, and 1e-9.
+# Sharded heads sum in another order. Relative to the largest value, and to the largest change.
+# All is rounding: models that run in fp64 agree to 1e-10 and 1e-9 there.
 OF_VALUES, OF_CHANGES = 1e-5, 1e-4
 OURS = tuple(f"{ROOT}/{name}/" for name in ("tp_embed", "integrations"))
 
@@ -41,7 +41,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Whole:
-    """A model that is not trained yet, and what its training comes to."""
+    """A model before training, and the results of training it."""
 
     model: nn.Module
     batch: dict[str, Tensor]
@@ -59,7 +59,7 @@ def whole_of(family: str) -> Whole | Outcome:
 
 
 def train(gang: Any, family: str, strategy: Any) -> Outcome:
-    """What becomes of a family on this rank."""
+    """Returns the outcome of a family on this rank."""
     whole = whole_of(family)
     return whole if isinstance(whole, Outcome) else _train_sharded(gang, whole, strategy)
 
@@ -90,7 +90,7 @@ def _train_sharded(gang: Any, whole: Whole, strategy: Any) -> Outcome:
             state = full_state_dict(model)
             break
         except Exception as error:
-            # As a user would, follow what the message says.
+            # Follow the advice of the message, as a user would.
             advised = re.search(r"`rules=\{'(.+?)': 'none'\}`", str(error))
             if not is_ours(error):
                 return Outcome("failed", _short(error))
@@ -104,7 +104,7 @@ def _train_sharded(gang: Any, whole: Whole, strategy: Any) -> Outcome:
 
 
 def _differences(losses: list[float], state: dict[str, Tensor] | None, whole: Whole) -> list[str]:
-    """Where a training differs from the whole one; a rank without a state compares losses."""
+    """Returns differences from the whole model; a rank without a state compares losses."""
     found = [
         f"loss {a} for {b}"
         for a, b in zip(losses, whole.losses, strict=True)
@@ -133,13 +133,13 @@ def _differences(losses: list[float], state: dict[str, Tensor] | None, whole: Wh
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """The largest one; infinities and NaN may be the same."""
+    """Returns the largest difference; equal infinities and NaNs count as equal."""
     same = (a == b) | (a.isnan() & b.isnan())
     return float((a - b).masked_fill(same, 0.0).abs().max()) if a.numel() else 0.0
 
 
 def is_ours(error: Exception) -> bool:
-    """Whether our code has raised it on purpose, and not because a rank did not come."""
+    """Returns whether our code raised it on purpose, and not because a rank was missing."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     on_purpose = last.filename.startswith(OURS) and "raise" in (last.line or "")
     return on_purpose and not re.search("failed on rank .* of ", str(error))
@@ -152,7 +152,7 @@ def _short(error: Exception) -> str:
 
 
 def run(pool: Pool, family: str, strategy: str) -> Outcome:
-    """What became of a family; a failure on any rank counts."""
+    """Returns the outcome of a family; a failure on any rank counts."""
     try:
         seen = pool(SIZE, train, family, strategy, timeout=120)
     except RankError as error:
@@ -168,7 +168,7 @@ def run(pool: Pool, family: str, strategy: str) -> Outcome:
 
 
 def markdown(results: dict[str, dict[str, Outcome]]) -> str:
-    """The results as a table, with what does not come to the same first."""
+    """Formats the results as a table, with differences first."""
     built = {f: o for f, o in results.items() if o["embed"].what != "not built"}
     lines = [f"{len(built)} of {len(results)} families train whole.", ""]
     lines += ["| family | class | embed | vocab | auto | message |", "|---|---|---|---|---|---|"]

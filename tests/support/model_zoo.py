@@ -1,5 +1,5 @@
-"""Small random models of the families of transformers that a CPU can build, by introspection of
-the installed package."""
+"""Small random models of the families in transformers that a CPU can build, by introspection of the
+installed package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ V, E, HEADS, LENGTH = 53, 32, 4, 9
 IMAGE, PATCH, MEL = 32, 8, 16
 MAX_PARAMETERS = 3_000_000
 
-# The first mapping that knows a family says which of its classes is trained.
+# The first mapping that has a family decides its class to train.
 MAPPINGS = (
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
@@ -31,7 +31,7 @@ MAPPINGS = (
     "MODEL_MAPPING_NAMES",
 )
 
-# Sizes by what the fields of configs are called; the first pattern that matches counts.
+# Sizes by names of config fields; the first match counts.
 SIZES: tuple[tuple[str, Any], ...] = (
     (r"(bos|cls|mask|sep|decoder_start)_token_id", 1),
     (r"pad_token_id|padding_idx", 0),
@@ -76,12 +76,12 @@ SIZES: tuple[tuple[str, Any], ...] = (
     (r"num_conv_pos_embeddings|num_conv_pos_embedding_groups", 4),
 )
 
-# What the names of the fields don't tell.
+# Sizes that do not follow from names of fields.
 EXCEPTIONS: dict[str, dict[str, Any]] = {}
 
 
 def families() -> dict[str, str]:
-    """The class that is trained of each type of model."""
+    """Returns the class to train for each type of model."""
     found: dict[str, str] = {}
     for mapping in MAPPINGS:
         for model_type, names in getattr(modeling_auto, mapping).items():
@@ -98,7 +98,7 @@ def _small(name: str, default: object) -> tuple[bool, Any]:
 
 
 def small_config(config_class: type[PreTrainedConfig], **options: Any) -> PreTrainedConfig:
-    """A config with small sizes, and without dropout."""
+    """Returns a config with small sizes and no dropout."""
     sizes: dict[str, Any] = {}
     subs = getattr(config_class, "sub_configs", {})
     for name, parameter in inspect.signature(config_class).parameters.items():
@@ -116,7 +116,7 @@ def small_config(config_class: type[PreTrainedConfig], **options: Any) -> PreTra
 
 
 def build(model_type: str) -> nn.Module:
-    """A random model of the family, the same each time."""
+    """Builds a random model of the family, always the same."""
     config_class = configuration_auto.CONFIG_MAPPING[model_type]
     config = small_config(config_class, **EXCEPTIONS.get(model_type, {}))
     model_class = getattr(transformers, families()[model_type])
@@ -147,7 +147,7 @@ def _tensors(model: Any) -> dict[str, Tensor]:
 
 
 def inputs(model: Any) -> Iterator[dict[str, Tensor]]:
-    """What the model may take, the fullest text first."""
+    """Returns possible inputs of the model, the fullest text first."""
     takes = inspect.signature(model.forward).parameters
     every = {name: t for name, t in _tensors(model).items() if name in takes}
     labels = {"labels": every["input_ids"]} if {"labels", "input_ids"} <= takes.keys() else {}
@@ -166,7 +166,7 @@ def inputs(model: Any) -> Iterator[dict[str, Tensor]]:
 
 
 def loss_of(output: Any) -> Tensor:
-    """A number that all floating-point tensors of the output go into."""
+    """Reduces all floating-point tensors of the output to a number."""
     total = torch.zeros(())
     for tensor in _flat(output):
         if tensor.is_floating_point() and tensor.requires_grad:
@@ -189,7 +189,7 @@ def _flat(output: Any) -> Iterator[Tensor]:
 
 
 def train(model: nn.Module, batch: dict[str, Tensor], steps: int = 2) -> list[float]:
-    """The losses of steps of SGD on the same batch."""
+    """Returns the losses of SGD steps on the same batch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     losses = []
     for _ in range(steps):

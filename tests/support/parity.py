@@ -1,7 +1,7 @@
-"""The parity harness: what a table does, sharded or not, as data that can be compared.
+"""The parity harness: records the behaviour of a table, sharded or not, as comparable data.
 
-`run` trains a table on every rank of a gang and gives everything that can be seen of it;
-`reference` gives the same for `torch.nn.Embedding`.
+`run` trains a table on every rank of a gang and returns all observations; `reference` does the same
+with `torch.nn.Embedding`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHARDED = {"embed": ShardedEmbedding, "vocab": VocabShardedEmbedding}
 
 @dataclass(frozen=True)
 class Case:
-    """One table, the ids of each step, and how it is trained."""
+    """A table, the ids of each step, and options of training."""
 
     num_embeddings: int
     embed_dim: int
@@ -38,7 +38,7 @@ class Case:
     output: str = "replicated"
     dedup: Any = "auto"
     reuse_grad: bool = False
-    seq_lens: tuple[int, ...] | None = None  # Of the rows of a batch; the rest is padding.
+    seq_lens: tuple[int, ...] | None = None  # The lengths of a batch's rows; the rest is padding.
     seed: int = 0
     steps: int = 5
 
@@ -51,13 +51,13 @@ class Case:
         return table.to(self.dtype)
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
-        """(ids, gradient of the output) of each step."""
+        """Returns (ids, gradient of the output) for each step."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         batches = []
         for _ in range(self.steps):
             ids = torch.randint(self.num_embeddings, self.shape, generator=generator)
             if self.seq_lens is not None:
-                ids[self.padding()] = -7  # It is not looked at.
+                ids[self.padding()] = -7  # It is not read.
             grad = torch.randn(*self.shape, self.embed_dim, generator=generator)
             batches.append((ids.to(self.id_dtype), grad.to(self.dtype)))
         return batches
@@ -70,7 +70,7 @@ class Case:
         return None if self.seq_lens is None else BatchLayout.of(ids, self.seq_lens)
 
     def part(self, rank: int, size: int) -> tuple[Any, ...]:
-        """What a rank gets of the output: the index of a slice."""
+        """Returns a rank's part of the output, as an index."""
         if self.output == "shard":
             own = Partition(self.embed_dim, size).shard(rank)
             return ..., slice(own.start, own.stop)
@@ -82,8 +82,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Seen:
-    """What can be seen of a table: its outputs and the gradient of its weight by step, and the
-    table at the end. All are whole, whatever the rank held."""
+    """The observations of a table: outputs and gradients of the weight by step, and the final
+    table. All are whole."""
 
     outputs: list[Tensor]
     gradients: list[Tensor]
@@ -146,7 +146,7 @@ def _dense(grad: Tensor, case: Case) -> Tensor:
 
 
 def whole(embed: Any, block: Tensor) -> Tensor:
-    """``block``, shaped as the weight of ``embed``, put together over the gang."""
+    """Gathers ``block``, shaped like the weight of ``embed``, over the gang."""
     if isinstance(embed, StandardEmbedding):
         return block.clone()
     weight, embed.weight = embed.weight, torch.nn.Parameter(block, requires_grad=False)
@@ -156,7 +156,7 @@ def whole(embed: Any, block: Tensor) -> Tensor:
 
 
 def reference(case: Case) -> Seen:
-    """The same for `torch.nn.Embedding`."""
+    """Trains `torch.nn.Embedding` in the same way."""
     embed = torch.nn.Embedding(
         case.num_embeddings,
         case.embed_dim,
@@ -182,7 +182,7 @@ def reference(case: Case) -> Seen:
         assert embed.weight.grad is not None
         gradients.append(embed.weight.grad.to_dense())
         if case.sparse:
-            # Torch adds up duplicates in order in `to_dense()`, and in any order in `coalesce()`.
+            # torch sums duplicates in order in `to_dense()`, and in any order in `coalesce()`.
             rows = embed.weight.grad._indices().unique()
             embed.weight.grad = torch.sparse_coo_tensor(
                 rows[None], gradients[-1][rows], case.table().shape, check_invariants=True
@@ -192,7 +192,7 @@ def reference(case: Case) -> Seen:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bits of ``tensor``, so that 0.0 is not -0.0 and NaN is NaN."""
+    """Returns the bits of ``tensor``, so that 0.0 differs from -0.0 and NaN equals NaN."""
     kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.contiguous().view(kinds[tensor.element_size()])
 

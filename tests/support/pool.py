@@ -1,9 +1,9 @@
 """A pool of processes that run a function on every rank of a gang.
 
-Starting a process costs seconds, so the four processes of the pool serve all tests. A gang of P is
-made of the *last* P of them: its ranks differ from the global ones, so whatever mixes the two up
-fails. A rank that does not answer in time fails the test, with the stacks of all ranks, and the
-pool is started anew; so it is after any failure, which may leave collectives half-done.
+Starting a process takes seconds, so the four processes of the pool serve all tests. A gang of P
+uses the *last* P of them: its ranks differ from global ranks, so code that confuses them fails. A
+rank that does not answer in time fails the test, with the stacks of all ranks. The pool restarts
+after any failure, which may leave collectives half-done.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Function = Callable[..., Any]
 
 
 class RankError(AssertionError):
-    """A rank raised or hung; the message holds what it and the others were doing."""
+    """A rank raised or hung; the message shows what all ranks were doing."""
 
 
 class Pool:
@@ -43,7 +43,7 @@ class Pool:
         self, size: int, function: Function, *args: Any, timeout: float = TIMEOUT, **kwargs: Any
     ) -> list[Any]:
         """Runs ``function(gang, *args, **kwargs)`` on each rank of a gang of ``size`` and returns
-        what each rank returned. The function has to be importable by name."""
+        what each rank returned. The function must be importable by name."""
         outcomes = self.outcomes(size, function, *args, timeout=timeout, **kwargs)
         failed = {r: o for r, (ok, o) in enumerate(outcomes) if not ok}
         if failed:
@@ -54,7 +54,7 @@ class Pool:
     def outcomes(
         self, size: int, function: Function, *args: Any, timeout: float = TIMEOUT, **kwargs: Any
     ) -> list[tuple[bool, Any]]:
-        """As a call, but gives (True, value) or (False, traceback) for each rank."""
+        """Like a call, but returns (True, value) or (False, traceback) for each rank."""
         if not self._workers:
             self._start()
         members = self._workers[self._size - size :]
@@ -81,7 +81,7 @@ class Pool:
                     process = members[rank][0]
                     process.join(5)
                     outcomes[rank] = False, f"died with exit code {process.exitcode}"
-                if not outcomes[rank][0]:  # The others may wait for this one for ever.
+                if not outcomes[rank][0]:  # The others may wait forever for this one.
                     deadline = min(deadline, time.monotonic() + 5)
         if any("died with exit code" in str(o) for ok, o in outcomes.values() if not ok):
             self.stop()
@@ -111,7 +111,7 @@ class Pool:
         return "\n".join(f"--- {file.name}\n{file.read_text()}" for file in files)
 
     def close(self) -> None:
-        """Lets the workers end by themselves, which writes what coverage has counted in them."""
+        """Lets the workers end by themselves, so that coverage writes its counts."""
         for _, connection in self._workers:
             connection.close()
         for process, _ in self._workers:
@@ -161,5 +161,5 @@ def _serve(
             outcome = True, function(gangs[size], *args, **kwargs)
         except Exception:
             outcome = False, traceback.format_exc()
-        # Not `send()`, which would pass tensors as shared memory and keep it open.
+        # Not `send()`, which would pass tensors in shared memory and keep it open.
         connection.send_bytes(pickle.dumps(outcome))

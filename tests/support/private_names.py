@@ -28,7 +28,7 @@ def sources(*folders: str) -> Iterator[tuple[str, ast.Module]]:
 
 
 def names_of(tree: ast.Module, library: str) -> set[str]:
-    """The dotted names of ``library`` that a file imports, or reads as attributes of imports."""
+    """Returns the dotted names of ``library`` that a file imports, or reads as their attributes."""
     known: dict[str, str] = {}
     found = set()
     for node in ast.walk(tree):
@@ -56,8 +56,8 @@ def _dotted(node: ast.AST, known: dict[str, str]) -> str | None:
 
 
 def attributes(tree: ast.Module, is_of_library: Callable[[str], bool]) -> Iterator[str]:
-    """Attributes of objects other than ``self``, and methods of classes, with names of a library.
-    Those of modules are :func:`names_of`."""
+    """Returns attributes of objects other than ``self``, and methods of classes, with names of a
+    library. For attributes of modules, see :func:`names_of`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_of_library(node.attr):
             if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
@@ -69,7 +69,7 @@ def attributes(tree: ast.Module, is_of_library: Callable[[str], bool]) -> Iterat
 
 
 def exists(name: str) -> bool:
-    """Whether there is what a dotted name says."""
+    """Returns whether a dotted name exists."""
     path, *parts = name.split(".")
     found = import_module(path)
     for part in parts:
@@ -86,7 +86,7 @@ def words(text: str) -> set[str]:
 
 
 def constant(tree: ast.Module, name: str) -> Any:
-    """What a module assigns to ``name``, without importing it."""
+    """Returns the value that a module assigns to ``name``, without importing it."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
             return ast.literal_eval(node.value)
@@ -94,8 +94,8 @@ def constant(tree: ast.Module, name: str) -> Any:
 
 
 def check_bounds(package: str, parts: int) -> None:
-    """Checks that ``pyproject.toml`` allows the version of ``constraints.txt``, and others only
-    that have its first numbers."""
+    """Checks that ``pyproject.toml`` allows the version of ``constraints.txt``, and others only if
+    their first numbers are the same."""
     pins = dict(
         line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line
     )

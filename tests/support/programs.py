@@ -1,6 +1,6 @@
-"""Random programs around a table: what users do, as data that can be printed, shrunk and run again.
+"""Random programs around a table: users' operations as data to print, shrink and run again.
 
-A program is run by a :class:`Machine` on our classes, and by another on those of torch.
+One :class:`Machine` runs a program on our classes, another one on torch's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Seen = dict[str, Tensor | None]
 
 @dataclass(frozen=True)
 class Spec:
-    """A table, the head that is tied to it, and their optimizer."""
+    """A table, the head tied to it, and their optimizer."""
 
     kind: str = "embed"  # "standard", "embed" or "vocab".
     rows: int = 5
@@ -48,7 +48,7 @@ class Spec:
 
     @property
     def exact(self) -> bool:
-        """Whether the same bits are promised."""
+        """Whether results must be the same bit for bit."""
         return not (self.head or self.sparse or self.dtype == "bfloat16")
 
     @property
@@ -138,8 +138,8 @@ def make_ids(spec: Spec, shape: tuple[int, ...], dtype: str, layout: str, seed: 
 
 
 class Machine:
-    """Runs the operations of a program; without a gang on the classes of torch. Each gives what
-    there is to see after it, put together over the gang."""
+    """Runs the operations of a program; without a gang, on torch's classes. Each returns its
+    observations, gathered over the gang."""
 
     def __init__(self, spec: Spec, gang: Any = None) -> None:
         self.spec, self.gang = spec, gang
@@ -162,7 +162,7 @@ class Machine:
         return self.model.embed.weight
 
     def part(self, whole: Tensor) -> Tensor:
-        """What this rank has of what is shaped as an output."""
+        """Returns this rank's part of a tensor shaped like an output."""
         if self.gang is None or self.spec.output == "replicated":
             return whole
         dim = -1 if self.spec.output == "shard" else -2
@@ -191,12 +191,12 @@ class Machine:
         inplace: str = "none",
         arrives: str = "plain",
     ) -> Seen:
-        """Looks up ids, does ``inplace`` work on the output, and keeps a term of the next loss,
-        whose gradient ``arrives`` in some layout."""
+        """Looks up ids, changes the output by ``inplace``, and keeps a term of the next loss, whose
+        gradient ``arrives`` in some layout."""
         x = make_ids(self.spec, shape, ids, layout, seed)
         self.ids.append(x)
         if self.gang is None and ids in ("uint8", "int16"):
-            x = x.long()  # Which torch does not look up.
+            x = x.long()  # torch does not look these up.
         with _context(mode), _hooked(self.model.embed, hook):
             output = self._forward(x, mode)
         seen: Seen = {"part of the output": output.detach().clone()}
@@ -231,7 +231,7 @@ class Machine:
         return result
 
     def backward(self, mode: str = "backward") -> Seen:
-        """Takes the gradient of all terms since the last time."""
+        """Takes the gradient of all terms since the last call."""
         terms, self.terms = self.terms, []
         batches, self.ids = self.ids, []
         if not terms or not any(term.requires_grad for term in terms):
@@ -245,7 +245,7 @@ class Machine:
             (grad,) = torch.autograd.grad(loss, self.weight, create_graph=True)
             grad = grad.to_dense()
             seen["grad"] = self._whole(grad)
-            # None of a linear loss; torch can't reshape the one for no ids.
+            # A linear loss has none; torch cannot reshape it for no ids.
             if not grad.requires_grad or not all(ids.numel() for ids in batches):
                 return seen
             (second,) = torch.autograd.grad((grad * grad).sum() / 2, self.weight)
@@ -266,7 +266,7 @@ class Machine:
         return {} if bias is None else {"bias": bias.detach().clone(), "bias grad": bias.grad}
 
     def step(self) -> Seen:
-        self.terms = []  # Torch refuses a backward over a weight that has changed, or is right.
+        self.terms = []  # torch refuses a backward over a changed weight, or is right.
         self.optimizer.step()
         return {"table": self._whole(self.weight), **self._of_bias()}
 
@@ -284,7 +284,7 @@ class Machine:
         return {"norm": total.detach(), "grad": self._whole(self.weight.grad)}
 
     def copy(self, how: str = "deepcopy") -> Seen:
-        """Goes on with a copy of the model, and a new optimizer."""
+        """Continues with a copy of the model, and a new optimizer."""
         self.terms, self.ids, self.retained = [], [], []
         old = self.model
         if how == "deepcopy":

@@ -1,9 +1,9 @@
-"""A Slurm cluster of several hosts of this machine, by Debian's packages.
+"""A Slurm cluster on several hosts of this machine, from Debian's packages.
 
     with cluster(2) as (a, b):
         a.run(["sbatch", "--wait", "--nodes=2", "job.sh"], cwd=tmp_path, timeout=60)
 
-The first host has the controller too. Each has munge, which tells daemons who asks, with one key.
+The first host also runs the controller. Each host runs munge, which authenticates with one key.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 
 from hosts import PATH, Host, hosts, require
 
-CPUS = 4  # Of a host, as far as Slurm is concerned.
+CPUS = 4  # Slurm's figures of a host.
 
 CONFIG = """
 ClusterName=tests
@@ -56,7 +56,7 @@ setpriv --reuid=munge --regid=munge --clear-groups munged --key-file=/run/munge/
 
 
 def require_slurm() -> None:
-    """Skips the test, or fails it where hosts are required, if there can be no cluster."""
+    """Skips the test, or fails it if hosts are required, if no cluster is available."""
     require()
     programs = ("munged", "sbatch", "slurmctld", "slurmd", "setpriv")
     if missing := [name for name in programs if not shutil.which(name, path=PATH)]:
@@ -68,7 +68,7 @@ def require_slurm() -> None:
 
 @contextmanager
 def cluster(count: int, directory: Path) -> Iterator[list[Host]]:
-    """``count`` hosts that are ready to run jobs; ``directory`` gets their config."""
+    """Starts ``count`` hosts, ready to run jobs; ``directory`` gets their config."""
     with hosts(count) as nodes:
         controller = nodes[0]
         config = directory / "slurm.conf"
@@ -81,9 +81,9 @@ def cluster(count: int, directory: Path) -> Iterator[list[Host]]:
         for node in nodes:
             node.run(MUNGE.format(key=key))
             node.run(f"mkdir {node.local}/state {node.local}/spool")
-            # Where it is looked for by default, so that commands need no variable.
+            # The default path, so that commands need no variable.
             node.run(f"mount -t tmpfs tmpfs /etc/slurm && cp {config} /etc/slurm/slurm.conf")
-            # The plugin of the other version wants a systemd as soon as it starts.
+            # The plugin of the other version needs systemd on start.
             node.run("echo CgroupPlugin=cgroup/v1 > /etc/slurm/cgroup.conf")
         controller.run("slurmctld")
         for node in nodes:

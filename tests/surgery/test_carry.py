@@ -1,4 +1,4 @@
-"""What hangs on a table that is replaced goes over to the shard, or is refused by name."""
+"""Attributes and hooks of a replaced table carry over to the shard, or are refused by name."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_table_that_is_left_whole_keeps_its_hooks():
     model = Model()
     model.embed.weight.register_hook(lambda grad: grad * 0)
     shard_embeddings(model, MIDDLE, tie_head=False)
-    model(IDS).sum().backward()  # Nor does it raise.
+    model(IDS).sum().backward()  # It does not raise either.
     assert not model.embed.weight.grad.any()
 
 
@@ -232,7 +232,7 @@ class Projection(nn.Linear):
 
 
 def visible(module):
-    """What users read: attributes that are neither state nor torch's own."""
+    """Returns users' attributes: neither state nor torch's own."""
     internal = vars(nn.Module()).keys()
     buffers = {key: module._buffers[key] for key in module._non_persistent_buffers_set}
     return {k: v for k, v in vars(module).items() if k not in internal} | buffers
@@ -256,7 +256,7 @@ def test_attributes_of_modules_go_over(strategy, gang):
     shard_embeddings(model, gang, strategy=strategy, rules={"head": strategy})
     for name, new in model.items():
         for key, value in visible(tables[name]).items():
-            if key != "forward":  # Which raises.
+            if key != "forward":  # It raises.
                 found = getattr(new, key)
                 same = torch.equal(found, value) if torch.is_tensor(value) else found == value
                 assert same, (name, key)

@@ -1,4 +1,4 @@
-"""Models of transformers with sharded tables and heads compute what they did."""
+"""Models of transformers with sharded tables and heads compute the same as before."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TIED = sorted(set(MODELS) - {"llama"})
 
 
 class Custom(nn.Module):
-    """Not of transformers: a table that is used twice."""
+    """Not from transformers: uses a table twice."""
 
     def __init__(self):
         super().__init__()
@@ -150,7 +150,7 @@ def test_copies_of_a_model_with_sharded_logits(pool):
 
 
 def loss_arguments(gang):
-    """Those that the Trainer passes, and flat labels that are shifted already."""
+    """The Trainer's arguments, and flat labels that are already shifted."""
     model = build("llama")
     labels = batch()["labels"]
     shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
@@ -174,7 +174,7 @@ def check_custom(gang, strategy):
     expected = model(ids)
     expected.square().sum().backward()
     gradient = model.embed.weight.grad
-    model.zero_grad()  # A gradient goes over to the shard.
+    model.zero_grad()  # A gradient carries over to the shard.
     shard_embeddings(model, gang, strategy=strategy)
     found = model(ids)
     found.square().sum().backward()

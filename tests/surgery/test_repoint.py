@@ -1,4 +1,4 @@
-"""Optimizers that were built before the tables were sharded train on as if nothing had happened."""
+"""Optimizers built before the tables were sharded continue training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A surgery is planned before anything changes, and ranks meet once for all of it."""
+"""Surgery is planned before anything changes, and ranks meet once for all of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEETING = ["all_gather", "all_gather"]
 
 
 class Model(nn.Module):
-    """A table of each kind: of torch, of ours, tied to a head, and an output head of its own."""
+    """Has tables of each kind: torch's, ours, tied to a head, and an untied output head."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ def test_ranks_meet_once(pool, strategy, size):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_meet_twice_where_tables_are_drawn(pool, size):
-    """What is between the meetings agrees on a seed for each of the three tables with ids."""
+    """Between the meetings, ranks agree on a seed for each of the three tables with ids."""
     for found in pool(size, collectives, "auto", init.normal):
         assert found[:2] == found[-2:] == MEETING
         assert "all_gather" not in found[2:-2]
@@ -95,7 +95,7 @@ def test_a_plan_changes_nothing_until_it_is_applied(pool, strategy, size):
 
 
 def fail_making(gang, strategy, init_fn):
-    """The last rank has no memory for its shard of the first table. Others don't need any."""
+    """The last rank runs out of memory for its shard of the first table."""
     torch.manual_seed(0)
     odd = gang.rank == gang.size - 1
     huge = nn.Embedding(1 << 56, E, device="meta")
@@ -108,7 +108,7 @@ def fail_making(gang, strategy, init_fn):
     assert model["huge"] is huge
     assert_same_state(model["rest"], before)
     total = torch.ones(())
-    gang.all_reduce(total)  # Nobody is left in another collective.
+    gang.all_reduce(total)  # No rank is left in another collective.
     assert total == gang.size
     return type(error.value).__name__, str(error.value)
 
@@ -121,7 +121,7 @@ def test_rank_without_memory_for_a_shard_ends_all(pool, strategy, init_fn, size)
     assert [kind for kind, _ in found] == ["GangError"] * (size - 1) + ["RuntimeError"]
     *others, last = [message for _, message in found]
     assert "can't allocate memory" in last
-    for message in others:  # Without `init_fn` the ranks compare values, of which meta has none.
+    for message in others:  # Without `init_fn`, ranks compare values, but meta has none.
         assert ("can't allocate memory" if init_fn else "agree on the values of 'huge'") in message
 
 
@@ -178,7 +178,7 @@ print(sorted(name for name in sys.modules if name.startswith("tp_embed.integrati
 """
 
 
-# In a source tree the folder of the integrations is elsewhere.
+# In a source tree, the folder of the integrations is elsewhere.
 NOT_INSTALLED = f"""
 import sys, torch
 sys.path.insert(0, {str(ROOT)!r})
@@ -203,7 +203,7 @@ except ImportError as e:
     ids=["transformers", "torch", "not installed"],
 )
 def test_adapters_of_packages_that_are_loaded(program, expected):
-    """With nothing but `import tp_embed`."""
+    """`import tp_embed` is enough."""
     output = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
     )

@@ -1,4 +1,4 @@
-"""Ties that are made, and tables that are exchanged, after tables were sharded."""
+"""Tying and replacing tables after sharding."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ CHANGES = {
     "new head, tied": tie_new_head,
     "assign": assign,
 }
-# Of the others, each is refused for some strategy.
+# Each of the others is refused for some strategy.
 ALWAYS_SAME = {"tie again", "new table", "new head"}
 
 

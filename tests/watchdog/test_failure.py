@@ -1,5 +1,5 @@
-"""Jobs of which a rank or a node dies, is stopped, hangs or is cut off: they end everywhere, say
-who is missing, and are resumed on what is left."""
+"""Jobs where a rank or a node dies, stops, hangs or is cut off end everywhere, name the missing
+rank, and resume on the remaining nodes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from tp_embed.watchdog import EXIT_CODE, Watchdog
 from tp_embed.watchdog.hub import Hub
 from tp_embed.watchdog.link import Link, Lost
 
-TIMEOUT = 10  # Of the watchdog, in seconds.
-MARGIN = 20  # For a machine that is busy with other things.
-# DeepSpeed's launcher waits for ssh, which waits for a host that is gone unless it is told not to.
+TIMEOUT = 10  # The watchdog's timeout, in seconds.
+MARGIN = 20  # For a busy machine.
+# DeepSpeed's launcher waits for ssh, which by default waits for a missing host.
 SSH_OPTIONS = "-o ServerAliveInterval=3 -o ServerAliveCountMax=3"
 
 
@@ -89,7 +89,7 @@ def nodes() -> Iterator[list[Host]]:
 
 
 def until(done: Callable[[], bool], seconds: float, what: Callable[[], str]) -> float:
-    """How many seconds it took until ``done()``."""
+    """Waits until ``done()``; returns the seconds it took."""
     begin = time.monotonic()
     while not done():
         if time.monotonic() - begin > seconds:
@@ -99,7 +99,7 @@ def until(done: Callable[[], bool], seconds: float, what: Callable[[], str]) -> 
 
 
 def processes(directory: Path) -> dict[int, str]:
-    """All that runs of the job of ``directory`` on any host: the command of each pid."""
+    """Returns the processes of the job of ``directory`` on all hosts: the command of each pid."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # It has ended.
@@ -110,7 +110,7 @@ def processes(directory: Path) -> dict[int, str]:
 
 
 def ranks(directory: Path) -> dict[int, int]:
-    """The pid of each rank."""
+    """Returns the pid of each rank."""
     found = {}
     for pid, command in processes(directory).items():
         with suppress(OSError):
@@ -128,8 +128,8 @@ def records(directory: Path, rank: int) -> list[dict[str, float]]:
 
 
 def train(nodes: list[Host], directory: Path, launcher: str = "deepspeed") -> list[Job]:
-    """Starts a job of two ranks on each node, and waits until it has trained for some steps after
-    its checkpoint."""
+    """Starts a job with two ranks per node, and waits until it has trained some steps after its
+    checkpoint."""
     first, _ = nodes
     variables = environment()
     names = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "PATH", "TORCH_EXTENSIONS_DIR")
@@ -168,7 +168,7 @@ def train(nodes: list[Host], directory: Path, launcher: str = "deepspeed") -> li
 
 
 def ends(directory: Path, jobs: list[Job], within: float) -> str:
-    """All ranks on all nodes end, then all launchers, with a failure; gives what they printed."""
+    """Checks that all ranks, then all launchers, end with a failure; returns their output."""
 
     def output() -> str:
         return f"left: {processes(directory)}\n" + "\n".join(job.output for job in jobs)
@@ -180,20 +180,20 @@ def ends(directory: Path, jobs: list[Job], within: float) -> str:
 
 
 def on(rank: int) -> str:
-    """A pattern for a rank, with its host."""
+    """Returns a pattern for a rank, with its host."""
     return rf"rank {rank} on node{rank // 2 + 1} \(pid \d+\)"
 
 
 def waits(rank: int, *gangs: list[int]) -> str:
-    """A pattern for a rank that waits in one of these gangs, or in that of all ranks, or did so
-    until it failed."""
+    """Returns a pattern for a rank that waits in one of these gangs, or in the gang of all ranks,
+    or did so until it failed."""
     gang = "|".join(re.escape(str(gang)) for gang in (*gangs, [0, 1, 2, 3]))
     place = rf"`\w+` of .*, collective \d+ of the gang of ranks ({gang}) \(\w+\)"
     return rf"{on(rank)} (has been in|failed in|is in .* last was) {place}"
 
 
 def one_waits(output: str, pairs: dict[int, int]) -> bool:
-    """Whether the verdict says of a rank that it waits for the one that it is paired with."""
+    """Returns whether the verdict says that a rank waits for the other one of its pair."""
     return any(
         re.search(rf"{waits(rank, [rank, other])}.*; missing there: ranks? .*{other}", output)
         for rank, other in pairs.items()
@@ -221,7 +221,7 @@ def test_a_stopped_rank_ends_the_job_on_all_nodes(nodes, tmp_path):
 
 @pytest.fixture(scope="module")
 def cut_off(nodes, tmp_path_factory):
-    """What is left of a job of which a node was cut off, and what it printed."""
+    """Returns the rest of a job after cutting off a node, and its output."""
     directory = tmp_path_factory.mktemp("cut_off")
     jobs = train(nodes, directory)
     nodes[1].link_down()
@@ -237,7 +237,7 @@ def test_a_node_that_is_cut_off_ends_the_job_on_both_sides(cut_off):
     assert "[tp_embed watchdog] missing: ranks 2, 3\n" in output
     assert all(re.search(rf"{on(rank)} {silent}", output) for rank in (2, 3))
     assert one_waits(output, {0: 2, 1: 3})
-    # Theirs does not reach the terminal any more, but a log. (The launcher ends one rank when the
+    # Their output reaches no terminal, but a log. (The launcher ends one rank when the
     # other has ended.)
     logs = "\n".join((directory / f"rank{rank}.log").read_text() for rank in (2, 3))
     assert re.search(
@@ -248,12 +248,12 @@ def test_a_node_that_is_cut_off_ends_the_job_on_both_sides(cut_off):
 
 @pytest.fixture(scope="module")
 def losses():
-    """Of a run without failures, in one process of plain torch."""
+    """Returns the losses of a run without failures, in one process of plain torch."""
     return job.train_alone(2 * job.SAVED)
 
 
 def losses_of(directory: Path, size: int) -> dict[int, float]:
-    """The losses of the steps that all ranks have come through."""
+    """Returns the losses of the steps that all ranks completed."""
     found = [{r["step"]: r["loss"] for r in records(directory, rank)} for rank in range(size)]
     steps = set.intersection(*map(set, found))
     assert all(other[step] == found[0][step] for step in steps for other in found)
@@ -278,7 +278,7 @@ def test_the_last_checkpoint_resumes_on_what_is_left(nodes, cut_off, tmp_path, l
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """What each pair of watchdog_job.py has printed, and how its ranks ended."""
+    """Returns the output of each pair of watchdog_job.py, and how its ranks ended."""
     directory = tmp_path_factory.mktemp("pairs")
     run([sys.executable, watchdog_job.__file__, str(directory)])
     seen = json.loads((directory / "seen.json").read_text())

@@ -1,4 +1,4 @@
-"""Tables on real DeepSpeed engines over two ranks, ZeRO 1, by the real launcher."""
+"""Tables on real DeepSpeed engines at ZeRO 1 over two ranks, by the real launcher."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_consolidated_state_is_whole(seen, name):
     assert seen[1][name]["start"] is None
     for key, tensor in expected.items():
         assert torch.equal(seen[0][name]["start"][key], tensor), key
-    # So is that of the hooks.
+    # So is the state dict with hooks.
     for rank in range(2):
         table = seen[0][name]["state"]["model.embed_tokens.weight"]
         assert torch.equal(seen[rank][name]["hooked table"], table)
@@ -114,7 +114,7 @@ def test_universal_checkpoint_merges_the_table_and_its_moments(out, seen, alone,
 
 
 def test_fused_loss_is_that_of_deepspeed(seen):
-    """With more than one chunk, and rows that do not divide by two ranks."""
+    """Uses several chunks, and a number of rows that two ranks do not divide."""
     for rank in range(2):
         ours, theirs = seen[rank]["fused losses"]
         torch.testing.assert_close(ours, theirs)

@@ -1,5 +1,5 @@
-"""Random programs of an engine with sharded tables come to what they do with DeepSpeed's engine of
-the whole model, or are refused by one of our errors.
+"""Random programs give the same results on an engine with sharded tables and on DeepSpeed's engine
+of the whole model, or one of our errors.
 
     python tests/test_engine_programs.py "Program(...)"    runs one again
 """
@@ -132,7 +132,7 @@ def programs(draw: Any) -> Program:
 
 @pytest.fixture(scope="module")
 def engines() -> Iterator[Pool]:
-    """A pool of its own: what DeepSpeed changes in a process stays there."""
+    """A separate pool, since DeepSpeed changes its processes."""
     pool = Pool(SIZE)
     yield pool
     pool.stop()

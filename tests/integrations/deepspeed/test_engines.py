@@ -1,4 +1,4 @@
-"""Engines of all kinds against one process of plain torch, by the real launcher."""
+"""Compares engines of all kinds with one process of plain torch, by the real launcher."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_matrix_of_engines(tmp_path):
                 for tied in (False, True):
                     for by in ("plan", "mpu"):
                         assert (stage, strategy, tied, dtype, by) in found
-    # The page that people read is about the same engines.
+    # The docs list the same engines.
     page = (ROOT / "docs" / "parity.md").read_text()
     for row in rows:
         tied, dtype, by = "yes" if row["tied"] else "no", row["dtype"], row["by"]
@@ -127,7 +127,7 @@ def test_sparse_gradients(seen):
 
 
 def test_data_parallel_ranks_exchange_the_rows_that_were_used(seen):
-    """Of which DeepSpeed gathers the ids and the rows, each after its number."""
+    """DeepSpeed gathers the numbers, then the ids and the rows."""
     width = job.E // 2
     for rank in range(4):
         found = seen[rank]["sparse volumes"]
@@ -137,7 +137,7 @@ def test_data_parallel_ranks_exchange_the_rows_that_were_used(seen):
         gathered += [(n * size, 1) for n in found["rows"] for size in (8, width * 4)]
         assert sparse["bytes"]["all_gather"] == sorted(gathered)
         assert "all_gather" not in dense["bytes"]
-        # The rest is reduced as it was, in one bucket that the table is not in.
+        # The rest is reduced as before, in one bucket without the table.
         reduced = {kind: set(found[kind]["bytes"]["all_reduce"]) for kind in ("dense", "sparse")}
         ((whole, steps),) = reduced["dense"] - reduced["sparse"]
         assert reduced["sparse"] - reduced["dense"] == {(whole - 500 * width * 4, steps)}
@@ -145,7 +145,7 @@ def test_data_parallel_ranks_exchange_the_rows_that_were_used(seen):
 
 
 def test_deepspeed_does_not_clip_sparse_gradients(seen):
-    """What is refused: it can be allowed once this fails."""
+    """Shows why we refuse it. Once this fails, it can be allowed."""
     for rank in range(4):
         unclipped, clipped = seen[rank]["sparse clipped unchecked"]
         assert clipped == unclipped > 100 * 1e-3 * job.LR
@@ -160,7 +160,7 @@ def test_gradients_in_the_same_memory(seen, name):
 
 
 def test_gradients_in_the_same_memory_at_zero_0_with_data_parallel_ranks(seen):
-    """What is refused: it can be allowed once this fails."""
+    """Shows why we refuse it. Once this fails, it can be allowed."""
     for rank in range(4):
         (_, table), (_, reused) = seen[rank]["reuse_grad unchecked"]
         assert not torch.equal(table, reused)
@@ -224,8 +224,8 @@ def test_error_of_one_rank_ends_all(seen):
 
 
 def test_bytes_of_table_and_head(tmp_path):
-    """With gradients, master copies and moments: what AutoTP keeps whole on each rank, and what it
-    cuts itself depends on how it is told to; with the plugin both are cut always."""
+    """Includes gradients, master copies and moments. AutoTP's config decides what it cuts; the
+    plugin always cuts both."""
     rows, vocab_size, dim = tmp_path / "rows.json", 4000, 64
     whole = 5 * vocab_size * dim * 4
     half = whole // 2

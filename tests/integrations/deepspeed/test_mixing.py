@@ -1,4 +1,4 @@
-"""Engines with options that mix shards up, and models of which AutoTP cuts tables itself."""
+"""Engines with options that mix up shards, and models whose tables AutoTP cuts itself."""
 
 from __future__ import annotations
 

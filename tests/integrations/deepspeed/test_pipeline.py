@@ -26,7 +26,7 @@ def seen(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=job.CASES)
 def case(request, seen):
-    """What each rank saw of a case, and what one process gives."""
+    """Returns the results of a case on each rank, and in one process."""
     case = job.CASES[request.param]
     pipelines = 2 // case.get("tp", 2)
     alone = job.train_alone(case["clip"], case.get("tied", True), pipelines)
@@ -52,7 +52,7 @@ def test_training_is_that_of_one_process(case):
         for key, tensor in ranks[rank]["state"].items():
             atol = 1e-6 if "embed" in key or key == "0.weight" else 5e-6
             torch.testing.assert_close(tensor, alone["state"][key], rtol=1e-6, atol=atol, msg=key)
-    # Clipping, where there is any, does something.
+    # Clipping takes effect.
     assert min(alone["norms"]) > job.CASES[name]["clip"]
 
 

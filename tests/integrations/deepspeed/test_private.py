@@ -1,4 +1,4 @@
-"""What is private to DeepSpeed stands in one module, and the DeepSpeed that is installed has it."""
+"""One module has all private names of DeepSpeed, and the installed DeepSpeed has them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import private_names
 PRIVATE = "integrations/deepspeed/private.py"
 TREES = dict(private_names.sources("tp_embed", "integrations"))
 
-# Where DeepSpeed's documentation has its names.
+# The modules with documented names.
 DOCUMENTED = {
     "deepspeed",
     "deepspeed.accelerator",
@@ -23,7 +23,7 @@ DOCUMENTED = {
     "deepspeed.zero",
 }
 
-# The attributes of objects, and which source of DeepSpeed sets or reads them.
+# Attributes of objects, and the modules of DeepSpeed that set or read them.
 ATTRIBUTES = {
     "_TENSOR_MODEL_PARALLEL_GROUP": "deepspeed.utils.groups",
     "_config": "deepspeed.runtime.engine",

@@ -1,5 +1,5 @@
-"""The example of sequence parallelism, on two ranks by the real launcher, and the same model in one
-process, which holds all positions."""
+"""Compares the example of sequence parallelism on two ranks, by the real launcher, with the same
+model in one process, which holds all positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`train_rows` under engines, against one process of plain torch with a hook that masks."""
+"""Compares `train_rows` on engines with a masking hook in one process of plain torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A project of somebody else, which has configs of its own and takes some of ours."""
+"""A third-party project, with configs of its own and some of ours."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def write_project(root, primary=PRIMARY):
 
 
 def build(source, out):
-    # Without isolation, it takes the setuptools that is installed and asks no registry.
+    # Without isolation, it uses the installed setuptools and no registry.
     run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)], source)
     (wheel,) = out.glob("*.whl")
     return wheel
@@ -103,7 +103,7 @@ def build(source, out):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    source = tmp_path_factory.mktemp("source")  # A copy: setuptools leaves a `build/` there.
+    source = tmp_path_factory.mktemp("source")  # A copy, since setuptools leaves a `build/` behind.
     for room in ("tp_embed", "integrations", "configs"):
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -113,8 +113,8 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory):
-    """The interpreter of an environment of its own with both wheels. It borrows what they depend
-    on, but not the editable install of the package, which is only on the path of a `.pth` file."""
+    """The interpreter of a new environment with both wheels. It borrows their dependencies, but not
+    the editable install of the package, which is only on the path of a `.pth` file."""
     environment = tmp_path_factory.mktemp("environment")
     toy = build(write_project(tmp_path_factory.mktemp("toy")), tmp_path_factory.mktemp("toy_wheel"))
     run([sys.executable, "-m", "venv", str(environment)])
@@ -127,7 +127,7 @@ def python(wheel, tmp_path_factory):
 
 @pytest.fixture
 def app(python, tmp_path):
-    """Runs the app of the toy project, in a directory that has nothing of this tree."""
+    """Runs the app of the toy project, in a directory outside this tree."""
 
     def call(*overrides, fails=False):
         command = [str(python), "-m", "toy.app", *overrides]
@@ -200,12 +200,12 @@ def test_nothing_else_of_ours_is_on_its_search_path(app):
     assert found["model"] == "small"
     ours = {name for name in found if not name.startswith("hydra")} - {"init", "model"}
     schemas = {name for name in ours if name.startswith("tp_embed/schema")}
-    # And `tp_embed`, in which `ranks` is.
+    # And `tp_embed`, which has `ranks`.
     assert ours - schemas == {"tp_embed", "tp_embed/embedding", "tp_embed/head", "tp_embed/init"}
 
 
 def test_editable_install_needs_one_line_in_the_config_or_the_code(tmp_path):
-    """The environment of the tests has an editable install, in which Hydra finds no plugins."""
+    """The tests run in an editable install, where Hydra finds no plugins."""
     project = write_project(tmp_path, PRIMARY + EDITABLE)
     command = [sys.executable, "-m", "toy.app", "tp_embed/init=xavier_uniform"]
     output = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True).stdout
@@ -244,7 +244,7 @@ def test_wheel_has_the_plugin_and_no_package_that_others_share(wheel):
 
 
 def test_every_shared_file_is_independent_of_where_it_is():
-    """They refer to their schema by an absolute name, and to each other by a relative one."""
+    """Files refer to schemas by absolute names, and to each other by relative names."""
     for path in Path(ROOT / "configs" / "groups").glob("tp_embed/*/*.yaml"):
         schema, own = OmegaConf.load(path).defaults
         assert schema.startswith("/tp_embed/schema/")

@@ -1,4 +1,4 @@
-"""The Hydra configs: every choice composes, and what is misspelt or of a wrong type is an error."""
+"""Hydra configs: every choice composes, and misspelt keys and wrong types are errors."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_init_function_of_the_user_by_its_target():
     assert instantiate(config.init).func is torch.nn.Identity
 
 
-# As published: the model cards of Meta, Qwen and Google, or the sum over their checkpoints.
+# From the model cards of Meta, Qwen and Google, or the sums over their checkpoints.
 PARAMETERS = {
     "llama3_8b": 8_030_261_248,
     "llama3_2_1b": 1_235_814_400,
@@ -336,7 +336,7 @@ def test_list_of_keys_follows_the_error_of_hydra(tmp_path):
 
 
 def test_plugin_that_is_missing_is_named_with_its_package(tmp_path):
-    """In a Python without the plugin: one of its names is in the way of it."""
+    """Hides the plugin from Python by a module with one of its names."""
     (tmp_path / "hydra_plugins" / "hydra_submitit_launcher").mkdir(parents=True)
     (tmp_path / "hydra_plugins" / "hydra_submitit_launcher" / "__init__.py").touch()
     with pytest.raises(subprocess.CalledProcessError) as caught:

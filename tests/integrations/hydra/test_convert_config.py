@@ -1,4 +1,4 @@
-"""``tp-embed convert`` through Hydra: the same options, the same result, the same exit codes."""
+"""``tp-embed convert`` through Hydra has the same options, results and exit codes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The scripts that `docs/transformers.md` shows, on two ranks, next to torch, PEFT
-and the Trainer of transformers in this process."""
+"""Compares the scripts in `docs/transformers.md` on two ranks with torch, PEFT and the Trainer of
+transformers in this process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_trainer_script(tmp_path):
         assert numbers(output, name)[1] == pytest.approx(expected, rel=1e-6)
     same_model(tmp_path / "sharded" / "model", alone.model)
 
-    # It goes on where it was ended.
+    # It resumes where it stopped.
     shutil.rmtree(tmp_path / "sharded" / "checkpoint-4")
     assert numbers(run(command), "loss") == numbers(output, "loss")
     same_model(tmp_path / "sharded" / "model", alone.model)

@@ -1,4 +1,4 @@
-"""Models whose `forward` multiplies by the weight of the output head itself, as fused losses do."""
+"""Models whose `forward` multiplies by the head's weight itself, as fused losses do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MESSAGE = "must call its output head if that is sharded, but was replaced by"
 
 
 def fused(self, input_ids, labels=None, **kwargs):
-    """As TRL, Liger and Unsloth compute a loss."""
+    """Computes a loss as TRL, Liger and Unsloth do."""
     hidden = self.model(input_ids=input_ids).last_hidden_state
     logits = hidden @ self.lm_head.weight.T
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
@@ -57,7 +57,7 @@ def test_a_forward_that_reads_the_head_is_refused(monkeypatch, name, patch, stra
     assert "tie_head=False" in str(caught.value)
     assert list(model.modules()) == modules
     torch.testing.assert_close(model(input_ids=ids(), labels=ids()).loss, loss)
-    # With a head that is whole it is none of our business.
+    # Allowed with a whole head.
     shard_embeddings(model, GANG, strategy=strategy, shard_head=False, tie_head=False)
 
 
@@ -69,7 +69,7 @@ def test_a_patch_that_comes_later_is_found_before_training(monkeypatch, patch):
     patch(model, monkeypatch)
     with pytest.raises(ValueError, match=MESSAGE):
         check_forward(model)
-    # It would not have gone on in silence.
+    # It would have raised anyway.
     with pytest.raises(ValueError, match="must be given the whole table"):
         model(input_ids=ids(), labels=ids())
 

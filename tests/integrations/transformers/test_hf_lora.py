@@ -1,4 +1,4 @@
-"""LoRA of PEFT on models with sharded tables, next to PEFT alone."""
+"""Compares PEFT's LoRA on models with sharded tables with plain PEFT."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_models import build, ids, logits
 from tp_embed import FakeGang, shard_embeddings
 from tp_embed.integrations.transformers import get_peft_model
 
-# Rank 0 of the job, which writes, is in no smaller gang of the pool.
+# Rank 0 of the job writes, and is in no smaller gang of the pool.
 SIZE = 4
 STEPS = 3
 CASES = {
@@ -78,7 +78,7 @@ def test_training_and_adapter_are_those_of_peft(pool, tmp_path, name, case, stra
     expected = train(alone)
     loaded = peft.PeftModel.from_pretrained(build(name), tmp_path).eval()
     torch.testing.assert_close(logits(loaded), logits(alone), rtol=1e-3, atol=1e-4)
-    merged_alone = logits(alone.merge_and_unload())  # Which changes a head that is tied, too.
+    merged_alone = logits(alone.merge_and_unload())  # This changes a tied head, too.
     for losses, merged in found:
         assert losses == pytest.approx(expected, rel=1e-5)
         if merged is not None:
@@ -104,7 +104,7 @@ def test_what_needs_the_whole_table_is_refused():
     assert "must not name an output head" in refused(target_modules=["lm_head"])
     model = build("llama")
     shard_embeddings(model, gang)
-    # Elsewhere it is none of our business.
+    # Allowed elsewhere.
     get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
 
 

@@ -1,4 +1,4 @@
-"""Loading into shards, and saving them, takes memory for shards."""
+"""Loading and saving shards takes only memory for shards."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def test_no_rank_has_ever_held_the_table(seen, strategy):
     for rank in range(2):
         found = seen[rank][strategy]
         assert TABLE / 2 < found["held"] < TABLE / 2 + 20
-        # What it holds, and a chunk for each thread that reads.
+        # The shards, and a chunk per reading thread.
         assert found["load"] < found["held"] + 80
-        # The rank that writes has mapped the file into which the table is gathered.
+        # The rank that writes maps the file with the gathered table.
         assert found["save"] < (0 if rank else TABLE) + 80
 
 

@@ -1,4 +1,4 @@
-"""Models of transformers with sharded tables are saved, loaded and resized as others are."""
+"""Models of transformers with sharded tables save, load and resize like whole models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tp_embed.integrations.transformers import from_pretrained
 from tp_embed.nn.head import ShardedLayer
 from tp_embed.parameter.sharded import ShardedParameter
 
-# Rank 0 of the job, which writes, is in no smaller gang of the pool.
+# Rank 0 of the job writes, and is in no smaller gang of the pool.
 SIZE = 4
 STRATEGIES = ["vocab", "embed"]
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_loaded_into_shards(pool, tmp_path):
 
 
 def fail_alone(gang, directory):
-    """What each rank says where one has no checkpoint, and where one cannot write."""
+    """Returns the errors of all ranks if one has no checkpoint, and if one cannot write."""
     found = []
     with pytest.raises((OSError, GangError)) as caught:
         from_pretrained(LlamaForCausalLM, directory / f"node{gang.rank}", gang)
@@ -156,7 +156,7 @@ def test_ranks_do_not_wait_for_one_that_has_failed(pool, tmp_path):
 
 
 def resize(gang, name, strategy, sizes):
-    """The state dicts, by rank 0, after each of some resizings of one model."""
+    """Returns rank 0's state dicts after each resizing of one model."""
     model = build(name)
     shard_embeddings(model, gang, strategy=strategy)
     found = []
@@ -195,11 +195,11 @@ def test_tables_are_resized_as_transformers_does(pool, name, strategy):
                 assert_same_bits(state[key][:kept], old[key][:kept], key)
                 old[key] = state[key]
                 with torch.no_grad():
-                    tensor.copy_(state[key])  # Goes on from the same new rows.
+                    tensor.copy_(state[key])  # Continues with the same new rows.
             else:
                 assert_same_bits(state[key], tensor, key)
         assert loss == pytest.approx(whole(input_ids=ids(), labels=ids()).loss.item(), rel=1e-5)
-        # The generators of the ranks stay alike.
+        # The generators of the ranks stay equal.
         assert len({found[rank][step][2].item() for rank in range(3)}) == 1
 
 

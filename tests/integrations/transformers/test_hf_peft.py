@@ -1,4 +1,4 @@
-"""Methods of PEFT on models with sharded tables: the same as on whole ones, or refused."""
+"""PEFT's methods give the same on sharded tables as on whole ones, or are refused."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def adapted(name, config, gang=None, strategy="vocab", order="shard first"):
 
 
 def outcomes(gang, name):
-    """By method, strategy and order: the losses, or the error."""
+    """Returns the losses or the error, by method, strategy and order."""
     found = {}
     for method in (*SAME, *REFUSED):
         for strategy in ("embed", "vocab"):

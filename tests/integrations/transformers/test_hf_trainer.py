@@ -1,4 +1,4 @@
-"""The Trainer of transformers with sharded tables, next to the Trainer alone."""
+"""Compares the Trainer of transformers with and without sharded tables."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def seen(directory):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What the Trainer sees in one process, without DeepSpeed, by the model."""
+    """Returns the Trainer's results in one process, without DeepSpeed, by model."""
     out = tmp_path_factory.mktemp("alone")
     trainers = {
         name: job.train(job.build_model(name), job.arguments(out / name))
@@ -55,7 +55,7 @@ def test_training_and_evaluation_are_those_of_the_trainer(seen, alone, case):
         found = seen[rank][case]
         for name in ("losses", "eval", "best"):
             assert found[name] == pytest.approx(expected[name], rel=1e-5), name
-        # The Trainer gathers those of all ranks, of which tensor-parallel ones have the same.
+        # The Trainer gathers from all ranks; tensor-parallel ranks have equal values.
         for copy in found["logits"].split(2):
             torch.testing.assert_close(copy, expected["logits"], rtol=1e-3, atol=1e-4)
 
@@ -73,13 +73,13 @@ def test_full_values_are_of_the_table_or_refuse_to_be_read_as_it(seen, case):
 def test_training_goes_on_from_a_checkpoint(seen, case):
     for rank in range(2):
         found = seen[rank][case]
-        # The Trainer keeps the losses of the steps before.
+        # The Trainer keeps the losses of earlier steps.
         assert found["resumed"] == pytest.approx(found["losses"], rel=1e-6)
 
 
 @pytest.mark.parametrize("case", MODELS)
 def test_checkpoints_hold_the_whole_model(directory, alone, case):
-    """That of each step, and the best one, which is not the last one, in the end."""
+    """Checks each step's checkpoint, and the final model, the best and not the last one."""
     for path in ("checkpoint-2", "checkpoint-4", "model"):
         expected = alone[0] / MODELS[case] / path.replace("model", "checkpoint-2")
         wanted = AutoModelForCausalLM.from_pretrained(expected).state_dict()

@@ -1,4 +1,4 @@
-"""Models of transformers train sharded as they do whole, or are refused."""
+"""Models of transformers train the same when sharded, or are refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FEW = [
     "bert",
     "bloom",
     "clip",
-    "ctrl",  # Works in place on what its embedding gives.
+    "ctrl",  # Changes the output of its embedding in place.
     "gemma3_text",
     "gpt2",
     "llama",
