@@ -100,7 +100,7 @@ def agree_with_the_cpu(device, kind, options):
             output, wanted = embed(ids.to(device), layout), expected(ids, layout)
             assert torch.equal(output.cpu(), wanted)
             if (kind, options.get("output")) == ("vocab", "sequence"):
-                continue  # Only the CPU finds out which gradients to send to which rank.
+                continue  # Only the CPU finds out where to send which gradients.
             grad = torch.randn_like(wanted)
             output.backward(grad.to(device))
             wanted.backward(grad)

@@ -90,7 +90,7 @@ def test_zero_init(seen, alone):
                 "hooked": (0,),
                 "losses": alone,
             }
-        assert "does over [0, 1, 2, 3], of which" in seen[rank]["zero.Init over the gang"]
+        assert "does over [0, 1, 2, 3], where" in seen[rank]["zero.Init over the gang"]
 
 
 def test_zero_init_without_tensor_parallelism(seen):
