@@ -1,1 +1,1 @@
-"""What imports DeepSpeed, Hydra or other frameworks; installed as ``tp_embed.integrations``."""
+"""Integrations with DeepSpeed, Hydra and other frameworks, as ``tp_embed.integrations``."""
