@@ -1,6 +1,6 @@
-"""Checkpoints: state dicts of models with sharded tables, and files of any format.
+"""Reads, converts and compares checkpoints, and gathers state dicts of sharded tables.
 
-Names are imported when they are first used: the command line reads its arguments without torch.
+Names are imported on first use, so that the command line parses its arguments without torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the commands do, from the command line or through Hydra: they report plain data."""
+"""Runs the commands, from the command line or through Hydra. Reports are plain data."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from .options import build_request, read_options
 from .staging import check_free
 from .writing import check_output, write
 
-# Takes how many bytes there are to do; in its block, what it gives is called with those done.
+# Takes the total number of bytes; the block calls the yielded function with bytes done.
 Progress = Callable[[int], AbstractContextManager[Callable[[int], object]]]
 
 SHOWN_DIFFERENCES = 20
 
 
 def no_progress(total: int) -> AbstractContextManager[Callable[[int], object]]:
-    """Shows no progress: counts no bytes."""
+    """Shows no progress."""
     return nullcontext(lambda nbytes: None)
 
 
 def inspect(
     path: str, *, source_format: str | None = None, show_all: bool = False, **reading: Any
 ) -> Report:
-    """What is in a checkpoint.
+    """Reports what is in a checkpoint.
 
-    :param reading: as :func:`read_options` takes it.
+    :param reading: arguments of :func:`read_options`.
     """
     options = read_options(**reading)
     data = describe(formats.read(Path(path), options, source_format), options.rules)
@@ -55,9 +55,9 @@ def convert(
     progress: Progress = no_progress,
     **values: Any,
 ) -> Report:
-    """Converts a checkpoint, or says only what would be written.
+    """Converts a checkpoint, or with ``dry_run`` only reports what would be written.
 
-    :param values: as :func:`build_request` takes it.
+    :param values: arguments of :func:`build_request`.
     """
     began = time.perf_counter()
     request = build_request(**values)
@@ -111,9 +111,9 @@ def verify(
     progress: Progress = no_progress,
     **reading: Any,
 ) -> Report:
-    """What differs between two checkpoints.
+    """Reports the differences between two checkpoints.
 
-    :param reading: as :func:`read_options` takes it.
+    :param reading: arguments of :func:`read_options`.
     """
     began = time.perf_counter()
     for option, value in (("--rtol", rtol), ("--atol", atol)):
@@ -156,7 +156,7 @@ def verify(
 
 
 def _unused(work: Plan) -> Iterator[str]:
-    """The options that were given and that the format has no use for."""
+    """Yields the given options that the format does not use."""
     request, default, name = work.request, Request(to=work.request.to), work.format.NAME
     uses = {
         "--tp": (request.tp_size, None, work.format.HAS_RANKS),
@@ -173,7 +173,7 @@ def _unused(work: Plan) -> Iterator[str]:
 
 
 def _read(path: str, options: ReadOptions, name: str | None) -> Checkpoint:
-    """A checkpoint, with its tables without padding whatever its format."""
+    """Reads a checkpoint and drops the padding of its tables."""
     checkpoint = formats.read(Path(path), options, name)
     return without_padding(checkpoint, tables_of(checkpoint, options.rules), options.vocab_size)
 

@@ -1,12 +1,11 @@
-"""What options of checkpoints may be. The command line reads them without torch."""
+"""Values of checkpoint options. Imports no torch, for the command line."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Literal
 
-# Each format is a module of `formats`. They are tried in this order: what has a mark of its own
-# comes before what has not.
+# Format -> module of `formats`. Detection tries them in this order, the most specific first.
 FORMATS = {
     "tp-embed": "tp_embed",
     "universal": "universal",

@@ -1,6 +1,6 @@
-"""``tp-embed inspect``, ``convert`` and ``verify``: their options, and what becomes of errors.
+"""Defines ``tp-embed inspect``, ``convert`` and ``verify``: their options and exit codes.
 
-What they do is in :mod:`tp_embed.checkpoint.actions`.
+:mod:`tp_embed.checkpoint.actions` runs them.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from .choices import DIMS, FORMATS, NanPolicy
 _RULES = """\
 rules:
   `--rules PATTERN=HOW` says how Parameters are cut over tensor-parallel ranks, where a checkpoint
-  does not. The first rule counts whose PATTERN, as of file names, matches the whole name. HOW is
+  does not. The first rule whose PATTERN (a glob) matches the whole name applies. HOW is
     replicated    every rank has all of it
     vocab, embed  a vocabulary table or head, cut along its rows, or its columns
     DIM           cut along dimension DIM, from 0
-    DIM/N         the same for each of N blocks of one size that are stacked along DIM
-    DIM:A,B,...   the same for blocks of the sizes A, B, ...
-  `--rules @FILE` takes one rule from each line, but for comments from `#` on.
+    DIM/N         cut each of N equal blocks that are stacked along DIM
+    DIM:A,B,...   the same for blocks of sizes A, B, ...
+  `--rules @FILE` reads one rule per line; `#` starts a comment.
 """
 
 
 @contextmanager
 def progress_bar(total: int) -> Iterator[Callable[[int], object]]:
-    """A bar of ``total`` bytes on the terminal, if there is one and tqdm is installed."""
+    """Shows a bar of ``total`` bytes on a terminal, if tqdm is installed."""
     try:
         from tqdm import tqdm
     except ImportError:
         yield lambda nbytes: None
         return
-    # `None` is for: if this is no terminal.
+    # `disable=None`: disabled unless stderr is a terminal.
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
         yield bar.update
 
@@ -78,8 +78,8 @@ def _add_convert(parser: ArgumentParser) -> None:
 def _add_verify(parser: ArgumentParser) -> None:
     parser.add_argument("first", metavar="A", help="a file or directory")
     parser.add_argument("second", metavar="B", help="a file or directory")
-    parser.add_argument("--rtol", type=float, metavar="X", help="relative, as of torch.isclose")
-    parser.add_argument("--atol", type=float, metavar="X", help="absolute, as of torch.isclose")
+    parser.add_argument("--rtol", type=float, metavar="X", help="relative, as in torch.isclose")
+    parser.add_argument("--atol", type=float, metavar="X", help="absolute, as in torch.isclose")
     _add_reading(parser)
     parser.add_argument(
         "--other-from", choices=FORMATS, dest="other_format", help="as --from, for B"
@@ -89,15 +89,15 @@ def _add_verify(parser: ArgumentParser) -> None:
 
 
 def _add_reading(parser: ArgumentParser) -> None:
-    """The options of :func:`~tp_embed.checkpoint.options.read_options`, and the format."""
+    """Adds the options of :func:`~tp_embed.checkpoint.options.read_options`, and the format."""
     group = parser.add_argument_group("how to read")
     group.add_argument(
         "--from",
         choices=FORMATS,
         dest="source_format",
-        help="the format, if it is not to be recognised",
+        help="the format; by default detected",
     )
-    group.add_argument("--tag", help="which checkpoint of a directory, if not the latest")
+    group.add_argument("--tag", help="which checkpoint of a directory; by default the latest")
     group.add_argument(
         "--rules", action="append", default=[], metavar="PATTERN=HOW", help="see below; repeatable"
     )
@@ -107,39 +107,37 @@ def _add_reading(parser: ArgumentParser) -> None:
     group.add_argument(
         "--optimizer-names",
         metavar="NAMES",
-        help="the Parameters of an optimizer that does not say their names, in its order, with "
-        "commas between them; or @FILE, with one in each line",
+        help="comma-separated names of the optimizer's Parameters, in its order, if the checkpoint "
+        "lacks them; or @FILE, with one per line",
     )
-    group.add_argument(
-        "--weights-only", action="store_true", help="leave out what the optimizer holds"
-    )
+    group.add_argument("--weights-only", action="store_true", help="leave out optimizer state")
     group.add_argument(
         "--allow-unsafe-pickle",
         action="store_true",
-        help="run the code that a pickled file asks for: only if you trust whoever wrote it",
+        help="run the code in a pickled file: only if you trust whoever wrote it",
     )
 
 
 def _add_writing(parser: ArgumentParser) -> None:
-    """The options of :func:`~tp_embed.checkpoint.actions.convert`."""
+    """Adds the options of :func:`~tp_embed.checkpoint.actions.convert`."""
     group = parser.add_argument_group("what to write")
     group.add_argument("--to", choices=FORMATS, required=True, help="the format")
     group.add_argument(
-        "--tp", type=int, metavar="N", help="for how many ranks; by default as the source"
+        "--tp", type=int, metavar="N", help="number of ranks; by default as the source"
     )
-    group.add_argument("--dim", choices=DIMS, help="along what to cut vocabulary tables")
+    group.add_argument("--dim", choices=DIMS, help="how to cut vocabulary tables")
     group.add_argument("--dtype", help="of weights, as bfloat16; by default as the source")
     group.add_argument(
         "--nan",
         choices=get_args(NanPolicy),
         default="keep",
-        help="whether NaNs are kept or refused",
+        help="keep or refuse NaNs",
     )
     group.add_argument(
         "--max-shard-size",
         default="5GB",
         metavar="SIZE",
-        help="of the files of hf, as 500MiB; by default %(default)s",
+        help="largest file of hf, such as 500MiB; by default %(default)s",
     )
     group.add_argument("--hf-config", metavar="DIR", help="with config.json and the like, for hf")
     group.add_argument(
@@ -158,10 +156,10 @@ def _add_writing(parser: ArgumentParser) -> None:
     )
     group = parser.add_argument_group("how to write")
     group.add_argument("--dry-run", action="store_true", help="say what would be written")
-    group.add_argument("--resume", action="store_true", help="go on with what was interrupted")
-    group.add_argument("--overwrite", action="store_true", help="replace DST, at one moment")
+    group.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    group.add_argument("--overwrite", action="store_true", help="replace DST, atomically")
     group.add_argument(
-        "--verify", action="store_true", help="read it back and compare before it gets its name"
+        "--verify", action="store_true", help="read it back and compare before renaming it to DST"
     )
 
 
@@ -184,7 +182,7 @@ COMMANDS = (
     Command(
         "convert",
         "convert a checkpoint to another format, tensor-parallel size or dtype",
-        "Converts a checkpoint. DST is there as a whole in the end, or not at all.",
+        "Converts a checkpoint. DST appears complete or not at all.",
         _add_convert,
         partial(_run, "convert"),
         epilog=_RULES,

@@ -17,9 +17,9 @@ from .files.hashes import checked
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs in a tensor.
+    """A difference in one tensor.
 
-    :param largest: the largest difference of two values, if both are there in one shape.
+    :param largest: the largest absolute difference, if both tensors exist with the same shape.
     """
 
     key: Key
@@ -39,15 +39,15 @@ def differences(
     weights_only: bool = False,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> Iterator[Difference]:
-    """What differs between two checkpoints: tensors that one lacks, under any of their names,
-    shapes, dtypes and values, numbers of steps, and the hyperparameters that both have.
+    """Yields the differences between two checkpoints: missing tensors and tied names, shapes,
+    dtypes, values, step counts, and hyperparameters that both have.
 
-    Without tolerances, values are the same if all their bits are, NaNs included. With them they
-    are compared as by :func:`torch.isclose`, in any two dtypes, and two NaNs are the same.
+    Without tolerances, values must match bit for bit, NaNs included. With tolerances, they are
+    compared as :func:`torch.isclose` does, across dtypes, and two NaNs are equal.
 
-    :param weights_only: compare weights and buffers, not what an optimizer holds. What is in fp32
-        only is a weight here.
-    :param progress: called with the number of bytes of ``first`` that have been compared.
+    :param weights_only: compare weights and buffers, but no optimizer state. A Parameter that
+        exists in fp32 only counts as a weight.
+    :param progress: called with the number of bytes of ``first`` compared since the last call.
     """
     exact = rtol is None and atol is None
     yield from _other_names(first, second)
@@ -79,7 +79,10 @@ def check_same(
     second: Checkpoint,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
-    """:raises MismatchError: two checkpoints are not the same, bit for bit."""
+    """Checks that two checkpoints are the same, bit for bit.
+
+    :raises MismatchError: they differ.
+    """
     found = list(differences(first, second, progress=progress))
     if found:
         raise MismatchError(
@@ -89,7 +92,7 @@ def check_same(
 
 
 def _other_names(first: Checkpoint, second: Checkpoint) -> Iterator[Difference]:
-    """Where only one checkpoint has a Parameter under a second name."""
+    """Yields tied names that only one checkpoint has."""
     for one, other in ((first, second), (second, first)):
         names = {*other.names, *other.ties}
         for alias, name in one.ties.items():
@@ -100,7 +103,7 @@ def _other_names(first: Checkpoint, second: Checkpoint) -> Iterator[Difference]:
 
 
 def _other_steps(first: Checkpoint, second: Checkpoint) -> Iterator[Difference]:
-    """Where the numbers of steps differ that both checkpoints say."""
+    """Yields step counts that both checkpoints record and that differ."""
     if None not in (first.step, second.step) and first.step != second.step:
         yield Difference(Key("checkpoint", "step"), f"is {first.step} and {second.step}")
     if first.optimizer and second.optimizer:
@@ -111,7 +114,7 @@ def _other_steps(first: Checkpoint, second: Checkpoint) -> Iterator[Difference]:
 
 
 def _other_hyperparameters(first: Checkpoint, second: Checkpoint) -> Iterator[Difference]:
-    """Where hyperparameters differ that both checkpoints say."""
+    """Yields hyperparameters that both checkpoints record and that differ."""
     one, other = (_hyperparameters(checkpoint) for checkpoint in (first, second))
     for name in one.keys() & other.keys():
         for key in one[name].keys() & other[name].keys():
@@ -121,7 +124,7 @@ def _other_hyperparameters(first: Checkpoint, second: Checkpoint) -> Iterator[Di
 
 
 def _hyperparameters(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
-    """The param group of each Parameter, without its members."""
+    """Maps each Parameter to the hyperparameters of its group."""
     groups = checkpoint.optimizer.groups if checkpoint.optimizer else ()
     return {
         name: {key: value for key, value in group.items() if key != "params"}
@@ -131,14 +134,14 @@ def _hyperparameters(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Formats have tuples as lists."""
+    """Turns tuples into lists: some formats save them so."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def _comparable(checkpoint: Checkpoint, other: Checkpoint, weights_only: bool) -> dict[Key, Array]:
-    """The tensors by keys that do not depend on the format: Parameters of which there are only
-    fp32 values have these as their weights, and what is tied is there under each name that the
-    other checkpoint has on its own."""
+    """Returns the tensors under keys that do not depend on the format: fp32 values without a
+    weight become the weight, and tied names that the other checkpoint stores separately are
+    expanded."""
     tensors = {}
     named = dict(checkpoint.tensors)
     for alias, name in checkpoint.ties.items():
@@ -161,7 +164,7 @@ def _compare(
     atol: float,
     progress: Callable[[int], object],
 ) -> tuple[bool, float]:
-    """Whether two arrays are the same, and the largest difference of their values."""
+    """Returns whether two arrays are the same, and their largest absolute difference."""
     same, largest = True, 0.0
     size = min(one.numel, CHUNK_BYTES // max(one.dtype.itemsize, other.dtype.itemsize))
     buffers = [torch.empty(size, dtype=array.dtype) for array in (one, other)]
@@ -173,7 +176,7 @@ def _compare(
             parts.append(part)
         if not (exact and same_bits(*parts)):
             values = [_as_numbers(part) for part in parts]
-            if values[0].dtype != values[1].dtype:  # Only one of them is complex.
+            if values[0].dtype != values[1].dtype:  # Only one is complex.
                 values = [value.to(torch.complex128) for value in values]
             close = torch.isclose(values[0], values[1], rtol=rtol, atol=atol, equal_nan=True)
             same &= not exact and bool(close.all())

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, whatever its format: whole tensors by name, and what else was saved."""
+"""The content of a checkpoint in any format: whole tensors by name, and other saved state."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .cuts import Cut, Rule, is_table
 from .errors import CheckpointError
 from .files.arrays import Array
 
-# What there is of a Parameter. Optimizers other than Adam have others.
-WEIGHT = "weight"  # as the model has it; buffers too
+# States of a Parameter. Optimizers other than Adam have others.
+WEIGHT = "weight"  # the model's own; buffers too
 MASTER = "fp32"  # the optimizer's copy of a 16-bit weight
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
 
 class Key(NamedTuple):
-    """A tensor of a checkpoint: the name of a Parameter or buffer, and what of it."""
+    """Identifies a tensor of a checkpoint: the name of a Parameter or buffer, and its state."""
 
     name: str
     state: str = WEIGHT
@@ -35,10 +35,10 @@ Arrays = Mapping[Key, Array]
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What an optimizer has saved beside its tensors.
+    """Saved state of an optimizer other than tensors.
 
-    :param groups: its param groups: hyperparameters, and the names of Parameters under ``params``.
-    :param steps: the number of steps of each Parameter.
+    :param groups: the param groups: hyperparameters, and names of Parameters under ``params``.
+    :param steps: the step count of each Parameter.
     """
 
     groups: tuple[Mapping[str, Any], ...]
@@ -47,22 +47,22 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The whole content of a checkpoint; of its tensors, where they are.
+    """The content of a checkpoint. Tensors stay in their files.
 
-    :param format: the name of its format.
+    :param format: the name of the format.
     :param path: the file or directory.
-    :param tensors: whole tensors in logical shapes. A Parameter has a ``weight``, or if the format
-        keeps no other only a ``fp32`` one. A Parameter with several names is there under one.
-    :param cuts: how it was cut over the tensor-parallel ranks, as far as the checkpoint or a rule
-        says: ``None`` is for what every rank has whole.
-    :param ties: other names of Parameters, with the name that they are in ``tensors`` by.
-    :param buffers: the names that are not of Parameters.
-    :param extra: what is neither of these and can be kept by some formats, as the state of a
-        learning-rate schedule: plain Python values, by the names of DeepSpeed where it has one.
-    :param notes: what a user should know of what was read.
-    :param files: what it was read from.
-    :param hashes: the SHA-256 that files of it must have, if it says so. They have not been
-        compared: see :func:`~tp_embed.checkpoint.files.hashes.checked`.
+    :param tensors: whole tensors in logical shapes. A Parameter has a ``weight``, or only ``fp32``
+        values if the format keeps nothing else. A tied Parameter is listed under one name.
+    :param cuts: how Parameters and buffers are cut over tensor-parallel ranks, as far as the
+        checkpoint or a rule says; ``None`` for replicated.
+    :param ties: maps other names of tied Parameters to their names in ``tensors``.
+    :param buffers: the names of buffers.
+    :param extra: other state that some formats can keep, such as a learning-rate schedule: plain
+        Python values, under DeepSpeed's names where it has one.
+    :param notes: notes for the user about the checkpoint.
+    :param files: the files it was read from.
+    :param hashes: the SHA-256 recorded for files, not checked yet: see
+        :func:`~tp_embed.checkpoint.files.hashes.checked`.
     """
 
     format: str
@@ -89,7 +89,7 @@ class Checkpoint:
         return sum(array.nbytes for array in self.tensors.values())
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The logical shape of a Parameter or buffer."""
+        """Returns the logical shape of a Parameter or buffer."""
         return self._shapes[name]
 
     @cached_property
@@ -98,7 +98,7 @@ class Checkpoint:
 
 
 def tables_of(checkpoint: Checkpoint, rules: Sequence[Rule]) -> frozenset[str]:
-    """The names of vocabulary tables and of their heads, which are matrices."""
+    """Returns the names of vocabulary tables and their heads. Only matrices qualify."""
     return frozenset(
         name
         for name in checkpoint.names
@@ -108,16 +108,17 @@ def tables_of(checkpoint: Checkpoint, rules: Sequence[Rule]) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How to read a checkpoint.
+    """Options for reading a checkpoint.
 
-    :param tag: which one of a directory with several; if ``None``, the one that ``latest`` names.
-    :param rules: how its Parameters are cut, where it does not say it.
-    :param cuts: the same by name, before all else: for what we have written ourselves.
-    :param vocab_size: the number of rows of its tables without padding, where it does not say it.
-    :param allow_unsafe_pickle: run the code that pickled files ask for.
-    :param optimizer_names: the names of the Parameters of an optimizer, in its order, where the
-        checkpoint does not say it.
-    :param with_optimizer: whether what the optimizer has is wanted.
+    :param tag: selects one checkpoint of a directory. Default: the one that ``latest`` names.
+    :param rules: how Parameters are cut, where the checkpoint does not say.
+    :param cuts: cuts by name. Override all else; for reading back our own output.
+    :param vocab_size: the number of rows of tables without padding, where the checkpoint does not
+        say.
+    :param allow_unsafe_pickle: run the code in pickled files.
+    :param optimizer_names: the names of the optimizer's Parameters, in its order, where the
+        checkpoint does not say.
+    :param with_optimizer: read optimizer state.
     """
 
     tag: str | None = None
@@ -131,16 +132,15 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Target:
-    """What to write.
+    """Options for writing a checkpoint.
 
-    :param tp_size: over how many tensor-parallel ranks.
-    :param cuts: how to cut each Parameter and buffer, for every name of the checkpoint; ``None``
-        for what every rank gets whole.
+    :param tp_size: the number of tensor-parallel ranks.
+    :param cuts: the cut of every Parameter and buffer; ``None`` for replicated.
     :param tables: the names of vocabulary tables and their heads.
-    :param max_shard_size: how many bytes there are at most in a file of a Hugging Face directory.
-    :param hf_config: a directory with ``config.json`` and the like to copy.
-    :param zero_stage: of a DeepSpeed checkpoint.
-    :param dp_size: over how many data-parallel ranks a DeepSpeed checkpoint is cut.
+    :param max_shard_size: the most bytes in one file of a Hugging Face directory.
+    :param hf_config: a directory with ``config.json`` and similar files to copy.
+    :param zero_stage: the ZeRO stage of a DeepSpeed checkpoint.
+    :param dp_size: the number of data-parallel ranks of a DeepSpeed checkpoint.
     """
 
     tp_size: int
@@ -153,10 +153,10 @@ class Target:
 
 
 class Output(NamedTuple):
-    """A checkpoint whose files are laid out.
+    """A checkpoint whose files are laid out and wait for values.
 
-    :param arrays: where to write each tensor, whole.
-    :param finish: to be called when that is done; it writes what depends on their values.
+    :param arrays: where to write each whole tensor.
+    :param finish: call it when all tensors are written; writes what depends on their values.
     """
 
     arrays: dict[Key, Array]
@@ -164,9 +164,9 @@ class Output(NamedTuple):
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """The dtype of a name as torch prints it, with or without ``torch.``.
+    """Returns the dtype with a name as torch prints it, with or without ``torch.``.
 
-    :raises CheckpointError: there is none.
+    :raises CheckpointError: torch has no such dtype.
     """
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):

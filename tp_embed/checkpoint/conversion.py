@@ -1,5 +1,4 @@
-"""What a conversion will write: what the format can hold of a source, in which form, and how it is
-cut over ranks."""
+"""Plans a conversion: selects what the target format can hold, casts it and cuts it over ranks."""
 
 from __future__ import annotations
 
@@ -34,20 +33,18 @@ MAX_RANKS = 65_536
 
 @dataclass(frozen=True)
 class Request:
-    """What :func:`convert` is asked for.
+    """The arguments of :func:`convert`.
 
     :param to: the format to write.
-    :param tp_size: the number of tensor-parallel ranks to write for; if ``None``, as many as the
-        source has.
-    :param dim: the dimension that vocabulary tables are cut along; if ``None``, as the source says,
-        or else ``vocab``.
-    :param dtype: the dtype of weights of floating point; if ``None``, that of the source. In
-        another than the source's they are cast from the optimizer's master weights, where there
-        are some.
-    :param vocab_size: the number of rows of vocabulary tables, at most those of the source: rows
-        beyond it are padding, and left out.
-    :param nan: whether weights and states may be not a number.
-    :param source_format: the format of the source; if ``None``, it is recognised.
+    :param tp_size: the number of tensor-parallel ranks to write for. Default: as the source.
+    :param dim: the dimension to cut vocabulary tables along. Default: as the source, else
+        ``vocab``.
+    :param dtype: the dtype of floating-point weights. Default: as the source. Casts the
+        optimizer's master weights where they exist.
+    :param vocab_size: the number of rows of vocabulary tables. Further rows of the source are
+        padding and are dropped.
+    :param nan: keep or refuse NaNs in weights and states.
+    :param source_format: the format of the source. Default: detected.
     """
 
     to: str
@@ -66,10 +63,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion will do: ``checkpoint`` is what is written, as ``target`` says.
+    """A planned conversion: writes ``checkpoint`` as ``target`` says.
 
-    :param identity: what makes it the same conversion of the same source, as JSON.
-    :param dropped: what the source holds and the format cannot.
+    :param identity: identifies the source and the request, as JSON; ``resume`` compares it.
+    :param dropped: parts of the source that the format cannot hold.
     """
 
     request: Request
@@ -82,9 +79,9 @@ class Plan:
 
 
 def plan(source: str | Path, request: Request) -> Plan:
-    """What :func:`convert` would do. Writes nothing.
+    """Plans what :func:`convert` does. Writes nothing.
 
-    :raises CheckpointError: the source cannot be read, or not be written as asked for.
+    :raises CheckpointError: the source cannot be read, or cannot be written as requested.
     """
     target_format = formats.get(request.to)
     options = replace(
@@ -117,7 +114,8 @@ def plan(source: str | Path, request: Request) -> Plan:
 def _carried(
     checkpoint: Checkpoint, target: Format, request: Request
 ) -> tuple[Checkpoint, list[str]]:
-    """What of ``checkpoint`` the format can hold, in the form that it holds it, and what not."""
+    """Returns the part of ``checkpoint`` that the format can hold, cast for it, and names of what
+    is dropped."""
     tensors: dict[Key, Array] = {}
     buffers = set(checkpoint.buffers)
     for name in checkpoint.names:
@@ -125,7 +123,7 @@ def _carried(
         best = _some(master, weight)
         if target.MAIN == WEIGHT or name in buffers or not best.dtype.is_floating_point:
             if target.MAIN == MASTER:
-                buffers.add(name)  # There is no other place for it.
+                buffers.add(name)  # The format has no other place for it.
             main = _weight(name, weight, master, request.dtype)
             tensors[Key(name)] = main
             if master is not None and target.HAS_OPTIMIZER and main is not master:
@@ -187,7 +185,7 @@ def _weight(
 
 def _some(first: Array | None, second: Array | None) -> Array:
     found = first if first is not None else second
-    assert found is not None  # A name is there because one of them is.
+    assert found is not None  # Every name has a weight or a master copy.
     return found
 
 
@@ -198,13 +196,13 @@ def _cast(name: str, array: Array, dtype: torch.dtype) -> Array:
 def without_padding(
     checkpoint: Checkpoint, tables: frozenset[str], vocab_size: int | None
 ) -> Checkpoint:
-    """Leaves out the rows of tables beyond ``vocab_size``."""
+    """Drops the rows of tables beyond ``vocab_size``."""
     if vocab_size is None:
         return checkpoint
     if not tables:
         raise CheckpointError(
-            "`--vocab-size` must have a table that it is about, but none has a usual name. Say "
-            "which with `--rules PATTERN=vocab`."
+            "`--vocab-size` must apply to a table, but none has a usual name. Say which with "
+            "`--rules PATTERN=vocab`."
         )
     tensors = dict(checkpoint.tensors)
     heads = {f"{name.removesuffix('.weight')}.bias" for name in tables} & set(checkpoint.names)
@@ -228,7 +226,7 @@ def _cuts(
     dim: Dim | None,
     tp_size: int,
 ) -> dict[str, Cut | None]:
-    """How each Parameter and buffer is to be cut."""
+    """Returns the cut of each Parameter and buffer."""
     cuts: dict[str, Cut | None] = {}
     unknown = []
     for name in checkpoint.names:
@@ -258,12 +256,12 @@ def _cuts(
 
 
 def _resized(cut: Cut, size: int) -> Cut:
-    """``cut`` for what has ``size`` along it, without the padding that it had."""
+    """Returns ``cut`` for ``size`` indices, without the padding it had."""
     return cut if cut.size == size else Cut.even(cut.dim, (size,), cut.num_shards)
 
 
 def identity_of(source: Checkpoint, request: Request) -> dict[str, Any]:
-    """What makes two conversions the same, as JSON."""
+    """Identifies a conversion, as JSON: the request, and paths, sizes and times of its files."""
     settings = sorted(request.hf_config.iterdir()) if request.hf_config else []
     files = [
         (str(file.resolve()), stat.st_size, stat.st_mtime_ns)

@@ -1,5 +1,5 @@
-"""How Parameters are cut over tensor-parallel ranks: what a checkpoint records, and the rules that
-say it where a checkpoint does not."""
+"""Describes how Parameters are cut over tensor-parallel ranks, as a checkpoint records it or as
+rules say."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .errors import CheckpointError
 from .files.arrays import Array, Index, Joined, Tile
 from .files.derived import Copies
 
-# The usual names of token tables and of the output heads that are cut like them.
+# The usual names of token tables and output heads.
 TABLES = (
     "*embed_tokens.weight",
     "*word_embeddings.weight",
@@ -33,12 +33,12 @@ TABLES = (
 
 @dataclass(frozen=True)
 class Cut:
-    """Which rows, or columns, of a Parameter each rank holds.
+    """The rows or columns of a Parameter that each rank holds.
 
     :param dim: the dimension that is cut.
-    :param ranges: for each rank, the ranges of logical indices that it holds, in its order. There
-        are several where a Parameter is stacked from blocks that are cut one by one, such as the
-        queries, keys and values of a fused projection.
+    :param ranges: for each rank, the ranges of logical indices it holds, in its order. A Parameter
+        stacked from blocks that are cut one by one, such as a fused query-key-value projection,
+        has one range per block.
     """
 
     dim: int
@@ -46,7 +46,7 @@ class Cut:
 
     @staticmethod
     def even(dim: int, blocks: Sequence[int], num_shards: int) -> Cut:
-        """Cuts each of ``blocks``, the sizes of what is stacked along ``dim``, as
+        """Cuts blocks of sizes ``blocks``, stacked along ``dim``, each as
         :class:`~tp_embed.partition.Partition` does."""
         starts = [sum(blocks[:i]) for i in range(len(blocks))]
         return Cut(
@@ -67,14 +67,14 @@ class Cut:
 
     @property
     def size(self) -> int:
-        """How large the cut dimension of the whole is."""
+        """The size of the cut dimension of the whole tensor."""
         return sum(len(part) for parts in self.ranges for part in parts)
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """The sizes of what is stacked along the cut dimension.
+        """The sizes of the blocks stacked along the cut dimension.
 
-        :raises CheckpointError: the ranges are not those of blocks that are cut one by one.
+        :raises CheckpointError: the ranges do not form blocks that are cut one by one.
         """
         blocks, stop = [], 0
         for parts in zip_longest(*self.ranges):
@@ -90,33 +90,33 @@ class Cut:
         return tuple(blocks)
 
     def over(self, num_shards: int) -> Cut:
-        """The same blocks, cut over another number of ranks."""
+        """Cuts the same blocks over ``num_shards`` ranks."""
         return (
             self if num_shards == self.num_shards else Cut.even(self.dim, self.blocks, num_shards)
         )
 
     def shard_shape(self, shape: Sequence[int], rank: int) -> Index:
-        """The shape of a rank's shard of a tensor of ``shape``."""
+        """Returns the shape of a rank's shard of a tensor of ``shape``."""
         size = sum(len(part) for part in self.ranges[rank])
         return (*shape[: self.dim], size, *shape[self.dim + 1 :])
 
     def join(self, what: str, shards: Sequence[Array], shape: Sequence[int]) -> Array:
-        """The whole tensor of ``shape``, of which ``shards`` are those of each rank.
+        """Joins the ranks' ``shards`` to the whole tensor of ``shape``.
 
-        :param what: what a message calls it.
-        :raises CheckpointError: a shard has another shape than it must have.
+        :param what: the tensor's name in messages.
+        :raises CheckpointError: a shard has the wrong shape.
         """
         if len(shards) != self.num_shards or self.size != shape[self.dim]:
             raise CheckpointError(
                 f"`{what}` must be cut into {len(shards)} shards of {shape[self.dim]} along "
-                f"dimension {self.dim}, but the cut is one of {self.size} into {self.num_shards}."
+                f"dimension {self.dim}, but its cut splits {self.size} into {self.num_shards}."
             )
         tiles = []
         for rank, (shard, parts) in enumerate(zip(shards, self.ranges, strict=True)):
             expected = self.shard_shape(shape, rank)
             if shard.shape != expected:
                 raise CheckpointError(
-                    f"The shard of `{what}` of rank {rank} must have the shape {expected}, but "
+                    f"Rank {rank}'s shard of `{what}` must have the shape {expected}, but "
                     f"has {shard.shape}. If it is cut otherwise, say how with `--rules`."
                 )
             place = 0
@@ -137,14 +137,14 @@ class Cut:
 
 
 def join(what: str, cut: Cut | None, shards: Sequence[Array]) -> Array:
-    """The whole of what ranks hold: their shards, or the same on each if ``cut`` is ``None``."""
+    """Joins the ranks' shards to a whole tensor. With ``cut=None`` all must be equal."""
     if cut is None:
         return shards[0] if len(shards) == 1 else Copies(what, shards)
     return cut.join(what, shards, whole_shape(what, cut.dim, shards))
 
 
 def whole_shape(what: str, dim: int, shards: Sequence[Array]) -> Index:
-    """The shape of what is cut into ``shards`` along ``dim``."""
+    """Returns the shape of the tensor that is cut into ``shards`` along ``dim``."""
     shape = shards[0].shape
     if dim >= len(shape):
         raise CheckpointError(f"`{what}` must have a dimension {dim} to be cut, but is of {shape}.")
@@ -154,13 +154,13 @@ def whole_shape(what: str, dim: int, shards: Sequence[Array]) -> Index:
 
 @dataclass(frozen=True)
 class Rule:
-    """How Parameters with a matching name are cut.
+    """Says how Parameters with a matching name are cut.
 
-    :param pattern: of :mod:`fnmatch`.
-    :param dim: the dimension; ``None`` if each rank has all of it.
-    :param blocks: the sizes of the blocks that are stacked along it, or one number: how many of the
-        same size there are.
-    :param is_table: it is a vocabulary table (or its head), which ``--dim`` is about.
+    :param pattern: a pattern of :mod:`fnmatch`.
+    :param dim: the dimension; ``None`` for replicated.
+    :param blocks: the sizes of the blocks stacked along ``dim``, or one number: how many blocks of
+        equal size.
+    :param is_table: matches vocabulary tables or their heads, which ``--dim`` applies to.
     """
 
     pattern: str
@@ -170,11 +170,11 @@ class Rule:
 
     @staticmethod
     def parse(text: str) -> Rule:
-        """Reads ``PATTERN=HOW``; HOW is ``replicated``, ``vocab`` or ``embed`` for a table that is
-        cut over its rows or columns, a dimension, ``DIM/N`` for N stacked blocks of the same size,
-        or ``DIM:A,B,...`` for blocks of these sizes.
+        """Parses ``PATTERN=HOW``. HOW is ``replicated``, ``vocab`` or ``embed`` for a table cut
+        over its rows or columns, a dimension, ``DIM/N`` for N stacked blocks of the same size, or
+        ``DIM:A,B,...`` for blocks of these sizes.
 
-        :raises CheckpointError: it is something else.
+        :raises CheckpointError: ``text`` is no such rule.
         """
         pattern, found, how = text.rpartition("=")
         pattern, how = pattern.strip(), how.strip()
@@ -196,13 +196,13 @@ class Rule:
         )
 
     def cut(self, name: str, shape: Sequence[int], num_shards: int) -> Cut | None:
-        """How a tensor of ``shape`` is cut over ``num_shards`` ranks."""
+        """Cuts a tensor of ``shape`` over ``num_shards`` ranks."""
         if self.dim is None:
             return None
         if self.dim >= len(shape):
             raise CheckpointError(
-                f"`{name}` must have a dimension {self.dim}, if rule `{self.pattern}` cuts it "
-                f"there, but has the shape {tuple(shape)}."
+                f"`{name}` must have a dimension {self.dim}, which rule `{self.pattern}` cuts, but "
+                f"has the shape {tuple(shape)}."
             )
         size, blocks = shape[self.dim], self.blocks
         if len(blocks) == 1:
@@ -217,12 +217,12 @@ class Rule:
 
 
 def find_rule(rules: Iterable[Rule], name: str) -> Rule | None:
-    """The first of ``rules`` that is for the Parameter ``name``."""
+    """Returns the first of ``rules`` that matches ``name``."""
     return next((rule for rule in rules if fnmatchcase(name, rule.pattern)), None)
 
 
 def is_table(rules: Iterable[Rule], name: str) -> bool:
-    """Whether ``name`` is that of a vocabulary table: by a rule, else if it is a usual one."""
+    """Returns whether ``name`` is a vocabulary table, by a rule or by its usual name."""
     rule = find_rule(rules, name)
     if rule is not None and rule.is_table:
         return True

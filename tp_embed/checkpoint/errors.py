@@ -1,4 +1,4 @@
-"""What goes wrong with a checkpoint."""
+"""Errors of checkpoints."""
 
 import reprlib
 from collections.abc import Iterable
@@ -7,12 +7,11 @@ from typing import Any
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read as what it should be, or cannot be written as what is asked for.
-    Nothing has been written."""
+    """A checkpoint cannot be read, or cannot be written as requested. Nothing has been written."""
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """A checkpoint could run code, or reach files outside of its directory, if it were read."""
+    """Reading a checkpoint could run code, or reach files outside its directory."""
 
 
 class MismatchError(CheckpointError):
@@ -20,7 +19,7 @@ class MismatchError(CheckpointError):
 
 
 def asks_to_import(path: Path, names: Iterable[str]) -> UnsafeCheckpointError:
-    """The error for a pickle at ``path`` that asks for the classes or functions ``names``."""
+    """Returns the error for a pickle at ``path`` that imports ``names``."""
     return UnsafeCheckpointError(
         f"`{path}` must hold tensors and plain values only, but asks to import {list(names)}, "
         "which could run any code. If you trust whoever wrote it, pass `--allow-unsafe-pickle`."
@@ -28,5 +27,5 @@ def asks_to_import(path: Path, names: Iterable[str]) -> UnsafeCheckpointError:
 
 
 def shown(value: Any) -> str:
-    """``value`` for a message: a short text, however large it is."""
+    """Shortens ``value`` for a message."""
     return (value[:200] if isinstance(value, str) else reprlib.repr(value))[:200]

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, as data that JSON can hold."""
+"""Describes checkpoints as data for JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .files.arrays import Array
 
 
 def describe(checkpoint: Checkpoint, rules: tuple[Rule, ...] = ()) -> dict[str, Any]:
-    """All that ``tp-embed inspect`` reports."""
+    """Returns the report of ``tp-embed inspect``."""
     tables = tables_of(checkpoint, rules)
     optimizer = checkpoint.optimizer
     return {
@@ -30,7 +30,7 @@ def describe(checkpoint: Checkpoint, rules: tuple[Rule, ...] = ()) -> dict[str, 
 
 
 def describe_plan(work: Plan) -> dict[str, Any]:
-    """What a conversion writes."""
+    """Describes what a conversion writes."""
     checkpoint, target = work.checkpoint, work.target
     return {
         "source": str(work.source.path),
@@ -52,7 +52,7 @@ def _tensors(
     tp_size: int,
     tables: frozenset[str],
 ) -> list[dict[str, Any]]:
-    """Each Parameter and buffer of ``checkpoint``, as it is cut over ``tp_size`` ranks."""
+    """Describes each Parameter and buffer, cut over ``tp_size`` ranks."""
     states: dict[str, dict[str, Array]] = {}
     for key, array in checkpoint.tensors.items():
         states.setdefault(key.name, {})[key.state] = array

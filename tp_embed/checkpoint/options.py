@@ -1,5 +1,5 @@
-"""The options of the commands, from the command line or through Hydra: plain values are checked and
-put into what the library takes."""
+"""Checks the options of the commands, from the command line or through Hydra, and builds the
+library's arguments from them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def read_options(
     allow_unsafe_pickle: bool = False,
     weights_only: bool = False,
 ) -> ReadOptions:
-    """How to read a checkpoint.
+    """Builds the options for reading a checkpoint.
 
-    :param rules: as :meth:`Rule.parse` reads them, or ``@FILE`` for a file with one in each line.
-    :param optimizer_names: names with commas between them, or ``@FILE`` with one in each line.
-    :raises WrongUsageError: an option has a value that it cannot have.
+    :param rules: rules for :meth:`Rule.parse`, or ``@FILE`` with one per line.
+    :param optimizer_names: comma-separated names, or ``@FILE`` with one per line.
+    :raises WrongUsageError: an option has an invalid value.
     """
     _check_range("--vocab-size", vocab_size, 2**40)
     with _usage("--rules"):
@@ -65,10 +65,10 @@ def build_request(
     nan: str = "keep",
     **reading: Any,
 ) -> Request:
-    """What to convert to.
+    """Builds the request of a conversion.
 
-    :param reading: as :func:`read_options` takes it.
-    :raises WrongUsageError: an option has a value that it cannot have.
+    :param reading: arguments of :func:`read_options`.
+    :raises WrongUsageError: an option has an invalid value.
     """
     _check_choice("--to", to, FORMATS)
     _check_choice("--from", source_format, [None, *FORMATS])
@@ -104,9 +104,9 @@ def build_request(
 
 
 def parse_size(text: str) -> int:
-    """The number of bytes that ``text`` says, as ``5GB``, ``1.5 GiB`` or ``1000000``.
+    """Parses a number of bytes, such as ``5GB``, ``1.5 GiB`` or ``1000000``.
 
-    :raises WrongUsageError: it says none.
+    :raises WrongUsageError: ``text`` is no positive size.
     """
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)", text.strip())
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
@@ -121,7 +121,7 @@ def parse_size(text: str) -> int:
 
 
 def _items(text: str, separator: str | None = None) -> list[str]:
-    """The items of ``@FILE``, one in each line, or those of ``text`` itself."""
+    """Returns the items of ``@FILE``, one per line, or of ``text`` itself."""
     if text.startswith("@"):
         lines = Path(text[1:]).read_text().splitlines()
         items = [line.partition("#")[0] for line in lines]

@@ -1,4 +1,4 @@
-"""What the commands report, as lines of text."""
+"""Formats the reports of the commands as lines of text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Described = Mapping[str, Any]
 
 
 def size(nbytes: float) -> str:
-    """A number of bytes, for people."""
+    """Formats a number of bytes for people."""
     if nbytes < 1024:
         return f"{nbytes:.0f} bytes"
     for unit in ("KiB", "MiB", "GiB"):
@@ -20,13 +20,13 @@ def size(nbytes: float) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
-    """Rows of cells as lines, with the cells below each other."""
+    """Formats rows of cells as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [indent + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def inspection(described: Described, show_all: bool) -> list[str]:
-    """The lines of what :func:`~tp_embed.checkpoint.inspect.describe` gives."""
+    """Formats the result of :func:`~tp_embed.checkpoint.inspect.describe`."""
     tensors = described["tensors"]
     optimizer = described["optimizer"]
     facts = [
@@ -51,7 +51,7 @@ def inspection(described: Described, show_all: bool) -> list[str]:
 
 
 def conversion(described: Described, show_all: bool) -> list[str]:
-    """The lines of what the command ``convert`` reports."""
+    """Formats the report of the command ``convert``."""
     tensors, output = described["tensors"], described["output"]
     ranks = f" for {described['tp_size']} ranks" if described["tp_size"] > 1 else ""
     what = (
@@ -66,7 +66,7 @@ def conversion(described: Described, show_all: bool) -> list[str]:
 
 
 def tensor_lines(tensors: Sequence[Described], show_all: bool) -> list[str]:
-    """The tables, and the others one by one or in one line."""
+    """Lists the tables, and the other tensors one by one or as one line."""
     tables = [each for each in tensors if each["kind"] == "table"]
     others = [each for each in tensors if each["kind"] != "table"]
     lines = _section("tables", tables) if tables else ["tables: none has a usual name"]

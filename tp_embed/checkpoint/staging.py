@@ -1,8 +1,8 @@
-"""Output that is there as a whole, or not at all, even if the process is killed.
+"""Writes output atomically: it appears complete or not at all, even if the process is killed.
 
-It is made under the name ``.NAME.partial``, beside where it will be, written through to the disk,
-and then renamed. What was there under the name stays until that moment. A journal in the partial
-directory says which parts of tensors have been written, so that a killed run can be resumed.
+Output is built in ``.NAME.partial`` next to its destination, synced to disk, and renamed. An
+existing ``NAME`` stays in place until then. A journal in the partial directory records which parts
+of tensors are written, so that a killed run can be resumed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .contents import Key
 from .errors import CheckpointError
 from .files.arrays import Index
 
-# How much may have to be written again after a crash of the machine.
+# The most that is written again after the machine crashes.
 _FLUSH_BYTES = 256 * 2**20
 
 _AT_FDCWD = -100
@@ -31,7 +31,7 @@ _RENAME_EXCHANGE = 2
 
 
 class Stage:
-    """What is being written. ``path`` is where, and will be renamed."""
+    """Output in progress, at ``path`` until it is renamed."""
 
     def __init__(self, directory: Path, name: str, pool: ThreadPoolExecutor) -> None:
         self.path = directory / name
@@ -45,11 +45,11 @@ class Stage:
         self._before = set(self._journal.read_text().split("\n")[1:-1])
 
     def is_done(self, key: Key, start: Index, shape: Index) -> bool:
-        """Whether a run before this one has written the box of ``shape`` at ``start``."""
+        """Returns whether an earlier run has written the box of ``shape`` at ``start``."""
         return _line(key, start, shape) in self._before
 
     def done(self, key: Key, start: Index, shape: Index, nbytes: int) -> None:
-        """Notes that the box has been written."""
+        """Records that the box is written."""
         if not self.is_done(key, start, shape):
             self._pending.append(_line(key, start, shape))
             self._pending_bytes += nbytes
@@ -57,13 +57,13 @@ class Stage:
             self.flush()
 
     def flush(self) -> None:
-        """Begins to write all that was noted through to the disk, and then the notes."""
+        """Starts to sync the recorded boxes to disk, and then the journal."""
         self.wait()
         self._flushed = self._pool.submit(self._flush, self._pending)
         self._pending, self._pending_bytes = [], 0
 
     def wait(self) -> None:
-        """Waits until what :meth:`flush` has begun is done."""
+        """Waits for the last :meth:`flush`."""
         if self._flushed is not None:
             self._flushed.result()
 
@@ -76,9 +76,9 @@ class Stage:
             os.fsync(journal.fileno())
 
     def laid_out(self) -> None:
-        """All files are there from now on, with space for what they will hold.
+        """Records that all files exist at their full sizes.
 
-        :raises CheckpointError: they will not fit on the disk.
+        :raises CheckpointError: their content will not fit on the disk.
         """
         self._files = files_of(self.path)
         sizes = [file.stat() for file in self._files]
@@ -91,11 +91,11 @@ class Stage:
             )
         sync(self.path)
         if not self._before:
-            # What will be noted as written is in these, and in no others of their names.
+            # The journal is valid for these inodes only, not for new files of the same names.
             files = {
                 str(file.relative_to(self.path.parent)): _inode(file)
                 for file in self._files
-                if not file.name.startswith(".")  # Some of these are written anew.
+                if not file.name.startswith(".")  # Some of these are rewritten.
             }
             self._flush([json.dumps(files)])
 
@@ -104,16 +104,16 @@ class Stage:
 def staged(
     output: Path, *, request: Any = None, resume: bool = False, overwrite: bool = False
 ) -> Iterator[Stage]:
-    """What is written to the ``path`` of the stage in the block is at ``output`` after it, and is
-    gone if the block raises.
+    """Yields a stage whose ``path`` is renamed to ``output`` after the block, and removed if the
+    block raises.
 
-    :param request: what identifies the work, as JSON: only the same work is resumed.
-    :param resume: go on where a run was killed that wrote to ``output``, if one was. A
-        ``KeyboardInterrupt`` keeps what was written for this.
-    :param overwrite: replace what is at ``output``, at one moment.
-    :raises FileExistsError: ``output`` is there, and not an empty directory.
-    :raises CheckpointError: another process is writing there, or what there is to resume is of
-        other work, or the disk is full, or it may not be written to.
+    :param request: identifies the work, as JSON: only the same work is resumed.
+    :param resume: continue a killed run that wrote to ``output``. A ``KeyboardInterrupt`` keeps
+        the partial output for this.
+    :param overwrite: replace an existing ``output`` atomically.
+    :raises FileExistsError: ``output`` exists and is not an empty directory.
+    :raises CheckpointError: another process is writing to ``output``, the partial output belongs
+        to other work, the disk is full, or permission is missing.
     """
     output = output.resolve()
     check_free(output, overwrite)
@@ -127,7 +127,7 @@ def staged(
                     stage = Stage(partial, output.name, pool)
                     yield stage
                 sync(stage.path)
-                # What has the name in `partial` from here on may be what was at `output` before.
+                # `_publish` may move the old output into `partial`: nothing to resume from.
                 (partial / "journal").unlink()
                 _sync_one(partial)
                 _publish(stage.path, output)
@@ -141,7 +141,10 @@ def staged(
 
 
 def check_free(output: Path, overwrite: bool = False) -> None:
-    """:raises FileExistsError: something is at ``output`` that must not be replaced."""
+    """Checks that ``output`` is free.
+
+    :raises FileExistsError: it exists, is no empty directory, and ``overwrite`` is false.
+    """
     is_free = not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir()))
     if not is_free and not overwrite:
         raise FileExistsError(
@@ -151,14 +154,14 @@ def check_free(output: Path, overwrite: bool = False) -> None:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file ``path``, or all files in the directory ``path``."""
+    """Returns the file ``path``, or all files in the directory ``path``."""
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
     return [path] if path.is_file() else []
 
 
 def sync(path: Path) -> None:
-    """Writes ``path``, with all that is in it, through to the disk."""
+    """Syncs ``path`` to disk, recursively."""
     for file in files_of(path):
         _sync_one(file)
     for directory in [path, *path.rglob("*")]:
@@ -167,7 +170,7 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """As ``path.write_text(text)``, for a file that others may be reading."""
+    """Does ``path.write_text(text)`` atomically, for a file that others may be reading."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     _sync_one(temporary)
@@ -175,7 +178,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _line(key: Key, start: Index, shape: Index) -> str:
-    """A box in the journal. Names can have any characters."""
+    """Formats a box for the journal. As JSON, since names can have any characters."""
     return json.dumps([*key, start, shape])
 
 
@@ -191,13 +194,13 @@ def _begin(partial: Path, request: str, resume: bool) -> None:
         _sync_one(journal)
     elif lines[0] != request:
         raise CheckpointError(
-            f"`{partial}` must be of the same conversion of the same source to be resumed, but is "
-            f"of {lines[0]}, and not of {request}. Convert without `--resume`."
+            f"`{partial}` must come from the same conversion of the same source to be resumed, but "
+            f"comes from {lines[0]}, not from {request}. Convert without `--resume`."
         )
     elif any(_inode(partial / name) != inode for name, inode in json.loads(lines[1]).items()):
         raise CheckpointError(
-            f"`{partial}` must have the files that the run before has begun, to be resumed, but "
-            "has not. Convert without `--resume`."
+            f"`{partial}` must hold the files that the interrupted run created to be resumed, but "
+            "does not. Convert without `--resume`."
         )
 
 
@@ -207,7 +210,7 @@ def _inode(path: Path) -> int | None:
 
 @contextmanager
 def _locked(partial: Path, output: Path) -> Iterator[None]:
-    """Keeps others from writing to ``output``."""
+    """Locks ``output`` against other writers."""
     partial.mkdir(exist_ok=True)
     with (partial / "lock").open("w") as file:
         try:
@@ -221,7 +224,7 @@ def _locked(partial: Path, output: Path) -> Iterator[None]:
 
 
 def _publish(path: Path, output: Path) -> None:
-    """Gives ``path`` the name ``output``; what had it, if anything, takes that of ``path``."""
+    """Renames ``path`` to ``output``. An existing ``output`` moves to ``path``."""
     try:
         os.replace(path, output)
     except OSError as e:
@@ -232,7 +235,7 @@ def _publish(path: Path, output: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> None:
-    """Swaps two names at one moment, by :manpage:`renameat2(2)` of Linux."""
+    """Swaps two names atomically, with :manpage:`renameat2(2)` of Linux."""
     libc = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(first), os.fsencode(second)
     failed = libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
@@ -241,8 +244,8 @@ def _exchange(first: Path, second: Path) -> None:
         if number not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise OSError(number, os.strerror(number), str(second))
         raise CheckpointError(
-            f"The file system of `{second}` must be able to swap two names, so that it is never "
-            "gone, but is not. Write to a new name, and remove the old one."
+            f"The file system of `{second}` must be able to swap two names atomically, but is not. "
+            "Write to a new name, and remove the old one."
         )
 
 
@@ -256,7 +259,7 @@ def _sync_one(path: Path) -> None:
 
 @contextmanager
 def _explained(output: Path) -> Iterator[None]:
-    """Says of errors of the system what they mean for ``output``."""
+    """Translates system errors into what they mean for ``output``."""
     try:
         yield
     except OSError as e:

@@ -28,20 +28,19 @@ def convert(
     verify: bool = False,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> Plan:
-    """Writes the checkpoint at ``source`` to ``output`` as ``request`` says: with all tensors, bit
-    for bit unless another dtype is asked for.
+    """Converts the checkpoint at ``source`` to ``output``: all tensors, bit for bit unless
+    ``request`` changes the dtype.
 
-    It holds two boxes of at most 16 MiB at a time. ``output`` is there as a whole or not at all,
-    even if the process is killed; see :func:`~tp_embed.checkpoint.staging.staged`.
+    Holds two boxes of at most 16 MiB in memory. ``output`` appears complete or not at all, even if
+    the process is killed; see :func:`~tp_embed.checkpoint.staging.staged`.
 
-    :param resume: go on with what a killed run with the same request has left.
-    :param overwrite: replace what is at ``output``.
-    :param verify: compare what was written with the source before it gets its name.
-    :param progress: called with the number of bytes that have been written, or compared, since the
-        last call.
-    :raises CheckpointError: the source is damaged, or cannot be written as asked for.
-    :raises UnsafeCheckpointError: the source asks to run code.
-    :raises FileExistsError: ``output`` is there, and not to be overwritten.
+    :param resume: continue a killed run of the same request.
+    :param overwrite: replace an existing ``output``.
+    :param verify: compare the result with the source before renaming it to ``output``.
+    :param progress: called with the number of bytes written, or compared, since the last call.
+    :raises CheckpointError: the source is damaged, or cannot be written as requested.
+    :raises UnsafeCheckpointError: reading the source would run code.
+    :raises FileExistsError: ``output`` exists and ``overwrite`` is false.
     """
     check_free(Path(output), overwrite)
     work = plan(source, request)
@@ -58,7 +57,7 @@ def write(
     verify: bool = False,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
-    """Does what ``work`` says, as :func:`convert` does."""
+    """Executes ``work``, with the options of :func:`convert`."""
     output = Path(output)
     check_output(work.source, output, overwrite)
     with staged(output, request=work.identity, resume=resume, overwrite=overwrite) as stage:
@@ -75,7 +74,7 @@ def write(
                 stage.done(*copied)
                 progress(copied[-1])
         stage.flush()
-        written.finish()  # While the disk is busy.
+        written.finish()  # Overlaps the flush.
         stage.wait()
         if verify:
             _verify(work, stage.path, progress)
@@ -87,14 +86,14 @@ def write(
 
 
 def _verify(work: Plan, path: Path, progress: Callable[[int], object]) -> None:
-    """Compares what has been written to ``path`` with the source."""
+    """Compares the written checkpoint at ``path`` with the source."""
     expected = work.checkpoint
     sizes = {expected.shape(name)[0] for name in work.target.tables}
     options = ReadOptions(
         cuts=work.target.cuts, vocab_size=sizes.pop() if len(sizes) == 1 else None
     )
     written = work.format.read(path, options)
-    # Some formats have copies in fp32 also of what had none.
+    # Some formats add fp32 copies that the source lacks.
     tensors = {
         key: array
         for key, array in written.tensors.items()
@@ -109,8 +108,11 @@ def _checked(key: Key, array: Array, nan: NanPolicy) -> Array:
 
 
 def check_output(source: Checkpoint, output: Path, overwrite: bool) -> None:
-    """:raises CheckpointError: ``output`` is the source, or in it, or around it.
-    :raises FileExistsError: it is there, and not to be overwritten."""
+    """Checks that ``output`` may be written.
+
+    :raises CheckpointError: ``output`` is, contains or lies in the source.
+    :raises FileExistsError: ``output`` exists and ``overwrite`` is false.
+    """
     check_free(output, overwrite)
     inner, outer = output.resolve(), source.path.resolve()
     if inner == outer or inner.is_relative_to(outer) or outer.is_relative_to(inner):

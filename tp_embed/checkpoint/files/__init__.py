@@ -1,1 +1,1 @@
-"""Arrays and bytes in the files of a checkpoint."""
+"""Reads and writes the files of checkpoints: arrays, hashes and text."""

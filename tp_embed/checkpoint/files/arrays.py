@@ -1,9 +1,8 @@
-"""Tensors that stay in files: read and written box by box, whatever their size.
+"""Arrays in files, read and written box by box, whatever their size.
 
-A checkpoint is read by describing where each tensor is, as a tree of arrays: a :class:`Span` is a
-run of bytes in a file, a :class:`View` gives a flat array a shape, a :class:`Joined` puts arrays
-together as tiles of a larger one. It is written in the same terms: the files are laid out first,
-and the arrays of what they will hold are then filled.
+A reader describes where each tensor is, as a tree of arrays: a :class:`Span` is a run of bytes in a
+file, a :class:`View` gives a flat array a shape, a :class:`Joined` assembles arrays as tiles of a
+larger one. A writer does the same: it lays out the files first, then fills their arrays.
 
 A *box* is given by its first index, `start`, and the tensor that it is read into or written from,
 which has its shape.
@@ -30,13 +29,13 @@ from .hashes import RunningHash
 
 Index = tuple[int, ...]
 
-# How many bytes are read or written at a time.
+# The most bytes read or written at a time.
 CHUNK_BYTES = 16 * 2**20
 
-# How many are written with one call: ext4 takes several times as long for 16 MiB at once.
+# The most bytes per write call: ext4 is several times slower with 16 MiB at once.
 _WRITE_BYTES = 2**20
 
-# It takes about as long to read this many as to begin to read elsewhere.
+# Reading this many bytes takes about as long as seeking.
 _GAP_BYTES = 4096
 
 
@@ -65,7 +64,7 @@ class Array(ABC):
         ``start``."""
 
     def load(self) -> Tensor:
-        """All of it, in memory."""
+        """Loads the whole array into memory."""
         out = torch.empty(self.shape, dtype=self.dtype)
         self.read((0,) * len(self.shape), out)
         return out
@@ -76,11 +75,11 @@ class Array(ABC):
 
 @final
 class Span(Array):
-    """``size`` elements in a file, one after the other, from the byte ``offset`` on.
+    """``size`` contiguous elements in a file, starting at byte ``offset``.
 
-    The file is opened for each access, so any number of them can be described.
+    Opens the file for each access, so that any number of spans can exist.
 
-    :param hashing: the hash of the file, which is to follow what is written.
+    :param hashing: the hash of the file, updated on writing.
     """
 
     def __init__(
@@ -131,10 +130,10 @@ class Span(Array):
 
 @final
 class View(Array):
-    """A flat array in another shape, as :func:`torch.as_strided`.
+    """A view of a flat array, as :func:`torch.as_strided` makes.
 
-    :param strides: in elements; if ``None``, those of a contiguous tensor.
-    :raises CheckpointError: it would reach over the ends of ``flat``.
+    :param strides: in elements. Default: contiguous.
+    :raises CheckpointError: the view reaches beyond ``flat``.
     """
 
     def __init__(
@@ -156,7 +155,7 @@ class View(Array):
                 f"A tensor of shape {self.shape}, strides {self._strides} and offset {offset} must "
                 f"lie in its storage, but that has {flat.numel} elements."
             )
-        # From the slowest dimension to the fastest.
+        # From the largest stride to the smallest.
         self._order = sorted(range(len(self.shape)), key=lambda dim: -self._strides[dim])
 
     def read(self, start: Index, out: Tensor) -> None:
@@ -181,14 +180,14 @@ class View(Array):
         strides: Index,
         dense: Callable[[int, Tensor, Index], bool],
     ) -> None:
-        """Hands on ``box`` in parts that are fit for one access, row by row if need be."""
+        """Passes ``box`` to ``dense`` in parts that fit one access, row by row if necessary."""
         if dense(begin, box, strides):
             return
         dim = next(dim for dim, size in enumerate(box.shape) if size > 1)
-        # As many at a time as fit; at least one, of which the next dimension is split.
+        # As many as fit at a time. If not even one does, the recursion splits the next dimension.
         inner = _extent(box.shape[dim + 1 :], strides[dim + 1 :])
         fitting = 1 + max(0, CHUNK_BYTES // self.dtype.itemsize - inner) // max(1, strides[dim])
-        if fitting >= box.shape[dim]:  # It was refused for another reason than its size.
+        if fitting >= box.shape[dim]:  # Refused for another reason than its size.
             fitting = 1
         for first in range(0, box.shape[dim], fitting):
             part = box.narrow(dim, first, min(fitting, box.shape[dim] - first))
@@ -200,7 +199,7 @@ class View(Array):
             self._flat.read((begin,), box.reshape(-1))
             return True
         nbytes = extent * self.dtype.itemsize
-        # Between runs that are far apart, as of a transposed matrix, there is too much to read.
+        # Distant runs, as in a transposed matrix, have too much to skip between them.
         is_sparse = strides[-1:] == (1,) and nbytes > _GAP_BYTES * (box.numel() // box.shape[-1])
         if (is_sparse or nbytes > CHUNK_BYTES) and box.numel() > 1 and len(box.shape) > 1:
             return False
@@ -212,7 +211,7 @@ class View(Array):
         return True
 
     def _write_dense(self, begin: int, box: Tensor, strides: Index) -> bool:
-        if not _is_dense(box.shape, strides):  # It has gaps, which are others'.
+        if not _is_dense(box.shape, strides):  # The gaps belong to other elements.
             return False
         self._flat.write((begin,), box.reshape(-1))
         return True
@@ -220,7 +219,7 @@ class View(Array):
 
 @dataclass(frozen=True)
 class Tile:
-    """The box of shape ``shape`` at ``source`` in ``array`` is at ``start`` in a larger one."""
+    """Puts the box of ``shape`` at ``source`` in ``array`` to ``start`` in a larger array."""
 
     start: Index
     array: Array
@@ -234,9 +233,9 @@ class Tile:
 
 @final
 class Joined(Array):
-    """An array that is put together from tiles.
+    """An array assembled from tiles.
 
-    :raises CheckpointError: the tiles overlap, or leave a gap, or reach over an end.
+    :raises CheckpointError: the tiles overlap, leave a gap, or reach beyond the array.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, tiles: Sequence[Tile]) -> None:
@@ -273,7 +272,7 @@ class Joined(Array):
             array.write(source, part)
 
     def _parts(self, start: Index, box: Tensor) -> Iterator[tuple[Array, Index, Tensor]]:
-        """The parts of ``box`` that are in each tile, and where they are in its array."""
+        """Yields each tile's array, the start of the overlap with ``box`` in it, and the overlap."""
         for tile in self._tiles:
             part, source = box, []
             for dim, (begin, size) in enumerate(zip(start, box.shape, strict=True)):
@@ -288,14 +287,14 @@ class Joined(Array):
 
 
 def part(array: Array, start: Index, shape: Index) -> Array:
-    """The box of ``shape`` at ``start`` in ``array``."""
+    """Returns the box of ``shape`` at ``start`` in ``array``."""
     origin = (0,) * len(shape)
     return Joined(shape, array.dtype, [Tile(origin, array, start, shape)])
 
 
 def boxes(shape: Index, itemsize: int) -> Iterator[tuple[Index, Index]]:
-    """Cuts ``shape`` into boxes of at most :data:`CHUNK_BYTES`, in row-major order, each as its
-    first index and its shape. Rows stay whole if they fit."""
+    """Cuts ``shape`` into boxes of at most :data:`CHUNK_BYTES`, in row-major order. Yields their
+    first indices and shapes. Rows stay whole if they fit."""
     if not prod(shape):
         return
     inner = prod(shape[1:]) * itemsize
@@ -312,7 +311,7 @@ def boxes(shape: Index, itemsize: int) -> Iterator[tuple[Index, Index]]:
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of one dtype and shape hold the same bytes, NaNs included."""
+    """Returns whether two tensors of one dtype and shape hold the same bytes, NaNs included."""
     return torch.equal(*(each.contiguous().view(-1).view(torch.uint8) for each in (first, second)))
 
 
@@ -322,14 +321,14 @@ def contiguous_strides(shape: Sequence[int]) -> Index:
 
 
 def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """The number of elements from the first of a tensor to its last."""
+    """Returns the number of storage elements that a tensor spans."""
     if not prod(shape):
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether the elements of a tensor follow each other without gaps, in row-major order."""
+    """Returns whether a tensor is contiguous in row-major order."""
     return all(
         size == 1 or stride == expected
         for size, stride, expected in zip(shape, strides, contiguous_strides(shape), strict=True)
@@ -337,10 +336,10 @@ def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def _overlap(tiles: Sequence[Tile]) -> bool:
-    """Whether two tiles have an element in common."""
+    """Returns whether two tiles overlap."""
     if not tiles or not tiles[0].start:
         return len(tiles) > 1
-    # Along the dimension that most are cut along, so that few are compared with each other.
+    # Sort along the dimension with the most cuts, so that few pairs are compared.
     dim = max(range(len(tiles[0].start)), key=lambda dim: len({t.start[dim] for t in tiles}))
     ordered = sorted(tiles, key=lambda tile: tile.start[dim])
     for index, tile in enumerate(ordered):
@@ -356,6 +355,6 @@ def _overlap(tiles: Sequence[Tile]) -> bool:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+    """Returns the memory of a contiguous CPU tensor."""
     size = tensor.numel() * tensor.element_size()
     return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")

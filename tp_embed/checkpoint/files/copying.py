@@ -1,4 +1,4 @@
-"""Copies tensors from files to files, box by box, and reads one while the one before is written."""
+"""Copies tensors between files, box by box. Reads one box while the previous one is written."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ def copy(
     tensors: Iterable[tuple[Name, Array, Array]],
     skip: Callable[[Name, Index, Index], bool] = lambda name, start, shape: False,
 ) -> Iterator[Copied[Name]]:
-    """Copies each of ``tensors``, given as a name, the array that it is in, and that of the same
-    shape and dtype that it is to be in. Yields the name, the start, the shape and the number of
-    bytes of each box when it is done. Two boxes are in memory at a time.
+    """Copies ``tensors``, given as names, sources and targets of the same shapes and dtypes. Yields
+    the name, start, shape and number of bytes of each finished box. Holds two boxes in memory.
 
-    :param skip: whether the box of a name, a start and a shape is there already.
+    :param skip: returns whether the box with this name, start and shape is already written.
     """
     with ThreadPoolExecutor(1) as reader:
         begun = _begin(tensors, skip, reader)
@@ -43,8 +42,8 @@ def _begin(
     skip: Callable[[Name, Index, Index], bool],
     reader: ThreadPoolExecutor,
 ) -> Iterator[tuple[Copied[Name], Callable[[], object]]]:
-    """Begins to read each box, and yields it with what writes it. While one is being read, only
-    the one before may be unwritten."""
+    """Starts to read each box, and yields it with the function that writes it. Has two buffers:
+    call a box's function before drawing the second box after it."""
     buffers = cycle(
         [torch.frombuffer(page_aligned(CHUNK_BYTES), dtype=torch.uint8) for _ in range(2)]
     )
@@ -71,7 +70,7 @@ def _write_once_read(read: Future[None], target: Array, start: Index, box: Tenso
 
 
 def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, each once the next one has been drawn."""
+    """Yields the items, each after drawing the next one."""
     for item in islice(items, 1):
         for following in items:
             yield item

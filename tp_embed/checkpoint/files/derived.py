@@ -1,4 +1,4 @@
-"""Arrays that stand for others: the same in several places, in another dtype, or with a check."""
+"""Arrays that wrap others: several copies, a cast, a check for NaNs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .arrays import Array, Index, same_bits
 
 @final
 class Copies(Array):
-    """The same array in several places. Reading compares them.
+    """Several copies of one array. Reading compares them.
 
-    :param what: what a message calls it.
-    :param of: where the places are, for a message.
-    :param fix: what to do if they differ, for a message.
-    :raises CheckpointError: there are none, or they have different shapes or dtypes; when they are
-        read, if they differ in their values.
+    :param what: the array's name in messages.
+    :param of: where the copies are, for messages.
+    :param fix: what to do if they differ, for messages.
+    :raises CheckpointError: there is no copy, or shapes or dtypes differ; on reading, values
+        differ.
     """
 
     def __init__(
@@ -43,8 +43,7 @@ class Copies(Array):
             copy.read(start, other)
             if not same_bits(out, other):
                 raise CheckpointError(
-                    f"{self._expected}but number {number} has other values than number 0. "
-                    f"{self._fix}"
+                    f"{self._expected}but number {number} differs from number 0. {self._fix}"
                 )
 
     def write(self, start: Index, values: Tensor) -> None:
@@ -56,7 +55,7 @@ class Copies(Array):
 class Cast(Array):
     """``array`` in another dtype.
 
-    :raises CheckpointError: when a finite value is read that the dtype does not reach.
+    :raises CheckpointError: on reading a finite value outside the range of the dtype.
     """
 
     def __init__(self, what: str, array: Array, dtype: torch.dtype) -> None:
@@ -81,9 +80,9 @@ class Cast(Array):
 
 @final
 class NoNan(Array):
-    """``array``, to be read only, if none of its values is not a number.
+    """``array``, read-only, without NaNs.
 
-    :raises CheckpointError: when one is read.
+    :raises CheckpointError: on reading a NaN.
     """
 
     def __init__(self, what: str, array: Array) -> None:
@@ -100,9 +99,9 @@ class NoNan(Array):
             )
 
     def write(self, start: Index, values: Tensor) -> None:
-        raise NotImplementedError("A checked array is read only.")
+        raise NotImplementedError("A checked array is read-only.")
 
 
 def _is_finite(tensor: Tensor) -> Tensor:
-    """As :func:`torch.isfinite`, which does not know all dtypes."""
+    """Does :func:`torch.isfinite` for all dtypes."""
     return torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor)

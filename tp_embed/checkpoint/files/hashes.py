@@ -1,5 +1,4 @@
-"""SHA-256 of files: what is read is compared with what its checkpoint says while it is used, and
-what is written is hashed on the way."""
+"""Computes SHA-256 of files: checks files while they are read, and hashes output on the way."""
 
 from __future__ import annotations
 
@@ -16,21 +15,21 @@ from ..errors import CheckpointError
 
 _BLOCK_BYTES = 2**20
 
-# To read or to hash fewer bytes takes less time than handing that to another thread.
+# Reading or hashing fewer bytes is faster than handing them to another thread.
 SMALL_BYTES = 2**18
 
 
 def page_aligned(nbytes: int) -> mmap.mmap:
-    """Memory that begins with a page. The system copies out of its cache into it several times as
-    fast as into a `bytearray`, which begins 16 bytes after one: on AMD's processors."""
+    """Allocates page-aligned memory. On AMD processors, the kernel copies from its page cache
+    several times faster into it than into a `bytearray`, which starts 16 bytes after a page."""
     return mmap.mmap(-1, nbytes)
 
 
 class RunningHash:
-    """The hash of a file while it is written: of what comes in the order of the file as it comes,
-    when it is in memory anyway. The rest is read again at the end.
+    """Hashes a file while it is written. Bytes written in file order are hashed from memory, all
+    others are read back in :meth:`finish`.
 
-    The file must hold what is before the first byte that is written.
+    The file must already hold everything before the first written byte.
     """
 
     def __init__(self, file: Path) -> None:
@@ -41,8 +40,8 @@ class RunningHash:
 
     @contextmanager
     def following(self, offset: int, written: memoryview) -> Iterator[None]:
-        """Goes over ``written`` while the block writes it to the file at ``offset``."""
-        if offset < self._end:  # Something is written anew.
+        """Hashes ``written`` while the block writes it to the file at ``offset``."""
+        if offset < self._end:  # Hashed bytes are overwritten: start again.
             self._found, self._end = hashlib.sha256(), 0
         if offset - self._end > _BLOCK_BYTES:
             yield
@@ -60,7 +59,7 @@ class RunningHash:
             hashed.result()
 
     def finish(self) -> str:
-        """The hash of the file, all of which has been written."""
+        """Returns the hash of the completely written file."""
         self._pool.shutdown()
         self._read(self._file.stat().st_size)
         return self._found.hexdigest()
@@ -71,17 +70,17 @@ class RunningHash:
 
 
 def finish_all(hashes: Sequence[RunningHash]) -> list[str]:
-    """What each finishes with; as many are read at a time as there are cores."""
+    """Finishes all ``hashes``, one per core at a time."""
     with _pool(len(hashes)) as pool:
         return list(pool.map(RunningHash.finish, hashes))
 
 
 @contextmanager
 def checked(hashes: Mapping[Path, str]) -> Iterator[None]:
-    """Compares files with their ``hashes`` while the block runs, and at its end waits for it. So
-    what the block has made must not be used before the end.
+    """Compares files with their ``hashes`` while the block runs, and waits for the result at its
+    end. Don't use the block's output before that.
 
-    :raises CheckpointError: at the end, a file has another hash.
+    :raises CheckpointError: a file has another hash. Raised at the end.
     """
     stop = Event()
     with _pool(len(hashes)) as pool:
@@ -92,7 +91,7 @@ def checked(hashes: Mapping[Path, str]) -> Iterator[None]:
                 if found[file].result() != expected:
                     raise CheckpointError(
                         f"`{file}` must have the SHA-256 {expected}, as its checkpoint says, but "
-                        f"has {found[file].result()} instead. It is damaged, or of another "
+                        f"has {found[file].result()} instead. It is damaged, or from another "
                         "checkpoint: copy it again."
                     )
         except BaseException:
@@ -114,7 +113,7 @@ def _sha256(file: Path, stop: Event) -> str:
 def _update(
     found: hashlib._Hash, path: Path, start: int, end: int, stop: Event | None = None
 ) -> None:
-    """Goes over the bytes of a file from ``start`` to ``end``, or until ``stop``."""
+    """Hashes the bytes of a file from ``start`` to ``end``, or until ``stop``."""
     if start == end:
         return
     with path.open("rb", buffering=0) as file, page_aligned(_BLOCK_BYTES) as block:
@@ -122,7 +121,7 @@ def _update(
         while start < end and not (stop and stop.is_set()):
             with memoryview(block) as view, view[: end - start] as part:
                 count = file.readinto(part)
-                if not count:  # It was truncated; its hash will be another.
+                if not count:  # Truncated; the hash will differ.
                     return
                 found.update(part[:count])
             start += count

@@ -1,4 +1,4 @@
-"""Plain Python values, as strict JSON from which equal ones are made again."""
+"""Encodes plain Python values as strict JSON, and decodes them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..errors import CheckpointError
 
 
 def to_json(what: str, value: Any) -> Any:
-    """A plain Python value as strict JSON from which :func:`from_json` makes an equal one of the
-    same types. What JSON lacks is an object with one key that begins with ``$``.
+    """Encodes a plain Python value as strict JSON. :func:`from_json` restores it with the same
+    types. Types that JSON lacks become an object with one key that begins with ``$``.
 
-    :param what: what a message calls it.
-    :raises CheckpointError: it is no plain value.
+    :param what: the value's name in messages.
+    :raises CheckpointError: ``value`` is no plain value.
     """
     match value:
         case None | bool() | int() | str():
@@ -35,9 +35,9 @@ def to_json(what: str, value: Any) -> Any:
 
 
 def from_json(what: str, value: Any) -> Any:
-    """The value of which :func:`to_json` has made ``value``.
+    """Decodes the output of :func:`to_json`.
 
-    :raises CheckpointError: it has made none.
+    :raises CheckpointError: ``value`` is no such output.
     """
     match value:
         case float() if not math.isfinite(value):
@@ -68,7 +68,7 @@ def _tagged(what: str, value: dict[str, Any]) -> Any:
 
 
 def damaged(what: str, must: str, value: Any) -> CheckpointError:
-    """The error of a file of which ``what`` is ``value``."""
+    """Returns the error for a file whose ``what`` is ``value``."""
     shown = str(value)
     shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
     return CheckpointError(

@@ -1,6 +1,6 @@
-"""Files in the format of safetensors: their headers are checked, and their tensors stay in them.
+"""Reads and lays out safetensors files. Checks their headers; tensors stay in the files.
 
-The package ``safetensors`` writes tensors that are in memory only. The format is at
+The package ``safetensors`` writes only tensors in memory. The format is described at
 https://github.com/huggingface/safetensors: eight bytes with the size of the header, the header as
 JSON, and the bytes of the tensors.
 """
@@ -21,7 +21,7 @@ from .arrays import Array, Index, Span, View
 from .hashes import RunningHash
 from .text_files import parse_json
 
-# The same limit as that of the package.
+# The limit of the package `safetensors`.
 _MAX_HEADER = 100_000_000
 
 _METADATA = "__metadata__"
@@ -50,19 +50,18 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def read(path: Path, hashing: RunningHash | None = None) -> tuple[dict[str, Array], dict[str, str]]:
-    """The tensors of a file by name, and its metadata.
+    """Returns the tensors of a file by name, and its metadata.
 
-    :param hashing: what is to follow all that is written to the tensors.
-
-    :raises CheckpointError: it is no such file, or a damaged one.
+    :param hashing: hashes whatever is written to the tensors.
+    :raises CheckpointError: the file is damaged, or in another format.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
             raise CheckpointError(
-                f"`{path}` must be a file in the format of safetensors, but its header would have "
-                f"{length} bytes, and the file has {size}. It is truncated, or something else."
+                f"`{path}` must be a safetensors file, but its header would have {length} bytes, "
+                f"and the file has {size}. It is truncated, or in another format."
             )
         header = parse_json(file.read(length), path)
     metadata = header.pop(_METADATA, None) or {}
@@ -75,7 +74,7 @@ def read(path: Path, hashing: RunningHash | None = None) -> tuple[dict[str, Arra
         if begin != end or stop - begin != prod(shape) * dtype.itemsize or first + stop > size:
             raise CheckpointError(
                 f"`{name}` in `{path}` must have {prod(shape) * dtype.itemsize} bytes from {end} "
-                f"on, of the {size - first} that there are, but has those from {begin} to {stop}. "
+                f"on, out of {size - first}, but has those from {begin} to {stop}. "
                 "The file is damaged: copy it again."
             )
         end = stop
@@ -94,12 +93,12 @@ def lay_out(
     metadata: Mapping[str, str] | None = None,
     hashing: RunningHash | None = None,
 ) -> dict[str, Array]:
-    """Writes a file with space for ``tensors``, given by their shapes and dtypes. If it is there
-    already it is kept, since then it has been laid out before.
+    """Writes a file with space for ``tensors``, given by their shapes and dtypes. Keeps an existing
+    file: it was laid out by an earlier run.
 
-    :param hashing: what is to follow all that is written to them.
-    :returns: the arrays of the tensors, which can be written to.
-    :raises CheckpointError: the format has no such dtype.
+    :param hashing: hashes whatever is written to the tensors.
+    :returns: writable arrays of the tensors.
+    :raises CheckpointError: the format lacks a dtype.
     """
     if not path.exists():
         header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
@@ -107,7 +106,7 @@ def lay_out(
         for name, (shape, dtype) in tensors.items():
             if name == _METADATA:
                 raise CheckpointError(
-                    f"A tensor must not have the name `{name}`, which safetensors keeps for itself."
+                    f"A tensor must not have the name `{name}`, which safetensors reserves."
                 )
             if dtype not in _NAMES:
                 raise CheckpointError(
@@ -133,7 +132,7 @@ def lay_out(
 def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, Index, int, int]:
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, stop]}:
-            # Not booleans, and nothing that torch cannot hold.
+            # Rejects booleans, and sizes that torch cannot hold.
             if (
                 dtype in _DTYPES
                 and all(type(number) is int and number >= 0 for number in (*shape, begin, stop))

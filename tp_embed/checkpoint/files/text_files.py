@@ -1,4 +1,4 @@
-"""Small text files of checkpoints: JSON and names of other files, which are not trusted."""
+"""Reads untrusted text files of checkpoints: JSON, and names of other files."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 from ..errors import CheckpointError, UnsafeCheckpointError, shown
 
-# Of an index of a large model there are some MB.
+# The index of a large model has a few MB.
 _MAX_BYTES = 256 * 2**20
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Returns the object in a JSON file.
 
-    :raises CheckpointError: it holds something else, or an object has a key twice.
+    :raises CheckpointError: the file holds something else, or an object has a duplicate key.
     """
     if path.stat().st_size > _MAX_BYTES:
         raise CheckpointError(
@@ -27,7 +27,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    """The object that ``text``, from ``path``, is as JSON.
+    """Parses ``text``, from ``path``, as a JSON object.
 
     :raises CheckpointError: as :func:`read_json`.
     """
@@ -48,11 +48,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def inside(directory: Path, name: Any, named_by: Path) -> Path:
-    """The file ``name`` of ``directory``.
+    """Returns the path of the file ``name`` in ``directory``.
 
-    :param named_by: the file that says the name.
-    :raises CheckpointError: there is no such file.
-    :raises UnsafeCheckpointError: it is not in ``directory``.
+    :param named_by: the file that contains the name.
+    :raises CheckpointError: the file does not exist.
+    :raises UnsafeCheckpointError: ``name`` points outside ``directory``.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise CheckpointError(f"`{named_by}` must name files, but names {name!r}.")

@@ -1,5 +1,5 @@
-"""Files of ``torch.save()``: read without running code from them and without loading tensors, and
-laid out without having tensors."""
+"""Reads ``torch.save()`` files without running their code or loading tensors, and lays them out
+without tensors in memory."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from tp_embed._torch_private import FakeTensorMode
 from ..errors import CheckpointError, asks_to_import, shown
 from .arrays import Array, Span, View
 
-# The fixed part of the header before the data of a file in a zip archive.
+# The fixed part of the local file header in a zip archive.
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 
-# What is plain, and how much of it can be in one place.
+# Plain values, and their limits.
 _SCALARS = (type(None), bool, int, float, str)
 _MAX_VALUES = 1_000_000
 _MAX_DEPTH = 100
@@ -36,16 +36,16 @@ _MAX_NUMBER = 2**63
 
 
 class TorchFile:
-    """A file that ``torch.save()`` has written.
+    """A file written by ``torch.save()``.
 
-    Classes are not imported: an instance of one that is in ``stand_ins`` is made an instance of
-    the class given there, and any other is refused.
+    Imports no classes: instances of classes in ``stand_ins`` become instances of the class given
+    there, and all others are refused.
 
-    :param window: if the file holds several, the first byte of this one and how many there are.
-    :param stand_ins: classes to use, by their full names in the file.
-    :param allow_unsafe: run the code that the file asks for; classes are then imported.
-    :raises CheckpointError: it is no such file, or a damaged one.
-    :raises UnsafeCheckpointError: it asks for other classes or functions.
+    :param window: the first byte and the size of the archive, if the file contains several.
+    :param stand_ins: maps full names of classes in the file to the classes to use.
+    :param allow_unsafe: import classes and run the code in the file.
+    :raises CheckpointError: the file is damaged, or in another format.
+    :raises UnsafeCheckpointError: the file uses other classes or functions.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class TorchFile:
             self.root: Any = _unpickle(path, file, stand_ins or {}, allow_unsafe)
 
     def array(self, tensor: Tensor) -> Array:
-        """Where ``tensor``, one of ``root``, is in the file.
+        """Returns the array in the file behind ``tensor``, which is part of ``root``.
 
-        :raises CheckpointError: it is not in it.
+        :raises CheckpointError: the file lacks its bytes.
         """
         offset = self._first + self._offset(tensor)
         flat = Span(
@@ -80,19 +80,19 @@ class TorchFile:
         )
 
     def value(self, tensor: Tensor) -> Tensor:
-        """The values of ``tensor``, one of ``root``."""
+        """Loads the values of ``tensor``, which is part of ``root``."""
         return self.array(tensor).load()
 
     def plain(self, value: Any) -> Any:
-        """``value``, of ``root``, if it consists of plain Python values; a tensor of one number in
-        it as this.
+        """Converts ``value``, a part of ``root``, to plain Python values. Tensors with one element
+        become numbers.
 
-        :raises ValueError: it does not; the message is what is in it.
+        :raises ValueError: ``value`` contains anything else, which the message names.
         """
         return self._plain(value, iter(range(_MAX_VALUES)), _MAX_DEPTH)
 
     def plain_entries(self, entries: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Those of ``entries`` that are plain, and notes of the others."""
+        """Returns the plain ``entries``, and notes about the others."""
         kept, notes = {}, []
         for key, value in entries.items():
             try:
@@ -104,16 +104,16 @@ class TorchFile:
         return kept, notes
 
     def hyperparameters(self, group: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """What is plain in a param group beside its Parameters, and notes of what is not."""
+        """Returns the plain hyperparameters of a param group, and notes about the others."""
         others = {key: group[key] for key in group if key not in ("params", "param_names")}
         kept, notes = self.plain_entries(others)
         return kept, [f"In a param group {note}" for note in notes]
 
     def number(self, what: str, value: Any) -> float:
-        """``value``, of ``root``: a number, or a tensor of one.
+        """Returns ``value``, a number or a one-element tensor of ``root``, as a float.
 
-        :param what: what a message calls it.
-        :raises CheckpointError: it is none, or not finite, or negative.
+        :param what: the value's name in messages.
+        :raises CheckpointError: it is no number, or not finite, or negative.
         """
         if _is_number(value):
             value = self.value(value).item()
@@ -125,7 +125,7 @@ class TorchFile:
         )
 
     def _plain(self, value: Any, budget: Iterator[int], depth: int) -> Any:
-        # A file can say in few bytes what is endless, or nearly so.
+        # A few bytes of pickle can describe endless structures.
         if next(budget, None) is None or not depth:
             raise ValueError(f"more than {_MAX_VALUES} values, or {_MAX_DEPTH} levels")
         if type(value) in _SCALARS:
@@ -140,7 +140,8 @@ class TorchFile:
         raise ValueError(f"a {type(value).__name__}")
 
     def place(self, tensor: Tensor) -> Hashable:
-        """The same for two tensors of ``root`` if they are one. Empty ones never are."""
+        """Returns a key that is equal for tensors of ``root`` that share all elements. Empty
+        tensors never do."""
         offset = self._offset(tensor)
         if not tensor.numel():
             return object()
@@ -172,24 +173,24 @@ def _is_number(value: Any) -> bool:
 
 
 def placeholder(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
-    """A tensor for :func:`lay_out` that needs no memory."""
+    """Returns a tensor without memory, for :func:`lay_out`."""
     with _fake_mode():
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
 
 
 @cache
 def _fake_mode() -> Any:
-    """One for all, since making one takes long."""
+    """Returns a shared mode, since creating one is slow."""
     return FakeTensorMode()
 
 
 def lay_out(path: Path, root: Any, stand_ins: Mapping[str, type] | None = None) -> TorchFile:
-    """Writes ``root``, of plain Python values, as ``torch.save()`` does: placeholders as space to
-    fill, and other tensors with their values. If the file is there already it is kept, since then
-    it has been laid out before.
+    """Writes ``root`` as ``torch.save()`` does, with space to fill for placeholders and with the
+    values of other tensors. Keeps an existing file: it was laid out by an earlier run.
 
-    :param stand_ins: classes of which there are instances, by the full names to write for them.
-    :returns: the file. The arrays of its tensors can be written to.
+    :param root: plain Python values and tensors.
+    :param stand_ins: maps full names of classes to write to the classes used in ``root``.
+    :returns: the file, whose arrays are writable.
     """
     if not path.exists():
         temporary = path.with_name(f".{path.name}.layout")
@@ -208,14 +209,14 @@ def lay_out(path: Path, root: Any, stand_ins: Mapping[str, type] | None = None) 
 
 
 def _pickler(stand_ins: Mapping[str, type]) -> Any:
-    """A module as ``pickle`` that writes classes by the names that they stand in for. The pickler
-    in C would import these."""
+    """Returns a replacement for the module ``pickle`` that writes stand-ins under the names of the
+    original classes. The pickler in C would import those."""
     if not stand_ins:
         return pickle
     names = {cls: name for name, cls in stand_ins.items()}
 
     class Pickler(pickle._Pickler):
-        # These are not in the stubs of `pickle`.
+        # Missing in the stubs of `pickle`.
         write: Callable[[bytes], None]
         memoize: Callable[[Any], None]
 
@@ -232,7 +233,7 @@ def _pickler(stand_ins: Mapping[str, type]) -> Any:
 
 @contextmanager
 def open_window(path: Path, window: tuple[int, int] | None = None) -> Iterator[BinaryIO]:
-    """The file, or as one the part of it that begins at a byte and has a number of them."""
+    """Opens the file, or only a window of it: a first byte and a size."""
     with path.open("rb") as file:
         yield file if window is None else cast(BinaryIO, io.BufferedReader(_Window(file, *window)))
 
@@ -263,7 +264,7 @@ class _Window(io.RawIOBase):
 
 
 def _records(path: Path, file: BinaryIO) -> dict[int, int]:
-    """The size of what is in the archive, by its first byte."""
+    """Maps the first byte of each record in the archive to its size."""
     file.seek(0, io.SEEK_END)
     end = file.tell()
     records = {}
@@ -311,7 +312,10 @@ def _check_byteorder(path: Path, order: bytes) -> None:
 
 
 def _check_memory(path: Path, pickled: bytes) -> None:
-    """:raises UnsafeCheckpointError: it could ask for any number of bytes, which torch allows."""
+    """Rejects `bytearray`, which torch allows and which can allocate any number of bytes.
+
+    :raises UnsafeCheckpointError: the pickle imports it.
+    """
     if re.search(rb"c(builtins|__builtin__)\nbytearray\n", pickled):
         raise asks_to_import(path, ["builtins.bytearray"])
 
@@ -328,16 +332,16 @@ def _unpickle(path: Path, file: BinaryIO, stand_ins: Mapping[str, type], allow_u
             return torch.load(file, map_location="meta", weights_only=True)
     except CheckpointError:
         raise
-    except Exception as e:  # Of a damaged file anything is possible.
+    except Exception as e:  # A damaged file can raise anything.
         reason = str(e).partition("\n")[0]
         raise CheckpointError(
             f"`{path}` must be a file that `torch.save()` has written, but cannot be read: "
-            f"{type(e).__name__}: {reason}. Copy it again, or write it anew."
+            f"{type(e).__name__}: {reason}. Copy it again, or save it again."
         ) from e
 
 
 def _pairs(root: Any, saved: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each tensor in ``root``, with the one in its place."""
+    """Yields each tensor in ``root`` with its counterpart in ``saved``."""
     if isinstance(root, Tensor):
         yield root, saved
     elif isinstance(root, Mapping):
