@@ -114,8 +114,8 @@ def plan(source: str | Path, request: Request) -> Plan:
 def _carried(
     checkpoint: Checkpoint, target: Format, request: Request
 ) -> tuple[Checkpoint, list[str]]:
-    """Returns the part of ``checkpoint`` that the format can hold, cast for it, and names of what
-    is dropped."""
+    """Returns the part of ``checkpoint`` that the format can hold, cast for it, and lists what it
+    drops."""
     tensors: dict[Key, Array] = {}
     buffers = set(checkpoint.buffers)
     for name in checkpoint.names:

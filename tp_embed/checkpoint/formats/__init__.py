@@ -1,4 +1,4 @@
-"""The formats that checkpoints are read from and written to, each a module of this package."""
+"""Checkpoint formats, one module each, that can be read and written."""
 
 from __future__ import annotations
 
@@ -13,45 +13,44 @@ from ..errors import CheckpointError
 
 
 class Format(Protocol):
-    """What the module of a format has."""
+    """The interface of a format's module."""
 
     NAME: str
-    # Whether a checkpoint is one file, and not a directory.
+    # A checkpoint is one file, not a directory.
     IS_FILE: bool
-    # Whether there are files for each tensor-parallel rank.
+    # Has files for each tensor-parallel rank.
     HAS_RANKS: bool
-    # Whether it holds the state of an optimizer.
+    # Holds optimizer state.
     HAS_OPTIMIZER: bool
-    # Whether it holds what else there is of a training run, as the state of a schedule.
+    # Holds other state of a training run, such as a learning-rate schedule.
     HAS_EXTRA: bool
-    # The state by which it holds Parameters: `WEIGHT`, or `MASTER` if it has them in fp32 only.
+    # The main state of a Parameter: `WEIGHT`, or `MASTER` if the format stores only fp32.
     MAIN: str
 
     def recognises(self, path: Path) -> bool:
-        """Whether ``path`` looks like a checkpoint of this format. Reads no more than names."""
+        """Returns whether ``path`` looks like a checkpoint of this format, by file names only."""
         ...
 
     def read(self, path: Path, options: ReadOptions) -> Checkpoint:
-        """What is in ``path``. All metadata is checked; of the tensors it says where they are.
+        """Reads the checkpoint at ``path``. Checks all metadata; tensors stay in their files.
 
-        :raises CheckpointError: it is damaged, incomplete, or of something else.
+        :raises CheckpointError: ``path`` is damaged, incomplete, or in another format.
         """
         ...
 
     def lay_out(self, checkpoint: Checkpoint, target: Target, path: Path) -> Output:
-        """Writes all files of ``path``, a new name in a directory that is there, with space for the
-        tensors of ``checkpoint``. A file that is there already has been laid out before, by a run
-        that was killed, and is kept.
+        """Creates all files at ``path``, with space for the tensors of ``checkpoint``. The parent
+        directory must exist. Keeps existing files: a killed run has laid them out.
 
-        :raises CheckpointError: it cannot be written in this format.
+        :raises CheckpointError: this format cannot hold ``checkpoint``.
         """
         ...
 
 
 def get(name: str) -> Format:
-    """The format of a name.
+    """Returns the format called ``name``.
 
-    :raises CheckpointError: there is none.
+    :raises CheckpointError: no format has this name.
     """
     if name not in FORMATS:
         raise CheckpointError(f"The format must be one of {list(FORMATS)}, but is `{name}`.")
@@ -59,9 +58,9 @@ def get(name: str) -> Format:
 
 
 def read(path: Path, options: ReadOptions, name: str | None = None) -> Checkpoint:
-    """What is in ``path``, in the format ``name``, or in the one that it is recognised by.
+    """Reads the checkpoint at ``path``, in the format ``name`` or else the detected one.
 
-    :raises CheckpointError: it is not there, in no known format, damaged, or incomplete.
+    :raises CheckpointError: ``path`` does not exist, is in no known format, damaged, or incomplete.
     """
     if not path.exists():
         raise CheckpointError(f"There must be a checkpoint at `{path}`, but there is nothing.")
@@ -72,10 +71,10 @@ def read(path: Path, options: ReadOptions, name: str | None = None) -> Checkpoin
         raise
     except OSError as e:
         raise CheckpointError(f"`{path}` cannot be read: {e}.") from e
-    except Exception as e:  # What is damaged can have anything in any place.
+    except Exception as e:  # A damaged checkpoint can raise anything.
         raise CheckpointError(
             f"`{path}` must be a checkpoint in the format {found.NAME}, but cannot be read as one: "
-            f"{type(e).__name__}: {e}. It is damaged, or of a version that is not known here."
+            f"{type(e).__name__}: {e}. It is damaged, or of an unknown version."
         ) from e
     checkpoint = _without_odd_states(checkpoint)
     _check(checkpoint)
@@ -83,8 +82,8 @@ def read(path: Path, options: ReadOptions, name: str | None = None) -> Checkpoin
 
 
 def _without_odd_states(checkpoint: Checkpoint) -> Checkpoint:
-    """Leaves out what an optimizer has that is not of the shape of its Parameter, as factors of
-    moments: nobody could say how to cut it."""
+    """Drops optimizer states whose shape differs from their Parameter's, such as factored moments:
+    how to cut them is unknown."""
     known = (WEIGHT, MASTER, *MOMENTS)
     shapes = {
         key.name: array.shape
@@ -100,14 +99,14 @@ def _without_odd_states(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     tensors = {key: array for key, array in checkpoint.tensors.items() if key not in set(odd)}
     note = (
-        f"{len(odd)} states of the optimizer, as {odd[0]}, were left out: their shapes are not "
-        "those of their Parameters"
+        f"{len(odd)} states of the optimizer, such as {odd[0]}, were left out: their shapes differ "
+        "from their Parameters'"
     )
     return replace(checkpoint, tensors=tensors, notes=(*checkpoint.notes, note))
 
 
 def _check(checkpoint: Checkpoint) -> None:
-    """What holds in every format."""
+    """Checks what must hold in every format."""
     path, tensors = checkpoint.path, checkpoint.tensors
     if not tensors:
         raise CheckpointError(f"`{path}` must hold tensors, but holds none.")
@@ -120,8 +119,8 @@ def _check(checkpoint: Checkpoint) -> None:
         main = tensors.get(Key(key.name), tensors.get(Key(key.name, MASTER)))
         if main is None:
             raise CheckpointError(
-                f"What the optimizer in `{path}` has must be of Parameters of the model, but it "
-                f"has `{key}`."
+                f"The optimizer states in `{path}` must belong to Parameters of the model, but "
+                f"`{key}` does not."
             )
         if array.shape != main.shape:
             raise CheckpointError(
@@ -131,8 +130,8 @@ def _check(checkpoint: Checkpoint) -> None:
     for alias, name in checkpoint.ties.items():
         if Key(name) not in tensors and Key(name, MASTER) not in tensors:
             raise CheckpointError(
-                f"`{alias}` in `{path}` must be another name of a Parameter, but is one of "
-                f"`{name}`, which is not there."
+                f"`{alias}` in `{path}` must be another name of a Parameter, but is tied to "
+                f"`{name}`, which is missing."
             )
 
 
@@ -142,5 +141,5 @@ def _recognise(path: Path) -> Format:
             return found
     raise CheckpointError(
         f"`{path}` must be a checkpoint in one of the formats {list(FORMATS)}, but is not "
-        "recognised as any. Say which with `--from`, or give the file or directory itself."
+        "recognised as any. Name one with `--from`, or pass the file or directory itself."
     )

@@ -1,18 +1,18 @@
-"""Checkpoints of fairseq2: a file of each pipeline, tensor and (sharded) data parallel rank, as
-``StandardCheckpointManager`` of ``fairseq2/checkpoint/manager.py`` writes them::
+"""Reads and writes fairseq2 checkpoints: one file per pipeline, tensor and (sharded) data parallel
+rank, as ``StandardCheckpointManager`` of ``fairseq2/checkpoint/manager.py`` writes them::
 
     step_100/model/pp_00/tp_00/sdp_00.pt  # {"decoder_frontend.embed.weight": tensor, ...}
 
-They are put together as ``fairseq2/model_checkpoint/native.py`` and ``common.py`` do it: data
-parallel shards are those of FSDP, along dimension 0, and may be empty or missing at the end;
-pipeline stages have different names. In which dimension the tensor parallel shards are cut is only
-known by the modules (``Sharded.get_shard_dims()``): dimension 0 for ``VocabShardedEmbedding`` and
-``ColumnShardedLinear``, 1 for ``ShardedEmbedding`` and the weights of ``RowShardedLinear``. All of
-them need shards of one size.
+They are joined as in ``fairseq2/model_checkpoint/native.py`` and ``common.py``. Data parallel
+shards come from FSDP: they are cut along dimension 0, and may be empty or missing at the end.
+Pipeline stages have different names. Only the modules know how tensor parallel shards are cut
+(``Sharded.get_shard_dims()``): along dimension 0 in ``VocabShardedEmbedding`` and
+``ColumnShardedLinear``, 1 in ``ShardedEmbedding`` and the weights of ``RowShardedLinear``, always
+into shards of one size.
 
-We write one data parallel shard. It is loaded as a model with the ``checkpoint`` of its asset card
-set to the directory with ``pp_00``. The state of the optimizer is by index, in other files
-(``optimizer/``), and left out.
+We write one data parallel shard. To load it as a model, set the ``checkpoint`` of its asset card to
+the directory with ``pp_00``. Optimizer state, which is indexed by number in other files
+(``optimizer/``), is left out.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _PLACE = re.compile(r"pp_(\d{1,9})/tp_(\d{1,9})/sdp_(\d{1,9})\.pt", re.ASCII)
 
 
 def recognises(path: Path) -> bool:
-    """Returns whether ``path`` has the directory of a first rank, ``pp_00/tp_00``."""
+    """Returns whether ``path`` has a directory ``pp_00/tp_00``."""
     if not path.is_dir():
         return False
     return any(any(path.glob(f"{inner}pp_00/tp_00")) for inner in ("", "model/", "step_*/model/"))
@@ -89,7 +89,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
 
 
 def _model_directory(path: Path, tag: str | None) -> tuple[Path, int | None]:
-    """The directory with ``pp_00``, and the step that it is of."""
+    """Returns the directory with ``pp_00``, and its step."""
     if not path.is_dir():
         raise CheckpointError(f"`{path}` must be a directory of fairseq2, but is a file.")
     steps = {}
@@ -113,9 +113,9 @@ def _model_directory(path: Path, tag: str | None) -> tuple[Path, int | None]:
 
 
 def _find_files(directory: Path) -> list[list[list[Path]]]:
-    """The files by pipeline, tensor and data parallel rank.
+    """Returns the files by pipeline, tensor and data parallel rank.
 
-    :raises CheckpointError: some are missing.
+    :raises CheckpointError: files are missing.
     """
     places = {}
     for file in directory.glob("pp_*/tp_*/sdp_*.pt"):
@@ -136,7 +136,7 @@ def _find_files(directory: Path) -> list[list[list[Path]]]:
 def _join_data_parallel(
     paths: list[Path], allow_unsafe: bool
 ) -> tuple[dict[str, Array], dict[str, str]]:
-    """What a tensor parallel rank holds, and the other names of some."""
+    """Joins the data parallel shards of one tensor parallel rank. Returns arrays and ties."""
     held = []
     ties: dict[str, str] = {}
     for path in paths:
@@ -152,7 +152,7 @@ def _join_data_parallel(
         tensors, aliases = state_dict_arrays(file, root)
         if path == paths[0]:
             ties = aliases
-        # Empty shards are no ties, even of what is tied in the first file.
+        # Empty shards look untied, even if they are tied in the first file.
         held.append({key.name: array for key, array in tensors.items() if key.name not in ties})
     for path, arrays in zip(paths, held, strict=True):
         if odd := sorted(arrays.keys() - held[0].keys()):
@@ -164,7 +164,7 @@ def _join_data_parallel(
 
 
 def _stacked(name: str, held: list[dict[str, Array]], paths: list[Path]) -> Array:
-    """The shards of FSDP, one after the other."""
+    """Concatenates the shards of FSDP."""
     shards = [arrays[name] for arrays in held if name in arrays]
     if any(name in arrays for arrays in held[len(shards) :]):
         raise CheckpointError(

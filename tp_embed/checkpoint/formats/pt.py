@@ -1,12 +1,11 @@
-"""One file of ``torch.save()``.
+"""Reads and writes a single ``torch.save()`` file.
 
-A file holds a state dict, or a dict with one as ``model``, as training scripts write it::
+It holds a state dict, or a dict with one under ``model``, as training scripts write it::
 
     {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
 
-The state of the optimizer is by index, as torch has it. So the names of its Parameters must be in
-its param groups, as ``param_names``: torch writes them there for an optimizer that is made with
-``model.named_parameters()``. We write this form.
+torch indexes optimizer state by number, so the param groups must have the names as ``param_names``:
+torch writes them for optimizers made from ``model.named_parameters()``. We write this form.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ HAS_OPTIMIZER = True
 HAS_EXTRA = False
 MAIN = WEIGHT
 
-# The keys of training scripts, here and in other formats that are nested dicts.
+# Keys that training scripts use, here and in other formats of nested dicts.
 MODEL_KEYS = ("model", "module", "state_dict", "model_state_dict")
 OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim")
 STEP_KEYS = ("step", "global_step", "iteration")
@@ -40,12 +39,12 @@ BUFFERS = "buffer_names"
 
 
 def recognises(path: Path) -> bool:
-    """Returns whether ``path`` is a file with an ending of ``torch.save()``."""
+    """Returns whether ``path`` is a file with a usual suffix of ``torch.save()``."""
     return path.is_file() and path.suffix in (".pt", ".pth", ".bin", ".ckpt")
 
 
 def read(path: Path, options: ReadOptions) -> Checkpoint:
-    """Reads a state dict, or a dict that holds one beside an optimizer.
+    """Reads a state dict, or a dict that holds one next to an optimizer.
 
     :raises CheckpointError: the file holds no dict.
     """
@@ -54,7 +53,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     if not isinstance(root, Mapping):
         raise CheckpointError(f"`{path}` must hold a dict, but holds a {type(root).__name__}.")
     model_key = next((key for key in MODEL_KEYS if _has_tensors(root.get(key))), None)
-    # What is beside the model, if it is not all that there is.
+    # Entries next to the model, if the model is nested.
     beside = {} if model_key is None else {key: root[key] for key in root if key != model_key}
     model = root if model_key is None else root[model_key]
     tensors, ties = state_dict_arrays(file, model)
@@ -97,8 +96,8 @@ def _has_tensors(value: Any) -> bool:
 def state_dict_arrays(
     file: TorchFile, model: Mapping[str, Any]
 ) -> tuple[dict[Key, Array], dict[str, str]]:
-    """The tensors of a state dict in ``file``; those that are one are under the first name, and
-    the other names are ties."""
+    """Returns the tensors of a state dict in ``file`` and the ties: tensors that share all elements
+    are listed under their first name."""
     tensors: dict[Key, Array] = {}
     ties: dict[str, str] = {}
     places: dict[Hashable, str] = {}
@@ -115,8 +114,8 @@ def state_dict_arrays(
 def read_optimizer(
     file: TorchFile, saved: Mapping[str, Any], options: ReadOptions, path: Path
 ) -> tuple[dict[Key, Array], Optimizer, list[str]]:
-    """The tensors and the rest of the state dict of an optimizer of torch in ``file``, and notes of
-    what was left out."""
+    """Returns the tensors and the rest of a torch optimizer's state dict in ``file``, and notes
+    about dropped entries."""
     groups = saved["param_groups"]
     indices = list(chain.from_iterable(group["params"] for group in groups))
     names = options.optimizer_names or tuple(
@@ -135,8 +134,8 @@ def read_optimizer(
         for key, value in state.items():
             if key == WEIGHT:
                 raise CheckpointError(
-                    f"The optimizer in `{path}` must not have a state with the name `{key}`, which "
-                    "is that of the Parameter itself. Save it under another name."
+                    f"The optimizer in `{path}` must not have a state called `{key}`, which names "
+                    "the Parameter itself. Save it under another name."
                 )
             if key == "step":
                 steps[by_index[index]] = file.number("A `step`", value)
@@ -154,7 +153,7 @@ def read_optimizer(
 
 
 def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
-    """Lays out one file with a dict of the model, the optimizer, and what is beside them."""
+    """Lays out one file with a dict of the model, the optimizer, the step and buffer names."""
     held = {key: placeholder(array.shape, array.dtype) for key, array in checkpoint.tensors.items()}
     model = {key.name: tensor for key, tensor in held.items() if key.state == WEIGHT}
     model |= {alias: model[name] for alias, name in checkpoint.ties.items()}
@@ -174,7 +173,7 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
 
 
 def _optimizer_root(optimizer: Optimizer, held: Mapping[Key, Tensor]) -> dict[str, Any]:
-    """The state dict of torch's optimizer."""
+    """Builds a state dict for torch's optimizer."""
     states: dict[str, dict[str, Any]] = {}
     for key, tensor in held.items():
         if key.state != WEIGHT:
@@ -195,7 +194,7 @@ def _optimizer_root(optimizer: Optimizer, held: Mapping[Key, Tensor]) -> dict[st
 
 
 def _by_name(saved: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
-    """The state of each Parameter in what :func:`_optimizer_root` has made."""
+    """Maps names of Parameters to their states in the output of :func:`_optimizer_root`."""
     if saved is None:
         return {}
     return {

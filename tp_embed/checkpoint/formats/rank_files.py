@@ -1,5 +1,4 @@
-"""What formats share that have a file of each tensor-parallel rank: putting together what the ranks
-hold, and the other way round."""
+"""Joins and splits tensors for formats with one file per tensor-parallel rank."""
 
 from __future__ import annotations
 
@@ -14,31 +13,30 @@ from ..errors import CheckpointError
 from ..files.arrays import Array, Index
 from ..files.torch_file import TorchFile, placeholder
 
-# What each rank holds under a name, in the order of the ranks.
+# Maps names to each rank's array, in the order of the ranks.
 Shards = Mapping[str, Sequence[Array]]
 
 
 def transpose(
     ranks: Sequence[Mapping[str, Array]], files: Sequence[Path]
 ) -> dict[str, list[Array]]:
-    """What each of ``ranks`` holds, by name.
+    """Turns a mapping per rank into one mapping from names to each rank's array.
 
-    :raises CheckpointError: they hold different names, or one of another dtype or number of
-        dimensions.
+    :raises CheckpointError: ranks differ in names, or in dtypes or numbers of dimensions.
     """
     for rank, file in zip(ranks, files, strict=True):
         if rank.keys() != ranks[0].keys():
             odd = sorted(rank.keys() ^ ranks[0].keys())
             raise CheckpointError(
                 f"`{file}` must hold the same names as `{files[0]}`, but {len(odd)} are in one of "
-                f"them only, as `{odd[0]}`. All files must be of one checkpoint."
+                f"them only, such as `{odd[0]}`. All files must be from one checkpoint."
             )
     shards = {name: [rank[name] for rank in ranks] for name in ranks[0]}
     for name, arrays in shards.items():
         if len({(array.dtype, len(array.shape)) for array in arrays}) > 1:
             raise CheckpointError(
                 f"`{name}` must be of one dtype and number of dimensions on every rank, but is "
-                f"{arrays}. All files must be of one checkpoint."
+                f"{arrays}. All files must be from one checkpoint."
             )
     return shards
 
@@ -46,10 +44,10 @@ def transpose(
 def join_ranks(
     shards: Shards, options: ReadOptions, known: Mapping[str, Cut | None]
 ) -> tuple[dict[Key, Array], dict[str, Cut | None]]:
-    """The whole tensors of what ranks hold, and how they are cut.
+    """Joins the ranks' shards to whole tensors. Returns them and their cuts.
 
-    :param known: how, by what the checkpoint says.
-    :raises CheckpointError: it is not known, or their shapes are other than they must be.
+    :param known: the cuts that the checkpoint records.
+    :raises CheckpointError: a cut is unknown, or does not fit the shapes.
     """
     cuts: dict[str, Cut | None] = {}
     unknown = []
@@ -77,7 +75,10 @@ def join_ranks(
 
 
 def check_even(name: str, cut: Cut, library: str) -> None:
-    """:raises CheckpointError: the shards of ``name`` would differ in size."""
+    """Checks that all shards of ``name`` have the same size.
+
+    :raises CheckpointError: they differ.
+    """
     if any(block % cut.num_shards for block in cut.blocks):
         raise CheckpointError(
             f"`{name}` must be cut into shards of one size for {library}, but dimension {cut.dim} "
@@ -89,10 +90,10 @@ def check_even(name: str, cut: Cut, library: str) -> None:
 def shard_placeholders(
     checkpoint: Checkpoint, target: Target, shapes: Mapping[str, Index]
 ) -> list[dict[str, Tensor]]:
-    """What to lay out in the file of each rank: the shards of weights and buffers, and the same
-    under their other names.
+    """Returns placeholders for the file of each rank: the shards of weights and buffers, and the
+    same under their tied names.
 
-    :param shapes: those of the shards that are not as their cut says.
+    :param shapes: shapes of shards that differ from their cut.
     """
     ranks = []
     for rank in range(target.tp_size):
@@ -108,7 +109,7 @@ def shard_placeholders(
 def written_shards(
     files: Iterable[TorchFile], models: Iterable[Mapping[str, Tensor]], checkpoint: Checkpoint
 ) -> dict[str, list[Array]]:
-    """Where to write the shards of each rank, by name."""
+    """Maps names to the arrays of each rank's shard, for writing."""
     pairs = list(zip(files, models, strict=True))
     return {
         key.name: [file.array(model[key.name]) for file, model in pairs]

@@ -1,8 +1,8 @@
-"""A directory of ``torch.distributed.checkpoint`` (DCP).
+"""Reads and writes directories of ``torch.distributed.checkpoint`` (DCP).
 
-It holds a flattened dict of dicts, as training scripts save it. We read a state dict, or a dict
-with one as ``model``, with an optimizer as ``optimizer`` or ``optim`` in the form of
-``torch.distributed.checkpoint.state_dict.get_state_dict()``, flattened (as by torchtitan) or not.
+They hold a flattened dict of dicts, as training scripts save it. We read a state dict, or a dict
+with one under ``model``, and an optimizer under ``optimizer`` or ``optim`` in the form of
+``torch.distributed.checkpoint.state_dict.get_state_dict()``, flattened (as torchtitan does) or not.
 We write::
 
     {
@@ -12,13 +12,13 @@ We write::
         "buffer_names": [...],
     }
 
-with both from ``get_state_dict()``, so that plain torch loads it in any number of processes. The
-fp32 copy of a 16-bit weight is the state ``fp32`` of the optimizer; torch leaves it. Torch refuses
-to load what is not in the checkpoint, such as a hyperparameter that another library's optimizer
-does not have, unless the planner is ``DefaultLoadPlanner(allow_partial_load=True)``.
+both as ``get_state_dict()`` returns them, so that plain torch loads them in any number of
+processes. The fp32 copy of a 16-bit weight is the optimizer state ``fp32``, which torch ignores.
+Torch refuses to load entries that the checkpoint lacks, such as a hyperparameter that another
+library's optimizer does not have, unless the planner is
+``DefaultLoadPlanner(allow_partial_load=True)``.
 
-Names that are tied have one place in the files. Torch writes them twice, so in what it has written
-they are not tied.
+We store tied names once. Torch stores them twice, so they are not tied in torch's own checkpoints.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ HAS_RANKS = False
 HAS_OPTIMIZER = True
 HAS_EXTRA = False
 MAIN = WEIGHT
-# More is no hyperparameter.
+# Larger tensors are no hyperparameters.
 _MAX_VALUE = 1024
 
 # Nested dicts, and lists by index, of items.
@@ -58,15 +58,15 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, options: ReadOptions) -> Checkpoint:
-    """Reads what ``.metadata`` says of the tensors, and no tensor.
+    """Reads ``.metadata``. Tensors stay in their files.
 
     :raises CheckpointError: ``.metadata`` is missing: saving was not finished.
     """
     found = path / metadata.NAME
     if not found.is_file():
         raise CheckpointError(
-            f"`{path}` must hold `{metadata.NAME}`, but does not. It was not saved to its end, "
-            "or each rank has its own, which cannot be read: save it with the ranks together."
+            f"`{path}` must hold `{metadata.NAME}`, but does not. Saving was not finished, or "
+            "each rank has its own, which cannot be read: save it with all ranks together."
         )
     items, nesting = metadata.read(found, allow_unsafe=options.allow_unsafe_pickle)
     return _Reader(path, options).checkpoint(_tree(path, items, nesting), found)
@@ -105,8 +105,8 @@ class _Reader:
         )
 
     def _model(self, root: Tree) -> tuple[Tree, Tree]:
-        """The dict that holds the model and the optimizer, and the model."""
-        # The whole may be in one object, as `{"app": {"model": ...}}` of torch's tutorial.
+        """Returns the dict that holds model and optimizer, and the model."""
+        # All may be nested in one object, like `{"app": {"model": ...}}` in torch's tutorial.
         for outer in (root, *(each for each in root.values() if isinstance(each, dict))):
             for key in MODEL_KEYS:
                 if isinstance(outer.get(key), dict):
@@ -119,7 +119,7 @@ class _Reader:
                         self._notes.append(f"{left} was left out")
                     return outer, outer[key]
         if any(str(name).startswith("param_groups.") for name in root):
-            # The flattened optimizer is beside the flattened model.
+            # The flattened optimizer is mixed with the flattened model.
             own = {
                 name: item
                 for name, item in root.items()
@@ -127,7 +127,7 @@ class _Reader:
             }
             root = {name: item for name, item in root.items() if name not in own}
             root["optimizer"] = own
-        # The model is what is not in dicts.
+        # The model consists of all items outside dicts.
         model = {name: item for name, item in root.items() if not isinstance(item, dict)}
         if not any(isinstance(item, TensorItem) for item in model.values()):
             raise CheckpointError(
@@ -173,8 +173,8 @@ class _Reader:
         unknown = sorted({*names.values()} - {*shapes}) + sorted(map(str, {*state} - {*names}))
         if unknown or len({*names.values()}) != len(names):
             raise CheckpointError(
-                f"The optimizer in `{self._path}` must be of the Parameters of the model, each "
-                f"once, but is of {unknown[:5] or [*names.values()][:5]}."
+                f"The optimizer in `{self._path}` must have Parameters of the model, each once, "
+                f"but has {unknown[:5] or [*names.values()][:5]}."
             )
         tensors: dict[Key, Array] = {}
         steps: dict[str, float] = {}
@@ -185,7 +185,7 @@ class _Reader:
                     steps[name] = self._number(f"the step of {name}", item)
                 elif not isinstance(item, TensorItem) or item.shape != shapes[name]:
                     self._notes.append(
-                        f"`{what}` of `{name}` in the optimizer has not its shape and was left out"
+                        f"`{what}` of `{name}` in the optimizer has another shape and was left out"
                     )
                 elif what == WEIGHT:
                     raise self._damaged(name, "states of an optimizer", what)
@@ -202,16 +202,16 @@ class _Reader:
         return tensors, Optimizer(named, steps)
 
     def _filled(self, node: Any, what: str) -> Tree:
-        """A dict of the optimizer's state; an empty one is not flattened, but a value."""
+        """Returns a dict of the optimizer's state. DCP stores empty dicts as values."""
         if isinstance(node, BytesItem):
             node = self._value(node) or {}
         if node is None or isinstance(node, dict):
             return {str(key): value for key, value in (node or {}).items()}
-        raise self._damaged(what, "a dict of what the optimizer holds", node)
+        raise self._damaged(what, "a dict of optimizer states", node)
 
     def _unflattened(self, saved: Tree) -> tuple[Tree, list[dict[str, Any]]]:
-        """State and groups of what ``flatten_optimizer_state_dict`` has made: Parameters with the
-        same hyperparameters are one group."""
+        """Undoes ``flatten_optimizer_state_dict``. Returns state and groups: Parameters with the
+        same hyperparameters form one group."""
         state: Tree = {}
         hyper: dict[str, dict[str, Any]] = {}
         for key, item in saved.items():
@@ -232,7 +232,7 @@ class _Reader:
         return state, groups
 
     def _param_names(self, groups: Any) -> dict[str, str]:
-        """The names of what the param groups list: names, or indices."""
+        """Maps the members of param groups, names or indices, to names."""
         if not isinstance(groups, list) or not all(
             isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
         ):
@@ -240,7 +240,7 @@ class _Reader:
         params = list(chain.from_iterable(group["params"] for group in groups))
         if _are_names(params):
             return {param: param for param in params}
-        # As of `model.named_parameters()`.
+        # From an optimizer made with `model.named_parameters()`.
         own = [group.get("param_names", []) for group in groups]
         found = tuple(chain.from_iterable(own)) if all(map(_are_names, own)) else ()
         names = self._options.optimizer_names or found
@@ -253,7 +253,7 @@ class _Reader:
         return dict(zip(map(str, params), names, strict=True))
 
     def _step(self, root: Tree) -> int | None:
-        inner = root.get("train_state")  # of torchtitan
+        inner = root.get("train_state")  # torchtitan's
         for own in (root, inner if isinstance(inner, dict) else {}):
             for key in STEP_KEYS:
                 if key in own and not isinstance(own[key], dict):
@@ -267,7 +267,7 @@ class _Reader:
         return float(value)
 
     def _value(self, node: Any) -> Any:
-        """A part of the tree with its values. Tensors of one element are numbers."""
+        """Loads the values of a part of the tree. One-element tensors become numbers."""
         if isinstance(node, dict):
             if node and all(isinstance(key, int) for key in node):
                 return [self._value(node[index]) for index in sorted(node)]
@@ -289,9 +289,9 @@ class _Reader:
 
 
 def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
-    """Lays out one file of tensors and values; ``.metadata`` is written last."""
+    """Lays out files with tensors and values, and then ``.metadata``."""
     found = path / metadata.NAME
-    if not found.exists():  # It is written last.
+    if not found.exists():  # Else an earlier run has laid out everything.
         with Layout(path) as layout:
             items = {
                 keys: layout.space(value.shape, value.dtype)
@@ -309,7 +309,7 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
 
 
 def _content(checkpoint: Checkpoint) -> dict[Keys, Any]:
-    """What to write, by the keys that lead to it: arrays as space, and values."""
+    """Maps paths to what to write: arrays, which get space, and values."""
     content: dict[Keys, Any] = {
         ("model", key.name): array
         for key, array in checkpoint.tensors.items()
@@ -326,7 +326,7 @@ def _content(checkpoint: Checkpoint) -> dict[Keys, Any]:
     for name, step in checkpoint.optimizer.steps.items():
         content["optimizer", "state", name, "step"] = torch.tensor(step, dtype=torch.float32)
     for index, group in enumerate(checkpoint.optimizer.groups):
-        # An optimizer that is made with `model.named_parameters()` asks for `param_names`.
+        # Optimizers made with `model.named_parameters()` expect `param_names`.
         for what, value in {**group, "param_names": group["params"]}.items():
             content["optimizer", "param_groups", index, what] = value
     return content
@@ -343,15 +343,15 @@ def _tree(path: Path, items: Mapping[str, Item], nesting: Mapping[str, Keys]) ->
                 break
         if not isinstance(node, dict) or last in node:
             raise CheckpointError(
-                f"`{path}` must have one item at each place, but `{name}` is at the place of "
-                "another. It is damaged: copy it again."
+                f"`{path}` must have one item at each path, but `{name}` collides with another. It "
+                "is damaged: copy it again."
             )
         node[last] = item
     return root
 
 
 def _leaves(tree: Tree) -> Iterator[tuple[str, Item]]:
-    """The items with their names, as modules in modules have them."""
+    """Yields the items with dotted names, like nested modules."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from ((f"{key}.{name}", item) for name, item in _leaves(value))

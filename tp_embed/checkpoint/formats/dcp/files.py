@@ -1,7 +1,7 @@
-"""The files ``*.distcp`` of ``torch.distributed.checkpoint``: many small files of ``torch.save()``,
-one after the other, each with a chunk of a tensor or with some other value.
+"""Reads and lays out the files ``*.distcp`` of ``torch.distributed.checkpoint``: concatenated
+``torch.save()`` files, each with a chunk of a tensor or another value.
 
-See ``FileSystemWriter`` and ``FileSystemReader`` of torch.
+See ``FileSystemWriter`` and ``FileSystemReader`` in torch.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from ...files.torch_file import TorchFile, placeholder
 from . import metadata
 from .metadata import BytesItem, Chunk, Place, TensorItem
 
-# A chunk is what torch loads at a time.
+# Torch loads one chunk at a time.
 _CHUNK_BYTES = 512 * 2**20
 _FILE_BYTES = 4 * 2**30
-# What comes before the values of a tensor is shorter.
+# The bytes before a tensor's values are fewer.
 _HEAD_BYTES = 4096
-# Of lists of names there are some MB.
+# Lists of names have a few MB.
 _VALUE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class _Form:
-    """How a chunk is stored: ``head`` is all that comes before its ``size`` values."""
+    """How a chunk is stored: ``head`` comes before its ``size`` values."""
 
     head: bytes
     size: int
@@ -50,9 +50,9 @@ class _Form:
 
 
 class Files:
-    """The files of a directory, to read from.
+    """The files of a directory, for reading.
 
-    :param allow_unsafe: run the code that values ask for.
+    :param allow_unsafe: run the code in pickled values.
     """
 
     def __init__(self, directory: Path, *, allow_unsafe: bool = False) -> None:
@@ -64,13 +64,13 @@ class Files:
 
     @property
     def used(self) -> tuple[Path, ...]:
-        """Those that something was found in."""
+        """The files read so far."""
         return tuple(path for path, _ in self._sizes.values())
 
     def tensor(self, name: str, item: TensorItem) -> Array:
-        """Where the tensor ``name`` is.
+        """Returns the tensor ``name``, assembled from its chunks.
 
-        :raises CheckpointError: a chunk is not there, or of another shape, or there are gaps.
+        :raises CheckpointError: a chunk is missing or has another shape, or chunks leave gaps.
         """
         tiles = []
         for chunk in item.chunks:
@@ -95,9 +95,9 @@ class Files:
         return tiles[0].array if len(tiles) == 1 else joined
 
     def value(self, item: BytesItem) -> Any:
-        """A value that is no tensor. Tensors in it are loaded.
+        """Loads a value that is no tensor, with the tensors in it.
 
-        :raises UnsafeCheckpointError: it asks for classes.
+        :raises UnsafeCheckpointError: unpickling it would import classes.
         """
         path = self._check(item.place)
         if item.place.length > _VALUE_BYTES:
@@ -116,8 +116,8 @@ class Files:
         return self._values[data]
 
     def _chunk(self, place: Place) -> Array:
-        """The tensor at ``place``. To parse what comes before its values takes long, and is the
-        same for all of one shape."""
+        """Returns the tensor at ``place``. Caches the parsed bytes before its values: parsing is
+        slow, and they are equal for all chunks of one shape."""
         path = self._check(place)
         head = _read(path, place.offset, min(place.length, _HEAD_BYTES))
         for form in self._forms.setdefault(place.length, []):
@@ -146,7 +146,7 @@ class Files:
         return array
 
     def _check(self, place: Place) -> Path:
-        """The file of ``place``, if it is long enough."""
+        """Returns the file of ``place``. Checks its length."""
         if place.file not in self._sizes:
             named_by = self._directory / metadata.NAME
             path = inside(self._directory, place.file, named_by)
@@ -161,12 +161,12 @@ class Files:
 
 
 class Layout:
-    """New files in a directory, with space for chunks of tensors. To be closed with ``with``."""
+    """New files in a directory, with space for chunks of tensors. A context manager."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._count = 0
-        self._end = _FILE_BYTES  # So that the first begins.
+        self._end = _FILE_BYTES  # The first write opens a file.
         self._file: io.BufferedWriter | None = None
         self._archive = directory / "archive.layout"
         self._ends: dict[tuple[Index, torch.dtype], tuple[bytes, bytes]] = {}
@@ -180,7 +180,7 @@ class Layout:
         self._archive.unlink(missing_ok=True)
 
     def space(self, shape: Index, dtype: torch.dtype) -> TensorItem:
-        """Space for a tensor, in chunks of rows."""
+        """Reserves space for a tensor, in chunks of rows."""
         return TensorItem(
             dtype,
             shape,
@@ -188,7 +188,7 @@ class Layout:
         )
 
     def tensor(self, tensor: Tensor) -> TensorItem:
-        """A small tensor with its values."""
+        """Writes a small tensor."""
         chunk = Chunk((0,) * tensor.dim(), tuple(tensor.shape), self.value(tensor).place)
         return TensorItem(tensor.dtype, tuple(tensor.shape), (chunk,))
 
@@ -218,7 +218,7 @@ class Layout:
         if self._end >= _FILE_BYTES or self._file is None:
             if self._file is not None:
                 self._file.close()
-            # As torch names those of rank 0.
+            # Torch's names for files of rank 0.
             self._file = (self._directory / f"__0_{self._count}.distcp").open("wb")
             self._count, self._end = self._count + 1, 0
         self._file.seek(self._end)
@@ -230,7 +230,7 @@ class Layout:
 
 
 def _rows(shape: Index, dtype: torch.dtype) -> Iterator[tuple[Index, Index]]:
-    """The first index and the shape of each chunk of a tensor."""
+    """Yields the first index and the shape of each chunk of a tensor."""
     if not shape or not prod(shape):
         yield (0,) * len(shape), shape
         return
@@ -241,7 +241,7 @@ def _rows(shape: Index, dtype: torch.dtype) -> Iterator[tuple[Index, Index]]:
 
 
 def _loaded(file: TorchFile, value: Any) -> Any:
-    """``value``, a part of what is in ``file``, with its tensors loaded."""
+    """Loads the tensors in ``value``, a part of ``file``."""
     if isinstance(value, Tensor):
         return file.value(value)
     if type(value) in (list, tuple):

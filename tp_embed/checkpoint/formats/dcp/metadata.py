@@ -1,7 +1,8 @@
-"""The file ``.metadata`` of ``torch.distributed.checkpoint``: what is in which file.
+"""Reads and writes the file ``.metadata`` of ``torch.distributed.checkpoint``, the index of its
+files.
 
-It is a pickle of ``torch.distributed.checkpoint.metadata.Metadata``. Only torch's dataclasses that
-belong in it are unpickled.
+It is a pickle of ``torch.distributed.checkpoint.metadata.Metadata``. Unpickles only the torch
+dataclasses that belong in it.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from ...files.arrays import Index
 
 NAME = ".metadata"
 _MAX_DEPTH = 100
-# The keys that lead to a value in nested dicts and lists.
+# The path to a value in nested dicts and lists.
 Keys = tuple[str | int, ...]
 
 
 class Place(NamedTuple):
-    """Bytes of a file of the directory."""
+    """A byte range in a file of the directory."""
 
     file: str
     offset: int
@@ -36,7 +37,7 @@ class Place(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A box of a tensor, at ``start`` in it."""
+    """A box of ``shape`` at ``start`` in a tensor."""
 
     start: Index
     shape: Index
@@ -54,7 +55,7 @@ class TensorItem:
 
 @dataclass(frozen=True)
 class BytesItem:
-    """Something else, as ``torch.save()`` writes it."""
+    """Another value, written by ``torch.save()``."""
 
     place: Place
 
@@ -63,12 +64,12 @@ Item = TensorItem | BytesItem
 
 
 def read(path: Path, *, allow_unsafe: bool = False) -> tuple[dict[str, Item], dict[str, Keys]]:
-    """The items of a checkpoint by their flat names, and of those that were in nested dicts and
-    lists the keys that lead there.
+    """Returns the items of a checkpoint by flat name, and the paths of items in nested dicts and
+    lists.
 
-    :param allow_unsafe: import the other classes that the file asks for.
-    :raises CheckpointError: it is no such file, or a damaged one.
-    :raises UnsafeCheckpointError: it asks for other classes.
+    :param allow_unsafe: import other classes that the file names.
+    :raises CheckpointError: the file is damaged, or in another format.
+    :raises UnsafeCheckpointError: the file names other classes.
     """
     from torch.distributed.checkpoint.metadata import Metadata  # takes a second
 
@@ -87,7 +88,7 @@ def read(path: Path, *, allow_unsafe: bool = False) -> tuple[dict[str, Item], di
 
 
 def write(path: Path, items: Mapping[str, Item], nesting: Mapping[str, Keys]) -> None:
-    """Writes what :func:`read` reads, at one moment."""
+    """Writes the file that :func:`read` reads, atomically."""
     from torch.distributed.checkpoint import filesystem, metadata  # takes a second
 
     storage_info = dcp_storage_info()
@@ -143,7 +144,7 @@ def _load(path: Path, allow_unsafe: bool) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds what is allowed, and dtypes. Other names that the file asks for are in ``refused``."""
+    """Finds allowed classes and dtypes. Collects all other names in ``refused``."""
 
     def __init__(self, file: io.BytesIO, allow_unsafe: bool) -> None:
         super().__init__(file)
@@ -166,7 +167,7 @@ class _Unpickler(pickle.Unpickler):
         if self._allow_unsafe:
             return super().find_class(module, name)
         self.refused.add(f"{module}.{name}")
-        return self._ignored  # Goes on, to name all that is refused. The result isn't used.
+        return self._ignored  # Continue, to collect all refused names. The result isn't used.
 
 
 class _Ignored:
@@ -180,7 +181,7 @@ class _Ignored:
 
 
 _MODULE = "torch.distributed.checkpoint.metadata"
-# Where torch 2.2 and older have some of them.
+# Some are here in torch 2.2 and older.
 _OLD_MODULE = "torch.distributed._shard.sharded_tensor.metadata"
 _IGNORED = {
     (_MODULE, "StorageMeta"),
@@ -221,8 +222,8 @@ def _stored(path: Path, index: Any, info: Any) -> tuple[tuple[str, Index | None]
     match info:
         case StorageInfo(transform_descriptors=transforms) if transforms:
             raise CheckpointError(
-                f"What `{path}` describes must be stored as it is, but is transformed by "
-                f"{shown(transforms)}. Load it with torch and save it without."
+                f"The items in `{path}` must be stored unchanged, but are transformed by "
+                f"{shown(transforms)}. Load them with torch and save them without."
             )
     match index, info:
         case (
@@ -287,7 +288,7 @@ def _place(
 
 
 def _nesting(path: Path, keys: Any, items: Mapping[str, Item]) -> dict[str, Keys]:
-    if not isinstance(keys, dict):  # A planner that does not flatten has none, or others have more.
+    if not isinstance(keys, dict):  # Planners that do not flatten save none, or something else.
         return {}
     found = {name: keys[name] for name in items if name in keys}
     for name, each in found.items():

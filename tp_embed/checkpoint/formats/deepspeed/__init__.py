@@ -1,9 +1,9 @@
-"""What ``engine.save_checkpoint()`` of DeepSpeed writes, at every ZeRO stage.
+"""Reads and writes the output of DeepSpeed's ``engine.save_checkpoint()``, at every ZeRO stage.
 
-A directory has a directory for each tag, and a file ``latest`` with the name of one. A tag has a
+A checkpoint has a directory for each tag, and a file ``latest`` with the name of one. A tag has a
 file ``mp_rank_<TP>_model_states.pt`` for each tensor-parallel rank (at ZeRO 3
 ``zero_pp_rank_<DP>_mp_rank_<TP>_model_states.pt`` for each rank), and from ZeRO 1 on
-``[bf16_]zero_pp_rank_<DP>_mp_rank_<TP>_optim_states.pt`` for each. See ``DeepSpeedEngine`` in
+``[bf16_]zero_pp_rank_<DP>_mp_rank_<TP>_optim_states.pt`` for each rank. See ``DeepSpeedEngine`` in
 https://github.com/deepspeedai/DeepSpeed/blob/master/deepspeed/runtime/engine.py.
 """
 
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def recognises(path: Path) -> bool:
-    """Returns whether ``path`` is a checkpoint directory of DeepSpeed, or one tag in it."""
+    """Returns whether ``path`` is a checkpoint directory of DeepSpeed, or a tag in one."""
     return path.is_dir() and (
         is_tag(path) or any(is_tag(tag) for tag in sorted(path.iterdir()) if tag.is_dir())
     )

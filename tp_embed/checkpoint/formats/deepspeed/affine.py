@@ -1,8 +1,8 @@
-"""How a Parameter is cut, by an entry of DeepSpeed's affine maps.
+"""Reads and writes entries of DeepSpeed's affine maps, which describe how a Parameter is cut.
 
-An entry has the shapes of the whole and of each rank's shard, and pieces: boxes of both, by an
-offset and strides as of :func:`torch.as_strided`. See ``deepspeed/checkpoint/affine.py`` and
-``affine_ir_spec.md`` beside it.
+An entry has the shapes of the whole and of each rank's shard, and pieces: boxes of both, given by
+an offset and strides as for :func:`torch.as_strided`. See ``deepspeed/checkpoint/affine.py`` and
+``affine_ir_spec.md`` next to it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ...files.arrays import Array, Index, Joined, Tile, contiguous_strides, part
 from ...files.derived import Copies
 from .files import optional
 
-VERSION = 1  # of the maps, the newest that is known
+VERSION = 1  # the newest known version of the maps
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The box of ``shape`` at ``source`` in the whole is at ``dest`` in the shard of ``rank``."""
+    """Puts the box of ``shape`` at ``source`` in the whole to ``dest`` in the shard of ``rank``."""
 
     rank: int
     shape: Index
@@ -36,7 +36,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class AffineMap:
-    """An entry, of boxes of the whole."""
+    """An entry whose pieces are boxes of the whole."""
 
     shape: Index
     shards: tuple[Index, ...]
@@ -44,28 +44,29 @@ class AffineMap:
 
     @staticmethod
     def parse(name: str, entry: Any, tp_size: int, path: Path) -> AffineMap:
-        """:raises CheckpointError: it is no entry, or one for another number of ranks, or of what
-        is no box, or of values that are scaled, which DeepSpeed 0.19 does not write.
+        """Parses an entry.
+
+        :raises CheckpointError: the entry is invalid, for another number of ranks, or has pieces
+            that are no boxes or are scaled, which DeepSpeed 0.19 does not write.
         """
         try:
             found = AffineMap.from_dict(entry)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
             raise CheckpointError(
-                f"The map of `{name}` in `{path}` must say by pieces how it is cut, each a box "
-                f"without a scale, but does not: {type(e).__name__}: {e}. Say how it is cut with "
-                "`--rules`, or copy the file again."
+                f"The map of `{name}` in `{path}` must consist of pieces, each a box without a "
+                f"scale, but does not: {type(e).__name__}: {e}. Say how it is cut with `--rules`, "
+                "or copy the file again."
             ) from e
         if len(found.shards) != tp_size:
             raise CheckpointError(
-                f"The map of `{name}` in `{path}` must be for {tp_size} tensor-parallel ranks, of "
-                f"which there are files, but is for {len(found.shards)}."
+                f"The map of `{name}` in `{path}` must be for {tp_size} tensor-parallel ranks, as "
+                f"the files are, but is for {len(found.shards)}."
             )
         return found
 
     @staticmethod
     def from_dict(entry: Any) -> AffineMap:
-        """What :meth:`to_dict` makes. An entry that is not like that raises any of the errors that
-        :meth:`parse` explains."""
+        """Undoes :meth:`to_dict`. An invalid entry raises any error that :meth:`parse` catches."""
         shape = _index(entry["logical_shape"])
         ranks = {int(rank): value for rank, value in entry["ranks"].items()}
         shards = tuple(_index(ranks[rank]["shard_shape"]) for rank in range(len(ranks)))
@@ -78,7 +79,7 @@ class AffineMap:
 
     @staticmethod
     def of(shape: Sequence[int], cut: Cut | None, tp_size: int) -> AffineMap:
-        """How a tensor of ``shape`` is cut."""
+        """Builds the entry for a tensor of ``shape``."""
         whole = tuple(shape)
         if cut is None:
             origin = (0,) * len(whole)
@@ -97,7 +98,7 @@ class AffineMap:
         return AffineMap(whole, shards, tuple(pieces))
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry, as ``ParamAffineMap.to_dict()`` of DeepSpeed makes it."""
+        """Builds the entry as ``ParamAffineMap.to_dict()`` of DeepSpeed does."""
         ranks: dict[int, dict[str, Any]] = {
             rank: {"shard_shape": list(shard), "pieces": []}
             for rank, shard in enumerate(self.shards)
@@ -122,8 +123,8 @@ class AffineMap:
         return len(whole) == len(self.pieces) == len(self.shards)
 
     def cut(self) -> Cut | None:
-        """The same as a cut along one dimension; ``None`` if it is none: some of it, or all, is on
-        several ranks, or it is cut along several dimensions."""
+        """Converts the entry to a cut along one dimension. Returns ``None`` if elements are on
+        several ranks, or several dimensions are cut."""
         held = [piece for piece in self.pieces if prod(piece.shape)]
         cut_dims = {
             dim
@@ -146,16 +147,16 @@ class AffineMap:
         return Cut(dim, tuple((*own, *(range(0),) * (count - len(own))) for own in by_rank))
 
     def join(self, what: str, shards: Sequence[Array]) -> Array:
-        """The whole, from the shards of all ranks.
+        """Joins the shards of all ranks.
 
-        :raises CheckpointError: a shard has another shape; a box is missing, or there several times
-            and, when it is read, not the same.
+        :raises CheckpointError: a shard has another shape, or a box is missing; on reading, copies
+            of a box differ.
         """
         for rank, (shard, expected) in enumerate(zip(shards, self.shards, strict=True)):
             if shard.shape != expected:
                 raise CheckpointError(
-                    f"The shard of `{what}` of rank {rank} must have the shape {expected}, by the "
-                    f"map of the checkpoint, but has {shard.shape}."
+                    f"Rank {rank}'s shard of `{what}` must have the shape {expected}, as the map "
+                    f"of the checkpoint says, but has {shard.shape}."
                 )
         found: dict[tuple[Index, Index], list[Tile]] = {}
         for piece in self.pieces:
@@ -168,7 +169,7 @@ class AffineMap:
         )
 
     def rebuild(self, shards: Sequence[Tensor]) -> Tensor:
-        """The whole, from the tensors that all ranks hold, in new memory."""
+        """Joins the shards of all ranks into a new tensor."""
         whole = shards[0].new_empty(self.shape)
         for piece in self.pieces:
             shard = shards[piece.rank]
@@ -177,9 +178,9 @@ class AffineMap:
 
 
 def find_maps(info: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    """The entries of a checkpoint, by patterns of names.
+    """Returns the entries of a checkpoint by name pattern.
 
-    :raises CheckpointError: they are of a newer version.
+    :raises CheckpointError: they have a newer version.
     """
     maps = optional(info.get("affine_map"), dict, "`affine_map`", path)
     version = maps.get("version", VERSION)
@@ -198,7 +199,7 @@ def _box(tensor: Tensor, start: Index, shape: Index) -> Tensor:
 
 
 def _copies(what: str, tiles: Sequence[Tile]) -> Tile:
-    """A box that several ranks have."""
+    """Returns a tile for a box that several ranks have."""
     parts = [part(tile.array, tile.source, tile.shape) for tile in tiles]
     return Tile.whole(tiles[0].start, Copies(what, parts))
 
@@ -214,13 +215,13 @@ def _piece(rank: int, entry: Any, whole: Index, shard: Index) -> Piece:
 
 
 def _view(index: Index, of: Index) -> list[Any]:
-    """As :func:`_place` reads it."""
+    """Formats a position as :func:`_place` reads it."""
     strides = contiguous_strides(of)
     return [sum(i * stride for i, stride in zip(index, strides, strict=True)), list(strides)]
 
 
 def _place(view: Any, box: Index, of: Index) -> Index:
-    """The first index of a box in a tensor of shape ``of``."""
+    """Returns the first index of a box in a tensor of shape ``of``."""
     offset, strides = view
     (offset,) = _index([offset])
     expected = contiguous_strides(of)

@@ -1,5 +1,5 @@
-"""What DeepSpeed's universal checkpoints have to know of how Parameters are cut: the
-``universal_checkpoint_info``, with the maps of ``deepspeed/checkpoint/affine.py``."""
+"""Writes the ``universal_checkpoint_info``, which tells DeepSpeed how Parameters are cut, with the
+maps of ``deepspeed/checkpoint/affine.py``."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def write_info(
     tp_size: int,
     trained: Collection[str],
 ) -> dict[str, Any]:
-    """The info of tensors with these logical shapes.
+    """Returns the info for tensors with these logical shapes.
 
-    :param trained: what is listed for converters that do not know the maps. Such a list must not
-        have what an optimizer does not.
+    :param trained: Parameters to list for converters that do not read the maps. These fail on
+        names that an optimizer lacks.
     """
     listed = [name for name in shapes if name in trained]
     stacked = {
@@ -63,10 +63,10 @@ def write_info(
 
 
 def _is_plain(cut: Cut | None, dim: int) -> bool:
-    """Whether it is one block that is cut along ``dim``."""
+    """Returns whether ``cut`` cuts a single block along ``dim``."""
     return cut is not None and cut.dim == dim and all(len(parts) == 1 for parts in cut.ranges)
 
 
 def _widths(cut: Cut) -> list[list[int]]:
-    """How much each rank has of each of the blocks that are stacked."""
+    """Returns the size of each rank's shard of each stacked block."""
     return [list(map(len, parts)) for parts in zip(*cut.ranges, strict=True)]

@@ -1,4 +1,4 @@
-"""The files of one tag: which there are, and what they hold, checked but for the tensors."""
+"""Finds and opens the files of one tag. Checks all content except tensors."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _OPTIMIZER = re.compile(
     r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,9})_mp_rank_(\d{1,9})_optim_states\.pt"
 )
 
-# Those of other kinds of models: of pipeline stages, and of experts.
+# Files of pipeline stages and experts.
 _OTHER = re.compile(r"layer_\d+.*\.pt|.*_expert_\d+_.*\.pt|expp_rank_.*\.pt")
 
-# Of a model file, what is elsewhere in a `Checkpoint`, or is about the files and ranks themselves.
+# Keys of a model file that `Checkpoint` holds elsewhere, or that describe files and ranks.
 STRUCTURE = frozenset(
     (
         "module",
@@ -47,17 +47,17 @@ STRUCTURE = frozenset(
         "ds_version",
     )
 )
-# What is kept of the state of ZeRO's optimizers and other wrappers, beside that of torch's
-# optimizer. The scale of the loss is not: it is an object, and an engine has its own.
+# Keys that are kept from ZeRO's optimizers and other wrappers around torch's optimizer. The loss
+# scale is not: it is an object, and an engine has its own.
 SCALARS = ("clip_grad",)
 
 
 class _Record:
-    """Has the attributes of an instance, and no code."""
+    """Holds the attributes of an instance, without its code."""
 
 
-# The classes that DeepSpeed's own files need. They are not imported: what is read is a `_Record`.
-# Nothing else is allowed but tensors and plain values, which `torch.load(weights_only=True)` knows.
+# The classes in DeepSpeed's own files. They are read as `_Record`, not imported. Apart from them,
+# only what `torch.load(weights_only=True)` knows is allowed: tensors and plain values.
 STAND_INS: Mapping[str, type] = {
     "deepspeed.utils.tensor_fragment.fragment_address": _Record,  # `numel` and `start`
     "deepspeed.runtime.zero.config.ZeroStageEnum": int,
@@ -71,10 +71,10 @@ STAND_INS: Mapping[str, type] = {
 class ModelFile:
     """A file ``*_model_states.pt``.
 
-    :param module: tensors by name; at ZeRO 3 those of Parameters are empty.
-    :param shapes: the shapes of the rank's shards, by name, for each group of Parameters that the
-        optimizer has flattened; ``None`` at ZeRO 0.
-    :param frozen_shapes: the same of Parameters that it does not hold, from ZeRO 2 on.
+    :param module: tensors by name; at ZeRO 3, Parameters are empty.
+    :param shapes: the shapes of the rank's shards by name, for each group of Parameters that the
+        optimizer flattens; ``None`` at ZeRO 0.
+    :param frozen_shapes: the shapes of Parameters outside the optimizer, from ZeRO 2 on.
     """
 
     file: TorchFile
@@ -86,7 +86,7 @@ class ModelFile:
 
     @property
     def is_zero3(self) -> bool:
-        """Whether the weights are elsewhere."""
+        """Whether weights are in the optimizer's files."""
         return self.file.path.name.startswith("zero_pp_rank")
 
     @cached_property
@@ -95,7 +95,7 @@ class ModelFile:
 
     @cached_property
     def same(self) -> list[list[str]]:
-        """The names in ``module``, those of one tensor together."""
+        """The names in ``module``, grouped by tensor."""
         places: dict[Hashable, list[str]] = {}
         for name, tensor in self.module.items():
             array_of(self.file, tensor, f"`{name}`")
@@ -104,7 +104,7 @@ class ModelFile:
 
     @property
     def shared(self) -> dict[str, str]:
-        """Other names of Parameters, with those by which they are there, as DeepSpeed says it."""
+        """Maps other names of Parameters to stored names, as DeepSpeed records them."""
         what, path = "A name in `shared_params`", self.file.path
         shared = optional(self.state.get("shared_params"), dict, "`shared_params`", path)
         return {
@@ -113,9 +113,9 @@ class ModelFile:
         }
 
     def shape(self, name: str) -> Index:
-        """The shape of the rank's shard of a Parameter.
+        """Returns the shape of the rank's shard of a Parameter.
 
-        :raises CheckpointError: the file does not have it.
+        :raises CheckpointError: the file lacks the Parameter.
         """
         for shapes in (self.trained, self.frozen_shapes):
             if name in shapes:
@@ -123,7 +123,7 @@ class ModelFile:
         if name not in self.module:
             raise CheckpointError(
                 f"`{self.file.path}` must have `{name}`, as other ranks do, but does not. Its "
-                "files are of different models: copy the whole directory again."
+                "files are from different models: copy the whole directory again."
             )
         return tuple(self.module[name].shape)
 
@@ -132,10 +132,10 @@ class ModelFile:
 class Saved:
     """The files of a tag.
 
-    :param models: those of each tensor-parallel rank: one, or at ZeRO 3 one for each data-parallel
-        rank.
-    :param optimizers: for each tensor-parallel rank those of its data-parallel ranks; empty if
-        there are none.
+    :param models: the model files of each tensor-parallel rank: one, or at ZeRO 3 one per
+        data-parallel rank.
+    :param optimizers: the optimizer files of each tensor-parallel rank, one per data-parallel rank;
+        may be empty.
     """
 
     directory: Path
@@ -153,16 +153,16 @@ class Saved:
 
 
 def is_tag(directory: Path) -> bool:
-    """Whether there are files as in the directory of a tag."""
+    """Returns whether ``directory`` has files of a tag."""
     endings = ("_model_states.pt", "_optim_states.pt")
     return any(path.name.endswith(endings) for path in directory.iterdir())
 
 
 def find_tag(path: Path, tag: str | None) -> Path:
-    """The directory of a tag of the checkpoint at ``path``, or ``path`` if it is one.
+    """Returns the directory of a tag in the checkpoint at ``path``, or ``path`` if it is one.
 
-    :raises CheckpointError: there is no such tag, or it is not said which.
-    :raises UnsafeCheckpointError: the file ``latest`` leads out of ``path``.
+    :raises CheckpointError: the tag does not exist, or none is selected.
+    :raises UnsafeCheckpointError: the file ``latest`` points outside ``path``.
     """
     if not path.is_dir():
         raise CheckpointError(f"`{path}` must be a directory of DeepSpeed, but is a file.")
@@ -182,9 +182,9 @@ def find_tag(path: Path, tag: str | None) -> Path:
 
 
 def read_latest(file: Path) -> str:
-    """The tag that a file ``latest`` names.
+    """Returns the tag that a file ``latest`` names.
 
-    :raises UnsafeCheckpointError: it is no name of a directory beside it.
+    :raises UnsafeCheckpointError: it is no name of a directory next to the file.
     """
     with file.open("rb") as opened:
         tag = opened.read(4096).decode(errors="replace").strip()
@@ -198,9 +198,9 @@ def read_latest(file: Path) -> str:
 def open_tag(directory: Path, options: ReadOptions, names: Sequence[str] | None = None) -> Saved:
     """Opens all files of a tag.
 
-    :param names: those files; if ``None``, all that are in ``directory``.
-    :raises CheckpointError: some are missing, damaged, of a pipeline or of experts, or of different
-        steps.
+    :param names: the names of the files. Default: all in ``directory``.
+    :raises CheckpointError: files are missing, damaged, from a pipeline or experts, or from
+        different steps.
     """
     if names is None:
         names = sorted(path.name for path in directory.iterdir() if path.is_file())
@@ -209,12 +209,12 @@ def open_tag(directory: Path, options: ReadOptions, names: Sequence[str] | None 
     if not model_paths:
         raise CheckpointError(
             f"`{directory}` must have a file `mp_rank_*_model_states.pt` for each tensor-parallel "
-            "rank, but has none. Give the directory of a tag, or the one around it."
+            "rank, but has none. Pass the directory of a tag, or its parent."
         )
     optimizer_paths = _grid(directory, names, _OPTIMIZER, "_optim_states.pt")
     if optimizer_paths and len(optimizer_paths) != len(model_paths):
         raise CheckpointError(
-            f"`{directory}` must have files of the optimizer for {len(model_paths)} "
+            f"`{directory}` must have optimizer files for {len(model_paths)} "
             f"tensor-parallel ranks, but has them for {len(optimizer_paths)}. Copy all of them."
         )
     models = [[_model_file(_open(path, options)) for path in row] for row in model_paths]
@@ -225,47 +225,50 @@ def open_tag(directory: Path, options: ReadOptions, names: Sequence[str] | None 
 
 
 def refuse_others(directory: Path, names: Sequence[str]) -> None:
-    """:raises CheckpointError: files with these names are of a pipeline or of experts."""
+    """Refuses files of pipeline stages and experts.
+
+    :raises CheckpointError: ``names`` contains one.
+    """
     others = [name for name in names if _OTHER.fullmatch(name)]
     if others:
         raise CheckpointError(
-            f"`{directory}` must be of a model without pipeline stages and experts, but has "
+            f"`{directory}` must hold a model without pipeline stages and experts, but has "
             f"`{others[0]}`. Convert it with DeepSpeed's `ds_to_universal`."
         )
 
 
 def scalars(file: TorchFile, state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The :data:`SCALARS` of the state of a wrapper, and notes."""
+    """Returns the :data:`SCALARS` in the state of a wrapper, and notes."""
     kept, notes = file.plain_entries({key: state[key] for key in SCALARS if key in state})
     if state.get("dynamic_loss_scale") is True or getattr(
         state.get("loss_scaler"), "dynamic", False
     ):
-        notes.append("The dynamic loss scale was left out: it starts anew.")
+        notes.append("The dynamic loss scale was left out: it starts afresh.")
     return kept, notes
 
 
 def expect(value: Any, kind: type[T], what: str, path: Path) -> T:
-    """``value``, if it is of ``kind``.
+    """Returns ``value``, checked to be a ``kind``.
 
-    :raises CheckpointError: it is of another.
+    :raises CheckpointError: it has another type.
     """
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise CheckpointError(
             f"{what} in `{path}` must be of type {kind.__name__}, but is of type "
-            f"{type(value).__name__}. The file is damaged, or not of DeepSpeed."
+            f"{type(value).__name__}. The file is damaged, or not from DeepSpeed."
         )
     return value
 
 
 def optional(value: Any, kind: type[T], what: str, path: Path) -> T:
-    """As :func:`expect`, and an empty one for ``None``."""
+    """Does :func:`expect`, but returns an empty ``kind`` for ``None``."""
     return kind() if value is None else expect(value, kind, what, path)
 
 
 def array_of(file: TorchFile, tensor: Any, what: str) -> Array:
-    """Where a tensor of a file is.
+    """Returns the array behind ``tensor`` in ``file``.
 
-    :raises CheckpointError: it is none, or not one with strides.
+    :raises CheckpointError: ``tensor`` is no dense tensor.
     """
     if expect(tensor, Tensor, what, file.path).layout != torch.strided:
         raise CheckpointError(f"{what} in `{file.path}` must be dense, but is {tensor.layout}.")
@@ -281,7 +284,7 @@ def _open(path: Path, options: ReadOptions) -> TorchFile:
 def _grid(
     directory: Path, names: Sequence[str], pattern: re.Pattern[str], suffix: str
 ) -> list[list[Path]]:
-    """The files of each tensor-parallel rank, and of each data-parallel rank of it."""
+    """Returns the files by tensor-parallel and data-parallel rank."""
     grid: dict[tuple[int, int], Path] = {}
     for name in names:
         if not name.endswith(suffix):
@@ -290,7 +293,7 @@ def _grid(
         if match is None:
             raise CheckpointError(
                 f"`{directory}` must have files of tensor- and data-parallel ranks, but "
-                f"`{name}` is of something else."
+                f"`{name}` belongs to neither."
             )
         rank = int(match[2]), int(match[1] or 0)
         if rank in grid:
@@ -307,8 +310,8 @@ def _grid(
         missing = next(rank for rank in ranks if rank not in grid)
         raise CheckpointError(
             f"`{directory}` must have a file `*{suffix}` for each of {tp_size} tensor-parallel x "
-            f"{dp_size} data-parallel ranks, but that of tensor-parallel rank {missing[0]} and "
-            f"data-parallel rank {missing[1]} is missing. Copy all of them."
+            f"{dp_size} data-parallel ranks, but lacks the file of tensor-parallel rank "
+            f"{missing[0]} and data-parallel rank {missing[1]}. Copy all of them."
         )
     return [[grid[tp, dp] for dp in range(dp_size)] for tp in range(tp_size)]
 
@@ -357,24 +360,24 @@ def _step(model: ModelFile) -> int | None:
 
 
 def _check_alike(saved: Saved) -> None:
-    """That all files are of one moment, and of all ranks."""
+    """Checks that the files are from one step and stage, and cover all ranks."""
     first = saved.models[0][0]
     for model in (model for row in saved.models for model in row):
         steps = [_step(each) for each in (first, model)]
         if steps[0] != steps[1]:
             raise CheckpointError(
-                f"The files of `{saved.directory}` must be of one step, but `global_steps` is "
+                f"The files of `{saved.directory}` must be from one step, but `global_steps` is "
                 f"{steps[0]} in `{first.file.path.name}` and {steps[1]} in "
                 f"`{model.file.path.name}`. Copy all files of one checkpoint."
             )
         if (model.shapes is None) != (first.shapes is None):
             raise CheckpointError(
-                f"The files of `{saved.directory}` must be of one ZeRO stage, but "
-                f"`{first.file.path.name}` and `{model.file.path.name}` are of different ones."
+                f"The files of `{saved.directory}` must be from one ZeRO stage, but "
+                f"`{first.file.path.name}` and `{model.file.path.name}` are not."
             )
     size = first.state.get("mp_world_size")
     if isinstance(size, int) and size > saved.tp_size:
         raise CheckpointError(
-            f"`{saved.directory}` must have model files of {size} tensor-parallel ranks, by its "
-            f"`mp_world_size`, but has those of {saved.tp_size}. Copy all of them."
+            f"`{saved.directory}` must have model files of {size} tensor-parallel ranks, as its "
+            f"`mp_world_size` says, but has files of {saved.tp_size}. Copy all of them."
         )

@@ -1,8 +1,8 @@
-"""The shards of a tensor-parallel rank, from the flat tensors of its data-parallel ranks.
+"""Reads the shards of a tensor-parallel rank from the flat tensors of its data-parallel ranks.
 
 ZeRO 1 and 2 (``stage_1_and_2.py`` and ``bf16_optimizer.py`` of DeepSpeed) save for each param group
-a partition of one flat tensor, and where the Parameters are in it. ZeRO 3 (``stage3.py``) saves for
-each sub-group the parts of its Parameters, one after the other.
+a partition of one flat tensor, and the positions of Parameters in it. ZeRO 3 (``stage3.py``) saves
+for each sub-group the concatenated parts of its Parameters.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .partitions import Fragment, cut_groups, cut_shards, join_fragments
 
 @dataclass
 class Optimizers:
-    """What the optimizers of a tensor-parallel rank have.
+    """The content of a tensor-parallel rank's optimizers.
 
-    :param shards: of this rank, by Parameter and state.
+    :param shards: the rank's shards, by Parameter and state.
     :param groups: the hyperparameters of the param groups of torch's optimizer, with the names of
         their Parameters.
-    :param scalars: :data:`~.files.SCALARS`, as far as they are there.
+    :param scalars: the saved :data:`~.files.SCALARS`.
     """
 
     shards: dict[Key, Array] = field(default_factory=dict)
@@ -48,16 +48,16 @@ class Optimizers:
 
 @dataclass(frozen=True)
 class _Flat:
-    """The flat tensors that a rank has of a group, by state, and its number of steps."""
+    """A rank's flat tensors of a group, by state, and their step count."""
 
     arrays: Mapping[str, Array]
     step: float | None
 
 
 def read_optimizers(model: ModelFile, files: Sequence[TorchFile]) -> Optimizers:
-    """What the files of the data-parallel ranks of a tensor-parallel rank hold.
+    """Reads the optimizer files of a tensor-parallel rank, one per data-parallel rank.
 
-    :raises CheckpointError: they are not those of all ranks, or of one step, or do not go together.
+    :raises CheckpointError: files are missing, from different steps, or do not match.
     """
     states = [
         expect(file.root.get("optimizer_state_dict"), dict, "`optimizer_state_dict`", file.path)
@@ -69,7 +69,7 @@ def read_optimizers(model: ModelFile, files: Sequence[TorchFile]) -> Optimizers:
         _check_count(state, len(files), file.path)
         if ("fp32_flat_groups" in state) != is_zero3:
             raise CheckpointError(
-                f"`{file.path}` and `{path}` must be of one ZeRO stage, but are not."
+                f"`{file.path}` and `{path}` must be from one ZeRO stage, but are not."
             )
     shapes = model.shapes or []
     flats = [
@@ -103,7 +103,7 @@ def read_optimizers(model: ModelFile, files: Sequence[TorchFile]) -> Optimizers:
                 found.steps[name] = step
     orders = [list(group) for group in shapes]
     if not is_zero3:
-        # The mappings have the order of the param group, whatever that of the flat tensors is.
+        # The mappings have the order of the param group, even if the flat tensors do not.
         orders = [
             list(dict.fromkeys([*chain(*(mapping[index] for mapping in mappings)), *group]))
             for index, group in enumerate(shapes)
@@ -118,14 +118,14 @@ def _check_count(state: Mapping[str, Any], dp_size: int, path: Path) -> None:
     counts = count if isinstance(count, list) else [count]
     if any(isinstance(each, int) and each != dp_size for each in counts):
         raise CheckpointError(
-            f"`{path}` must be that of one of {counts[0]} data-parallel ranks, by its "
-            f"`partition_count`, but there are files of {dp_size}. Copy all files of one "
+            f"`{path}` must have files of {counts[0]} data-parallel ranks next to it, as its "
+            f"`partition_count` says, but has files of {dp_size}. Copy all files of one "
             "checkpoint, and no others."
         )
 
 
 def _base(state: Mapping[str, Any], is_zero3: bool, path: Path) -> Mapping[str, Any]:
-    """The state dict of torch's optimizer."""
+    """Returns the state dict of torch's optimizer."""
     base = state.get("optimizer_state_dict" if is_zero3 else "base_optimizer_state")
     if isinstance(base, list):
         raise CheckpointError(
@@ -141,8 +141,8 @@ def _flats(file: TorchFile, state: Mapping[str, Any], is_zero3: bool, count: int
     masters = expect(state.get(key), list, f"`{key}`", path)
     if len(masters) != count:
         raise CheckpointError(
-            f"`{path}` must have {count} flat tensors, by the model's file, but has {len(masters)}."
-            " They are of different checkpoints: copy all files of one."
+            f"`{path}` must have {count} flat tensors, as the model's file says, but has "
+            f"{len(masters)}. They are from different checkpoints: copy all files of one."
         )
     saved = expect(_base(state, is_zero3, path).get("state"), dict, "The optimizer's state", path)
     flats = []
@@ -161,19 +161,19 @@ def _flat(file: TorchFile, tensor: Any, what: str) -> Array:
     array = array_of(file, tensor, f"A flat tensor `{what}`")
     if len(array.shape) != 1:
         raise CheckpointError(
-            f"A flat tensor `{what}` in `{file.path}` must have one dimension, but is of "
-            f"{array.shape}. States that are not of single elements cannot be converted."
+            f"A flat tensor `{what}` in `{file.path}` must have one dimension, but has the shape "
+            f"{array.shape}. Only states with one value per element can be converted."
         )
     return array
 
 
 def _check_same_states(flats: Sequence[_Flat], files: Sequence[TorchFile]) -> float | None:
-    """The number of steps of a group, the same on all ranks."""
+    """Returns the step count of a group. Checks that states and step are the same on all ranks."""
     for flat, file in zip(flats, files, strict=True):
         if flat.step != flats[0].step or flat.arrays.keys() != flats[0].arrays.keys():
             raise CheckpointError(
-                f"`{file.path}` and `{files[0].path}` must be of one step, but are of "
-                f"{flat.step} with {sorted(flat.arrays)} and of {flats[0].step} with "
+                f"`{file.path}` and `{files[0].path}` must be from one step, but are from "
+                f"{flat.step} with {sorted(flat.arrays)} and from {flats[0].step} with "
                 f"{sorted(flats[0].arrays)}. Copy all files of one checkpoint."
             )
     return flats[0].step
@@ -182,7 +182,7 @@ def _check_same_states(flats: Sequence[_Flat], files: Sequence[TorchFile]) -> fl
 def _check_sizes(
     flats: Sequence[_Flat], shapes: Mapping[str, Index], files: Sequence[TorchFile]
 ) -> None:
-    """That flat tensors of ZeRO 3 have what it cuts these shapes into, and no more."""
+    """Checks that the flat tensors of ZeRO 3 have the size that ``shapes`` need."""
     size = sum(ceil(prod(shape) / len(files)) for shape in shapes.values())
     for flat, file in zip(flats, files, strict=True):
         for state, array in flat.arrays.items():
@@ -190,7 +190,7 @@ def _check_sizes(
                 raise CheckpointError(
                     f"A flat tensor `{state}` in `{file.path}` must have {size} elements, for "
                     f"{len(shapes)} Parameters on {len(files)} data-parallel ranks, but has "
-                    f"{array.numel}. MiCS and hierarchical partitions are not known here: save the "
+                    f"{array.numel}. MiCS and hierarchical partitions are not supported: save the "
                     "checkpoint without them, or copy all files of one."
                 )
 
@@ -199,8 +199,8 @@ def _mappings(state: Mapping[str, Any], count: int, path: Path) -> list[dict[str
     mappings = expect(state.get("param_slice_mappings"), list, "`param_slice_mappings`", path)
     if len(mappings) != count:
         raise CheckpointError(
-            f"`param_slice_mappings` in `{path}` must be for {count} groups, by the model's file, "
-            f"but is for {len(mappings)}. Copy all files of one checkpoint."
+            f"`param_slice_mappings` in `{path}` must be for {count} groups, as the model's file "
+            f"says, but is for {len(mappings)}. Copy all files of one checkpoint."
         )
     return [expect(mapping, dict, "A slice mapping", path) for mapping in mappings]
 
@@ -208,33 +208,33 @@ def _mappings(state: Mapping[str, Any], count: int, path: Path) -> list[dict[str
 def _mapped(
     shapes: Mapping[str, Index], mappings: Sequence[Mapping[str, Any]], path: Path
 ) -> dict[str, Sequence[Fragment]]:
-    """Where Parameters are by ZeRO 1 and 2."""
+    """Returns the fragments of each Parameter at ZeRO 1 and 2."""
     found: dict[str, list[Fragment]] = {name: [] for name in shapes}
     for rank, mapping in enumerate(mappings):
         for name, address in mapping.items():
             start, size = (getattr(address, key, None) for key in ("start", "numel"))
             if name not in found or type(start) is not int or type(size) is not int or size < 0:
                 raise CheckpointError(
-                    f"The slice mapping of data-parallel rank {rank} beside `{path}` must say "
+                    f"The slice mapping of data-parallel rank {rank} next to `{path}` must say "
                     f"where Parameters of the model are, but has `{str(name)[:80]}` at {start}, of "
                     f"{size} elements. Copy all files of one checkpoint."
                 )
             found[name].append(Fragment(rank, start, size))
     sizes = {name: prod(shape) for name, shape in shapes.items() if prod(shape)}
     if any(sum(part.size for part in found[name]) != size for name, size in sizes.items()):
-        return dict(found)  # They are refused where they are joined.
+        return dict(found)  # Joining them raises.
     order = sorted(sizes, key=lambda name: found[name][0])
     if order == list(sizes):
         return dict(found)
-    # With `round_robin_gradients`, the model's file has the order of the flat tensors, and the
-    # mappings are made by that of the param group, so that they say other places than the true.
+    # With `round_robin_gradients`, the model's file has the order of the flat tensors, but the
+    # mappings are computed in the order of the param group, so their positions are wrong.
     said, flat = (
         cut_groups([{name: sizes[name] for name in names}], len(mappings))[0].fragments
         for names in (order, sizes)
     )
     if any(said[name] != tuple(found[name]) for name in sizes):
         raise CheckpointError(
-            f"The slice mappings beside `{path}` must have the Parameters of a group in the order "
+            f"The slice mappings next to `{path}` must have the Parameters of a group in the order "
             f"of the model's file, {list(sizes)[:3]}, or one without gaps, but have {order[:3]}. "
             "Copy all files of one checkpoint."
         )
@@ -242,17 +242,17 @@ def _mapped(
 
 
 def _parts(shapes: Mapping[str, Index], dp_size: int) -> dict[str, Sequence[Fragment]]:
-    """Where Parameters are by ZeRO 3."""
+    """Returns the fragments of each Parameter at ZeRO 3."""
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     flats = cut_shards([sizes], dp_size, sub_group_size=1 + sum(sizes.values()) + len(sizes))
     return {name: own for flat in flats for name, own in flat.fragments.items()}
 
 
 def frozen_shard(models: Sequence[ModelFile], name: str) -> Array:
-    """The shard of a Parameter that ZeRO 3 does not train, from the equal parts that the model
-    files of a tensor-parallel rank's data-parallel ranks have.
+    """Assembles the shard of a frozen Parameter at ZeRO 3, from equal parts in the model files of
+    the data-parallel ranks.
 
-    :raises CheckpointError: the parts are not there, or not those of its shape.
+    :raises CheckpointError: parts are missing, or do not fit the shape.
     """
     parts = []
     for model in models:
@@ -278,8 +278,8 @@ def _shard(
 def _groups(
     base: Mapping[str, Any], orders: Sequence[Sequence[str]], is_zero3: bool, path: Path
 ) -> Iterator[tuple[Mapping[str, Any], list[str]]]:
-    """The param groups of torch's optimizer, with the names of what is in them: at ZeRO 3 that of
-    its sub-groups, else that of one flat tensor."""
+    """Yields the param groups of torch's optimizer with the names of their Parameters. A group
+    consists of its sub-groups at ZeRO 3, else of one flat tensor."""
     groups = expect(base.get("param_groups"), list, "`param_groups`", path)
     for index, group in enumerate(groups):
         indices = expect(group, dict, "A param group", path).get("params") if is_zero3 else [index]
@@ -287,8 +287,8 @@ def _groups(
             type(i) is int and i in range(len(orders)) for i in indices
         ):
             raise CheckpointError(
-                f"The param groups in `{path}` must be of {len(orders)} flat tensors, by the "
-                f"model's file, but one is of {str(indices)[:80]}. Copy all files of one "
+                f"The param groups in `{path}` must have {len(orders)} flat tensors, as the "
+                f"model's file says, but one has {str(indices)[:80]}. Copy all files of one "
                 "checkpoint."
             )
         yield group, [name for i in indices for name in orders[i]]

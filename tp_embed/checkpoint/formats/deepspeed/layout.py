@@ -1,8 +1,8 @@
-"""How Parameters are cut, by the ``universal_checkpoint_info`` of a checkpoint.
+"""Joins shards as the ``universal_checkpoint_info`` of a checkpoint describes their cuts.
 
-It has affine maps (AutoTP and this package write them), or lists of patterns of names, which
-Megatron-DeepSpeed writes, and DeepSpeed before it had the maps. What the lists mean is in
-``merge_tp_slices()`` of ``deepspeed/checkpoint/ds_to_universal.py``.
+The info has affine maps, written by AutoTP and this package, or lists of name patterns, written by
+Megatron-DeepSpeed and by DeepSpeed before it had maps. ``merge_tp_slices()`` of
+``deepspeed/checkpoint/ds_to_universal.py`` defines the lists.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .patterns import Patterns, of_name
 
 
 class Layout:
-    """How to join the shards of a checkpoint.
+    """Joins the shards of a checkpoint.
 
     :param info: the ``universal_checkpoint_info``, or ``None``.
-    :param path: the file that it is from.
+    :param path: the file that contains it.
     """
 
     def __init__(self, info: Any, tp_size: int, options: ReadOptions, path: Path) -> None:
@@ -42,10 +42,9 @@ class Layout:
         self.cuts: dict[str, Cut | None] = {}
 
     def join(self, name: str, what: str, shards: Sequence[Array], is_buffer: bool) -> Array:
-        """The whole of what ranks hold of a Parameter, or of its state. Notes in :attr:`cuts` how
-        it is cut.
+        """Joins the ranks' shards of a Parameter or its state. Records the cut in :attr:`cuts`.
 
-        :raises CheckpointError: it is not known, or the shards are others.
+        :raises CheckpointError: the cut is unknown, or the shards do not fit it.
         """
         given = self.options.cuts
         if given is not None and name in given:
@@ -62,7 +61,7 @@ class Layout:
         return self._by_rule(name, what, shards, is_buffer) if found is None else found
 
     def map_of(self, name: str) -> AffineMap | None:
-        """The map of a Parameter, if there is one."""
+        """Returns the map of a Parameter, or ``None``."""
         entry = self._maps.get(of_name(name))
         return None if entry is None else AffineMap.parse(name, entry, self.tp_size, self.path)
 
@@ -73,8 +72,8 @@ class Layout:
             if find_rule(self.options.rules, name):
                 return None
             raise CheckpointError(
-                f"`{name}` must be cut in a way that can be undone, but is not, says the "
-                f"checkpoint: {reason}. If it is known, say how it is cut with `--rules`."
+                f"`{name}` must be cut in a way that can be undone, but the checkpoint says it is "
+                f"not: {reason}. If you know how it is cut, say so with `--rules`."
             )
         layout = self.map_of(name)
         if layout is None:
@@ -88,8 +87,8 @@ class Layout:
         return layout.join(what, shards)
 
     def _alone(self, name: str, whole: Array, is_buffer: bool) -> Array:
-        """That of a single rank. What it calls replicated may as well be cut, so it says nothing
-        of cuts, but its tables can be padded."""
+        """Returns the tensor of a single rank, without padding. Records no cut: with one rank,
+        the info may call tensors replicated that could be cut."""
         if self._maps or is_buffer or not self._matches("vocabulary_parameter_patterns", name):
             return whole
         return self._without_padding(name, whole)
@@ -110,7 +109,7 @@ class Layout:
         return whole
 
     def _sub_params(self, name: str, what: str, shards: Sequence[Array]) -> Cut | None:
-        """The cut of what is stacked from several Parameters, each cut by itself."""
+        """Returns the cut of a Parameter stacked from several that are cut one by one."""
         if self._matches("parameter_with_2_sub_params_cat_dim_0", name):
             return _of_widths(0, [[self._size(what, s, 0, 2) // 2 for s in shards]] * 2)
         for patterns, sizes, dim in self._stacked:
@@ -122,10 +121,10 @@ class Layout:
     def _widths(
         self, name: str, what: str, shards: Sequence[Array], pattern: str, sizes: Any, dim: int
     ) -> list[Sequence[int]]:
-        """Of each part of what is stacked, how many rows each rank has."""
+        """Returns the size of each rank's shard of each stacked part."""
         key = "sub_param_shard_widths"
         widths = optional(self._info.get(key), dict, f"`{key}`", self.path).get(pattern)
-        if widths is None:  # Before version 0.4; then all are cut evenly.
+        if widths is None:  # Before version 0.4, which cuts all evenly.
             blocks = sizes[dim]
             if type(blocks) is int:
                 total = sum(self._size(what, shard, dim, max(1, blocks)) for shard in shards)
@@ -150,7 +149,7 @@ class Layout:
                 return self._cut(name, what, shards, None)
             shape = whole_shape(what, rule.dim, shards)
             return self._cut(name, what, shards, rule.cut(name, shape, len(shards)))
-        if is_buffer:  # DeepSpeed cuts none. That they are the same is checked.
+        if is_buffer:  # DeepSpeed cuts no buffers. Reading compares the copies.
             return self._cut(name, what, shards, None)
         raise CheckpointError(
             f"The checkpoint must say how `{name}` is cut over its {self.tp_size} tensor-parallel "
@@ -177,9 +176,9 @@ class Layout:
         size = shard.shape[dim] if 0 <= dim < len(shard.shape) else -1
         if size < 0 or multiple_of < 1 or size % multiple_of:
             raise CheckpointError(
-                f"`{what}` must have a dimension {dim} of a multiple of {multiple_of}, by the "
-                f"patterns in `{self.path}`, but has the shape {shard.shape}. Say how it is cut "
-                "with `--rules`, and without the patterns."
+                f"`{what}` must have a dimension {dim} of a multiple of {multiple_of}, as the "
+                f"patterns in `{self.path}` say, but has the shape {shard.shape}. Say how it is "
+                "cut with `--rules`, and remove the patterns."
             )
         return size
 
@@ -190,8 +189,7 @@ class Layout:
 
 
 class Mean(Array):
-    """The mean of the same array on several ranks, of what drifts apart in training.
-    It is read only."""
+    """The mean of an array over ranks, for values that drift apart in training. Read-only."""
 
     def __init__(self, what: str, arrays: Sequence[Array]) -> None:
         if len({(array.shape, array.dtype) for array in arrays}) != 1:
@@ -210,11 +208,11 @@ class Mean(Array):
         out.div_(len(self._arrays))
 
     def write(self, start: Index, values: Tensor) -> None:
-        raise NotImplementedError("A mean is read only.")
+        raise NotImplementedError("A mean is read-only.")
 
 
 def _of_widths(dim: int, widths: Sequence[Sequence[int]]) -> Cut:
-    """The cut of blocks, of each of which every rank has so many."""
+    """Returns a cut of stacked blocks. ``widths`` has the size of each rank's shard per block."""
     flat = [width for block in widths for width in block]
     starts = iter([0, *accumulate(flat)])
     blocks = [
@@ -225,7 +223,7 @@ def _of_widths(dim: int, widths: Sequence[Sequence[int]]) -> Cut:
 
 
 def _stacked(value: Any, path: Path) -> list[tuple[Patterns, Sequence[Any], int]]:
-    """Which Parameters are stacked from several: patterns, sizes, and along which dimension."""
+    """Parses the entries for stacked Parameters: patterns, sizes, and the stacked dimension."""
     found: list[tuple[Patterns, Sequence[Any], int]] = []
     for entry in optional(value, list, "`parameter_with_sub_params`", path):
         values = expect(getattr(entry, "__dict__", entry), dict, "A part of it", path)

@@ -1,5 +1,5 @@
-"""Writes the files ``*_model_states.pt`` of an engine: the model, at ZeRO 0 the optimizer, and what
-else there is of the training run."""
+"""Writes the files ``*_model_states.pt`` of an engine: the model, at ZeRO 0 the optimizer, and the
+state of the training run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .trained import whole_step
 
 
 def lay_out_model(shards: Shards, places: Places) -> None:
-    """The files of a tensor-parallel rank. At ZeRO 3 there is one for each data-parallel rank."""
+    """Lays out the file of a tensor-parallel rank; at ZeRO 3, one per data-parallel rank."""
     dp_ranks = range(shards.dp_size) if shards.stage == 3 else [0]
     files = [_lay_out_one(shards, dp_rank) for dp_rank in dp_ranks]
     for file in files:
@@ -35,7 +35,10 @@ def lay_out_model(shards: Shards, places: Places) -> None:
 
 
 def check_plain(value: Any, what: str) -> None:
-    """:raises CheckpointError: there is a tensor in ``value``."""
+    """Checks that ``value`` contains no tensor.
+
+    :raises CheckpointError: it does.
+    """
     if isinstance(value, Tensor):
         raise CheckpointError(f"{what} must be plain Python values for DeepSpeed, but has tensors.")
     if isinstance(value, Mapping):
@@ -69,7 +72,7 @@ def _lay_out_one(shards: Shards, dp_rank: int) -> TorchFile:
         "frozen_param_fragments": frozen if stage >= 2 else None,
         **_run_state(checkpoint, shards.target),
     }
-    # It is long, and is read of the first rank only. Engines without tensor parallelism have none.
+    # It is long, and only the first rank's is read. Engines without tensor parallelism have none.
     if dp_rank == 0 and shards.target.tp_size > 1:
         root["universal_checkpoint_info"] = shards.info
     prefix = f"zero_pp_rank_{dp_rank}_" if stage == 3 else ""
@@ -78,7 +81,7 @@ def _lay_out_one(shards: Shards, dp_rank: int) -> TorchFile:
 
 
 def _whole_names(shards: Shards) -> list[str]:
-    """The names of what is in the model's files as it is in the model."""
+    """Returns the names of tensors that model files store with their values."""
     checkpoint = shards.checkpoint
     return [name for name in checkpoint.names if shards.stage < 3 or name in checkpoint.buffers]
 
@@ -88,13 +91,13 @@ def _shapes(names: Iterable[str], shapes: Mapping[str, Index]) -> dict[str, torc
 
 
 def _run_state(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
-    """What there is of the training run, the client's state included."""
+    """Returns the state of the training run, including the client's state."""
     extra = {
         key: value
         for key, value in checkpoint.extra.items()
         if key not in STRUCTURE and key not in SCALARS
     }
-    check_plain(extra, f"What `{checkpoint.path}` has of the training run")
+    check_plain(extra, f"The training state in `{checkpoint.path}`")
     return {
         "lr_scheduler": None,
         "data_sampler": None,
@@ -121,7 +124,7 @@ def _place_frozen(shards: Shards, places: Places, name: str, files: list[TorchFi
 
 
 def _optimizer(shards: Shards) -> dict[str, Any] | None:
-    """The state dict of torch's optimizer, which is that of ZeRO 0."""
+    """Builds the state dict of torch's optimizer, which ZeRO 0 saves."""
     checkpoint = shards.checkpoint
     if checkpoint.optimizer is None:
         return None
@@ -136,7 +139,7 @@ def _optimizer(shards: Shards) -> dict[str, Any] | None:
     for group in shards.trained.groups:
         first = sum(len(each["params"]) for each in groups)
         indices = list(range(first, first + len(group.names)))
-        # The names are an addition that torch has defined, and its optimizers keep.
+        # torch defines `param_names`, and its optimizers keep them.
         names = {"param_names": list(group.names)}
         groups.append({**group.hyperparameters, **names, "params": indices})
         for index, name in zip(indices, group.names, strict=True):

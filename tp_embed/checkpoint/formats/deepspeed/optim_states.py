@@ -1,5 +1,5 @@
-"""Writes the files ``*_optim_states.pt`` of an engine at ZeRO 1 to 3: the fp32 weights, and the
-states of the optimizer, as flat partitions."""
+"""Writes the files ``*_optim_states.pt`` of an engine at ZeRO 1 to 3: fp32 weights and optimizer
+states, as flat partitions."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _ROOT = "optimizer_state_dict"
 
 @dataclass
 class FragmentAddress:
-    """Where a Parameter is in a flat tensor of ZeRO 1 or 2."""
+    """The position of a Parameter in a flat tensor of ZeRO 1 or 2."""
 
     numel: int
     start: int
 
 
 class LossScaler:
-    """The scale of the loss where it needs none. ZeRO 3 takes it from the checkpoint."""
+    """A loss scale of 1. ZeRO 3 loads it from the checkpoint."""
 
     def __init__(self) -> None:
         self.cur_scale = 1.0
         self.dynamic = False
 
 
-# Objects of DeepSpeed, by the names of their classes, which are not imported.
+# Class names of DeepSpeed -> stand-ins. DeepSpeed is not imported.
 _WRITTEN: dict[str, type] = {
     "deepspeed.utils.tensor_fragment.fragment_address": FragmentAddress,
     "deepspeed.runtime.fp16.loss_scaler.LossScaler": LossScaler,
@@ -41,14 +41,14 @@ _WRITTEN: dict[str, type] = {
 
 
 def lay_out_optimizers(shards: Shards, places: Places) -> None:
-    """The files of a tensor-parallel rank, one for each data-parallel rank."""
+    """Lays out the files of a tensor-parallel rank, one per data-parallel rank."""
     files = [_lay_out_one(shards, dp_rank) for dp_rank in range(shards.dp_size)]
     for index, flat in enumerate(shards.flats):
         for state, arrays in _flat_arrays(shards, files, index):
             for name in flat.fragments:
                 key = shards.master_key(name) if state == MASTER else Key(name, state)
                 places.add_fragments(key, flat, arrays)
-    # Of empty shards there is nothing in these files.
+    # These files have no entries for empty shards.
     for name in shards.empty:
         for state in (
             WEIGHT,
@@ -70,11 +70,11 @@ def _lay_out_one(shards: Shards, dp_rank: int) -> TorchFile:
 
 
 def _zero12(shards: Shards, dp_rank: int) -> dict[str, Any]:
-    """As ``state_dict()`` of ``DeepSpeedZeroOptimizer``. An engine keeps the scale of the loss and
-    the clipping that it is configured for, if they are not there."""
+    """Builds what ``DeepSpeedZeroOptimizer.state_dict()`` returns. If loss scale or clipping are
+    missing, an engine keeps its configured ones."""
     flats, dtype = shards.flats, shards.trained.master_dtype
     extra = shards.checkpoint.extra
-    # Where the scale changes, the source does not say enough of it.
+    # The source does not say enough about dynamic scales.
     is_scaled = shards.trained.dtype == torch.float16
     return {
         **({} if is_scaled else {"dynamic_loss_scale": False, "overflow": False}),
@@ -101,7 +101,7 @@ def _zero12(shards: Shards, dp_rank: int) -> dict[str, Any]:
 
 
 def _zero3(shards: Shards) -> dict[str, Any]:
-    """As ``state_dict()`` of ``DeepSpeedZeroOptimizer_Stage3``."""
+    """Builds what ``DeepSpeedZeroOptimizer_Stage3.state_dict()`` returns."""
     dtype = shards.trained.master_dtype
     return {
         "zero_stage": 3,
@@ -115,14 +115,14 @@ def _zero3(shards: Shards) -> dict[str, Any]:
 
 
 def _basic(shards: Shards) -> dict[str, Any]:
-    """The state dict of torch's optimizer, of which the flat tensors are the Parameters."""
+    """Builds the state dict of torch's optimizer, whose Parameters are the flat tensors."""
     groups = shards.trained.groups
     if shards.checkpoint.optimizer is None:
-        return {"state": {}, "param_groups": []}  # An engine refuses to load it, as it has groups.
+        return {"state": {}, "param_groups": []}  # An engine refuses to load it: it has groups.
     state: dict[int, dict[str, Any]] = {}
     for index, flat in enumerate(shards.flats):
         group = groups[flat.group]
-        # All optimizers take a number: torch's make a tensor of it, and DeepSpeed's want no other.
+        # A number suits all optimizers: torch's convert it to a tensor, DeepSpeed's need a number.
         own: dict[str, Any] = {} if group.step is None else {"step": group.step}
         own |= {key: placeholder((flat.size,), dtype) for key, dtype in group.states.items()}
         if own:
@@ -143,7 +143,7 @@ def _basic(shards: Shards) -> dict[str, Any]:
 def _flat_arrays(
     shards: Shards, files: list[TorchFile], index: int
 ) -> Iterator[tuple[str, list[Array]]]:
-    """The flat tensors number ``index`` of all data-parallel ranks, by what they hold."""
+    """Yields each state with its flat tensor ``index`` of all data-parallel ranks."""
     is_zero3 = shards.stage == 3
     fp32 = "fp32_flat_groups" if is_zero3 else "single_partition_of_fp32_groups"
     basic = _ROOT if is_zero3 else "base_optimizer_state"

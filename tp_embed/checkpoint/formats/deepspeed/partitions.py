@@ -1,9 +1,9 @@
-"""How ZeRO puts the shards of a tensor-parallel rank, end to end, into the flat tensors of its
+"""Computes how ZeRO packs a tensor-parallel rank's shards into the flat tensors of its
 data-parallel ranks.
 
-ZeRO 1 and 2 (``stage_1_and_2.py`` of DeepSpeed) put the Parameters of a param group into one flat
-tensor, pad its end, and cut that into one partition for each rank. ZeRO 3 (``stage3.py``) cuts each
-Parameter, and a rank has its parts of the Parameters of a sub-group in one flat tensor.
+ZeRO 1 and 2 (``stage_1_and_2.py`` of DeepSpeed) concatenate the Parameters of a param group into
+one flat tensor, pad its end, and cut it into one partition per rank. ZeRO 3 (``stage3.py``) cuts
+each Parameter, and a rank concatenates its parts of a sub-group's Parameters.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import NamedTuple, TypeVar
 
 from ...files.arrays import Array, Joined, Tile, View
 
-# DeepSpeed starts the partitions of ZeRO 1 and 2 at multiples of so many elements.
+# DeepSpeed aligns the partitions of ZeRO 1 and 2 to this many elements.
 _ALIGNMENT = 2
 
-# That of DeepSpeed's config.
+# The default of DeepSpeed's config.
 SUB_GROUP_SIZE = 1_000_000_000
 
 T = TypeVar("T")
 
 
 class Fragment(NamedTuple):
-    """``size`` elements of a shard, from ``start`` on in the flat tensor of ``dp_rank``. The
-    fragments of a shard follow each other."""
+    """``size`` elements of a shard, at ``start`` in the flat tensor of ``dp_rank``. A shard is the
+    concatenation of its fragments."""
 
     dp_rank: int
     start: int
@@ -35,12 +35,12 @@ class Fragment(NamedTuple):
 
 @dataclass(frozen=True)
 class Flat:
-    """A flat tensor that each data-parallel rank has one of.
+    """A flat tensor, one on each data-parallel rank.
 
-    :param group: the param group that it belongs to.
-    :param size: how many elements it has on each rank.
-    :param paddings: how many of them, at its end, the weights are saved without, by rank.
-    :param fragments: where shards are, by name, in the order in which they follow each other.
+    :param group: the index of its param group.
+    :param size: the number of elements on each rank.
+    :param paddings: the number of padding elements at its end, by rank. Weights are saved without.
+    :param fragments: the fragments of each shard by name, in the order of the flat tensor.
     """
 
     group: int
@@ -52,9 +52,9 @@ class Flat:
 def join_fragments(
     arrays: Sequence[Array], fragments: Sequence[Fragment], shape: Sequence[int]
 ) -> Array:
-    """A shard of ``shape``, from the flat tensors of all data-parallel ranks.
+    """Assembles a shard of ``shape`` from the flat tensors of all data-parallel ranks.
 
-    :raises CheckpointError: the fragments are not those of this shape, or not in the tensors.
+    :raises CheckpointError: the fragments do not fit the shape or the tensors.
     """
     if len(fragments) == 1 and fragments[0].size == prod(shape):
         return View(arrays[fragments[0].dp_rank], shape, offset=fragments[0].start)
@@ -66,8 +66,8 @@ def join_fragments(
 
 
 def cut_groups(groups: Sequence[Mapping[str, int]], dp_size: int) -> list[Flat]:
-    """The flat tensors of ZeRO 1 and 2: one for each of ``groups``, which have the sizes of their
-    shards by name."""
+    """Returns the flat tensors of ZeRO 1 and 2, one per group. ``groups`` map names to sizes of
+    shards."""
     flats = []
     for index, sizes in enumerate(groups):
         total = sum(sizes.values())
@@ -90,16 +90,15 @@ def cut_groups(groups: Sequence[Mapping[str, int]], dp_size: int) -> list[Flat]:
 
 
 def round_robin(items: Sequence[T], dp_size: int) -> list[T]:
-    """The order of Parameters in the flat tensors of ZeRO 1 and 2 with ``round_robin_gradients``:
-    those of a rank follow each other."""
+    """Reorders Parameters as ZeRO 1 and 2 do with ``round_robin_gradients``: grouped by rank."""
     return [item for first in range(dp_size) for item in items[first::dp_size]]
 
 
 def cut_shards(
     groups: Sequence[Mapping[str, int]], dp_size: int, sub_group_size: int
 ) -> list[Flat]:
-    """The flat tensors of ZeRO 3: one for each sub-group, which is full when a rank has
-    ``sub_group_size`` elements of it."""
+    """Returns the flat tensors of ZeRO 3, one per sub-group. A sub-group is full when each rank has
+    ``sub_group_size`` elements."""
     flats = []
     for index, sizes in enumerate(groups):
         fragments: dict[str, tuple[Fragment, ...]] = {}

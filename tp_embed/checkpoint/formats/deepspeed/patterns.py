@@ -1,4 +1,4 @@
-"""Patterns of names in checkpoints, which are regular expressions of others and not trusted."""
+"""Matches names with the patterns in a checkpoint, which are untrusted regular expressions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import CheckpointError
 
-# A pattern that could take for ever to match is refused: groups are not repeated, and little else.
+# Patterns that could backtrack forever are refused: no repeated groups, and few repetitions.
 _MAX_LENGTH = 1000
 _MAX_REPEATS = 3
 _REPEATED_GROUP = re.compile(r"\)[*+?{]")
@@ -17,9 +17,9 @@ _ESCAPED = re.compile(r"\\(.)", re.DOTALL)
 
 
 class Patterns:
-    """A list of patterns, most of which are for one name each.
+    """A list of patterns. Most match a single name.
 
-    :raises CheckpointError: it is no list of simple patterns.
+    :raises CheckpointError: ``values`` is no list of simple patterns.
     """
 
     def __init__(self, values: Any, path: Path) -> None:
@@ -39,22 +39,22 @@ class Patterns:
                 self._others.append(_compile(value, path))
 
     def find(self, name: str) -> str | None:
-        """The pattern that is for a name."""
+        """Returns the pattern that matches ``name``, or ``None``."""
         if name in self._names:
             return self._names[name]
         return next((other.pattern for other in self._others if other.match(name)), None)
 
 
 def of_name(name: str) -> str:
-    """The pattern for one name, as AutoTP writes it."""
+    """Returns the pattern for one name, as AutoTP writes it."""
     return rf"^{re.escape(name)}$"
 
 
 def _compile(pattern: str, path: Path) -> re.Pattern[str]:
     if _REPEATED_GROUP.search(pattern) or len(_REPEAT.findall(pattern)) > _MAX_REPEATS:
         raise CheckpointError(
-            f"A pattern in `{path}` must be simple, but is `{pattern[:100]}`, which could take for "
-            "ever to match."
+            f"A pattern in `{path}` must be simple, but is `{pattern[:100]}`, which could take "
+            "forever to match."
         )
     try:
         return re.compile(pattern)

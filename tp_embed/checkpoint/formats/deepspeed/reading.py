@@ -1,4 +1,4 @@
-"""Reads the checkpoint of a tag: from the shards of all ranks, whole tensors."""
+"""Reads the checkpoint of a tag. Joins the shards of all ranks to whole tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .files import (
 from .fragments import Optimizers, frozen_shard, read_optimizers
 from .layout import Layout
 
-# How many elements of a buffer are compared between ranks: statistics, and not tables.
+# Larger buffers are not compared between ranks: statistics are, tables aren't.
 _SMALL = 100_000
 
 
@@ -34,9 +34,9 @@ _SMALL = 100_000
 class _Names:
     """The names of a model.
 
-    :param own: those of Parameters and buffers, each by one name, in the order of the model.
-    :param ties: the others, with the one that is in ``own``.
-    :param unknown: of which the checkpoint says nothing.
+    :param own: one name for each Parameter and buffer, in the order of the model.
+    :param ties: maps other names to names in ``own``.
+    :param unknown: names without values in the checkpoint.
     """
 
     own: list[str]
@@ -62,16 +62,16 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     for key in [key for key in tensors if key.state == MASTER]:
         weight, empty = tensors.get(Key(key.name)), model.module.get(key.name)
         if weight is not None and weight.dtype == tensors[key].dtype:
-            del tensors[key]  # They are the same.
+            del tensors[key]  # A copy of the weight.
         elif weight is None and empty is not None and empty.dtype != tensors[key].dtype:
-            # At ZeRO 3 the files have no values in 16 bits: an engine makes them when it loads.
+            # ZeRO 3 stores no 16-bit values: an engine casts when it loads.
             tensors[Key(key.name)] = Cast(key.name, tensors[key], empty.dtype)
     others = {key: value for key, value in model.state.items() if key not in STRUCTURE}
     extra, odd = model.file.plain_entries(others)
     notes += odd
     notes += _odd_buffers(saved)
     if names.unknown:
-        notes.append(f"{names.unknown} were left out: the checkpoint has no values of them")
+        notes.append(f"{names.unknown} were left out: the checkpoint has no values for them")
     step = model.state.get("global_steps")
     return Checkpoint(
         format="deepspeed",
@@ -115,28 +115,28 @@ def _names(model: ModelFile) -> _Names:
     own = [name for name in (*model.module, *known) if name not in others]
     if any(alias == first or first in others for alias, first in ties.items()):
         raise CheckpointError(
-            f"`shared_params` in `{model.file.path}` must name what is there under one name, but "
-            f"is {shown(model.shared)}. The file is damaged: copy it again."
+            f"`shared_params` in `{model.file.path}` must map names to stored Parameters, but is "
+            f"{shown(model.shared)}. The file is damaged: copy it again."
         )
     return _Names(list(dict.fromkeys(own)), ties, unknown)
 
 
 def _first(names: Sequence[str], known: Mapping[str, Any]) -> str:
-    """Which of the names of one Parameter it goes by: that of the optimizer."""
+    """Picks the main name of a Parameter: the one in the optimizer, if any."""
     return next((name for name in names if name in known), names[0])
 
 
 def _optimizers(
     saved: Saved, names: _Names, options: ReadOptions
 ) -> tuple[list[Optimizers], list[str]]:
-    """What the optimizers of each tensor-parallel rank have; nothing, if there are none."""
+    """Reads the optimizers of each tensor-parallel rank; may be none. Returns them and notes."""
     first = saved.models[0][0]
     found: list[Optimizers] = []
     if saved.optimizers:
         if first.shapes is None:
             raise CheckpointError(
-                f"`{first.file.path}` must have `param_shapes`, since there are files of a ZeRO "
-                "optimizer, but has none. Copy all files of one checkpoint."
+                f"`{first.file.path}` must have `param_shapes`, as a ZeRO optimizer saves them, "
+                "but has none. Copy all files of one checkpoint."
             )
         found = [
             read_optimizers(row[0], files)
@@ -144,7 +144,7 @@ def _optimizers(
         ]
     elif first.is_zero3:
         raise CheckpointError(
-            f"`{saved.directory}` must have files `*_optim_states.pt`, where the weights are at "
+            f"`{saved.directory}` must have files `*_optim_states.pt`, which hold the weights at "
             "ZeRO 3, but has none. Copy all files of the checkpoint."
         )
     elif first.shapes is None:
@@ -156,16 +156,16 @@ def _optimizers(
                 f"All model files of `{saved.directory}` must hold an optimizer, or none, but "
                 f"{len(found)} of {saved.tp_size} do. Copy all files of one checkpoint."
             )
-    notes = list(found[0].notes) if found else ["There is no state of an optimizer: weights only"]
+    notes = list(found[0].notes) if found else ["The checkpoint has no optimizer state"]
     if found and found[0].groups and not any(key.state != MASTER for key in found[0].shards):
-        notes.append("The optimizer has made no step: there are no moments")
+        notes.append("The optimizer has made no step, so it has no moments")
     return found, notes
 
 
 def _shards(
     saved: Saved, names: _Names, optimizers: Sequence[Optimizers]
 ) -> dict[Key, list[Array]]:
-    """The shards of each tensor-parallel rank."""
+    """Returns the shards of each tensor-parallel rank."""
     states = list(dict.fromkeys(key.state for own in optimizers for key in own.shards))
     found = {}
     for name in names.own:
@@ -180,9 +180,9 @@ def _shards(
 
 
 def _odd_buffers(saved: Saved) -> list[str]:
-    """Notes of buffers of which data-parallel ranks have different values."""
+    """Notes buffers that differ between data-parallel ranks."""
     return [
-        f"`{name}` differs between data-parallel ranks: that of rank 0 was taken"
+        f"`{name}` differs between data-parallel ranks: rank 0's was taken"
         for row in saved.models
         for name in sorted(row[0].buffers & row[0].module.keys())
         if row[0].module[name].numel() <= _SMALL
@@ -196,7 +196,7 @@ def _has_same(first: ModelFile, other: ModelFile, name: str) -> bool:
 
 
 def _weight(row: Sequence[ModelFile], name: str) -> Array | None:
-    """The shard of a tensor-parallel rank, if its model files have it."""
+    """Returns the shard of a tensor-parallel rank, if its model files have it."""
     model = row[0]
     if model.is_zero3 and name in model.frozen_shapes:
         return frozen_shard(row, name)
@@ -206,7 +206,7 @@ def _weight(row: Sequence[ModelFile], name: str) -> Array | None:
 
 
 def _complete(saved: Saved, key: Key, shards: Sequence[Array | None]) -> list[Array]:
-    """``shards``, and empty ones for ranks that have nothing of a Parameter."""
+    """Fills in empty shards for ranks without elements of a Parameter."""
     dtype = next(shard.dtype for shard in shards if shard is not None)
     return [
         _empty(row[0], key, dtype) if shard is None else shard
@@ -225,7 +225,7 @@ def _empty(model: ModelFile, key: Key, dtype: torch.dtype) -> Array:
 
 
 def _optimizer(optimizers: Sequence[Optimizers], path: Path) -> Optimizer | None:
-    """What is the same on all ranks."""
+    """Merges the optimizers of all ranks. Checks that they match."""
     if not optimizers or not optimizers[0].groups:
         return None
     steps: dict[str, float] = {}
@@ -233,14 +233,14 @@ def _optimizer(optimizers: Sequence[Optimizers], path: Path) -> Optimizer | None
         for name, step in own.steps.items():
             if steps.setdefault(name, step) != step:
                 raise CheckpointError(
-                    f"All tensor-parallel ranks beside `{path}` must have made the same number of "
-                    f"steps, but of `{name}` they have made {steps[name]:g} and {step:g}. Copy all "
-                    "files of one checkpoint."
+                    f"All tensor-parallel ranks next to `{path}` must have made the same number of "
+                    f"steps, but for `{name}` they have made {steps[name]:g} and {step:g}. Copy "
+                    "all files of one checkpoint."
                 )
     if len({len(own.groups) for own in optimizers}) != 1:
         raise CheckpointError(
-            f"All tensor-parallel ranks beside `{path}` must have as many param groups, but have "
-            f"{[len(own.groups) for own in optimizers]}."
+            f"All tensor-parallel ranks next to `{path}` must have the same number of param "
+            f"groups, but have {[len(own.groups) for own in optimizers]}."
         )
     groups = []
     for index, (group, _) in enumerate(optimizers[0].groups):

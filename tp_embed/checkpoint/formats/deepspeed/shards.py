@@ -1,4 +1,4 @@
-"""What there is to write for a tensor-parallel rank, and where each of it is in the files."""
+"""The shards of a tensor-parallel rank to write, and their places in its files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ...files.derived import Cast, Copies
 from .partitions import SUB_GROUP_SIZE, Flat, cut_groups, cut_shards, join_fragments, round_robin
 from .trained import Trained, whole_step
 
-# The layout is that of this version, and engines want to know it.
+# We write the layout of this version. Engines require a version.
 DS_VERSION = "0.19.8"
 
 # The names of `torch.float32` in DeepSpeed's config.
@@ -27,7 +27,7 @@ _FP32 = ("torch.float32", "fp32", "float32", "float")
 
 
 def step_of(checkpoint: Checkpoint) -> int:
-    """How many steps the run has made."""
+    """Returns the number of steps of the run."""
     if checkpoint.step is None and checkpoint.optimizer is not None:
         steps = checkpoint.optimizer.steps
         return max((whole_step(name, step) for name, step in steps.items()), default=0)
@@ -35,7 +35,7 @@ def step_of(checkpoint: Checkpoint) -> int:
 
 
 def ds_config(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
-    """The config of the engine that wrote the source, at the stage that is written."""
+    """Returns the config of the engine that wrote the source, with the target's ZeRO stage."""
     config = checkpoint.extra.get("ds_config")
     config = dict(config) if isinstance(config, Mapping) else {}
     zero = config.get("zero_optimization")
@@ -47,8 +47,8 @@ def ds_config(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
 class Shards:
     """The shards of a tensor-parallel rank.
 
-    :param directory: of the tag.
-    :param info: how all of the checkpoint is cut, for universal checkpoints.
+    :param directory: the directory of the tag.
+    :param info: the ``universal_checkpoint_info``.
     """
 
     checkpoint: Checkpoint
@@ -72,9 +72,8 @@ class Shards:
 
     @cached_property
     def flats(self) -> list[Flat]:
-        """How the shards that are trained are cut over data-parallel ranks. It is by the config of
-        the engine that wrote the source, and that which loads it must have the same
-        ``round_robin_gradients`` and ``sub_group_size``."""
+        """The flat tensors of trained shards, as the config of the source's engine cuts them. The
+        loading engine must have the same ``round_robin_gradients`` and ``sub_group_size``."""
         zero = ds_config(self.checkpoint, self.target)["zero_optimization"]
         if self.stage < 3:
             sizes = self._sizes
@@ -87,14 +86,14 @@ class Shards:
 
     @cached_property
     def mapped(self) -> list[Flat]:
-        """What the mappings of ZeRO 1 and 2 say of it: an engine makes them by the order of the
-        param group, even if the flat tensors have another."""
+        """The flat tensors as the mappings of ZeRO 1 and 2 describe them: an engine computes them
+        in the order of the param group, even if the flat tensors have another."""
         return cut_groups(self._sizes, self.dp_size)
 
     @property
     def _is_bf16_optimizer(self) -> bool:
-        """Whether an engine has not ZeRO's own optimizer, but ``BF16_Optimizer``: see
-        ``_do_optimizer_sanity_check()`` of DeepSpeed. It knows no ``round_robin_gradients``."""
+        """Whether an engine uses ``BF16_Optimizer``, which ignores ``round_robin_gradients``,
+        instead of ZeRO's own optimizer: see ``_do_optimizer_sanity_check()`` of DeepSpeed."""
         config = ds_config(self.checkpoint, self.target)
         types = config.get("data_types")
         offload = config["zero_optimization"].get("offload_optimizer")
@@ -108,28 +107,28 @@ class Shards:
 
     @cached_property
     def frozen(self) -> list[str]:
-        """What an engine does not train: an empty shard too."""
+        """The names of Parameters that an engine does not train, including empty shards."""
         trained = {name for sizes in self._sizes for name in sizes}
         others = trained | self.checkpoint.buffers
         return [name for name in self.checkpoint.names if name not in others]
 
     @cached_property
     def empty(self) -> list[str]:
-        """The names of what is trained, but not here."""
+        """The names of trained Parameters without elements on this rank."""
         names = (name for group in self.trained.groups for name in group.names)
         return [name for name in names if not prod(self.shapes[name])]
 
     def part_size(self, name: str) -> int:
-        """How many elements of a shard a data-parallel rank has at ZeRO 3, padding included."""
+        """Returns the size of a data-parallel rank's part of a shard at ZeRO 3, with padding."""
         return -(-prod(self.shapes[name]) // self.dp_size)
 
     def main_key(self, name: str) -> Key:
-        """Of what the tensor of the model is."""
+        """Returns the key of the model's tensor: the weight, else fp32."""
         key = Key(name)
         return key if key in self.checkpoint.tensors else Key(name, MASTER)
 
     def master_key(self, name: str) -> Key:
-        """Of what the optimizer's copy is."""
+        """Returns the key of the optimizer's copy: fp32, else the weight."""
         key = Key(name, MASTER)
         return key if key in self.checkpoint.tensors else Key(name)
 
@@ -139,7 +138,7 @@ class Shards:
 
     @cached_property
     def _sizes(self) -> list[dict[str, int]]:
-        """How large the shards of each param group are, by name."""
+        """The sizes of the shards in each param group, by name."""
         sizes = [
             {name: prod(self.shapes[name]) for name in group.names if prod(self.shapes[name])}
             for group in self.trained.groups
@@ -154,7 +153,7 @@ class Shards:
 
 
 class Places:
-    """Where the shards of a tensor-parallel rank are, in one file or in several."""
+    """Collects where the shards of a tensor-parallel rank are, in one or several files."""
 
     def __init__(self, shards: Shards) -> None:
         self._shards = shards
@@ -164,18 +163,21 @@ class Places:
         self._found[key].append(array)
 
     def add_fragments(self, key: Key, flat: Flat, arrays: Sequence[Array]) -> None:
-        """:param arrays: the flat tensors that ``flat`` is about, of all data-parallel ranks."""
+        """Adds a shard in flat tensors.
+
+        :param arrays: the flat tensors that ``flat`` describes, of all data-parallel ranks.
+        """
         shape = self._shards.shapes[key.name]
         self.add(key, join_fragments(arrays, flat.fragments[key.name], shape))
 
     def add_empty(self, key: Key) -> None:
-        """Notes that there is nothing of ``key`` here, if there is of others."""
+        """Adds an empty shard, if the checkpoint has ``key`` and no shard was added."""
         if key in self._shards.checkpoint.tensors and key not in self._found:
             dtype = self._shards.checkpoint.tensors[key].dtype
             self.add(key, View(Joined((0,), dtype, []), self._shards.shapes[key.name]))
 
     def arrays(self) -> dict[Key, Array]:
-        """The shards, in the dtypes of the checkpoint."""
+        """Returns the shards, in the dtypes of the checkpoint."""
         return dict(self._arrays())
 
     def _arrays(self) -> Iterator[tuple[Key, Array]]:

@@ -1,4 +1,4 @@
-"""What an engine trains of a checkpoint: its param groups, and what the optimizer has of them."""
+"""Finds what an engine trains in a checkpoint: its param groups and their optimizer states."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Group:
     """A param group.
 
-    :param hyperparameters: all but its Parameters.
-    :param states: what the optimizer has of each, besides the number of steps; the same of all. It
-        is for flat tensors only.
-    :param step: this number, if it has made some; for flat tensors too.
+    :param hyperparameters: all entries except its Parameters.
+    :param states: the optimizer states that every Parameter has, without the step. Only for flat
+        tensors.
+    :param step: the step count, if any. Only for flat tensors.
     """
 
     names: tuple[str, ...]
@@ -34,10 +34,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Trained:
-    """The Parameters of a checkpoint, as an engine has them.
+    """The Parameters of a checkpoint that an engine trains.
 
-    :param dtype: that of the weights that are trained.
-    :param master_dtype: that of the optimizer's copies of them.
+    :param dtype: the dtype of the weights.
+    :param master_dtype: the dtype of the optimizer's copies.
     """
 
     groups: tuple[Group, ...]
@@ -46,10 +46,10 @@ class Trained:
 
 
 def find_trained(checkpoint: Checkpoint, *, is_flat: bool) -> Trained:
-    """What is trained: what is in the param groups of the checkpoint, or, if it has none, all.
+    """Returns the Parameters in the param groups of the checkpoint, or all if it has no groups.
 
-    :param is_flat: the Parameters of a param group are in one flat tensor, with one step count.
-    :raises CheckpointError: an engine could not have this.
+    :param is_flat: the Parameters of a param group share one flat tensor and step count.
+    :raises CheckpointError: an engine cannot hold this optimizer.
     """
     parameters = [name for name in checkpoint.names if name not in checkpoint.buffers]
     states = _states(checkpoint)
@@ -57,7 +57,7 @@ def find_trained(checkpoint: Checkpoint, *, is_flat: bool) -> Trained:
         groups: tuple[Group, ...] = (Group(tuple(parameters), {}, {}, None),)
         if any(states.values()):
             raise CheckpointError(
-                "A checkpoint with states of an optimizer must have its param groups, but "
+                "A checkpoint with optimizer states must have param groups, but "
                 f"`{checkpoint.path}` has none."
             )
     else:
@@ -75,8 +75,8 @@ def find_trained(checkpoint: Checkpoint, *, is_flat: bool) -> Trained:
     outside = [name for name in parameters if name not in members]
     if stray := [name for name in outside if states[name]]:
         raise CheckpointError(
-            f"`{stray[0]}` must be in a param group of the optimizer, since there are states of "
-            f"it, but is in none of the {len(groups)}."
+            f"`{stray[0]}` must be in a param group of the optimizer, since it has states, but is "
+            f"in none of the {len(groups)}."
         )
     return Trained(
         groups,
@@ -86,7 +86,7 @@ def find_trained(checkpoint: Checkpoint, *, is_flat: bool) -> Trained:
 
 
 def _names(checkpoint: Checkpoint, index: int, group: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of a param group."""
+    """Returns the names of a param group's Parameters."""
     listed = group.get("params")
     if not isinstance(listed, (list, tuple)) or not all(isinstance(name, str) for name in listed):
         raise CheckpointError(
@@ -113,10 +113,10 @@ def _group(
     for name in names:
         if states[name] != first:
             raise CheckpointError(
-                "The optimizer must have the same states of all Parameters of a param group for "
-                f"DeepSpeed, but has {_text(first)} of `{names[0]}` and "
-                f"{_text(states[name])} of `{name}`. Leave Parameters that are not trained "
-                "out of the param groups, or convert without the optimizer's state."
+                "For DeepSpeed, all Parameters of a param group must have the same optimizer "
+                f"states, but `{names[0]}` has {_text(first)} and `{name}` has "
+                f"{_text(states[name])}. Remove untrained Parameters from the param groups, or "
+                "convert without optimizer state."
             )
     steps = {optimizer.steps.get(name) for name in names} if first else {None}
     if len(steps) > 1:
@@ -129,7 +129,7 @@ def _group(
 
 
 def whole_step(name: str, step: float) -> int:
-    """A number of steps of the Parameter ``name``, as optimizers count them."""
+    """Returns the step count of the Parameter ``name`` as an int."""
     if not math.isfinite(step) or step != int(step) or step < 0:
         raise CheckpointError(
             f"The number of steps of `{name}` must be a whole number from 0 on, but is {step}."
@@ -138,7 +138,7 @@ def whole_step(name: str, step: float) -> int:
 
 
 def _states(checkpoint: Checkpoint) -> dict[str, dict[str, torch.dtype]]:
-    """What the optimizer has of each name, with its dtype."""
+    """Returns the dtypes of each Parameter's optimizer states."""
     found: dict[str, dict[str, torch.dtype]] = {name: {} for name in checkpoint.names}
     for key, array in checkpoint.tensors.items():
         if key.state in (WEIGHT, MASTER):
@@ -175,14 +175,14 @@ def _master_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
 
 def _one_dtype(what: str, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
     if not dtypes:
-        raise CheckpointError("There must be Parameters to train for DeepSpeed, but are none.")
+        raise CheckpointError("A checkpoint for DeepSpeed must have Parameters, but has none.")
     first_name, first = next(iter(dtypes.items()))
     for name, dtype in dtypes.items():
         if dtype != first or dtype not in _DTYPES:
             raise CheckpointError(
-                f"The {what} must all be of one dtype of {[str(each) for each in _DTYPES]} for "
-                f"DeepSpeed, but `{first_name}` is of {first} and `{name}` of {dtype}. Choose one "
-                "with `--dtype`."
+                f"For DeepSpeed, the {what} must all have one dtype of "
+                f"{[str(each) for each in _DTYPES]}, but `{first_name}` has {first} and `{name}` "
+                f"has {dtype}. Choose one with `--dtype`."
             )
     return first
 

@@ -1,9 +1,10 @@
-"""Writes what ``engine.save_checkpoint()`` of DeepSpeed does, for ZeRO 0 to 3.
+"""Writes checkpoints as DeepSpeed's ``engine.save_checkpoint()`` does, for ZeRO 0 to 3.
 
-A checkpoint without an optimizer becomes one for ``load_checkpoint(load_optimizer_states=False)``,
-for which ZeRO 1 and 2 need no files of the optimizer. Flat partitions have the order of its param
-groups, or of the checkpoint; and they are laid out for the ``ds_config`` of the source, so an
-engine that loads them must have the same ``round_robin_gradients`` and ``sub_group_size``.
+Without an optimizer in the source, load the result with
+``load_checkpoint(load_optimizer_states=False)``: ZeRO 1 and 2 then need no optimizer files. Flat
+partitions follow the order of the param groups, else of the checkpoint. They are laid out for the
+source's ``ds_config``, so the loading engine must have the same ``round_robin_gradients`` and
+``sub_group_size``.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from .trained import Trained, find_trained
 
 
 def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
-    """See :class:`~tp_embed.checkpoint.formats.Format`. At ZeRO 3 there is no place for weights of
-    which there are fp32 ones: an engine takes them from these."""
+    """Lays out the files, see :class:`~tp_embed.checkpoint.formats.Format`. ZeRO 3 stores no weight
+    that has an fp32 copy: an engine casts the copy."""
     trained = find_trained(checkpoint, is_flat=target.zero_stage > 0)
     _check(target, trained)
     info = write_info(
@@ -66,8 +67,7 @@ def _check(target: Target, trained: Trained) -> None:
     if stage == 0 and trained.dtype != torch.float32:
         raise CheckpointError(
             f"At ZeRO 0 the weights must be in float32, but are in {trained.dtype}: DeepSpeed's "
-            "16-bit optimizers have files of another kind. Write for ZeRO 1, or pass "
-            "`--dtype float32`."
+            "16-bit optimizers save in another form. Write for ZeRO 1, or pass `--dtype float32`."
         )
     if stage == 3 and trained.dtype == torch.float16:
         raise CheckpointError(

@@ -1,8 +1,8 @@
-"""The optimizer of an engine at ZeRO 0, which is in the model's file.
+"""Reads the optimizer of an engine at ZeRO 0 from the model's file.
 
-Its state is torch's, by index, so the names have to be found. An engine for 16-bit weights has
-wrapped it: ``FP16_UnfusedOptimizer`` keeps master weights one by one, ``FP16_Optimizer`` as flat
-tensors of which it is not said what is in them.
+It is torch's state, indexed by number, so names must be found. Engines for 16-bit weights wrap it:
+``FP16_UnfusedOptimizer`` keeps master weights one by one, ``FP16_Optimizer`` as flat tensors whose
+layout it does not save.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .fragments import Optimizers
 def read_optimizer(
     model: ModelFile, parameters: Sequence[str], options: ReadOptions
 ) -> Optimizers | None:
-    """What the optimizer holds of the shards of a tensor-parallel rank, if there is one.
+    """Reads the optimizer of a tensor-parallel rank, if any.
 
     :param parameters: the names of all Parameters, in the order of the model.
-    :raises CheckpointError: the names of its Parameters are not known, or are others.
+    :raises CheckpointError: the names of the optimizer's Parameters are unknown, or do not match.
     """
     path = model.file.path
     saved = model.state.get("optimizer")
@@ -40,8 +40,8 @@ def read_optimizer(
         masters = saved.get("fp32_groups")
         if masters is None:
             note = (
-                "The state of the optimizer was left out: at ZeRO 0 it is not said of which "
-                "Parameters its flat 16-bit groups are. Train at ZeRO 1 to keep it."
+                "The state of the optimizer was left out: at ZeRO 0, DeepSpeed does not record the "
+                "Parameters in its flat 16-bit groups. Train at ZeRO 1 to keep it."
             )
             return Optimizers(notes=[note])
     groups = [
@@ -55,8 +55,8 @@ def read_optimizer(
         tensors = list(chain.from_iterable(expect(masters, list, "`fp32_groups`", path)))
         if len(tensors) != len(names):
             raise CheckpointError(
-                f"`fp32_groups` in `{path}` must have {len(names)} tensors, as there are "
-                f"Parameters in the optimizer, but has {len(tensors)}."
+                f"`fp32_groups` in `{path}` must have {len(names)} tensors, one per Parameter in "
+                f"the optimizer, but has {len(tensors)}."
             )
         for name, tensor in zip(names, tensors, strict=True):
             found.shards[Key(name, MASTER)] = _of_shape(model, name, MASTER, tensor)
@@ -89,7 +89,7 @@ def _names(
     parameters: Sequence[str],
     options: ReadOptions,
 ) -> Sequence[str]:
-    """The names of the optimizer's Parameters, in its order."""
+    """Returns the names of the optimizer's Parameters, in its order."""
     path = model.file.path
     count = len(_indices(groups, path))
     names: Sequence[Any] | None = options.optimizer_names
@@ -99,23 +99,23 @@ def _names(
         unknown = [str(name) for name in names if name not in parameters]
         if unknown or len(set(names)) != count or len(names) != count:
             raise CheckpointError(
-                f"The names of the optimizer's Parameters must be {count} different ones of the "
-                f"model's, but are {len(names)}, of which {unknown[:3]} are unknown. Pass "
+                f"The names of the optimizer's Parameters must be {count} different names in the "
+                f"model, but are {len(names)}, with {unknown[:3]} unknown. Pass "
                 "`--optimizer-names`."
             )
         return names
     if len(groups) != 1 or count != len(parameters):
         raise CheckpointError(
             f"The optimizer in `{path}` must have one param group with all {len(parameters)} "
-            f"Parameters, if it is of ZeRO 0, but has {len(groups)} with {count}, and does not say "
-            "which. Pass `--optimizer-names`, the names of its Parameters in its order."
+            f"Parameters at ZeRO 0, but has {len(groups)} with {count}, without names. Pass "
+            "`--optimizer-names`, the names of its Parameters in its order."
         )
     config = model.state.get("ds_config")
     if not isinstance(config, dict) or not isinstance(config.get("optimizer"), dict):
         raise CheckpointError(
-            f"The optimizer in `{path}` must be one that DeepSpeed has made by its config, if it "
-            "is of ZeRO 0, but is another, of which the order is not known. Pass "
-            "`--optimizer-names`, the names of its Parameters in its order."
+            f"The optimizer in `{path}` must be built by DeepSpeed from its config at ZeRO 0, but "
+            "is another, with unknown order. Pass `--optimizer-names`, the names of its Parameters "
+            "in its order."
         )
     return parameters
 
@@ -125,7 +125,7 @@ def _of_shape(model: ModelFile, name: str, state: str, tensor: Any) -> Array:
     if array.shape != model.shape(name):
         raise CheckpointError(
             f"`{name}` in `{model.file.path}` must have an optimizer state of its shape "
-            f"{model.shape(name)}, but the one in its place has {array.shape}. The optimizer has "
+            f"{model.shape(name)}, but the one at its index has {array.shape}. The optimizer has "
             "another order than the model: pass `--optimizer-names`, the names of its Parameters "
             "in its order."
         )

@@ -1,24 +1,23 @@
-"""A directory of Hugging Face transformers, with weights in the format of safetensors.
+"""Reads and writes directories of Hugging Face transformers, with weights as safetensors.
 
-It holds ``model.safetensors``; or the tensors are in several files, and an index says which has
-each (https://huggingface.co/docs/transformers/big_models)::
+They hold ``model.safetensors``, or several files and an index
+(https://huggingface.co/docs/transformers/big_models)::
 
     model.safetensors.index.json:
         {"metadata": {"total_size": BYTES}, "weight_map": {NAME: FILE, ...}}
 
-We read this, the older ``pytorch_model.bin`` in the same two forms, and one file of safetensors.
+We also read the older ``pytorch_model.bin`` in the same two forms, and single safetensors files.
 
-**Tied weights.** A Parameter with several names is written once, and the other names are put into
-the metadata of its file, as ``safetensors.torch.save_model()`` does. ``from_pretrained()`` does not
-read these: it ties word embeddings, if the ``config.json`` says ``tie_word_embeddings``. So this is
-done with names of tables if it does. All others are written under each of their names, since
-``from_pretrained()`` would give a name that is missing random values; the metadata says of these,
-too, that they are one.
+**Tied weights.** The metadata of a file lists the other names of its tensors, as
+``safetensors.torch.save_model()`` does. ``from_pretrained()`` ignores it: it ties word embeddings
+if ``config.json`` says ``tie_word_embeddings``. So tied tables are written once if it says so. All
+other tied weights are written under each name, since ``from_pretrained()`` would initialize a
+missing name with random values.
 
-**Settings.** ``config.json``, the tokenizer and the like are copied from `Target.hf_config`, or
-else from the source if it is such a directory; no code is. In the ``config.json`` the dtype becomes
-that of the weights, and the ``vocab_size`` of a source the number of rows, if padding was left out.
-That of `Target.hf_config` must fit.
+**Settings.** ``config.json``, the tokenizer and similar files, but no code, are copied from
+`Target.hf_config`, else from the source if it is such a directory. The dtype in ``config.json`` is
+set to the weights' dtype. If padding was dropped, ``vocab_size`` in the source's ``config.json`` is
+set to the number of rows; ``vocab_size`` in `Target.hf_config` must already match.
 """
 
 from __future__ import annotations
@@ -52,14 +51,14 @@ _SAFETENSORS = "model.safetensors"
 _TORCH = "pytorch_model.bin"  # Read only.
 
 
-_NOT_ONE = "They are not one Parameter: write the checkpoint anew."
+_NOT_ONE = "They are not one Parameter: save the checkpoint again."
 
 
 class _File(NamedTuple):
     """The content of a file with weights.
 
-    :param names: those of all tensors in the file; of one with several, all.
-    :param ties: other names of tensors, and the name that they should be known by.
+    :param names: all names of tensors in the file, including ties.
+    :param ties: maps other names of tensors to their main names.
     """
 
     tensors: dict[str, Array]
@@ -80,9 +79,9 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, options: ReadOptions) -> Checkpoint:
-    """Reads the weights of one file, or of all files that an index lists.
+    """Reads the weights of one file, or of all files in an index.
 
-    :raises CheckpointError: the index and its files do not fit.
+    :raises CheckpointError: the index and its files do not match.
     """
     found = _find(path)
     if found.name.endswith(".index.json"):
@@ -106,8 +105,8 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     is_alone = sum(is_table(options.rules, name) for name in {*tensors, *ties}) == 1
     if is_alone and path / CONFIG in settings and ties_words(read_json(path / CONFIG)):
         notes.append(
-            f"`{CONFIG}` ties word embeddings. The names that share one, as `lm_head.weight`, are "
-            "not in the checkpoint: a model must tie them itself."
+            f"`{CONFIG}` ties word embeddings. Other names of the table, such as `lm_head.weight`, "
+            "are not in the checkpoint: a model must tie them itself."
         )
     return Checkpoint(
         format=NAME,
@@ -120,7 +119,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
 
 
 def _find(path: Path) -> Path:
-    """The file with the weights, or the index of several."""
+    """Returns the file with the weights, or the index of several."""
     if path.is_file():
         return path
     for name in (_SAFETENSORS, _TORCH):
@@ -134,7 +133,7 @@ def _find(path: Path) -> Path:
 
 
 def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, Path]:
-    """The file that each tensor is in, by the index at ``path``."""
+    """Maps tensors to files, as the index at ``path`` says."""
     names = index.get("weight_map")
     if (
         not isinstance(names, dict)
@@ -163,20 +162,21 @@ def _check_weight_map(
         for name in sorted(content.names):
             if name not in weight_map:
                 raise CheckpointError(
-                    f"`{path}` must name all tensors, but not `{name}`, which is in `{file.name}`. "
-                    "The files are of different checkpoints: copy the whole directory again."
+                    f"`{path}` must name all tensors, but lacks `{name}`, which is in "
+                    f"`{file.name}`. The files are from different checkpoints: copy the whole "
+                    "directory again."
                 )
             if weight_map[name] != file:
                 raise CheckpointError(
-                    f"`{name}` must be in `{weight_map[name].name}` only, by `{path}`, but is in "
-                    f"`{file.name}`. The files are of different checkpoints: copy the whole "
+                    f"`{name}` must be in `{weight_map[name].name}` only, as `{path}` says, but is "
+                    f"in `{file.name}`. The files are from different checkpoints: copy the whole "
                     "directory again."
                 )
     for name, file in weight_map.items():
         if name not in files[file].names:
             raise CheckpointError(
-                f"`{name}` must be in `{file.name}`, by `{path}`, but is not. The files are of "
-                "different checkpoints: copy the whole directory again."
+                f"`{name}` must be in `{file.name}`, as `{path}` says, but is not. The files are "
+                "from different checkpoints: copy the whole directory again."
             )
 
 
@@ -185,7 +185,7 @@ def _check_total_size(path: Path, index: Mapping[str, Any], files: Mapping[Path,
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     arrays = [array for file in files.values() for array in file.tensors.values()]
     if stated is None or any(array.dtype == torch.bool for array in arrays):
-        return  # Older versions of transformers count an eighth of a byte for a bool.
+        return  # Older versions of transformers count a bool as an eighth of a byte.
     once = sum(array.nbytes for array in arrays)
     each = sum(
         file.tensors[file.ties.get(name, name)].nbytes
@@ -194,8 +194,8 @@ def _check_total_size(path: Path, index: Mapping[str, Any], files: Mapping[Path,
     )
     if stated not in (once, each):
         raise CheckpointError(
-            f"`{path}` must have the size of all tensors as `total_size`, which is {once}, but has "
-            f"{shown(stated)}. If all files are of one checkpoint, remove `total_size` there."
+            f"`total_size` in `{path}` must be the size of all tensors, {once}, but is "
+            f"{shown(stated)}. If all files are from one checkpoint, remove `total_size` there."
         )
 
 
@@ -203,7 +203,7 @@ def _read_file(path: Path, options: ReadOptions) -> _File:
     if path.suffix == ".safetensors":
         arrays, metadata = safetensors_file.read(path)
         ties = {alias: name for alias, name in metadata.items() if name in arrays}
-        ties.pop("format", None)  # This key has another meaning.
+        ties.pop("format", None)  # Names the framework.
         return _File(arrays, set(arrays), ties, [])
     file = TorchFile(path, allow_unsafe=options.allow_unsafe_pickle)
     if not isinstance(file.root, Mapping) or not all(isinstance(name, str) for name in file.root):
@@ -268,8 +268,8 @@ _Described = dict[str, tuple[Index, torch.dtype]]
 
 
 def _split(tensors: _Described, max_size: int) -> list[_Described]:
-    """What to write to each file: in order, as many as fit; one that is too large has its own. The
-    same as of ``huggingface_hub.split_torch_state_dict_into_shards()``."""
+    """Assigns tensors to files as ``huggingface_hub.split_torch_state_dict_into_shards()`` does: in
+    order, as many as fit. Tensors larger than ``max_size`` get a file of their own."""
     shards: list[_Described] = []
     current: _Described = {}
     free = max_size

@@ -1,5 +1,5 @@
-"""What is beside the weights in a directory of Hugging Face: ``config.json``, the tokenizer and the
-like. It is copied, and no code is."""
+"""Copies the settings in a Hugging Face directory: ``config.json``, the tokenizer and similar
+files, but no code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...files.text_files import read_json, write_json
 
 CONFIG = "config.json"
 
-# What is copied: what has one of these names, and one of these endings.
+# Files with one of these names and one of these suffixes are copied.
 _SETTINGS = (
     CONFIG,
     "generation_config.json",
@@ -33,12 +33,12 @@ _SETTINGS = (
     "*.tiktoken",
 )
 _ENDINGS = (".json", ".txt", ".model", ".tiktoken", ".jinja")
-_MAX_SETTINGS_BYTES = 256 * 2**20  # All together.
+_MAX_SETTINGS_BYTES = 256 * 2**20  # In total.
 
 
 def copy_settings(checkpoint: Checkpoint, target: Target, path: Path) -> None:
-    """Copies what is beside weights, with a ``config.json`` that fits them. What is in ``path``
-    already is kept."""
+    """Copies the settings to ``path`` and adapts ``config.json`` to the weights. Keeps existing
+    files."""
     directory = target.hf_config
     if directory is None and checkpoint.format == "hf" and checkpoint.path.is_dir():
         directory = checkpoint.path
@@ -52,9 +52,8 @@ def copy_settings(checkpoint: Checkpoint, target: Target, path: Path) -> None:
     size = sum(_checked(directory, file).stat().st_size for file in settings)
     if size > _MAX_SETTINGS_BYTES:
         raise CheckpointError(
-            f"The files beside the weights in `{directory}` must have at most "
-            f"{_MAX_SETTINGS_BYTES} bytes together, but have {size}. Move away what is no "
-            "configuration or tokenizer."
+            f"The settings in `{directory}` must have at most {_MAX_SETTINGS_BYTES} bytes in "
+            f"total, but have {size}. Move away files that belong to no configuration or tokenizer."
         )
     for file in settings:
         copy = path / file.name
@@ -76,27 +75,30 @@ def settings_of(directory: Path) -> list[Path]:
 
 
 def _checked(directory: Path, file: Path) -> Path:
-    """:raises UnsafeCheckpointError: what ``file``, of ``directory``, links to is elsewhere, and
-    copying it would give away what is in it. In the cache of the hub links lead to its blobs."""
+    """Checks that copying ``file`` leaks nothing from outside ``directory``. In the hub's cache,
+    links to its blobs are allowed.
+
+    :raises UnsafeCheckpointError: ``file`` links to a file elsewhere.
+    """
     if not file.is_file():
         raise CheckpointError(f"`{file}` must be a regular file, but is not. Remove it.")
     root = directory.resolve()
     roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(file.resolve().is_relative_to(each) for each in roots):
         raise UnsafeCheckpointError(
-            f"`{file}` must be a file of `{directory}`, but is a link to `{file.resolve()}`. "
+            f"`{file}` must be a file in `{directory}`, but is a link to `{file.resolve()}`. "
             "Replace it with a copy, or remove it."
         )
     return file
 
 
 def _adapt_config(path: Path, checkpoint: Checkpoint, target: Target) -> None:
-    """Changes the ``config.json`` at ``path`` where it does not fit what is written."""
+    """Adapts dtype and ``vocab_size`` in the ``config.json`` at ``path`` to the checkpoint."""
     config = read_json(path)
     changes: list[tuple[dict[str, Any], str, Any]] = []
     sizes: Counter[torch.dtype] = Counter()
     for array in checkpoint.tensors.values():
-        if array.dtype.is_floating_point and array.dtype.itemsize > 1:  # Else it is quantised.
+        if array.dtype.is_floating_point and array.dtype.itemsize > 1:  # Others are quantized.
             sizes[array.dtype] += array.numel
     for dtype, _ in sizes.most_common(1):
         changes += [
@@ -116,7 +118,7 @@ def _adapt_config(path: Path, checkpoint: Checkpoint, target: Target) -> None:
                 f"{sorted(target.tables)}, which is {sorted(rows)}, but is {size}. If rows are "
                 f"padding, pass `--vocab-size {size}`; else write the number of rows there."
             )
-        if len(rows) == 1 and max(rows) < size:  # Padding was left out.
+        if len(rows) == 1 and max(rows) < size:  # Padding was dropped.
             changes.append((section, "vocab_size", max(rows)))
     if any(section[key] != value for section, key, value in changes):
         for section, key, value in changes:
@@ -125,20 +127,20 @@ def _adapt_config(path: Path, checkpoint: Checkpoint, target: Target) -> None:
 
 
 def ties_words(config: Mapping[str, Any]) -> bool:
-    """Whether each version of transformers ties word embeddings by ``config``. Some look at the
-    part for text, and others do not; without a value it depends on the class of the model."""
+    """Returns whether every version of transformers ties word embeddings with ``config``. Only some
+    read the text section, and the default depends on the class of the model."""
     said = [section.get("tie_word_embeddings") for section in _word_sections(config)]
     return said[0] is True and False not in said[1:]
 
 
 def _word_sections(config: Mapping[str, Any]) -> list[Any]:
-    """The parts of a ``config.json`` that are about words."""
+    """Returns the sections of a ``config.json`` that configure word embeddings."""
     text = config.get("text_config")
     return [config, text] if isinstance(text, dict) else [config]
 
 
 def _sections(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A ``config.json``, and the parts of it that are about parts of the model."""
+    """Yields a ``config.json`` and its sections for parts of the model."""
     yield config
     for key, value in config.items():
         if key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):

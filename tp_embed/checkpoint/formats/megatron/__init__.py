@@ -1,23 +1,23 @@
-"""Checkpoints of Megatron-LM in its format ``torch``: a file of each tensor-parallel rank and
-pipeline stage, as ``save_checkpoint()`` of ``megatron/training/checkpointing.py`` writes them::
+"""Reads and writes checkpoints of Megatron-LM in its format ``torch``: one file per tensor-parallel
+rank and pipeline stage, as ``save_checkpoint()`` of ``megatron/training/checkpointing.py`` writes::
 
     latest_checkpointed_iteration.txt           # an iteration, or `release`
     iter_0000100/mp_rank_00/model_optim_rng.pt  # with pipeline stages: mp_rank_00_000
         {"args", "checkpoint_version", "iteration", "model", ...}
 
 Tables are padded to a multiple of ``make_vocab_size_divisible_by`` (128) x TP rows
-(``vocab_size_with_padding()``), of which each rank has an equal part, as ``VocabParallelEmbedding``
-and ``output_layer`` have it. Nothing says how many rows are real: Megatron's own converter has to
-be told as well (``--true-vocab-size``). Our files say it, and how all else is cut, under the key
-``tp_embed``, which Megatron ignores.
+(``vocab_size_with_padding()``) and cut into equal shards, for ``VocabParallelEmbedding`` and
+``output_layer``. Megatron does not record the number of real rows: its own converter also needs
+``--true-vocab-size``. Our files record it, and all other cuts, under the key ``tp_embed``, which
+Megatron ignores.
 
-Nothing else says how Parameters are cut. In Megatron Core it is ``*.linear_qkv.*=0``,
+Megatron does not record cuts either. In Megatron Core they are ``*.linear_qkv.*=0``,
 ``*.linear_proj.weight=1``, ``*.linear_fc1.*=0`` (``0/2`` if the MLP is gated, as in SwiGLU),
 ``*.linear_fc2.weight=1`` and ``*=replicated``.
 
-``args`` are written only if they come from Megatron: ``check_checkpoint_args()`` wants all those
-that make a model if there are some, and none if there are none. The state of the optimizer is by
-index, in an order that is not said, and left out: load with ``--no-load-optim --no-load-rng``.
+``args`` are written only if they come from Megatron: ``check_checkpoint_args()`` needs all
+arguments of the model, or no ``args`` at all. Optimizer state is indexed by number in an
+unrecorded order, and is left out: load with ``--no-load-optim --no-load-rng``.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ HAS_OPTIMIZER = False
 HAS_EXTRA = True
 MAIN = WEIGHT
 
-# The name of the source's `args` in `Checkpoint.extra`.
+# The key of the source's `args` in `Checkpoint.extra`.
 ARGS = "megatron_args"
 _DIVISOR = "make_vocab_size_divisible_by"
 
@@ -88,7 +88,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
         )
     left_out = sorted(first.keys & {"optimizer", "opt_param_scheduler", "rng_state"})
     if left_out:
-        notes += (f"{left_out} were left out: they are by index, or of each rank.",)
+        notes += (f"{left_out} were left out: they are indexed by number, or differ by rank.",)
     args = {name: value for name, value in first.args.items() if _is_plain(value)}
     return Checkpoint(
         format=NAME,
@@ -105,21 +105,24 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
 
 
 def _check_version(file: RankFile, names: Iterable[str]) -> None:
-    """:raises CheckpointError: ``fix_query_key_value_ordering()`` would have to be applied."""
+    """Checks the version.
+
+    :raises CheckpointError: the file would need ``fix_query_key_value_ordering()``.
+    """
     fused = {"query_key_value", "key_value"}
     if file.version < 2 and any(fused & set(name.split(".")) for name in names):
         raise CheckpointError(
             f"`{file.path}` must have the `checkpoint_version` 2.0 or later, but has "
-            f"{file.version}, in which queries, keys and values are in another order. Load and "
-            "save it with Megatron-LM first."
+            f"{file.version}, which orders queries, keys and values differently. Load and save it "
+            "with Megatron-LM first."
         )
 
 
 def _drop_copies(
     shards: dict[str, list[Array]], grid: Sequence[Sequence[RankFile]]
 ) -> tuple[str, ...]:
-    """Leaves out the copy of the table that the last of several pipeline stages has as its output
-    head, if they are tied. Reading the table compares them."""
+    """Drops the last pipeline stage's copy of the table, its output head, if the two are tied.
+    Reading the table compares them."""
     embeddings = [name for name in shards if name.endswith("embedding.word_embeddings.weight")]
     heads = ["word_embeddings_for_head.weight"]
     if grid[0][0].args.get("untie_embeddings_and_output_weights") is False:
@@ -136,7 +139,8 @@ def _drop_copies(
 def _recorded(
     file: RankFile, shards: Mapping[str, Sequence[Array]]
 ) -> tuple[dict[str, int], dict[str, Cut | None]]:
-    """The numbers of rows of tables without padding, and how all else is cut, if we wrote it."""
+    """Returns the recorded numbers of rows of tables without padding, and other cuts. Empty if
+    Megatron wrote the file."""
     sizes: dict[str, int] = {}
     cuts: dict[str, Cut | None] = {}
     for name, arrays in shards.items():
@@ -160,7 +164,7 @@ def _recorded(
 
 
 def _is_vocab(name: str, array: Array, options: ReadOptions) -> bool:
-    """Whether ``name`` is a table with padding: Megatron cuts those along no other dimension."""
+    """Returns whether ``name`` is a table with padding, which Megatron cuts along dimension 0."""
     rule = find_rule(options.rules, name)
     if rule is None:
         return is_table((), name) and len(array.shape) == 2
@@ -168,7 +172,7 @@ def _is_vocab(name: str, array: Array, options: ReadOptions) -> bool:
 
 
 def _without_padding(name: str, shards: Sequence[Array], rows: int | None) -> Array:
-    """The first ``rows`` of what ranks hold in equal parts, or all if it is ``None`` or more."""
+    """Joins equal shards and keeps the first ``rows`` rows; all if it is ``None`` or larger."""
     shapes = {shard.shape for shard in shards}
     shape = shards[0].shape
     if len(shapes) != 1 or not shape:
@@ -209,7 +213,7 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
         if name in target.tables and (len(shape) == 2 or cut is not None):
             if target.tp_size > 1 and (cut is None or cut.dim):
                 raise CheckpointError(
-                    f"`{name}` must be cut over the vocabulary for Megatron-LM, but is to be "
+                    f"`{name}` must be cut over the vocabulary for Megatron-LM, but would be "
                     f"{'replicated' if cut is None else f'cut along dimension {cut.dim}'}. Pass "
                     "`--dim vocab`."
                 )
@@ -254,7 +258,7 @@ def _new_args(
     target: Target,
     shapes: Mapping[str, Sequence[int]],
 ) -> Namespace:
-    """The ``args`` of the source, with what is new."""
+    """Returns the source's ``args``, updated for the target."""
     new: dict[str, Any] = {
         "iteration": checkpoint.step or 0,
         "tensor_model_parallel_size": target.tp_size,

@@ -1,6 +1,6 @@
-"""The files of a checkpoint of Megatron-LM: which there are, what is in one, and how those of
-pipeline stages make one model. See ``get_checkpoint_name()``, ``read_metadata()`` and
-``generate_state_dict()`` of ``megatron/training/checkpointing.py``."""
+"""Finds and opens the files of a Megatron-LM checkpoint, and merges pipeline stages. See
+``get_checkpoint_name()``, ``read_metadata()`` and ``generate_state_dict()`` of
+``megatron/training/checkpointing.py``."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from ..rank_files import transpose
 
 FILE = "model_optim_rng.pt"
 TRACKER = "latest_checkpointed_iteration.txt"
-# What we add to a file. Megatron does not look at it, and does not write it again.
+# Our addition to a file. Megatron ignores it, and drops it on saving.
 OURS = "tp_embed"
 
 _TAG = re.compile(r"(iter_)?(\d{1,18})|release", re.ASCII)
 _RANK = re.compile(r"mp_rank_(\d{1,9})(?:_(\d{1,9}))?(_\d+)?", re.ASCII)
 _LAYER = re.compile(r"((?:.*?\.)?layers\.)(\d{1,9})(\..*)", re.ASCII)
-# Instances of other classes may be in `args` and in the state of random generators. Megatron itself
-# allows those of `megatron/core/safe_globals.py`; they move between its versions.
+# `args` and states of random generators may contain instances of other classes. Megatron allows the
+# ones in `megatron/core/safe_globals.py`; they move between its versions.
 _HARMLESS = re.compile(r"(megatron|numpy|pathlib|signal)\..+|_io\.BytesIO|types\.SimpleNamespace")
 _MAX_DEPTH = 16
 
 
 class StandIn:
-    """What an instance of another class is read as. It does nothing."""
+    """Stands in for an instance of another class. Runs no code."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -48,12 +48,12 @@ class StandIn:
 
 @dataclass(frozen=True)
 class RankFile:
-    """What is in the file of a rank.
+    """The content of a rank's file.
 
-    :param chunks: the state dict of the model, flat, with values that may be no tensors. There are
-        several with virtual pipeline stages.
-    :param ours: what we have added.
-    :param keys: what else is in it.
+    :param chunks: flat state dicts of the model, one per virtual pipeline stage. Not all values
+        are tensors.
+    :param ours: our addition to the file.
+    :param keys: all keys in the file.
     """
 
     file: TorchFile
@@ -70,14 +70,14 @@ class RankFile:
 
 
 def is_root(path: Path) -> bool:
-    """Whether ``path`` looks like a directory of checkpoints, or like one of an iteration."""
+    """Returns whether ``path`` looks like a directory of checkpoints, or of one iteration."""
     return (path / TRACKER).is_file() or any(path.glob(f"mp_rank_*/{FILE}"))
 
 
 def directory_of(path: Path, tag: str | None) -> Path:
-    """The directory of the iteration that is meant by ``path`` and ``tag``.
+    """Returns the directory of the iteration that ``path`` and ``tag`` select.
 
-    :raises CheckpointError: there is none.
+    :raises CheckpointError: no such directory exists.
     """
     if not path.is_dir():
         raise CheckpointError(f"`{path}` must be a directory of Megatron-LM, but is a file.")
@@ -109,9 +109,9 @@ def directory_of(path: Path, tag: str | None) -> Path:
 
 
 def open_ranks(directory: Path, allow_unsafe: bool) -> list[list[RankFile]]:
-    """The files of each pipeline stage, by rank.
+    """Opens the files of each pipeline stage, by rank.
 
-    :raises CheckpointError: some are missing, damaged, or do not fit together.
+    :raises CheckpointError: files are missing, damaged, or do not match.
     """
     paths: dict[tuple[int, int], Path] = {}
     for each in sorted(directory.iterdir()):
@@ -150,12 +150,12 @@ def open_ranks(directory: Path, allow_unsafe: bool) -> list[list[RankFile]]:
 def merge_stages(
     grid: Sequence[Sequence[RankFile]],
 ) -> tuple[dict[str, list[Array]], dict[str, str], tuple[str, ...]]:
-    """What each rank holds of the model of all stages, by name; the other names of some; and notes.
+    """Merges the stages to one model. Returns each rank's arrays by name, ties, and notes.
 
-    Each stage numbers its layers from 0. Virtual stages go round: the first chunk of each stage,
-    then the second of each.
+    Each stage numbers its layers from 0. Virtual stages are interleaved: the first chunk of each
+    stage, then the second of each.
 
-    :raises CheckpointError: a name is in several stages, or their layers are not numbered so.
+    :raises CheckpointError: a name is in several stages, or layers are numbered otherwise.
     """
     merged: dict[str, list[Array]] = {}
     merged_ties: dict[str, str] = {}
@@ -174,15 +174,15 @@ def merge_stages(
             if any(aliases != ties[0] for aliases in ties):
                 raise CheckpointError(
                     f"`{row[0].path}` must have the same tied names as the other ranks, but has "
-                    "others. All files must be of one checkpoint."
+                    "others. All files must be from one checkpoint."
                 )
             shards = transpose(ranks, [each.path for each in row])
             names = _renumber([*shards, *ties[0]], offsets, len(grid) * num_chunks > 1, row[0].path)
             for name, arrays_of_ranks in shards.items():
                 if names[name] in merged:
                     raise CheckpointError(
-                        f"`{names[name]}` must be in one pipeline stage, but is in several, the "
-                        f"last of which is `{row[0].path}`. Convert it with Megatron-LM first."
+                        f"`{names[name]}` must be in one pipeline stage, but is in several, up to "
+                        f"`{row[0].path}`. Convert it with Megatron-LM first."
                     )
                 merged[names[name]] = arrays_of_ranks
             merged_ties |= {names[alias]: names[name] for alias, name in ties[0].items()}
@@ -225,10 +225,10 @@ def _open(path: Path, allow_unsafe: bool) -> RankFile:
 
 
 def _stand_ins(path: Path) -> dict[str, type]:
-    """For the classes of this file. They are not imported, whatever they are."""
+    """Returns stand-ins for harmless classes in the file. None is imported."""
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # Opening it says what is wrong with it.
+    except Exception:  # Opening the file reports the error.
         return {}
     harmless = {name for name in found if _HARMLESS.fullmatch(name)}
     return dict.fromkeys({"argparse.Namespace", *harmless}, StandIn)
@@ -247,7 +247,7 @@ def _args(args: Any, path: Path) -> dict[str, Any]:
 
 
 def _flat(held: Mapping[Any, Any], prefix: str, path: Path, depth: int = 0) -> Iterator[Any]:
-    """The items of a state dict that may be nested, with their full names."""
+    """Yields the items of a state dict, which may be nested, with their full names."""
     for key, value in held.items():
         if not isinstance(key, str) or depth == _MAX_DEPTH:
             raise CheckpointError(
@@ -271,8 +271,8 @@ def _notes(held: Mapping[str, Any]) -> Iterator[str]:
     extra = [name for name in held if name.endswith("_extra_state")]
     if extra:
         yield (
-            "The `_extra_state` of Transformer Engine was left out. It holds statistics of FP8, "
-            "or nothing."
+            "The `_extra_state` of Transformer Engine was left out. It holds FP8 statistics, or "
+            "nothing."
         )
     for name, value in held.items():
         if not isinstance(value, Tensor) and not name.endswith("_extra_state"):
@@ -280,18 +280,21 @@ def _notes(held: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_together(files: Sequence[RankFile], tp_size: int, stages: int) -> None:
-    """:raises CheckpointError: ``files`` are not those of one iteration."""
+    """Checks that ``files`` belong to one checkpoint.
+
+    :raises CheckpointError: they do not.
+    """
     for each in files:
         for what in ("iteration", "version"):
             first, other = getattr(files[0], what), getattr(each, what)
             if first != other:
                 raise CheckpointError(
                     f"`{each.path}` must have the same {what} as `{files[0].path}`, but has "
-                    f"{other} instead of {first}. All files must be of one checkpoint."
+                    f"{other} instead of {first}. All files must be from one checkpoint."
                 )
         if len(each.chunks) != len(files[0].chunks) or str(each.ours) != str(files[0].ours):
             raise CheckpointError(
-                f"`{each.path}` must be of the same checkpoint as `{files[0].path}`, but is not."
+                f"`{each.path}` must be from the same checkpoint as `{files[0].path}`, but is not."
             )
         sizes = {
             "tensor_model_parallel_size": tp_size,
@@ -301,17 +304,19 @@ def _check_together(files: Sequence[RankFile], tp_size: int, stages: int) -> Non
         for name, size in sizes.items():
             if isinstance(found := each.args.get(name), int) and found != size:
                 raise CheckpointError(
-                    f"`args.{name}` of `{each.path}` must be {size}, as many as there are "
-                    f"files for, but is {found}. Copy the whole directory; "
-                    "expert-parallel ranks are not supported."
+                    f"`args.{name}` of `{each.path}` must be {size}, to match the files, but is "
+                    f"{found}. Copy the whole directory; expert-parallel ranks are not supported."
                 )
 
 
 def _renumber(
     names: Iterable[str], offsets: dict[str, int], several: bool, path: Path
 ) -> dict[str, str]:
-    """The names in the whole model, by those in a stage, which is one of several or not.
-    ``offsets``, how many layers the stages before it have, is brought up to date."""
+    """Maps names in a stage to names in the whole model. Adds the stage's layers to ``offsets``,
+    the number of layers in earlier stages.
+
+    :param several: the stage is one of several.
+    """
     whole = {}
     indices: dict[str, set[int]] = {}
     for name in names:

@@ -1,15 +1,16 @@
-"""Our own format: a directory with a file for each tensor-parallel rank, and a manifest.
+"""Reads and writes our own format: a directory with one file per tensor-parallel rank, and a
+manifest.
 
-``rank-00000-of-00002.safetensors`` holds all that rank 0 of 2 needs: its shard of what is cut, and
-all of what is not. So what is replicated is there once for each rank, which costs space; but a rank
-opens one file and waits for no other, and copies that differ are found. Weights have their names
-as keys, so that what ``safetensors.torch.load_file()`` gives is the state dict of the rank, and
-another state of a Parameter has the key ``.STATE/NAME``. No name in torch begins with a dot.
+``rank-00000-of-00002.safetensors`` holds everything that rank 0 of 2 needs: its shards and all
+replicated tensors. Replicated tensors take space in every file, but a rank opens one file and waits
+for no other, and differing copies are detected. Weights have their names as keys, so that
+``safetensors.torch.load_file()`` returns the state dict of the rank. Other states have the key
+``.STATE/NAME``: no name in torch begins with a dot.
 
-``manifest.json`` says what is in the files; ``docs/manifest.md`` describes it. It is written last:
-without it, a directory is no checkpoint. Before a tensor is used, the files are compared with
-it: their sizes, headers and SHA-256. That reads each file once more, at 1 to 2 GB/s for each core
-of which there are files; what is damaged is better found then than in training.
+``manifest.json`` describes the files; see ``docs/manifest.md``. It is written last: a directory
+without it is no checkpoint. Sizes, headers and SHA-256 of the files are compared with it before a
+tensor is used. That reads each file once more, at 1 to 2 GB/s per core with one file per core, and
+finds damage before training does.
 """
 
 from __future__ import annotations
@@ -43,13 +44,12 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, options: ReadOptions) -> Checkpoint:
-    """As of each format. The manifest is all that says how a tensor is cut, whatever ``options``
-    say."""
+    """Reads a checkpoint. Cuts come from the manifest alone: ``options`` do not change them."""
     manifest_path = path / _MANIFEST
     if not manifest_path.is_file():
         raise CheckpointError(
             f"`{path}` must have a `{_MANIFEST}`, which is written last, but has none. It was not "
-            "finished, or not copied as a whole."
+            "finished, or not copied completely."
         )
     value = read_json(manifest_path)
     try:
@@ -81,16 +81,16 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
 def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
     """Lays out one safetensors file for each rank, and the manifest.
 
-    :raises CheckpointError: what is beside tensors is no plain value.
+    :raises CheckpointError: param groups or extra state are no plain values.
     """
     try:
         value = manifest_json(checkpoint, target)
-        # What could not be read is not written.
+        # Refuse to write what could not be read back.
         manifest = Manifest.from_json(f"the manifest for `{checkpoint.path}`", value)
     except RecursionError as e:
         raise CheckpointError(
-            f"What `{checkpoint.path}` holds beside tensors must be plain values, but is nested "
-            "too deep, or in itself."
+            f"The values in `{checkpoint.path}` other than tensors must be plain, but are nested "
+            "too deeply, or in themselves."
         ) from e
     (path / _MANIFEST).unlink(missing_ok=True)
     files = [path / name for name in _file_names(target.tp_size)]
@@ -108,13 +108,13 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
         write_text(path / _MANIFEST, text_of({**value, "files": described}))
 
     arrays = manifest.join(ranks)
-    # In the order of the files, so that the hashes can follow.
+    # In file order, so that the hashes are computed on the way.
     return Output(dict(sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize)), finish)
 
 
 def _check_files(path: Path, tp_size: int, value: Any) -> tuple[list[Path], list[str]]:
-    """The files of the ranks, which are there and of the right sizes, and the hashes that they
-    must have."""
+    """Returns the files of the ranks and their recorded hashes. Checks that they exist and have the
+    recorded sizes."""
     manifest = path / _MANIFEST
     what = f"`files` in `{manifest}`"
     if not isinstance(value, dict):
@@ -122,7 +122,7 @@ def _check_files(path: Path, tp_size: int, value: Any) -> tuple[list[Path], list
     for name in value:
         inside(path, name, manifest)
     if tp_size != len(value) or value.keys() != set(_file_names(tp_size)):
-        raise damaged(what, f"those of {tp_size} ranks, as `tp_size` says", list(value))
+        raise damaged(what, f"the files of {tp_size} ranks, as `tp_size` says", list(value))
     files, digests = [], []
     for name in _file_names(tp_size):
         match value[name]:
@@ -135,18 +135,18 @@ def _check_files(path: Path, tp_size: int, value: Any) -> tuple[list[Path], list
         if found != size:
             raise CheckpointError(
                 f"`{files[-1]}` must have {size} bytes, as `{_MANIFEST}` says, but has {found} "
-                "instead. It is truncated, or of another checkpoint: copy it again."
+                "instead. It is truncated, or from another checkpoint: copy it again."
             )
     return files, digests
 
 
 def _read_rank(file: Path, manifest: Manifest, rank: int) -> dict[str, Array]:
-    """The tensors of a rank, which are those that the manifest says."""
+    """Returns the tensors of a rank. Checks them against the manifest."""
     arrays, metadata = safetensors_file.read(file)
     if metadata != manifest.ties:
         raise CheckpointError(
             f"The metadata of `{file}` must be the ties {manifest.ties} of `{_MANIFEST}`, but is "
-            f"{metadata} instead. It is of another checkpoint: copy it again."
+            f"{metadata} instead. It is from another checkpoint: copy it again."
         )
     layout = manifest.layout(rank)
     for key in [*layout, *arrays]:
@@ -154,9 +154,9 @@ def _read_rank(file: Path, manifest: Manifest, rank: int) -> dict[str, Array]:
         found = array and (array.shape, array.dtype)
         if found != layout.get(key):
             raise CheckpointError(
-                f"`{key}` in `{file}` must have the shape and dtype {layout.get(key)}, by "
-                f"`{_MANIFEST}`, but has {found} instead. One of the two is damaged, or of another "
-                "checkpoint: copy both again."
+                f"`{key}` in `{file}` must have the shape and dtype {layout.get(key)}, as "
+                f"`{_MANIFEST}` says, but has {found} instead. One of the two is damaged, or from "
+                "another checkpoint: copy both again."
             )
     return arrays
 

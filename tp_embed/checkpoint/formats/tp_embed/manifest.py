@@ -1,4 +1,4 @@
-"""The manifest of our own format: ``docs/manifest.md`` describes it."""
+"""Reads and writes the manifest of our own format, which ``docs/manifest.md`` describes."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ VERSION = 1
 
 _KEYS = {"format", "version", "tp_size", "step", "tensors", "ties", "optimizer", "extra"}
 
-# What the sizes of tensors stay below, so that torch can multiply them.
+# Limit for the number of elements, so that torch can compute with it.
 _MAX_SIZE = 2**60
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the manifest says of a Parameter or buffer.
+    """The manifest's entry for a Parameter or buffer.
 
-    :param is_known: whether it is known how to cut it. That of one rank can be unknown.
-    :param dtypes: by state.
+    :param is_known: the cut is known. With one rank it can be unknown.
+    :param dtypes: the dtype of each state.
     """
 
     shape: Index
@@ -60,7 +60,7 @@ class Entry:
                 raise damaged(what, "an object with a shape, dtypes and so on", value)
         _check_keys(what, value, {"shape", "dtypes", "buffer", "partition"})
         if not (WEIGHT in dtypes or MASTER in dtypes) or any("/" in state for state in dtypes):
-            raise damaged(f"dtypes of {what}", "those of its `weight` or `fp32`, at least", dtypes)
+            raise damaged(f"dtypes of {what}", "given for its `weight` or `fp32`", dtypes)
         partition, whole = rest["partition"], _shape(what, shape)
         is_whole = partition == "replicated" or (partition is None and tp_size == 1)
         return cls(
@@ -74,7 +74,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is in a manifest, beside the files."""
+    """The content of a manifest, without the files."""
 
     tp_size: int
     step: int | None
@@ -84,8 +84,8 @@ class Manifest:
     extra: Mapping[str, Any]
 
     def layout(self, rank: int) -> dict[str, tuple[Index, torch.dtype]]:
-        """The shapes and dtypes of the tensors of a rank by their keys. Each begins at a multiple
-        of the size of its elements, since larger ones come first, as the package has them."""
+        """Returns the shapes and dtypes of a rank's tensors by key. Sorts larger elements first, as
+        the package ``safetensors`` does, so that each tensor is aligned to its element size."""
         layout = {
             _file_key(name, state): (entry.shard_shape(rank), dtype)
             for name, entry in self.entries.items()
@@ -94,7 +94,7 @@ class Manifest:
         return dict(sorted(layout.items(), key=lambda item: -item[1][1].itemsize))
 
     def join(self, ranks: Sequence[Mapping[str, Array]]) -> dict[Key, Array]:
-        """The whole tensors of what is in the files of the ranks."""
+        """Joins the arrays of the ranks' files to whole tensors."""
         return {
             key: join(str(key), entry.cut, [arrays[in_file] for arrays in ranks])
             for name, entry in self.entries.items()
@@ -104,13 +104,16 @@ class Manifest:
 
     @classmethod
     def from_json(cls, what: str, value: Mapping[str, Any]) -> Self:
-        """:raises CheckpointError: it is not what a manifest of this version must be."""
+        """Parses a manifest.
+
+        :raises CheckpointError: ``value`` is no valid manifest of this version.
+        """
         version, tp_size = value.get("version"), value.get("tp_size")
         if value.get("format") != FORMAT or type(version) is not int or version < 1:
             raise damaged(what, f"of the format `{FORMAT}`, with a version", value)
         if version > VERSION:
             raise CheckpointError(
-                f"{what} must be of version {VERSION} of the format or older, but is of {version} "
+                f"{what} must have version {VERSION} of the format or older, but has {version} "
                 "instead. Update tp_embed."
             )
         _check_keys(what, value, _KEYS, {"files"})
@@ -132,7 +135,7 @@ class Manifest:
             isinstance(name, str) and name in entries and alias not in entries
             for alias, name in ties.items()
         ):
-            raise damaged(f"`ties` in {what}", "other names of what is in `tensors`", ties)
+            raise damaged(f"`ties` in {what}", "other names of tensors in `tensors`", ties)
         optimizer = _optimizer(f"`optimizer` in {what}", value["optimizer"], entries.keys())
         extra = from_json(f"`extra` in {what}", value["extra"])
         if not isinstance(extra, dict):
@@ -141,14 +144,14 @@ class Manifest:
 
 
 def manifest_json(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
-    """The manifest without the files."""
+    """Builds the manifest, without the files."""
     states: dict[str, dict[str, Array]] = {}
     for key, array in checkpoint.tensors.items():
         states.setdefault(key.name, {})[key.state] = array
     tensors = {}
     for name, arrays in states.items():
         shape, cut = next(iter(arrays.values())).shape, target.cuts[name]
-        # At one rank all is whole, even what the source does not say how to cut.
+        # With one rank everything is whole, even if the source does not say how to cut it.
         is_known = cut is not None or target.tp_size > 1 or name in checkpoint.cuts or not shape
         tensors[name] = Entry(
             shape,
@@ -183,7 +186,7 @@ def _file_key(name: str, state: str) -> str:
 
 
 def _optimizer(what: str, value: Any, names: Set[str]) -> Optimizer | None:
-    """What is of an optimizer, if all that it names is in ``names``, and in one group."""
+    """Parses the optimizer. Checks that its names are in ``names``, each in one group."""
     match value:
         case None:
             return None
@@ -201,7 +204,7 @@ def _optimizer(what: str, value: Any, names: Set[str]) -> Optimizer | None:
     if not all(type(name) is str for name in held) or len(set(held)) != len(held):
         raise damaged(f"the `params` of {what}", "names, each in one group", held)
     if unknown := {*held, *steps} - names:
-        raise damaged(f"the names of {what}", "those of Parameters", sorted(unknown))
+        raise damaged(f"the names of {what}", "names of Parameters", sorted(unknown))
     for name, step in steps.items():
         if type(step) not in (int, float) or not math.isfinite(step):
             raise damaged(f"the step of `{name}` in {what}", "a number", step)
@@ -209,7 +212,7 @@ def _optimizer(what: str, value: Any, names: Set[str]) -> Optimizer | None:
 
 
 def _cut(what: str, value: Any, shape: Index, tp_size: int) -> Cut:
-    """A partition, which holds each index once."""
+    """Parses a partition. Checks that it holds each index once."""
     match value:
         case {"dim": int(dim), "ranges": list(ranks)} if 0 <= dim < len(shape):
             _check_keys(f"the partition of {what}", value, {"dim", "ranges"})
@@ -235,7 +238,7 @@ def _cut(what: str, value: Any, shape: Index, tp_size: int) -> Cut:
         start = shape[dim]
     if start != end:
         raise damaged(
-            f"the partition of {what}", f"one of each index below {shape[dim]}, once", value
+            f"the partition of {what}", f"a cover of each index below {shape[dim]}, once", value
         )
     return Cut(dim, tuple(tuple(range(*part) for part in rank) for rank in ranks))
 
@@ -256,14 +259,14 @@ def _check_keys(
     keys: set[str],
     optional: frozenset[str] | set[str] = frozenset(),
 ) -> None:
-    """Keys that are not known are refused: they could change what the others mean. A format with
-    more of them has another version."""
+    """Refuses unknown keys, which could change the meaning of others. New keys need a new
+    version."""
     if not keys <= value.keys() <= keys | optional:
         raise damaged(what, f"an object with the keys {sorted(keys)}", sorted(value))
 
 
 def text_of(value: Any, depth: int = 2) -> str:
-    """JSON with one line for each tensor and file."""
+    """Formats JSON with one line per tensor and file."""
     if not depth or not isinstance(value, dict) or not value:
         return json.dumps(value, allow_nan=False)
     indent = "  " * (2 - depth)

@@ -1,14 +1,15 @@
-"""Universal checkpoints, which DeepSpeed's engines of every ZeRO stage and rank count load.
+"""Reads and writes universal checkpoints, which DeepSpeed engines load at any ZeRO stage and number
+of ranks.
 
-Source: ``deepspeed.checkpoint.ds_to_universal`` and ``DeepSpeedEngine._load_checkpoint``. Where
-the files are is in ``paths.py``.
+Source: ``deepspeed.checkpoint.ds_to_universal`` and ``DeepSpeedEngine._load_checkpoint``.
+``paths.py`` describes the files.
 
-What DeepSpeed's converter writes differs: at ZeRO 1 and 2, there are also directories for buffers,
-for second names and for what is frozen, of which the model files have the proper values; at ZeRO 3
-without tensor parallelism, tensors are flat and their shapes are in the model files.
+DeepSpeed's converter writes a variant. At ZeRO 1 and 2, it adds directories for buffers, tied names
+and frozen Parameters, whose proper values are in the model files. At ZeRO 3 without tensor
+parallelism, tensors are flat and their shapes are in the model files.
 
-A source without the state of an optimizer is written without ``zero/optimizer_state.pt``, and
-DeepSpeed refuses to load it.
+Without optimizer state in the source we write no ``zero/optimizer_state.pt``, and DeepSpeed refuses
+to load the result.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ _INFO = "universal_checkpoint_info"
 
 
 def recognises(path: Path) -> bool:
-    """Returns whether ``path`` is a universal checkpoint of DeepSpeed, or holds one."""
+    """Returns whether ``path`` is or contains a universal checkpoint of DeepSpeed."""
     return is_universal(path) or (path / LATEST).is_file()
 
 
 def read(path: Path, options: ReadOptions) -> Checkpoint:
-    """Reads the whole tensors of a universal checkpoint, and what its model files say of them."""
+    """Reads the tensors of a universal checkpoint, and the metadata in its model files."""
     directory = locate(path, options)
     kinds = open_ranks(directory, options)
     saved = kinds[0]
@@ -83,7 +84,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     steps = {}
     flat_shapes = model.trained if saved.tp_size == 1 else {}
     for name, entry in entries.items():
-        # DeepSpeed's converter writes directories for these too: of one rank, and in fp32.
+        # DeepSpeed's converter writes directories for these too: one rank's values, in fp32.
         if name in ties or name in model.buffers or (name in model.module and name not in trained):
             continue
         for state in (MASTER, *MOMENTS) if name in trained else (MASTER,):
@@ -112,7 +113,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     if len(set(steps.values())) > 1:
         notes.append(
             f"Parameters have made from {min(steps.values()):.0f} to {max(steps.values()):.0f} "
-            "steps. An engine can go on from this at ZeRO 0 only."
+            "steps. An engine can continue from this at ZeRO 0 only."
         )
     return Checkpoint(
         format=NAME,
@@ -134,8 +135,8 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
 
 
 def _ties(model: ModelFile, trained: Collection[str]) -> dict[str, str]:
-    """Other names of Parameters: those that DeepSpeed tells, and of several names for one tensor
-    all but the one that was trained."""
+    """Maps other names of Parameters to their own: names that DeepSpeed records, and all names of
+    one tensor except the trained one."""
     ties = dict(model.shared)
     if circular := [alias for alias, name in ties.items() if name in ties]:
         raise CheckpointError(
@@ -145,7 +146,7 @@ def _ties(model: ModelFile, trained: Collection[str]) -> dict[str, str]:
         )
     for names in model.same:
         own = [name for name in names if name not in model.buffers and name not in ties]
-        own.sort(key=lambda name: name not in trained)  # What was trained first, else as it is.
+        own.sort(key=lambda name: name not in trained)  # Stable: trained names first.
         ties |= {name: own[0] for name in own[1:] if name not in trained}
     return ties
 
@@ -153,8 +154,8 @@ def _ties(model: ModelFile, trained: Collection[str]) -> dict[str, str]:
 def _shards(
     kinds: Sequence[Saved], tensors: Collection[Key], ties: Collection[str]
 ) -> dict[str, list[Array]]:
-    """What each rank has of buffers, and of Parameters of which DeepSpeed's converter has not
-    merged the shards, since they were not trained."""
+    """Returns each rank's shards of buffers, and of untrained Parameters, which DeepSpeed's
+    converter does not merge."""
     saved = kinds[0]
     model = saved.models[0][0]
     done = {*(key.name for key in tensors), *ties}
@@ -162,7 +163,7 @@ def _shards(
     shards: dict[str, list[Array]] = {}
     for name in dict.fromkeys([*wanted, *model.buffers]):
         frozen = model.frozen_shapes.get(name)
-        # At ZeRO 3, the model has empty tensors in the place of Parameters.
+        # At ZeRO 3, the model's Parameters are empty tensors.
         if frozen is not None and (
             name not in model.module or tuple(model.module[name].shape) != frozen
         ):
@@ -181,7 +182,7 @@ def _in_module(model: ModelFile, name: str) -> Array:
 
 
 def _info(model: ModelFile, saved_optimizer: TorchFile | None) -> dict[str, Any]:
-    """What the checkpoint says of how its Parameters were cut."""
+    """Returns what the checkpoint records about the cuts of its Parameters."""
     for file in (model.file, *([] if saved_optimizer is None else [saved_optimizer])):
         info = expect(file.root, dict, "The content", file.path).get(_INFO)
         if info is not None:
@@ -190,7 +191,7 @@ def _info(model: ModelFile, saved_optimizer: TorchFile | None) -> dict[str, Any]
 
 
 def _in_order(names: Iterable[str], tensors: Mapping[Key, Array]) -> dict[Key, Array]:
-    """``tensors`` in the order of ``names``, as far as these have them."""
+    """Sorts ``tensors`` in the order of ``names``; others come last."""
     place = {name: index for index, name in enumerate(dict.fromkeys(names))}
     ordered = sorted(tensors, key=lambda key: place.get(key.name, len(place)))
     return {key: tensors[key] for key in ordered}

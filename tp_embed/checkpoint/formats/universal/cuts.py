@@ -1,9 +1,9 @@
-"""How the Parameters of a universal checkpoint were cut, which are whole in it.
+"""Finds how the Parameters of a universal checkpoint were cut. The checkpoint holds them whole.
 
-Its model files are copies of those of an engine, and can say it by affine maps. The file of a
-Parameter says it in words of its own, which ``load_hp_checkpoint_state()`` of DeepSpeed cuts by
-where an engine does not know it: along ``cat_dim``, or else dimension 0; and what is stacked from
-blocks by ``param_n_sub_params``, if they are of one size, or by ``sub_param_shape``. See
+The model files are copied from an engine, and may describe cuts by affine maps. The file of a
+Parameter describes its cut by other keys, which ``load_hp_checkpoint_state()`` of DeepSpeed uses
+where the engine does not know it: ``cat_dim``, by default dimension 0; and for stacked blocks
+``param_n_sub_params`` if their sizes are equal, else ``sub_param_shape``. See
 ``merge_tp_slices()`` of ``deepspeed/checkpoint/ds_to_universal.py``.
 """
 
@@ -23,9 +23,9 @@ from ..deepspeed.layout import Layout
 def cuts_of_whole(
     shapes: Mapping[str, Index], layout: Layout, entries: Mapping[str, TorchFile]
 ) -> dict[str, Cut | None]:
-    """How tensors of these logical shapes were cut, as far as that is known.
+    """Returns the known cuts of tensors with these logical shapes.
 
-    :param layout: by what the model files say.
+    :param layout: the layout recorded in the model files.
     :param entries: the files of Parameters.
     """
     options, tp_size = layout.options, layout.tp_size
@@ -50,11 +50,11 @@ def cuts_of_whole(
 
 
 def cut_entries(cut: Cut | None) -> dict[str, int]:
-    """What the file of a Parameter says of how it is cut. Of blocks of different sizes it says
-    nothing: that takes an object of DeepSpeed, which not all that read such files allow."""
+    """Returns the entries that describe ``cut`` in the file of a Parameter. Blocks of different
+    sizes have none: they need an object of DeepSpeed, which some readers of such files refuse."""
     try:
         blocks = cut.blocks if cut is not None else ()
-    except CheckpointError:  # Only a map can say it.
+    except CheckpointError:  # Only a map can describe it.
         blocks = ()
     if cut is None or len(set(blocks)) != 1:
         return {}
@@ -63,10 +63,9 @@ def cut_entries(cut: Cut | None) -> dict[str, int]:
 
 
 def _said(file: TorchFile, shape: Index) -> tuple[int, Sequence[int]] | None:
-    """Along which dimension the file of a Parameter says that it is cut, and the sizes of the
-    blocks that are stacked along that.
+    """Returns the cut dimension and the block sizes along it that the file of a Parameter records.
 
-    :raises CheckpointError: they are not those of ``shape``.
+    :raises CheckpointError: they do not fit ``shape``.
     """
     match file.root:
         case {"sub_param_shape": object(partition_dim=int(dim), shape=tuple(sizes))}:
@@ -90,7 +89,7 @@ def _said(file: TorchFile, shape: Index) -> tuple[int, Sequence[int]] | None:
 
 
 def _equal(shape: Index, dim: Any, count: Any) -> Any:
-    """The sizes of ``count`` equal blocks along ``dim``, if there can be so many."""
+    """Returns the sizes of ``count`` equal blocks along ``dim``, or ``None`` if they do not fit."""
     if type(dim) is int and dim in range(len(shape)) and type(count) is int and count > 0:
         size = shape[dim] // count
         return (size,) * count if count <= shape[dim] else None
@@ -98,7 +97,7 @@ def _equal(shape: Index, dim: Any, count: Any) -> Any:
 
 
 def _resized(name: str, cut: Cut, shape: Index, path: Path) -> Cut:
-    """``cut`` for a tensor of ``shape``: a vocabulary may have been resized since."""
+    """Adapts ``cut`` to ``shape``: a vocabulary may have been resized since."""
     if cut.dim < len(shape) and cut.size == shape[cut.dim]:
         return cut
     if cut.dim >= len(shape) or len(cut.blocks) != 1:

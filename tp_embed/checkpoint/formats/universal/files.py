@@ -1,4 +1,4 @@
-"""Opens the files of a universal checkpoint, and finds what of their content can be relied on."""
+"""Opens the files of a universal checkpoint and checks their content."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _MODEL_FILE = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
 
 
 def locate(path: Path, options: ReadOptions) -> Path:
-    """The directory of a universal checkpoint: ``path``, or the one in it that a tag names.
+    """Returns the directory of a universal checkpoint: ``path``, or the tagged one in it.
 
-    :raises CheckpointError: there is none.
-    :raises UnsafeCheckpointError: the file ``latest_universal`` leads out of ``path``.
+    :raises CheckpointError: no such directory exists.
+    :raises UnsafeCheckpointError: the file ``latest_universal`` points outside ``path``.
     """
     if is_universal(path):
         return path
@@ -46,9 +46,9 @@ def locate(path: Path, options: ReadOptions) -> Path:
 
 
 def open_ranks(directory: Path, options: ReadOptions) -> list[Saved]:
-    """The model files: those for engines of ZeRO 0 to 2, or for ZeRO 3, or of each kind.
+    """Opens the model files for engines at ZeRO 0 to 2, at ZeRO 3, or both.
 
-    :raises CheckpointError: they are missing, or damaged, or do not go together.
+    :raises CheckpointError: they are missing, damaged, or do not match.
     """
     names = sorted(path.name for path in directory.iterdir() if path.is_file())
     refuse_others(directory, names)
@@ -66,15 +66,18 @@ def open_ranks(directory: Path, options: ReadOptions) -> list[Saved]:
     sizes = [saved.tp_size for saved in found]
     if len(set(steps)) > 1 or len(set(sizes)) > 1:
         raise CheckpointError(
-            f"The files `mp_rank_*` and `zero_pp_rank_*` of `{directory}` must be of one step and "
-            f"number of ranks, but are of the steps {steps} and {sizes} tensor-parallel ranks. "
+            f"The files `mp_rank_*` and `zero_pp_rank_*` of `{directory}` must have one step and "
+            f"number of ranks, but have the steps {steps} and {sizes} tensor-parallel ranks. "
             "Copy all files of one checkpoint."
         )
     return found
 
 
 def open_file(path: Path, options: ReadOptions) -> TorchFile:
-    """:raises CheckpointError: it is not there, or damaged."""
+    """Opens a file.
+
+    :raises CheckpointError: it is missing or damaged.
+    """
     if not path.is_file():
         raise CheckpointError(
             f"There must be a file `{path}`, but there is none. Copy the whole checkpoint."
@@ -83,21 +86,20 @@ def open_file(path: Path, options: ReadOptions) -> TorchFile:
 
 
 def read_entry(file: TorchFile, flat_shape: tuple[int, ...] | None) -> Array:
-    """The whole tensor that is in the file of a Parameter, in its logical shape.
+    """Returns the whole tensor in the file of a Parameter, in its logical shape.
 
-    :param flat_shape: that shape, for a tensor that DeepSpeed has left flat; ``None`` if it is not
-        known.
+    :param flat_shape: the logical shape of a tensor that DeepSpeed has left flat, if known.
     """
     match file.root:
         case Tensor() as tensor:
             if flat_shape is None:
                 raise CheckpointError(
                     f"`{file.path}` must hold a tensor in its logical shape, or the model files "
-                    "must say it, but it is flat. Convert the engine's checkpoint again."
+                    "must say the shape, but it is flat. Convert the engine's checkpoint again."
                 )
         case {"is_expert_param": is_expert} if is_expert:
             raise CheckpointError(
-                f"`{file.path}` must be of a Parameter that all ranks have, but is of experts."
+                f"`{file.path}` must hold a Parameter that all ranks have, but holds experts."
             )
         case {paths.PARAM: Tensor() as tensor}:
             flat_shape = None
@@ -109,7 +111,7 @@ def read_entry(file: TorchFile, flat_shape: tuple[int, ...] | None) -> Array:
     array = array_of(file, tensor, "The tensor")
     if not array.dtype.is_floating_point:
         raise CheckpointError(
-            f"`{file.path}` must hold a tensor of floating point, but holds one of {array.dtype}."
+            f"`{file.path}` must hold a floating-point tensor, but holds one of {array.dtype}."
         )
     if flat_shape is None:
         return array

@@ -1,4 +1,4 @@
-"""Lays out universal checkpoints, in the form that engines of every ZeRO stage load."""
+"""Lays out universal checkpoints that engines load at any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from .paths import (
     state_file,
 )
 
-# Of a file name on Linux.
+# The limit for a file name on Linux.
 _MAX_NAME_BYTES = 255
 
 
 def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
-    """Lays out one file for each tensor and state, beside the model files of the ranks."""
+    """Lays out one file for each tensor and state, and the model files of the ranks."""
     _check(checkpoint)
     steps = _steps(checkpoint)
     step = step_of(checkpoint)
@@ -54,8 +54,8 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
     info = _info(checkpoint, target)
     if steps:
         optimizer_state, by_name = _optimizer_state(checkpoint, steps)
-        # Not in the model files, which an engine gives to its client: if that saves it with another
-        # checkpoint, of other cuts, DeepSpeed puts it in the place of what is true there.
+        # Not in the model files: an engine passes those to its client, and if the client saves the
+        # info with a checkpoint that is cut otherwise, it overwrites the correct one there.
         lay_out_file(optimizer_state_file(directory), {**optimizer_state, **info})
         info = {}
         for name, value in by_name.items():
@@ -66,14 +66,17 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
 
 
 def _check(checkpoint: Checkpoint) -> None:
-    """:raises CheckpointError: ``checkpoint`` holds what this format cannot."""
+    """Checks names and states.
+
+    :raises CheckpointError: this format cannot hold ``checkpoint``.
+    """
     states: dict[str, set[str]] = {}
     for key in checkpoint.tensors:
         if key.name in checkpoint.buffers:
             continue
         if key.name in ("", ".", "..", OPTIMIZER_STATE) or {"/", "\0"} & set(key.name):
             raise CheckpointError(
-                "The name of a Parameter must be that of a directory in a universal checkpoint, "
+                "The name of a Parameter must be a valid directory name in a universal checkpoint, "
                 f"but is {key.name!r}."
             )
         if len(key.name.encode()) > _MAX_NAME_BYTES:
@@ -85,13 +88,13 @@ def _check(checkpoint: Checkpoint) -> None:
     for name, own in states.items():
         if own not in ({MASTER}, {MASTER, *MOMENTS}):
             raise CheckpointError(
-                f"The optimizer's state of `{name}` must be that of Adam, {list(MOMENTS)}, but is "
+                f"The optimizer's state of `{name}` must be Adam's, {list(MOMENTS)}, but is "
                 f"{sorted(own - {MASTER})}. Universal checkpoints hold no other."
             )
 
 
 def _steps(checkpoint: Checkpoint) -> dict[str, float]:
-    """The number of steps of what was trained."""
+    """Returns the step counts of trained Parameters."""
     steps = {}
     for key in checkpoint.tensors:
         if key.state == MOMENTS[0]:
@@ -108,23 +111,23 @@ def _steps(checkpoint: Checkpoint) -> dict[str, float]:
 def _optimizer_state(
     checkpoint: Checkpoint, steps: Mapping[str, float]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What an engine's optimizer has beside tensors, and the step of each Parameter."""
-    assert checkpoint.optimizer is not None  # Since there are steps.
+    """Returns the optimizer's state other than tensors, and the step of each Parameter."""
+    assert checkpoint.optimizer is not None  # `steps` is not empty.
     groups, by_name = [], {}
     for group in checkpoint.optimizer.groups:
         names = [checkpoint.ties.get(name, name) for name in group["params"]]
         groups.append({**group, "params": names})
         for name in names:
             if name in steps:
-                # DeepSpeed's own Adams count in plain numbers, that of torch in tensors.
+                # DeepSpeed's own Adams count in plain numbers, torch's in tensors.
                 is_own = "bias_correction" in group
                 by_name[name] = (
                     int(steps[name]) if is_own else torch.tensor(steps[name], dtype=torch.float32)
                 )
     if missing := sorted(steps.keys() - by_name.keys()):
         raise CheckpointError(
-            f"`{missing[0]}` must be in a param group of the optimizer, since there are states of "
-            f"it, but is in none of the {len(groups)}."
+            f"`{missing[0]}` must be in a param group of the optimizer, since it has states, but "
+            f"is in none of the {len(groups)}."
         )
     last = max(by_name.values(), key=float)
     scalars = {key: checkpoint.extra[key] for key in SCALARS if key in checkpoint.extra}
@@ -140,8 +143,8 @@ def _optimizer_state(
 def _lay_out_ranks(
     checkpoint: Checkpoint, target: Target, directory: Path, more: Mapping[str, Any]
 ) -> dict[Key, Array]:
-    """The files of each tensor-parallel rank, under the name that engines of ZeRO 0 to 2 look for
-    and under that of ZeRO 3."""
+    """Lays out the files of each tensor-parallel rank, under the name that engines at ZeRO 0 to 2
+    expect and again under ZeRO 3's."""
     buffers = {key: array for key, array in checkpoint.tensors.items() if key.state == WEIGHT}
     common = {**_common(checkpoint, target), **more}
     shards: dict[Key, list[Array]] = {key: [] for key in buffers}
@@ -165,7 +168,7 @@ def _lay_out_ranks(
 
 
 def _common(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
-    """What the files of all ranks have."""
+    """Returns the entries that the files of all ranks share."""
     kept = {
         key: value
         for key, value in checkpoint.extra.items()
@@ -184,7 +187,7 @@ def _common(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
 
 
 def _info(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
-    """How Parameters are to be cut, which nothing but a conversion asks for."""
+    """Returns the cuts of Parameters. Only conversions read them."""
     if target.tp_size == 1:
         return {}
     shapes = {

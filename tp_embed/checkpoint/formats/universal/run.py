@@ -1,4 +1,4 @@
-"""What a universal checkpoint has of a training run beside tensors: param groups, step counts, and
+"""Reads the state of a training run from a universal checkpoint: param groups, step counts, and
 what DeepSpeed and the client have saved with them."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .files import open_file
 def read_groups(
     file: TorchFile, model: ModelFile, names: Collection[str], trained: Collection[str]
 ) -> tuple[tuple[Mapping[str, Any], ...], list[str]]:
-    """The param groups, with the names of their Parameters, and notes."""
+    """Returns the param groups with the names of their Parameters, and notes."""
     state = expect(file.root, dict, "The content", file.path)
     groups = expect(state.get("param_groups"), list, "`param_groups`", file.path)
     if not groups:
@@ -28,19 +28,19 @@ def read_groups(
     members = [_members(group, model.shapes or [], file.path) for group in groups]
     notes = []
     if not any(members):
-        # In the order of the model, or the optimizer, as far as that is known.
+        # In the order of the model, or of the optimizer as far as known.
         members = [[name for name in names if name in trained], *([] for _ in groups[1:])]
         if len(groups) > 1:
             notes.append(
-                f"The checkpoint does not say which Parameters are in which of its {len(groups)} "
-                "param groups: all are in the first one."
+                f"The checkpoint does not assign Parameters to its {len(groups)} param groups: all "
+                "are put into the first one."
             )
     counts = Counter(chain(*members))
     odd = [name for name in [*counts, *trained] if counts[name] != 1 or name not in names]
     if odd:
         raise CheckpointError(
-            f"The param groups in `{file.path}` must have each Parameter that was trained once, "
-            f"but it is not so with `{odd[0]}`. Copy all files of one checkpoint."
+            f"The param groups in `{file.path}` must have each trained Parameter once, but "
+            f"`{odd[0]}` is missing, repeated or unknown. Copy all files of one checkpoint."
         )
     found = []
     for group, own in zip(groups, members, strict=True):
@@ -51,8 +51,8 @@ def read_groups(
 
 
 def _members(group: Any, shapes: Sequence[Mapping[str, Index]], path: Path) -> list[str]:
-    """The names of the Parameters of a group: what it has in their place are these, as we write
-    them, or the numbers of the groups of ``shapes``, as DeepSpeed does."""
+    """Returns the names of a group's Parameters. Its members are names, as we write them, or
+    numbers of groups of ``shapes``, as DeepSpeed does."""
     found: list[str] = []
     group = expect(group, dict, "A param group", path)
     for member in expect(group.get("params"), list, "The Parameters of a param group", path):
@@ -64,8 +64,8 @@ def _members(group: Any, shapes: Sequence[Mapping[str, Index]], path: Path) -> l
 
 
 def read_step(path: Path, state_file: TorchFile, options: ReadOptions) -> float:
-    """The number of steps of a Parameter. At ZeRO 3, DeepSpeed's converter writes one for all, in
-    the file of the optimizer."""
+    """Returns the step count of a Parameter. At ZeRO 3, DeepSpeed's converter writes a common one
+    into the optimizer's file."""
     if path.exists():
         file = open_file(path, options)
         return file.number("The step", file.root)
@@ -79,7 +79,7 @@ def read_step(path: Path, state_file: TorchFile, options: ReadOptions) -> float:
 
 
 def read_extra(model: ModelFile, state_file: TorchFile | None) -> tuple[dict[str, Any], list[str]]:
-    """What there is of the training run beside Parameters, and notes of what was left out."""
+    """Returns other state of the training run, and notes about dropped entries."""
     others = {key: value for key, value in model.state.items() if key not in STRUCTURE}
     extra, notes = model.file.plain_entries(others)
     if state_file is not None:
