@@ -1,7 +1,6 @@
-"""The steps of a lookup on one device, against the bandwidth of its memory, for `gpu.py`.
+"""Times the steps of a lookup on one device against its memory bandwidth, for `gpu.py`.
 
-A step whose share of the bandwidth is below 80% is one that a kernel of its own might make faster;
-sorting is not bound by bandwidth.
+A custom kernel might speed up steps below 80% of the bandwidth. Sorting is not bandwidth-bound.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from tp_embed.lookup.distinct import find_distinct
 from tp_embed.lookup.gradient import sum_all, sum_by_id
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# What is copied to find the bandwidth, which is more than caches hold.
+# Copied to measure the bandwidth. Larger than caches.
 _COPIED_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is timed, and the bytes that it cannot do without reading or writing."""
+    """A timed step, and the bytes it must at least read and write."""
 
     name: str
     run: Callable[[], object]
@@ -46,7 +45,7 @@ class Timing:
 
 
 def measure(step: Step, seconds: float) -> Timing:
-    """The median; the timer waits for the device."""
+    """Returns the median time. The timer waits for the device."""
     timer = Timer("run()", globals={"run": step.run})
     median: float = timer.blocked_autorange(min_run_time=seconds).median
     return Timing(step.name, median, step.nbytes)
@@ -61,7 +60,7 @@ def copy_step(device: str, nbytes: int = _COPIED_BYTES) -> Step:
 def steps(
     device: str, vocab: int, dim: int, tokens: int, size: int, dtype: torch.dtype, distribution: str
 ) -> list[Step]:
-    """Those of one of ``size`` ranks, with tables that are cut over the columns."""
+    """Returns the steps of one of ``size`` ranks, with tables cut by columns."""
     width = dim // size
     weight = torch.randn(vocab, width, device=device, dtype=dtype)
     ids = draw(distribution, vocab, (tokens,)).to(device)
@@ -108,7 +107,7 @@ def steps(
             )
         )
     embed = ShardedEmbedding(FakeGang(device, size=size), vocab, dim, device=device, dtype=dtype)
-    # Forward: rows read, sent, and put together. Backward: the gradient, and zeros of the table.
+    # Forward: rows read, sent, and concatenated. Backward: the gradient, and zeros of the table.
     nbytes = count * block + tokens * block + 2 * tokens * row + tokens * block + table
     name = "forward and backward of the layer, nothing sent"
     steps.append(Step(name, training(embed, ids, grad), nbytes))
@@ -116,7 +115,7 @@ def steps(
 
 
 def training(embed: torch.nn.Module, ids: Tensor, grad: Tensor) -> Callable[[], None]:
-    """A forward and a backward into a new gradient."""
+    """Returns a function that runs a forward and a backward into a new gradient."""
 
     def forward_backward() -> None:
         embed.zero_grad()

@@ -1,8 +1,7 @@
-"""What has to hold on an accelerator, each as a function of the device that raises if it does not.
+"""Checks for accelerators, as functions of the device that raise on failure.
 
-`benchmarks/gpu.py` runs them on a machine with a GPU, and the tests on the CPU and on an emulated
-device. The reference is always torch.nn.Embedding, or torch.nn.Linear and torch's cross entropy,
-on the CPU.
+`benchmarks/gpu.py` runs them on a GPU, and the tests on the CPU and an emulated device. The
+reference is always torch.nn.Embedding, or torch.nn.Linear and torch's cross entropy, on the CPU.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from tp_embed.nn.head import ShardedLayer
 
 V, E = 29, 7
 SIZES = (1, 2, 3)
-# CUDA's kernel of the gradient is another one above 3072 ids.
+# CUDA uses another gradient kernel above 3072 ids.
 COUNTS = (0, 10, 3072, 3073, 6144)
 
 Check = Callable[[str], None]
@@ -34,7 +33,7 @@ CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {}
 
 
 def on(*kinds: str) -> Callable[[Check], Check]:
-    """Marks a check of devices of these kinds; if there are none, of all."""
+    """Registers a check for these kinds of devices. Default: all."""
 
     def mark(check: Check) -> Check:
         CHECKS[check.__name__] = check, kinds
@@ -44,7 +43,7 @@ def on(*kinds: str) -> Callable[[Check], Check]:
 
 
 def checks_of(device: str) -> dict[str, Check]:
-    """The checks that run on a device, by name."""
+    """Returns the checks that run on a device, by name."""
     kind = torch.device(device).type
     return {name: check for name, (check, kinds) in CHECKS.items() if not kinds or kind in kinds}
 
@@ -57,7 +56,7 @@ def synchronize(device: str) -> None:
 def tables(
     device: str, vocab: int = V, dim: int = E, sizes: tuple[int, ...] = SIZES, **options: Any
 ) -> Iterator[StandardEmbedding | ShardedEmbedding | VocabShardedEmbedding]:
-    """A table of each kind, as each rank of each gang has it."""
+    """Yields a table of each kind, on each rank of each gang."""
     whole = {name: value for name, value in options.items() if name != "dedup"}
     yield StandardEmbedding(vocab, dim, device=device, **whole)
     for size in sizes:
@@ -68,13 +67,13 @@ def tables(
 
 
 def block(embed: Any, table: Tensor) -> Tensor:
-    """The block of a table that a rank has."""
+    """Returns a rank's block of a table."""
     rows, columns = embed.rows, embed.columns
     return table[rows.start : rows.stop, columns.start : columns.stop]
 
 
 def expected_gradient(ids: Tensor, grad: Tensor, vocab: int, pad_idx: int | None) -> Tensor:
-    """The gradient of torch.nn.Embedding, in fp64. *Shape:* (V, E)."""
+    """Returns the gradient of torch.nn.Embedding, in fp64. *Shape:* (V, E)."""
     whole = torch.nn.Embedding(vocab, grad.size(-1), padding_idx=pad_idx, dtype=torch.float64)
     whole(ids).backward(grad.double())
     assert whole.weight.grad is not None
@@ -121,7 +120,7 @@ def gradients_are_those_of_torch(device: str) -> None:
 
 @on()
 def every_row_of_every_shard_gets_its_gradient(device: str) -> None:
-    """All rows of a block occur, and ids of others too: for these CUDA has no room of their own."""
+    """Looks up all rows of a block, and ids of other blocks, which have no row in CUDA's buffer."""
     for vocab, sizes in ((256, (2,)), (1024, (4,)), (29, (3,))):
         ids = torch.arange(6144) % vocab
         compare_gradients(device, ids, torch.ones(len(ids), 5), vocab=vocab, sizes=sizes)
@@ -137,11 +136,11 @@ def empty_shards_launch_nothing(device: str) -> None:
 
 @on()
 def half_gradients_are_rounded_once(device: str) -> None:
-    """Up to 3072 ids too, where CUDA's own kernel adds every 32 of them to what it has rounded."""
+    """Covers up to 3072 ids too, where CUDA's own kernel rounds after every 32 ids."""
     for dtype in (torch.bfloat16, torch.float16):
         for count in (200, 3072, 6144):
             generator = torch.Generator().manual_seed(count)
-            # Small ones after a large one, which get lost if they are added one by one.
+            # Small values after a large one get lost if they are added one by one.
             grad = torch.rand(count, E, generator=generator).mul_(0.01).to(dtype)
             ids = torch.randint(V, (count,), generator=generator)
             grad[0] = 1.0
@@ -163,7 +162,7 @@ def strides_of_gradients_do_not_matter(device: str) -> None:
                 found = []
                 for given in (grad, strided, padded):
                     embed.zero_grad()
-                    # A copy to the device would keep strides for some and not for others.
+                    # A copy to the device keeps the strides of only some tensors.
                     on_device = torch.empty_strided(
                         given.size(), given.stride(), dtype=dtype, device=device
                     ).copy_(given)
@@ -175,7 +174,7 @@ def strides_of_gradients_do_not_matter(device: str) -> None:
 
 @on()
 def gradients_stay_as_they_are_while_others_are_made(device: str) -> None:
-    """With `reuse_grad` too: whoever holds a gradient keeps it."""
+    """A held gradient must not change, even with `reuse_grad`."""
     for embed in tables(device, reuse_grad=True, dedup=True):
         held = []
         for step in range(4):
@@ -189,7 +188,7 @@ def gradients_stay_as_they_are_while_others_are_made(device: str) -> None:
 
 @on()
 def second_derivatives_are_those_of_torch(device: str) -> None:
-    """Of one rank each: over a FakeGang the rows of other ranks are repeated ones."""
+    """Runs on one rank: over a FakeGang, other ranks' rows are copies."""
     for pad_idx in (None, 3):
         for count in (40, 4000):
             ids, factor = torch.randint(V, (count,)), torch.randn(count, E)
@@ -203,7 +202,7 @@ def second_derivatives_are_those_of_torch(device: str) -> None:
 
 
 def penalty(embed: torch.nn.Module, ids: Tensor, factor: Tensor) -> Tensor:
-    """The gradient of a gradient's norm, which is worked on in place."""
+    """Returns the gradient of a gradient's norm, which is modified in place."""
     weight = next(embed.parameters())
     (gradient,) = torch.autograd.grad((embed(ids).pow(3) * factor).sum(), weight, create_graph=True)
     gradient *= 0.5
@@ -250,7 +249,7 @@ def deterministic() -> Iterator[None]:
 
 @on()
 def deterministic_algorithms_exist(device: str) -> None:
-    """Nothing refuses `torch.use_deterministic_algorithms(True)`, and twice gives the same bits."""
+    """Works with `torch.use_deterministic_algorithms(True)`, and repeats bit for bit."""
     ids = torch.randint(V, (6144,)).to(device)
     grad = torch.randn(6144, E).to(device)
     with deterministic():
@@ -268,7 +267,7 @@ def deterministic_algorithms_exist(device: str) -> None:
 
 
 def heads(device: str, dim: int = E, dtype: torch.dtype = torch.float32) -> list[OutputHead]:
-    """Heads whose table is whole: gathering over a FakeGang would repeat the block of this rank."""
+    """Yields heads with whole tables: gathering over a FakeGang would repeat this rank's block."""
     gang = FakeGang(device)
     kinds = (ShardedEmbedding, VocabShardedEmbedding)
     return [OutputHead(kind(gang, V, dim, device=device, dtype=dtype)) for kind in kinds]
@@ -304,7 +303,7 @@ def fused_losses_are_those_of_torch(device: str) -> None:
 
 @on("cpu", "cuda")
 def fp16_and_autocast_are_near_torch(device: str) -> None:
-    """The loss in fp32 with a loss scale, and products in the dtype of autocast."""
+    """Computes the loss in fp32 with a loss scale, and products in the dtype of autocast."""
     kind = torch.device(device).type
     x, target = torch.randn(40, 16), torch.randint(V, (40,))
     for dtype in (torch.bfloat16, torch.float16):

@@ -1,6 +1,6 @@
-"""Ranks that share one device: lookups over a real gang, whose collectives are gloo's.
+"""Checks lookups of ranks that share one device, over a real gang with gloo.
 
-NCCL refuses two ranks on one GPU, gloo copies tensors of a GPU through the host.
+NCCL refuses two ranks on one GPU; gloo copies GPU tensors through the host.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KINDS: tuple[type[ShardedEmbedding | VocabShardedEmbedding], ...] = (
 
 
 def run(rank: int, size: int, device: str, store: Path) -> list[str]:
-    """What differs from torch.nn.Embedding on the CPU, on this rank of ``size``.
+    """Lists differences from torch.nn.Embedding on the CPU, on this rank of ``size``.
 
     :param store: a file that does not exist yet, the same on every rank.
     """

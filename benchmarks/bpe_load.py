@@ -1,18 +1,18 @@
-"""How often the tokens of real text repeat, and how unevenly they load a cut vocabulary.
+"""Measures how often tokens of real text repeat, and how unevenly they load a cut vocabulary.
 
     python benchmarks/bpe_load.py                # a BPE of 32768 on Python's sources: some minutes
     python benchmarks/bpe_load.py --bytes 8e6 --vocab-size 8192
     python benchmarks/bpe_load.py --markdown docs/performance.md   # writes the table there
 
-Trains a byte-level BPE (Sennrich et al., 2016) on the Python sources of the standard library and of
-the packages that are installed, and takes batches of consecutive tokens of text it has not seen.
-With U distinct ids in a batch, rank p of P owns U_p of them, those in the p-th block of the
-vocabulary. A tokenizer numbers its merges by their frequency, so the first block has more. What the
-busiest rank sends is given in rows, of E items each:
+Trains a byte-level BPE (Sennrich et al., 2016) on the Python sources of the standard library and
+installed packages, and draws batches of consecutive tokens from unseen text. A batch has U distinct
+ids, and rank p of P owns U_p of them, in the p-th block of the vocabulary. A tokenizer numbers its
+merges by frequency, so the first block has more. The table shows the rows, of E items each, that
+the busiest rank sends:
 
 - direct: the owner sends its rows to all others, (P-1) max U_p;
-- spread: rows first go where there are fewer, then to all, (P-1)/P max U_p + (P-1) ceil(U/P) at
-  most, which takes three ranks to be less;
+- spread: rows go first to ranks with fewer, then to all, at most (P-1)/P max U_p + (P-1) ceil(U/P),
+  which is less from three ranks on;
 - cut by columns: U rows of E/P columns to all others, (P-1)/P U, on every rank;
 - all-reduce of the embeddings of all N tokens, 2 (P-1)/P N.
 """
@@ -39,7 +39,7 @@ SIZES = (2, 4, 8)
 
 
 def sources(max_bytes: float) -> list[Path]:
-    """Python files, some of every package, of ``max_bytes`` in all."""
+    """Returns Python files, some of every package, with ``max_bytes`` in total."""
     paths = sysconfig.get_paths()
     files = sorted({p for root in ("stdlib", "purelib") for p in Path(paths[root]).rglob("*.py")})
     total = sum(file.stat().st_size for file in files)
@@ -63,14 +63,14 @@ def text(file: Path) -> str:
 
 
 def batches(ids: Tensor, num_tokens: int, most: int) -> Iterator[Tensor]:
-    """The distinct ids of batches of consecutive tokens, which are evenly spread over the text."""
+    """Yields the distinct ids of batches of consecutive tokens, spread evenly over the text."""
     whole = ids[: len(ids) // num_tokens * num_tokens].view(-1, num_tokens)
     for batch in whole[:: max(1, len(whole) // most)][:most]:
         yield batch.unique()
 
 
 def rows_sent(distinct: Tensor, num_tokens: int, vocab_size: int, size: int) -> dict[str, float]:
-    """What the busiest of ``size`` ranks sends, in rows, and its share of the distinct ids."""
+    """Returns the rows that the busiest of ``size`` ranks sends, and its share of distinct ids."""
     count = len(distinct)
     blocks = Partition(vocab_size, size)
     bounds = torch.tensor([blocks.shard(rank).start for rank in range(1, size)])
@@ -91,13 +91,13 @@ def main() -> None:
     )
     parser.add_argument("--vocab-size", type=int, default=32_768)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32_768])
-    parser.add_argument("--bytes", type=float, default=32e6, help="of text, about")
-    parser.add_argument("--batches", type=int, default=64, help="of each size, at most")
+    parser.add_argument("--bytes", type=float, default=32e6, help="size of the text, about")
+    parser.add_argument("--batches", type=int, default=64, help="most batches of each size")
     parser.add_argument("--markdown", type=Path, help="the page to write the table to")
     args = parser.parse_args()
 
     files = sources(args.bytes)
-    held_out = files[::10]  # Of which batches are made.
+    held_out = files[::10]  # Source of the batches.
     known = [file for file in files if file not in set(held_out)]
     tokenizer = train(known, args.vocab_size)
     vocab_size = tokenizer.get_vocab_size()

@@ -1,4 +1,4 @@
-"""Nothing wrong is timed: the output and the gradient of a layer against ``torch.nn.Embedding``."""
+"""Checks outputs and gradients against ``torch.nn.Embedding``, so that no wrong layer is timed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-# How many rows of a gradient are looked at in one go.
+# Rows of a gradient to check at a time.
 _CHUNK = 4096
 
 
 class Reference:
-    """What ``torch.nn.Embedding`` makes of some ids, and of a gradient of its output.
+    """Output and gradient of ``torch.nn.Embedding`` for given ids and output gradient.
 
     :param table: *Shape:* (V, E).
     :param ids: *Shape:* (B, S).
@@ -26,34 +26,34 @@ class Reference:
         output.backward(grad)
         self.output = output.detach()
         self.used, inverse = ids.unique(return_inverse=True)
-        # The gradient of the rows that are used, in fp64. (U, E)
+        # The gradient of the used rows, in fp64. (U, E)
         self.sums = grad.new_zeros((len(self.used), grad.size(-1)), dtype=torch.float64)
         self.sums.index_add_(0, inverse.flatten(), grad.flatten(0, -2).double())
         self.norm = float(self.sums.norm())
-        # The error of the best there is in this dtype, as a share of the norm, and that of torch.
+        # Errors relative to the norm: the exact gradient rounded to this dtype, and torch's.
         self.rounding = float((self.sums.to(grad.dtype) - self.sums).norm()) / self.norm
         assert embed.weight.grad is not None
         self.error = float((embed.weight.grad[self.used] - self.sums).norm()) / self.norm
 
     def check_output(self, name: str, output: Tensor, expected: Tensor) -> None:
         if not torch.equal(output, expected):
-            raise AssertionError(f"the output of {name} is not that of torch.nn.Embedding")
+            raise AssertionError(f"the output of {name} differs from torch.nn.Embedding's")
 
     def check_gradient(
         self, name: str, gradient: Tensor, rows: range, columns: range, group: ProcessGroup | None
     ) -> float:
-        """The error of a gradient to one in fp64, as a share of the norm, which must be at most
-        twice that of torch.
+        """Returns a gradient's error against fp64, relative to the norm. Raises if it is more than
+        twice torch's.
 
-        :param gradient: of the block of ``rows`` and ``columns`` of the table.
-        :param group: those who hold the other blocks; ``None`` if the block is the table.
+        :param gradient: the gradient of the block of ``rows`` and ``columns`` of the table.
+        :param group: the ranks with the other blocks; ``None`` if the block is the table.
         """
         first, last = torch.searchsorted(self.used, torch.tensor([rows.start, rows.stop])).tolist()
         local = self.used[first:last] - rows.start
         if gradient.is_sparse:
             gradient = gradient.coalesce()
             if not torch.equal(gradient.indices()[0], local):
-                raise AssertionError(f"the gradient of {name} has other rows than those of the ids")
+                raise AssertionError(f"the gradient of {name} has other rows than the ids")
             found = gradient.values()
         else:
             found = gradient[local]
@@ -78,7 +78,7 @@ class Reference:
 
 
 def block_of(gradient: Tensor, weight: Tensor) -> Tensor:
-    """This rank's block of a gradient, which DTensor may hold in another layout than the weight."""
+    """Returns this rank's block of a gradient. DTensor may place it unlike the weight."""
     if isinstance(gradient, DTensor):
         assert isinstance(weight, DTensor)
         return gradient.redistribute(placements=weight.placements).to_local()

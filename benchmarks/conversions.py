@@ -1,5 +1,5 @@
-"""Which formats carry what: converts a small model with the state of its optimizer between every
-pair of formats, and to other numbers of ranks on the way, and compares bit by bit what arrives.
+"""Converts a small model with optimizer state between every pair of formats and to other numbers of
+ranks, and compares the results bit by bit, to show what each format carries.
 
     python benchmarks/conversions.py --markdown docs/checkpoints.md   # writes the table there
 """
@@ -24,9 +24,9 @@ OPTIONS = ReadOptions(rules=tuple(map(Rule.parse, RULES)))
 
 
 class Model(torch.nn.Module):
-    """A table with a head that is tied to it, layers of both kinds, a norm, and a buffer."""
+    """A table with a tied head, layers of both kinds, a norm, and a buffer."""
 
-    # Fit for two and three ranks, as Megatron-LM and fairseq2 need it.
+    # Divisible by two and three ranks, as Megatron-LM and fairseq2 need.
     VOCAB, EMBED = 24, 12
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ def save_model(path: Path) -> None:
 
 
 def carried(expected: Checkpoint, found: Checkpoint) -> str:
-    """What has arrived; each is the same bit by bit, or is not named."""
+    """Names what has arrived, the same bit by bit."""
     found_differences = list(differences(expected, found))
     if [each for each in found_differences if each.key.state == "weight"]:
         return "**weights differ**"
@@ -92,8 +92,8 @@ def carried(expected: Checkpoint, found: Checkpoint) -> str:
 
 
 def table(scratch: Path, first_tp: int = 2, second_tp: int = 3) -> list[str]:
-    """The rows of the table. Each source is written for ``first_tp`` ranks, cut along the
-    vocabulary, and converted to ``second_tp``."""
+    """Returns the rows of the table. Writes each source for ``first_tp`` ranks, cut along the
+    vocabulary, and converts it to ``second_tp``."""
     save_model(scratch / "model.pt")
     expected = read(scratch / "model.pt", OPTIONS)
     rows = [

@@ -1,10 +1,10 @@
-"""How fast a large table is converted, next to `cp` of the same bytes, and in how much memory.
+"""Times the conversion of a large table next to `cp` of the same bytes, and measures its memory.
 
-Each conversion and each copy ends with the bytes on the disk (`sync`), and begins when those of the
-last one have just been removed; which of the two comes first alternates. The memory is the peak of
-the process above what it has after its imports and a conversion of a small checkpoint.
+Each conversion and each copy ends with the bytes on disk (`sync`), and starts right after the last
+output was removed; their order alternates. Memory is the peak of the process above its size after
+imports and a conversion of a small checkpoint.
 
-All memory is touched before anything is measured, which can take a minute: see `machine.py`.
+All memory is touched before measuring, which can take a minute: see `machine.py`.
 
     python benchmarks/convert.py                # 262144 x 4096 in bf16, 2 GiB
     python benchmarks/convert.py --rows 524288 --rounds 5
@@ -32,7 +32,7 @@ from tp_embed.checkpoint import Request, convert
 
 NAME = "model.embed_tokens.weight"
 
-# What is converted, by a label: from which source, and how.
+# Label -> source and request of a conversion.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hf -> hf": ("hf", {"to": "hf"}),
     "hf -> tp-embed, vocab, TP 4": ("hf", {"to": "tp-embed", "tp_size": 4, "dim": "vocab"}),
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def make_sources(root: Path, rows: int, columns: int) -> dict[str, Path]:
-    """The same table as one file, and cut over two ranks along either dimension."""
+    """Writes the same table as one file, and cut over two ranks along either dimension."""
     root.mkdir(exist_ok=True)
     table = torch.empty(rows, columns, dtype=torch.bfloat16)
     for part in table.split(16_384):
@@ -100,8 +100,8 @@ def make_sources(root: Path, rows: int, columns: int) -> dict[str, Path]:
 def take_turns(
     small: Path, source: Path, output: Path, request: Request, copy_first: int
 ) -> tuple[float, float, float]:
-    """The seconds of a conversion and of a copy, and by how many MiB the process of the conversion
-    has grown, which is a new one."""
+    """Returns the seconds of a conversion and of a copy, and the growth in MiB of the conversion's
+    process, which is new."""
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(
@@ -137,7 +137,7 @@ def copy_seconds(source: Path, output: Path) -> float:
 
 
 def timed(write: Callable[[], object], output: Path) -> float:
-    """How many seconds it takes to write ``output``, which is removed."""
+    """Returns the seconds that writing ``output`` takes, and removes it."""
     os.sync()
     start = time.perf_counter()
     write()

@@ -1,5 +1,5 @@
-"""What has to hold on CUDA only: streams, graphs, compiled code, NCCL. It belongs to
-`accelerator_checks.py`, which has what holds everywhere."""
+"""Checks for CUDA only: streams, graphs, compiled code, NCCL. `accelerator_checks.py` has the
+checks for all devices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from accelerator_checks import E, V, block, expected_gradient, on, tables
 from tp_embed import ProcessGroupGang, ReduceOperation, ShardedEmbedding
 from tp_embed.monitor import Traffic
 
-# Long enough for the host to run ahead of the device, in cycles of its clock.
+# Device clock cycles, enough for the host to run ahead of the device.
 _CYCLES = 20_000_000
 
 
@@ -54,7 +54,7 @@ def a_graph_replays_a_lookup(device: str) -> None:
 
 
 def captured(embed: torch.nn.Module, ids: Tensor) -> tuple[Callable[[], object], Tensor]:
-    """A step as a graph, and the gradient that it writes."""
+    """Captures a step. Returns its graph, and the gradient that it writes."""
     parameter = next(embed.parameters())
 
     def step() -> None:
@@ -77,7 +77,7 @@ def captured(embed: torch.nn.Module, ids: Tensor) -> tuple[Callable[[], object],
 
 @on("cuda")
 def other_streams_give_the_same(device: str) -> None:
-    """The device is kept busy, so that whoever does not wait for a stream reads too early."""
+    """Keeps the device busy, so that code that does not wait for a stream reads too early."""
     for embed in tables(device):
         ids, grad = torch.randint(V, (6144,)), torch.randn(6144, E)
         side = torch.cuda.Stream()
@@ -104,7 +104,7 @@ def other_streams_give_the_same(device: str) -> None:
 
 @on("cuda")
 def reused_gradients_wait_for_other_streams(device: str) -> None:
-    """A stream that reads a gradient late, as an all-reduce that overlaps with the next step."""
+    """Reads a gradient late on another stream, like an all-reduce that overlaps the next step."""
     for embed in tables(device, reuse_grad=True, dedup=True):
         side, read = torch.cuda.Stream(), []
         for step in range(4):
@@ -127,7 +127,7 @@ def reused_gradients_wait_for_other_streams(device: str) -> None:
 
 @on("cpu", "cuda")
 def compiled_lookups_are_those_of_torch(device: str) -> None:
-    """By the compiler of a GPU, and with its graphs; elsewhere without generating code."""
+    """Uses inductor and CUDA graphs on a GPU; elsewhere generates no code."""
     is_cuda = torch.device(device).type == "cuda"
     modes = ["default", "reduce-overhead"] if is_cuda else [None]
     for mode in modes:
@@ -149,7 +149,7 @@ def compiled_lookups_are_those_of_torch(device: str) -> None:
 
 @on("cuda")
 def nccl_takes_empty_and_uneven_pieces(device: str) -> None:
-    """Of one rank: a machine with one GPU has no other."""
+    """Runs on one rank: a machine with one GPU has no other."""
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(
             "nccl",
@@ -171,7 +171,7 @@ def nccl_takes_empty_and_uneven_pieces(device: str) -> None:
                 gang.broadcast(output)
                 assert torch.equal(output, x)
             with Traffic(gang) as traffic, torch.cuda.graph(torch.cuda.CUDAGraph()):
-                gang.all_reduce(output)  # Counted, but no event is asked while it is captured.
+                gang.all_reduce(output)  # Counted, but no event is queried during capture.
             assert traffic.total().calls == 1
             embed = ShardedEmbedding(gang, V, E, device=device)
             embed(torch.arange(9, device=device)).sum().backward()
@@ -182,7 +182,7 @@ def nccl_takes_empty_and_uneven_pieces(device: str) -> None:
 
 @on("cpu", "cuda")
 def two_ranks_agree_with_torch(device: str) -> None:
-    """On one device, over gloo: NCCL refuses two ranks on one GPU."""
+    """Runs on one device, over gloo: NCCL refuses two ranks on one GPU."""
     here = Path(__file__).parent
     code = (
         "import sys, json, pathlib, accelerator_ranks as r; rank, device, store = sys.argv[1:]; "

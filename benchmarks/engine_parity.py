@@ -1,4 +1,4 @@
-"""Trains small Llamas on engines of all kinds, and compares each with one process of plain torch.
+"""Trains small Llamas on engines of all kinds, and compares each with plain torch in one process.
 
     deepspeed --num_gpus 2 --no_local_rank benchmarks/engine_parity.py --markdown docs/parity.md
 
@@ -32,13 +32,12 @@ from tp_embed.integrations.deepspeed import DeepSpeedGang, export, initialize
 
 VOCAB, DIM, TP = 101, 36, 2  # 101 rows do not divide by two ranks.
 STEPS, MICRO_BATCHES, CLIP = 3, 2, 0.5
-# With the default of `eps`, Adam makes steps of the same size out of gradients that are nothing but
-# rounding errors.
+# With the default `eps`, Adam takes full-size steps even if gradients are only rounding errors.
 ADAM: Any = {"lr": 1e-2, "weight_decay": 0.01, "eps": 1e-3}
 
-# The largest difference, relative to the largest value, of losses, norms and Parameters. AutoTP and
-# sharded heads add up in another order than one process does; a table alone changes not a bit, but
-# ZeRO 3 does, as much with whole tables.
+# The largest difference of losses, norms and Parameters, relative to the largest value. AutoTP and
+# sharded heads sum in another order than one process. A table alone is bitwise equal, except at
+# ZeRO 3, which differs as much with whole tables.
 TOLERANCES = {
     "fp32": (5e-7, 1e-6, 5e-6),
     "bf16": (2e-4, 4e-3, 1e-1),
@@ -89,7 +88,7 @@ def all_cases() -> list[Case]:
         for stage, strategy, tied, dtype, by in itertools.product(
             range(4), ("embed", "vocab"), (False, True), ("fp32", "bf16"), ("plan", "mpu")
         )
-        if (stage, dtype) != (0, "bf16")  # It is refused: DeepSpeed's norm is wrong.
+        if (stage, dtype) != (0, "bf16")  # Refused: DeepSpeed's norm is wrong.
     ]
     for by in ("partition_config", "preset"):
         cases += [Case(1, "embed", False, "fp32", by), Case(2, "auto", True, "fp32", by)]
@@ -102,7 +101,7 @@ def all_cases() -> list[Case]:
 
 
 def few_cases() -> list[Case]:
-    """One for each stage."""
+    """Returns one case for each stage."""
     return [
         Case(0, "embed", False, "fp32", "plan"),
         Case(1, "vocab", True, "fp32", "mpu", shard_logits=True),
@@ -114,7 +113,7 @@ def few_cases() -> list[Case]:
 
 @dataclass(frozen=True)
 class Run:
-    """What was seen of a training: losses by step, the norms of the gradients, the Parameters."""
+    """Results of a training: losses by step, gradient norms, and Parameters."""
 
     losses: list[float]
     norms: list[float]
@@ -137,7 +136,7 @@ def build(tied: bool) -> LlamaForCausalLM:
 
 
 def batches(dp_rank: int) -> list[list[Tensor]]:
-    """The micro-batches of each step."""
+    """Returns the micro-batches of each step."""
     generator = torch.Generator().manual_seed(dp_rank)
     shape = STEPS, MICRO_BATCHES, 2, 16
     steps = torch.randint(VOCAB, shape, generator=generator)
@@ -146,7 +145,7 @@ def batches(dp_rank: int) -> list[list[Tensor]]:
 
 @cache
 def train_alone(tied: bool, dtype: str, clip: float, dp_size: int) -> Run:
-    """By plain torch in this process, with fp32 master weights for bf16, on the batches of all."""
+    """Trains on all batches with plain torch in this process. bf16 has fp32 master weights."""
     model = build(tied)
     if dtype == "bf16":
         model = model.bfloat16()
@@ -202,7 +201,7 @@ def train(case: Case) -> Run:
     if case.checkpointing:
         model.gradient_checkpointing_enable()
     DeepSpeedGang.from_groups(tp_size=TP)
-    # To DeepSpeed its own groups are an `mpu` like any other.
+    # DeepSpeed treats its own groups as any `mpu`.
     mpu = groups if case.by == "mpu" else None
     engine, *_ = initialize(model=model, config=config_of(case), mpu=mpu)
     losses, norms = [], []
@@ -230,7 +229,7 @@ def is_first() -> bool:
 
 
 def difference(found: Any, expected: Any) -> float:
-    """The largest difference, relative to the largest value."""
+    """Returns the largest difference, relative to the largest value."""
     found, expected = torch.as_tensor(found), torch.as_tensor(expected)
     return float((found - expected).abs().max() / expected.abs().max())
 
@@ -260,7 +259,7 @@ def compare(case: Case) -> dict[str, Any]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as a page."""
+    """Formats the rows as a page."""
     script = "benchmarks/engine_parity.py --markdown docs/parity.md"
     lines = [
         "# Parity with one process",
@@ -294,7 +293,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--few", action="store_true", help="a case for each stage")
+    parser.add_argument("--few", action="store_true", help="one case per stage")
     parser.add_argument("--json", type=Path, help="write the rows")
     parser.add_argument("--markdown", type=Path, help="write the page")
     arguments = parser.parse_args()

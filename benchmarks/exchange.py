@@ -1,4 +1,4 @@
-"""Times the forward and the backward of sharded embeddings, ours and those of others, in turns.
+"""Times forward and backward of sharded embeddings, ours and other libraries', in turns.
 
     python benchmarks/exchange.py                        # P = 2, V = 32k, E = 4096, N = 8192
     python benchmarks/exchange.py --ranks 2 4 --dim 1024 --ids zipf uniform --dtype bf16
@@ -6,12 +6,11 @@
     python benchmarks/exchange.py --quick                # small sizes, to see that it runs
     python benchmarks/exchange.py --grid --minutes 8 --markdown docs/performance.md
 
-It starts its own ranks, of one thread each, with gloo. All layers of a case work on the same group
-and the same shards. First each is compared with `torch.nn.Embedding`, the output bit by bit and the
-gradient with one in fp64, and the bytes are counted that it sends. Then all take turns, round by
-round. A time is that of the slowest rank. "Forward" keeps what a backward needs; "with backward" is
-the two of them, and giving the gradient's memory back. Every rank has all ids: see `token_ids.py`
-for how they are drawn.
+Starts its own ranks, with one thread each, over gloo. All layers of a case share the group and the
+shards. First, each layer is compared with `torch.nn.Embedding`, the output bit by bit and the
+gradient against fp64, and its sent bytes are counted. Then all layers take turns, round by round.
+Times are the slowest rank's. "Forward" saves tensors for a backward; "with backward" times both,
+and freeing the gradient. Every rank has all ids: `token_ids.py` draws them.
 """
 
 from __future__ import annotations
@@ -43,12 +42,12 @@ from tp_embed import ProcessGroupGang
 from turns import DTYPES, Case, measure
 from ways import DEFAULT, GROWTH, WAYS
 
-# Eight times as many rows from the first to the last.
+# The last has eight times as many rows as the first.
 VOCABS = (32_768, 65_536, 131_072, 262_144)
 
 
 def select(patterns: Sequence[str], output: str = "*") -> tuple[str, ...]:
-    """The names of the ways that match one of the patterns."""
+    """Returns the names of ways that match a pattern."""
     return tuple(
         name
         for name, way in WAYS.items()
@@ -57,7 +56,7 @@ def select(patterns: Sequence[str], output: str = "*") -> tuple[str, ...]:
 
 
 def grid() -> list[Case]:
-    """The cases of the report, the most important ones first."""
+    """Returns the cases of the report, the most important ones first."""
     everything = select(DEFAULT)
     # What takes longest with large tables, and says least: DTensor's sequence outputs.
     sequence = select(("Megatron*", "tp_embed *, auto, *"), "sequence*")
@@ -86,9 +85,9 @@ def grid() -> list[Case]:
 def work(
     rank: int, size: int, store: str, cases: list[Case], deadline: float, output: Path
 ) -> None:
-    """What one of the ranks does; those that a case has no use for wait for the next one."""
+    """Runs one rank. Ranks that a case does not use wait for the next case."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", FutureWarning)  # Of what the peers call.
+    warnings.simplefilter("ignore", FutureWarning)  # From the peers' code.
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     gangs = {}
     for count in sorted({case.ranks for case in cases}):
@@ -119,7 +118,7 @@ def work(
 
 
 def run(cases: list[Case], seconds: float = float("inf")) -> list[dict[str, Any]]:
-    """What is found for each case that begins within ``seconds``."""
+    """Returns the results of each case that starts within ``seconds``."""
     deadline = time.time() + seconds
     size = max(case.ranks for case in cases)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -147,18 +146,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", "-N", default=[8192], **several)
     parser.add_argument("--dtype", default=["fp32"], nargs="+", choices=DTYPES)
     parser.add_argument("--ids", default=["zipf"], nargs="+", choices=DISTRIBUTIONS)
-    parser.add_argument("--batch", type=int, default=1, help="sequences that the tokens are in")
+    parser.add_argument("--batch", type=int, default=1, help="number of sequences")
     parser.add_argument("--ways", nargs="+", default=DEFAULT, help="patterns of names")
-    parser.add_argument("--rounds", type=int, default=15, help="at most")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of a case, about")
+    parser.add_argument("--rounds", type=int, default=15, help="most rounds of a case")
+    parser.add_argument("--seconds", type=float, default=30.0, help="time per case, about")
     parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="begin no other case after that many"
+        "--minutes", type=float, default=float("inf"), help="start no new case after this time"
     )
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--grid", action="store_true", help="all cases of the report")
     parser.add_argument("--markdown", type=Path, help="the page to write the grid's tables to")
     parser.add_argument("--json", type=Path, help="write every time of every round to this file")
-    parser.add_argument("--again", type=Path, help="only report what --json has written")
+    parser.add_argument("--again", type=Path, help="only report from a file of --json")
     args = parser.parse_args(arguments)
     if not select(args.ways):
         parser.error(f"--ways must match some of {', '.join(WAYS)}, but is {args.ways} instead.")

@@ -1,4 +1,4 @@
-"""The figures of `exchange.py` as Markdown, and a chart of the first case."""
+"""Formats the results of `exchange.py` as Markdown, with a chart of the first case."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of the medians of two times, with the least and the greatest of the rounds."""
+    """The ratio of two median times, with the smallest and largest ratio of the rounds."""
 
     middle: float
     low: float
@@ -38,11 +38,11 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a time of ours is to be at most, as a share of a peer's: of the fastest one's with the
-    same output, or of the one that is named.
+    """An upper limit for one of our times, relative to the fastest peer with the same output, or to
+    the named one.
 
-    :param most: for P = 2, and for more.
-    :param ids: the distributions that it is for; ``vocab`` the size, if not all.
+    :param most: the limits for P = 2, and for more ranks.
+    :param ids: the distributions to apply to; ``vocab`` the size, if not all.
     """
 
     work: str
@@ -92,7 +92,7 @@ def _goals() -> Iterator[Goal]:
 
 
 class Report:
-    """Takes what `exchange.py` has found."""
+    """Formats the results of `exchange.py`."""
 
     def __init__(self, results: Found) -> None:
         self._results = results
@@ -100,22 +100,22 @@ class Report:
         self._points: list[Found] = [case for case in results["cases"] if case["axis"]]
 
     def write(self, page: Path) -> None:
-        """Writes the goals and the first case to ``page``, between the marks that it has for them,
-        and a chart beside it."""
+        """Writes the goals and the first case to ``page``, between its marks, and a chart next to
+        it."""
         chart = page.with_name("exchange.svg")
         self._draw(chart)
         insert(page, BEGIN, END, self._text(f"![The first case]({chart.name})\n", most_cases=1))
 
     def text(self) -> str:
-        """All there is, as Markdown."""
+        """Formats all results as Markdown."""
         return self._text()
 
     def tables(self) -> str:
-        """A table for each case."""
+        """Formats a table for each case."""
         return "\n".join(self._case(case) for case in self._cases) + "\n" + self._initialisation()
 
     def goals(self) -> str:
-        """A table of ratios for each of our classes, and one of all else."""
+        """Formats a table of ratios for each of our classes, and one for other goals."""
         lines = []
         for cut, name in (("embed", "ShardedEmbedding"), ("vocab", "VocabShardedEmbedding")):
             columns = list(dict.fromkeys((c["ranks"], c["dtype"]) for c in self._cases))
@@ -181,7 +181,7 @@ class Report:
                 sent = rows[our_name(cut)]["sent_forward"] / hidden["sent_forward"]
                 shares[cut].append(sent / (case["unique"] / case["tokens"]))
         if shares["embed"]:
-            # Of cut rows the busiest rank has more than its share.
+            # With cut rows, the busiest rank has more than its share.
             work = "bytes sent by the forward, to U/N of `HiddenParallelEmbedding`, at most"
             columns, rows_cut = map(max, shares.values())
             yield _line(work, "all", "1.02", _value(columns, 1.02), f"({rows_cut:.2f})")
@@ -247,7 +247,7 @@ class Report:
         return "\n".join([*lines, *self._floors(case)])
 
     def _floors(self, case: Found) -> Iterator[str]:
-        """What would be left of the time of the fastest peer, and how close ours comes."""
+        """Compares lower bounds with the fastest peer, and ours with the bounds."""
         rows = _by_name(case)
         floors = {row["name"]: row["forward"] for row in case["rows"] if row["who"] == "floor"}
         exchange, lookup = floors["exchange of U rows"], floors["lookup of N rows"]
@@ -268,7 +268,7 @@ class Report:
         if ours:
             yield (
                 f"The forward of `{our_name('embed')}` takes {Ratio.of(ours['forward'], both)} of "
-                "the last line. The shares are those of the fastest peer.\n"
+                "the last line. The shares are relative to the fastest peer.\n"
             )
 
     def _rows(self, case: Found, rows: list[Found], output: str) -> Iterator[str]:
@@ -299,7 +299,7 @@ class Report:
     # Growth
 
     def _curve(self, axis: str) -> list[Found]:
-        """The points along ``axis``; where the curves meet is the first one of V."""
+        """Returns the points along ``axis``. The curves meet at the first point of V."""
         base = [point for point in self._points if point["axis"] == "vocab"][:1]
         points = [point for point in self._points if point["axis"] == axis and point not in base]
         return sorted(base + points, key=lambda point: float(point[axis]))
@@ -324,7 +324,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def _draw(self, file: Path) -> None:
-        """The first case: the forward, and what the backward adds to it."""
+        """Draws the first case: the forward, and the time the backward adds."""
         case = self._cases[0]
         rows = [row for row in case["rows"] if row["both"]][::-1]
         names = [row["name"] for row in rows]
@@ -340,7 +340,7 @@ class Report:
 
 
 def _timed_names(curve: Iterable[Found]) -> list[str]:
-    """The ways that are in all points."""
+    """Returns the ways that all points have."""
     first, *others = curve
     return [
         row["name"]
@@ -383,7 +383,7 @@ def _short(case: Found, vocab: bool = True) -> str:
 
 
 def _detail(case: Found) -> str:
-    """In what a case is unlike the first ones."""
+    """Describes how a case differs from the first ones."""
     parts = [
         "" if case["vocab"] == 32_768 else f", V = {case['vocab']}",
         ", frequent ids first" if case["ids"] == "zipf-sorted" else "",

@@ -1,10 +1,10 @@
-"""What holds on a machine with one GPU, and how long it takes, in one command:
+"""Runs the checks and timings for a machine with one GPU:
 
     PYTHONPATH=. python benchmarks/gpu.py
 
-It needs torch with CUDA and this repository, not installed and no other package, and takes a few
-minutes. It prints a line for each check and a table of times next to torch's own layers. `--output`
-writes both to a directory, as a page and as JSON. `--device cpu` shows that it runs to the end.
+Needs torch with CUDA and this repository, which need not be installed, and takes a few minutes.
+Prints a line for each check and a table of times next to torch's own layers. `--output` writes both
+to a directory, as a page and as JSON. `--device cpu` tries the script without a GPU.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch.nn.functional import cross_entropy
 
 from token_ids import draw
 
-TORCH = (2, 13)  # The oldest that pyproject.toml takes.
+TORCH = (2, 13)  # The minimum in pyproject.toml.
 
 try:
-    import cuda_checks  # noqa: F401 (it registers its checks)
+    import cuda_checks  # noqa: F401 (registers its checks)
     from accelerator import DTYPES, Step, copy_step, measure, name_of, steps, to_markdown, training
     from accelerator_checks import checks_of
     from tp_embed import FakeGang, OutputHead, StandardEmbedding, VocabShardedEmbedding
@@ -37,7 +37,7 @@ except ImportError as e:
 
 
 def run_checks(device: str) -> dict[str, str | None]:
-    """For each check ``None``, or why it does not hold."""
+    """Runs the checks. Returns ``None`` or the failure for each."""
     found: dict[str, str | None] = {}
     for name, check in checks_of(device).items():
         torch.manual_seed(0)
@@ -55,7 +55,7 @@ def run_checks(device: str) -> dict[str, str | None]:
 
 
 def peak_bytes(device: str, run: Callable[[], object]) -> int | None:
-    """What ``run`` takes of the device's memory at most, above what is taken before it."""
+    """Returns the peak of device memory during ``run``, above the memory in use before."""
     if torch.device(device).type == "cpu":
         return None
     run()
@@ -68,7 +68,7 @@ def peak_bytes(device: str, run: Callable[[], object]) -> int | None:
 
 
 def comparisons(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
-    """Ours and torch's, by name."""
+    """Returns our layers and torch's as functions to time, by name."""
     device, vocab, dim, tokens = args.device, args.vocab, args.dim, args.tokens
     options: dict[str, Any] = {"device": device, "dtype": DTYPES[args.dtype]}
     ids = draw(args.ids, vocab, (tokens,)).to(device)
@@ -131,11 +131,11 @@ def table_of(args: argparse.Namespace) -> tuple[list[str], list[dict[str, Any]]]
 
 
 def warn_of_versions() -> None:
-    """Says what of torch is older than `pyproject.toml` asks for: some checks may fail by that."""
+    """Warns if torch is older than `pyproject.toml` requires: some checks may fail then."""
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if found < TORCH:
         wanted = ".".join(map(str, TORCH))
-        print(f"torch {torch.__version__} is older than {wanted}, which tp_embed is made for.")
+        print(f"torch {torch.__version__} is older than {wanted}, which tp_embed requires.")
 
 
 def versions(device: str) -> str:
@@ -152,10 +152,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=1 << 17)
     parser.add_argument("--dim", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--size", type=int, default=2, help="ranks that tables are cut over")
+    parser.add_argument("--size", type=int, default=2, help="number of ranks that cut the tables")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--ids", default="zipf", help="a distribution of benchmarks/token_ids.py")
-    parser.add_argument("--seconds", type=float, default=0.5, help="for about how long, each time")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time per measurement, about")
     parser.add_argument("--output", type=Path, help="a directory to write a page and JSON to")
     args = parser.parse_args()
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():

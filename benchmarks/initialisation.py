@@ -1,5 +1,5 @@
-"""What one of P ranks needs for its shard of a new table: time and memory, against drawing the
-whole table and keeping the shard, and against `normal_` on the shard alone."""
+"""Measures time and memory to initialise a rank's shard of a new table, against drawing the whole
+table and keeping the shard, and against `normal_` on the shard alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tp_embed import FakeGang, ShardedEmbedding, VocabShardedEmbedding
 
 
 def measure_initialisation(vocab: int, dim: int, size: int, rounds: int) -> dict[str, Any]:
-    """Seconds and MiB of each round by name, and the size of the shard, in a process of its own."""
+    """Returns seconds and MiB of each round by name, and the shard's size, in a new process."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(_measure, (vocab, dim, size, rounds))
 

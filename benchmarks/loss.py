@@ -1,14 +1,13 @@
-"""Times the ways to the cross entropy of an output head that is cut over the vocabulary.
+"""Times the cross entropy of an output head that is cut over the vocabulary, computed four ways.
 
     deepspeed --num_gpus 2 --no_local_rank benchmarks/loss.py
 
-Forward and backward of `OutputHead.loss()`, of DeepSpeed's `vocab_parallel_linear_cross_entropy`,
-of the cross entropy of each rank's logits, and of that of all logits, which the head gathers. They
-take turns in one process of each rank. Printed are medians, and ratios to DeepSpeed's in the same
-turn with the least and the most: of the time until all ranks are done; of the time that the
-processor worked for a rank (the mean), which other work on the machine disturbs less; and of the
-memory that a rank takes on top of what it had (the most), gradients of table and hidden states
-included.
+Forward and backward of `OutputHead.loss()`, DeepSpeed's `vocab_parallel_linear_cross_entropy`, the
+cross entropy of each rank's logits, and the cross entropy of all logits, which the head gathers.
+They take turns in one process per rank. Prints medians, and the median, smallest and largest ratio
+to DeepSpeed's in the same turn, for the time until all ranks are done; for the mean CPU time of a
+rank, which other work on the machine disturbs less; and for the largest growth of a rank's memory,
+including gradients of table and hidden states.
 """
 
 from __future__ import annotations
@@ -66,11 +65,11 @@ def ways(embed: VocabShardedEmbedding) -> dict[str, Loss]:
 def measure(
     loss: Loss, embed: VocabShardedEmbedding, x: Tensor, target: Tensor
 ) -> tuple[float, float, float]:
-    """Seconds, those of the processor, and MiB of a forward and backward."""
+    """Returns seconds, CPU seconds, and MiB of a forward and backward."""
     embed.zero_grad()
     x = x.detach().requires_grad_()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # Or one would use what another has left.
+    ctypes.CDLL(None).malloc_trim(0)  # Else one way reuses memory of another.
     forget_peak()
     before = peak()
     dist.barrier()

@@ -1,4 +1,4 @@
-"""The machine under a benchmark: its memory, and what a process takes of it."""
+"""Prepares the machine's memory for a benchmark, and measures a process's share."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 def touch_memory() -> None:
-    """Has the host give this machine all memory that is free.
+    """Touches all free memory.
 
-    A virtual machine gets a page of memory from its host when it first touches it, at some 10 us
-    each: what is the first to use that much memory takes twice as long. Takes up to a minute.
+    A virtual machine gets a page from its host on first touch, at about 10 us each, so the first
+    process to use much memory takes twice as long. Takes up to a minute.
     """
     nbytes = int(0.9 * os.sysconf("SC_AVPHYS_PAGES")) * mmap.PAGESIZE
     with mmap.mmap(-1, nbytes) as memory:
@@ -21,11 +21,11 @@ def touch_memory() -> None:
 
 
 def peak() -> int:
-    """The largest resident set of this process so far, in KiB."""
+    """Returns the peak resident set of this process, in KiB."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0])
 
 
 def forget_peak() -> None:
-    """The largest resident set begins anew, with that of now."""
+    """Resets the peak resident set to the current one."""
     Path("/proc/self/clear_refs").write_text("5")

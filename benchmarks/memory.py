@@ -1,14 +1,13 @@
-"""What one rank holds of a Llama's table and head, with AutoTP alone and with tp_embed.
+"""Measures a rank's memory for a Llama's table and head, with AutoTP alone and with tp_embed.
 
     deepspeed --num_gpus 2 --no_local_rank benchmarks/memory.py untied-alone untied-auto
     deepspeed --num_gpus 2 --no_local_rank benchmarks/memory.py tied-preset-alone tied-preset-auto
 
 A case is `untied` or `tied`, `preset` where AutoTP cuts by its preset and not by the plan of
 transformers, and a strategy or `alone`. Each trains a one-layer Llama for two steps (fp32, ZeRO 1,
-AdamW). Printed are the bytes of the token table and of the output head, each with its gradient,
-master copy and two moments, counted from the engine's tensors, and the growth of the process's
-resident memory: take one case a job for that one, since a process gives back little of what an
-engine took.
+AdamW). Prints the bytes of the token table and of the output head, each with its gradient, master
+copy and two moments, counted from the engine's tensors, and the growth of the process's resident
+memory. For the latter run one case per job, since a process frees little of an engine's memory.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ def measure(case: str, vocab_size: int, dim: int) -> dict[str, Any]:
     engine = build(case, vocab_size, dim)
     table = engine.module.get_input_embeddings().weight
     head = engine.module.get_output_embeddings().weight
-    kept: dict[Parameter, list[torch.Tensor]] = {table: [], head: []}  # One, if they are tied.
+    kept: dict[Parameter, list[torch.Tensor]] = {table: [], head: []}  # A single entry if tied.
     for step in range(2):
         ids = torch.arange(64).view(1, 64) + step
-        # The logits of one position: those of all would dwarf what is measured.
+        # The logits of one position: all of them would dwarf the rest.
         loss = engine(input_ids=ids, logits_to_keep=1).logits.float().norm()
         engine.backward(loss)
         if step == 1:

@@ -1,4 +1,4 @@
-"""Pages of the documentation that hold what a benchmark has found."""
+"""Writes benchmark results into pages of the documentation."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def insert(page: Path, begin: str, end: str, text: str) -> None:
-    """Replaces what ``page`` has between the marks.
+    """Replaces the text between the marks in ``page``.
 
-    :raises ValueError: ``page`` does not have them.
+    :raises ValueError: ``page`` lacks the marks.
     """
     before, found_begin, rest = page.read_text().partition(begin)
     _, found_end, after = rest.partition(end)

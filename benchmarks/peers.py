@@ -1,8 +1,7 @@
-"""Sharded embeddings of others, each from its package where it can be installed.
+"""Builds other libraries' sharded embeddings, from their packages where these can be installed.
 
-Megatron-LM's and fairseq2's are written anew after what they do: which collectives, in which order,
-of which tensors, with which copies. All take the table's shard from outside, so that those with the
-same cut share its memory.
+Megatron-LM's and fairseq2's are reimplemented with the same collectives, order, tensors and copies.
+All layers get the table's shard from outside, so that layers with the same cut share its memory.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from tp_embed.partition import Partition
 
 @dataclass(frozen=True)
 class Setting:
-    """What a layer is built from: the whole table, by memory that is not touched, and the shards
-    of this rank, by what is cut: "embed", "vocab", or "whole"."""
+    """The tensors to build a layer from: this rank's shards by what is cut, "embed" or "vocab", and
+    the "whole" table, in untouched memory."""
 
     gang: ProcessGroupGang
     shards: dict[str, Tensor]
@@ -61,7 +60,7 @@ def whole_on_meta(setting: Setting) -> torch.nn.Embedding:
 class MegatronEmbedding(Module):
     """Megatron-LM's ``VocabParallelEmbedding`` (megatron/core/tensor_parallel/layers.py).
 
-    Ids of other ranks are looked up as 0 and their rows zeroed; an all-reduce adds up. With
+    Looks up ids of other ranks as 0 and zeros their rows; an all-reduce sums. With
     ``reduce_scatter_embeddings`` the sequence comes first and is reduce-scattered, and the backward
     gathers the gradient. *Shapes:* (B, S) -> (B, S, E), or (S/P, B, E).
     """
@@ -118,7 +117,7 @@ class _ReduceScatter(torch.autograd.Function):
 class Fairseq2Embedding(Module):
     """fairseq2's ``ShardedEmbedding`` (fairseq2/nn/embedding.py), which cuts the columns.
 
-    An all-gather into a list, and a concatenation; the backward takes this rank's slice.
+    All-gathers into a list and concatenates; the backward takes this rank's slice.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -172,7 +171,7 @@ class DTensorEmbedding(Module):
     def forward(self, ids: Tensor) -> Tensor:
         output: Tensor = self.inner(ids)
         if isinstance(output, AsyncCollectiveTensor):
-            output.trigger_wait()  # Else its first use would.
+            output.trigger_wait()  # Else its first use waits.
         return output
 
 
@@ -188,7 +187,7 @@ def dtensor_row(setting: Setting, sequence: bool = False) -> Module:
 
 
 def deepspeed_layer(setting: Setting, name: str, cut: str) -> Module:
-    """A layer of deepspeed.module_inject.layers, as AutoTP builds it for training."""
+    """Builds a layer of deepspeed.module_inject.layers as AutoTP does for training."""
     layers = _deepspeed_layers()
     layer: Module = getattr(layers, name)(whole_on_meta(setting), setting.group)
     layer.weight = Parameter(setting.shards[cut])
@@ -202,7 +201,7 @@ def _deepspeed_layers() -> Any:
     from deepspeed.module_inject import layers
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-    # An all-reduce for inference, which would have to be compiled.
+    # An all-reduce for inference, which would need compiling.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     deepspeed.init_distributed("gloo", dist_init_required=False)
     layers.set_autotp_mode(training=True)

@@ -1,11 +1,11 @@
-"""What `tp-embed plan` predicts next to what engines and layers do.
+"""Compares the predictions of `tp-embed plan` with engines and layers.
 
     deepspeed --num_gpus 4 --no_local_rank benchmarks/plan.py
 
-Trains a table and its head, with nothing between them, with an engine for each case (TP 2 x DP 2),
-and prints what it holds at the end of a backward and what its data-parallel ranks put into
-collectives. Then it times the collectives of each strategy (TP 4), with the latencies and
-bandwidths that each collective shows by itself.
+For each case, trains a table and its head, with nothing between them, on an engine (TP 2 x DP 2),
+and prints the bytes it holds after a backward and the bytes its data-parallel ranks put into
+collectives. Then times the collectives of each strategy (TP 4), using latencies and bandwidths
+measured for each collective alone.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ CASES: list[tuple[Setup, Strategy]] = [
     (Setup(**EVEN, **SUMS, zero_stage=3, accumulation_steps=2), "embed"),
     (Setup(**UNEVEN, zero_stage=3, tied=True), "vocab"),
 ]
-SMALL = 2048  # Less is not of the table: scalars, a bucket, padding.
+SMALL = 2048  # Smaller tensors are no tables: scalars, a bucket, padding.
 
 
 class Model(nn.Module):
@@ -82,7 +82,7 @@ class Model(nn.Module):
 
 
 def config(setup: Setup, strategy: Strategy) -> dict[str, Any]:
-    """What DeepSpeed and tp_embed are told."""
+    """Returns the config of DeepSpeed and tp_embed."""
     optimizer: dict[str, Any] = {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True}}
     if setup.optimizer in ("sgd", "momentum"):
         momentum = 0.9 if setup.optimizer == "momentum" else 0.0
@@ -99,14 +99,14 @@ def config(setup: Setup, strategy: Strategy) -> dict[str, Any]:
             "stage": setup.zero_stage,
             "reduce_bucket_size": 100,
             "stage3_param_persistence_threshold": 0,
-            # Let go of what is not in use, as a model of many layers does.
+            # Release unused Parameters, as in a model with many layers.
             "stage3_prefetch_bucket_size": 0,
             "stage3_max_live_parameters": 0,
             "stage3_max_reuse_distance": 0,
         },
         "tensor_parallel": {
             "autotp_size": setup.tp_size,
-            "partition_config": {  # AutoTP itself leaves all as it is.
+            "partition_config": {  # AutoTP itself changes nothing.
                 "use_default_specs": False,
                 "layer_specs": [{"patterns": ["^$"], "partition_type": "skip"}],
             },
@@ -116,14 +116,14 @@ def config(setup: Setup, strategy: Strategy) -> dict[str, Any]:
 
 
 def measure_engine(setup: Setup, strategy: Strategy) -> dict[str, Any]:
-    """The bytes that a rank holds, and what it puts into DeepSpeed's collectives in a step."""
+    """Measures the bytes a rank holds, and the bytes it puts into DeepSpeed's collectives."""
     ids = torch.arange(setup.tokens)
     before = tensors()
     known = storages(before)
     torch.manual_seed(0)
     engine, *_ = initialize(model=Model(setup), config=config(setup, strategy))
     held: list[int] = []
-    for _ in range(2):  # The first step makes the moments.
+    for _ in range(2):  # The first step creates the moments.
         with collectives_of_deepspeed() as sent:
             for _ in range(setup.accumulation_steps):
                 engine.backward(engine(ids))
@@ -144,17 +144,17 @@ def measure_engine(setup: Setup, strategy: Strategy) -> dict[str, Any]:
 
 
 def tensors() -> list[Tensor]:
-    """All that there are, with the gradients of Parameters, which Python may not know yet."""
-    time.sleep(0.1)  # Gloo's threads let go of what they sent a moment after a collective returned.
+    """Returns all tensors, and gradients of Parameters, which may have no Python object yet."""
+    time.sleep(0.1)  # Gloo's threads release tensors shortly after a collective returns.
     gc.collect()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Some objects complain when they are looked at.
+        warnings.simplefilter("ignore")  # Some objects warn on access.
         found = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
         return found + [t.grad for t in found if t.is_leaf and t.grad is not None]
 
 
 def storages(found: Sequence[Tensor]) -> dict[int, int]:
-    """The sizes of the memory behind tensors, by its address."""
+    """Maps addresses of the tensors' storages to their sizes."""
     sizes: dict[int, int] = {}
     for tensor in found:
         if tensor.is_sparse:
@@ -166,7 +166,7 @@ def storages(found: Sequence[Tensor]) -> dict[int, int]:
 
 @contextmanager
 def collectives_of_deepspeed() -> Iterator[dict[str, int]]:
-    """The bytes that this rank puts in, by operation."""
+    """Counts the bytes that this rank puts into collectives, by operation."""
     payloads: dict[str, int] = defaultdict(int)
     backend = type(deepspeed.comm.comm.cdb)
     names = {
@@ -180,7 +180,7 @@ def collectives_of_deepspeed() -> Iterator[dict[str, int]]:
     def counting(name: str) -> Any:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             *_, payload = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-            if payload.numel() > 1:  # Norms and the like are not of the table.
+            if payload.numel() > 1:  # Skips norms and other scalars.
                 payloads[names[name]] += payload.nbytes
             return originals[name](self, *args, **kwargs)
 
@@ -196,12 +196,12 @@ def collectives_of_deepspeed() -> Iterator[dict[str, int]]:
 
 
 def plan(setup: Setup, strategy: Strategy) -> Cost:
-    """What is planned, with the de-duplication that layers choose."""
+    """Plans a case, with the de-duplication that layers choose."""
     return cost(setup, strategy, dedup=auto_dedup(setup, strategy))
 
 
 def payloads(planned: Cost) -> dict[str, int]:
-    """What is planned for a rank to put into collectives of its data-parallel group."""
+    """Returns the planned bytes a rank puts into collectives of its data-parallel group."""
     found: dict[str, int] = defaultdict(int)
     for transfer in planned.transfers:
         if transfer.over == "dp":
@@ -210,21 +210,21 @@ def payloads(planned: Cost) -> dict[str, int]:
 
 
 class Stopwatch:
-    """Adds up the time in collectives of a gang."""
+    """Sums the time in collectives of a gang."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     @contextmanager
     def __call__(self, operation: str, tensors: Sequence[Tensor]) -> Iterator[None]:
-        dist.barrier()  # Not the time in which another rank computes.
+        dist.barrier()  # Excludes waiting for another rank's computation.
         start = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - start
 
 
 def measure_networks(gang: ProcessGroupGang, runs: int) -> dict[Operation, Network]:
-    """From each collective with 4 KiB, 1 MiB and 16 MiB, of the slowest rank."""
+    """Fits a network to each collective's times on the slowest rank, with 4 KiB to 16 MiB."""
     networks: dict[Operation, Network] = {}
     for operation in ("all_gather", "all_reduce", "reduce_scatter", "all_to_all"):
         transfers, seconds = [], []
@@ -257,24 +257,24 @@ def time_call(call: Callable[[], None], runs: int) -> float:
 
 
 def fit(transfers: Sequence[Transfer], seconds: Tensor) -> Network:
-    """By which transfers take ``seconds``, with the least sum of squares of relative errors."""
+    """Fits a network to the ``seconds`` of transfers, by least squares of relative errors."""
     counts = torch.tensor([[t.messages, t.sent] for t in transfers], dtype=torch.float64)
     rows = counts / seconds[:, None]
     latency, per_byte = torch.linalg.lstsq(rows, torch.ones_like(rows)).solution[:, 0].tolist()
-    if latency < 0:  # Caches make small messages faster than any link would.
+    if latency < 0:  # Caches make small messages faster than any link.
         latency, per_byte = 0.0, float(rows[:, 1].sum() / rows[:, 1].square().sum())
     return Network(1 / per_byte, latency)
 
 
 def ids_of(setup: Setup) -> Tensor:
-    """As many distinct ids as are planned for, from all over the table."""
+    """Returns ids from all over the table, with as many distinct ones as planned for."""
     count = distinct(setup)
     rows = torch.linspace(0, setup.vocab_size - 1, count).long()
     return rows[torch.arange(setup.tokens) % count]
 
 
 def measure_time(gang: ProcessGroupGang, setup: Setup, planned: Cost, runs: int) -> float:
-    """The seconds in collectives of a forward and a backward."""
+    """Returns the seconds in collectives of a forward and a backward."""
     torch.manual_seed(0)
     model = Model(setup)
     shard_embeddings(model, gang, strategy=planned.strategy)
@@ -311,10 +311,10 @@ def name(setup: Setup, strategy: Strategy) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=("engines", "times"), help="only this one")
+    parser.add_argument("--part", choices=("engines", "times"), help="run only this part")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument(
-        "--json", metavar="DIR", help="write what engines did, a file for each rank"
+        "--json", metavar="DIR", help="write the engines' results, one file per rank"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -343,7 +343,7 @@ def compare_engines(directory: str | None) -> None:
 
 
 def compare_times(runs: int) -> None:
-    """Prints how long the collectives of a forward and a backward take."""
+    """Prints the time in collectives of a forward and a backward."""
     rank = dist.get_rank()
     gang = ProcessGroupGang(None, "cpu")
     networks = measure_networks(gang, runs)

@@ -1,4 +1,4 @@
-"""Ids of tokens that are drawn at random, by a name of their distribution."""
+"""Draws random token ids from a named distribution."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ DISTRIBUTIONS = ("zipf", "zipf-sorted", "uniform")
 
 
 def draw(distribution: str, num_ids: int, shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """Ids in [0, ``num_ids``), the same wherever the seed is.
+    """Draws ids in [0, ``num_ids``), the same everywhere for a seed.
 
     - ``"zipf"``: the probability of the k-th most frequent id is proportional to k ** -1.05 (Zipf,
-      1949), which id that is being drawn too: frequent ids are anywhere;
-    - ``"zipf-sorted"``: the same, but id k is the k-th most frequent one, as a tokenizer that
-      numbers its tokens by frequency has it: the first rank of a cut vocabulary owns most;
+      1949), and a random id is the k-th most frequent: frequent ids are anywhere;
+    - ``"zipf-sorted"``: the same, but id k is the k-th most frequent, as in a tokenizer that
+      numbers tokens by frequency: the first rank of a cut vocabulary owns most;
     - ``"uniform"``: 88% of 8192 are distinct with 2**15 ids.
     """
     generator = torch.Generator().manual_seed(seed)

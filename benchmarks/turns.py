@@ -28,11 +28,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured in one go.
+    """One case to measure.
 
     :param tokens: N, in ``batch`` sequences of the same length.
     :param ways: names in ``WAYS``.
-    :param seconds: for about how long: at least three rounds, and ``rounds`` at most.
+    :param seconds: the approximate time: at least three rounds, and at most ``rounds``.
     :param axis: "vocab", "tokens" or "ranks" for a point of a growth curve.
     """
 
@@ -70,7 +70,7 @@ class Case:
 
 @dataclass
 class Turn:
-    """One thing that is timed, and what was found: milliseconds of each round by this rank."""
+    """A timed way and its results: milliseconds of each round on this rank."""
 
     name: str
     who: str
@@ -85,9 +85,9 @@ class Turn:
 
 
 def measure(case: Case, gang: ProcessGroupGang) -> dict[str, Any]:
-    """All ranks of the gang call it; each gets what was found, with the times of the slowest rank.
+    """Measures a case. All ranks of the gang call it and get the results of the slowest rank.
 
-    :raises AssertionError: a layer gives something else than ``torch.nn.Embedding``.
+    :raises AssertionError: a layer differs from ``torch.nn.Embedding``.
     """
     generator = torch.Generator().manual_seed(1)
     dtype, shape = DTYPES[case.dtype], (case.batch, case.tokens // case.batch)
@@ -148,7 +148,7 @@ def _checked(
     reference: Reference,
     blocks: dict[str, tuple[range, range]],
 ) -> Turn:
-    """The layer of ``way`` after a step in which all was as it should be."""
+    """Builds the layer of ``way``, and checks a step of it."""
     gang, group = setting.gang, setting.group
     layer: Module = way.build(setting)
     weight = layer.weight
@@ -189,8 +189,8 @@ def _checked(
 
 
 def _floors(case: Case, setting: Setting, ids: Tensor, unique: int) -> list[Turn]:
-    """What none can do without: copies, exchanges and lookups of as many bytes, and the zeros of a
-    dense gradient in memory that is new."""
+    """Returns lower bounds for all layers: copies, exchanges and lookups of the same bytes, and
+    zeros of a dense gradient in new memory."""
     table, size, group = setting.table, setting.gang.size, setting.group
     block = Partition(case.dim, size).block
     source = table.new_zeros(case.tokens, case.dim)
@@ -210,7 +210,7 @@ def _floors(case: Case, setting: Setting, ids: Tensor, unique: int) -> list[Turn
 
 
 def _take_turns(turns: list[Turn], setting: Setting, case: Case) -> int:
-    """Adds to the times of all turns, and gives the number of rounds."""
+    """Times all turns, and returns the number of rounds."""
     group, rounds = setting.group, 1
     gc.collect()
     gc.disable()
@@ -219,7 +219,7 @@ def _take_turns(turns: list[Turn], setting: Setting, case: Case) -> int:
         _round(turns, 0, group)
         seconds = most_over(group, time.perf_counter() - start)
         rounds = max(3, min(case.rounds, int(case.seconds / seconds)))
-        if rounds > 4:  # There is time for a round to warm up.
+        if rounds > 4:  # Enough time for a warm-up round.
             for turn in turns:
                 turn.times = {"forward": [], "both": []}
         while len(turns[0].times["forward"]) < rounds:
@@ -230,7 +230,7 @@ def _take_turns(turns: list[Turn], setting: Setting, case: Case) -> int:
 
 
 def _round(turns: list[Turn], number: int, group: dist.ProcessGroup) -> None:
-    """Each once, beginning with another one in each round."""
+    """Runs each turn once. Each round starts with another one."""
     first = number * len(turns) // 3 % len(turns)
     for turn in turns[first:] + turns[:first]:
         turn.times["forward"].append(_seconds(turn.forward, group))

@@ -1,4 +1,4 @@
-"""Every way from replicated ids to embeddings that `exchange.py` compares, by name."""
+"""Names the layers that `exchange.py` compares, from replicated ids to embeddings."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Who = Literal["ours", "peer", "replicated"]
 
 @dataclass(frozen=True)
 class Way:
-    """How one layer goes about it.
+    """One layer and its options.
 
     :param who: ours, a peer, or ``torch.nn.Embedding``, which sends nothing.
-    :param cut: which dimension of the table is cut: "embed", "vocab", or "whole".
+    :param cut: the cut dimension of the table: "embed", "vocab", or "whole".
     :param output: "replicated", or "sequence": this rank's positions. "sequence-first" is the
-        latter with the sequence as the first dimension, as Megatron-LM has it.
+        latter with the sequence as the first dimension, as in Megatron-LM.
     :param gradient: "dense", "sparse", or "reused".
     """
 
@@ -44,7 +44,7 @@ class Way:
     gradient: str = "dense"
 
     def cut_output(self, whole: Tensor, rank: int, size: int) -> Tensor:
-        """What this rank has of the replicated output. *Shape:* (B, S, E) -> see ``output``."""
+        """Returns this rank's part of a whole output. *Shape:* (B, S, E) -> see ``output``."""
         if self.output == "replicated":
             return whole
         own = Partition(whole.size(1), size).shard(rank)
@@ -131,7 +131,7 @@ def _all() -> list[Way]:
 def our_name(
     cut: str, dedup: bool | str = "auto", gradient: str = "dense", output: str = "replicated"
 ) -> str:
-    """``tp_embed embed, auto, sparse``, with ``, sequence`` at the end for that output."""
+    """Names one of our ways, such as ``tp_embed embed, auto, sparse`` or ``..., sequence``."""
     rows = "auto" if isinstance(dedup, str) else "dedup" if dedup else "plain"
     end = "" if output == "replicated" else f", {output}"
     return f"tp_embed {cut}, {rows}, {gradient}{end}"
@@ -139,8 +139,8 @@ def our_name(
 
 WAYS = {way.name: way for way in _all()}
 
-# What is measured unless something else is asked for: of ours, what `dedup="auto"` makes of each
-# kind of gradient, and both other values of it with a dense one.
+# The default ways. Of ours: `dedup="auto"` with each kind of gradient, and its other two values
+# with a dense one.
 DEFAULT = (
     "[!t]*",
     "tp_embed *, auto, *",
@@ -148,7 +148,7 @@ DEFAULT = (
     "tp_embed *, dedup, dense*",
 )
 
-# What the growth with V, N and P is drawn of.
+# The ways in the charts of growth with V, N and P.
 GROWTH = (
     "Megatron-LM",
     "DeepSpeed HiddenParallelEmbedding",

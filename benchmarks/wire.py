@@ -1,4 +1,4 @@
-"""Counts what the collectives of torch.distributed send, whoever calls them."""
+"""Counts the bytes that collectives of torch.distributed send, whoever calls them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# What one of P ranks sends for n bytes that it puts in, by the ring algorithms of Patarasuk and
+# Bytes that one of P ranks sends for n bytes of input, with the ring algorithms of Patarasuk and
 # Yuan, "Bandwidth optimal all-reduce algorithms" (2009).
 _SHARES: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda size: 2 * (size - 1) / size,
@@ -20,8 +20,8 @@ _SHARES: dict[str, Callable[[int], float]] = {
     "all_to_all": lambda size: (size - 1) / size,
 }
 
-# The operators of torch.distributed and of DTensor: which collective each is, and which of its
-# arguments holds what this rank puts in.
+# Operators of torch.distributed and DTensor -> their collective, and the index of the argument with
+# this rank's input.
 _OPERATORS = {
     "c10d::allreduce_": ("all_reduce", 0),
     "c10d::allgather_": ("all_gather", 1),
@@ -33,13 +33,13 @@ _OPERATORS = {
     "_c10d_functional::reduce_scatter_tensor": ("reduce_scatter", 0),
     "_c10d_functional::all_to_all_single": ("all_to_all", 0),
 }
-_NOTHING = ("barrier", "wait_tensor", "_wrap_tensor_autograd")  # Nothing of weight.
+_NOTHING = ("barrier", "wait_tensor", "_wrap_tensor_autograd")  # Negligible.
 
 
 class Wire(TorchDispatchMode):
-    """Adds up the bytes that rank ``rank`` of ``group`` sends in this context, in ``bytes_sent``.
+    """Sums the bytes that this rank of ``group`` sends in this context, in ``bytes_sent``.
 
-    :raises NotImplementedError: a collective that it does not know is called.
+    :raises NotImplementedError: an unknown collective is called.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -72,7 +72,7 @@ class Wire(TorchDispatchMode):
 
 
 def bytes_sent(group: dist.ProcessGroup, work: Callable[[], object]) -> int:
-    """What this rank sends while ``work`` runs."""
+    """Returns the bytes that this rank sends while ``work`` runs."""
     wire = Wire(group)
     with wire:
         work()
@@ -80,7 +80,7 @@ def bytes_sent(group: dist.ProcessGroup, work: Callable[[], object]) -> int:
 
 
 def most_over(group: dist.ProcessGroup, value: float) -> float:
-    """The largest ``value`` of the ranks of ``group``."""
+    """Returns the largest ``value`` over the ranks of ``group``."""
     tensor = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(tensor, dist.ReduceOp.MAX, group)
     return float(tensor)
