@@ -1,4 +1,4 @@
-"""Tensors that stay in files are read and written as torch would slice them."""
+"""Arrays in files are read and written as torch slices tensors."""
 
 from math import prod
 from pathlib import Path
@@ -18,14 +18,14 @@ any_tmp_path = settings(suppress_health_check=[HealthCheck.function_scoped_fixtu
 
 
 def stored(path: Path, tensor: torch.Tensor, offset: int = 0) -> Span:
-    """``tensor``, flat in a new file."""
+    """Writes ``tensor`` to a new file, and returns it as a flat array."""
     path.write_bytes(b"\1" * offset + bytes(tensor.flatten().view(torch.uint8).tolist()))
     return Span(path, offset, tensor.numel(), tensor.dtype)
 
 
 @st.composite
 def views(draw):
-    """A view of a flat tensor, as torch makes them, and a box in it."""
+    """Draws a view of a flat tensor that torch can make, and a box in it."""
     shape = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     view = torch.arange(prod(shape), dtype=torch.int32).view(shape)
     view = view.permute(draw(st.permutations(range(len(shape)))))

@@ -1,4 +1,4 @@
-"""Between any two formats, and any numbers of ranks, all that a format can hold arrives."""
+"""Conversions between any formats and numbers of ranks keep everything a format can hold."""
 
 import shutil
 from itertools import pairwise
@@ -25,7 +25,7 @@ def options(table_rule):
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory):
-    """A checkpoint with sizes that two, three and four do not divide."""
+    """Creates a checkpoint with sizes that two, three and four do not divide."""
     path = tmp_path_factory.mktemp("uneven") / "model.pt"
     sizes = Model.VOCAB, Model.EMBED
     Model.VOCAB, Model.EMBED = 23, 7
@@ -92,7 +92,7 @@ def test_every_zero_stage_is_written_and_read(uneven, tmp_path, stage, dp_size):
 
 
 def test_masters_and_16_bit_weights_are_both_carried(uneven, tmp_path):
-    """With `float32`, weights are the masters; else as they were."""
+    """With `float32`, weights become the masters; else they stay as they were."""
     state = torch.load(uneven)
     names = [name for group in state["optimizer"]["param_groups"] for name in group["param_names"]]
     masters = {name: state["model"][name] for name in names}

@@ -1,4 +1,4 @@
-"""What conversions make of what sources hold: nothing is changed or lost without a word."""
+"""Conversions change or drop nothing silently."""
 
 import json
 import multiprocessing
@@ -33,7 +33,7 @@ def saved(tmp_path, value, name="source.pt"):
 
 
 def converted(source, to="pt", **request):
-    """The state dict after a conversion."""
+    """Converts a file and returns the state dict."""
     output = source.with_name(f"{to}.pt")
     convert(source, output, Request(to=to, **request), verify=True, overwrite=True)
     if to != "pt":
@@ -65,7 +65,7 @@ def test_tensors_of_all_kinds_arrive(tmp_path, to):
         "half": torch.randn(3).half(),
         "odd name\n/é": torch.randn(2),
     }
-    if to == "universal":  # Names are those of directories there.
+    if to == "universal":  # Names become directories.
         state.pop("odd name\n/é")
         state.pop("half")  # Parameters are in fp32.
     found = converted(saved(tmp_path, state), to)
@@ -86,7 +86,7 @@ def test_what_fp32_cannot_hold_is_no_universal_checkpoint(tmp_path, dtype):
 
 
 def trained(tmp_path, values, master, **state):
-    """A checkpoint with a master copy of one weight."""
+    """Creates a checkpoint with a master copy of one weight."""
     return saved(
         tmp_path,
         {
@@ -117,9 +117,9 @@ def test_a_master_that_is_not_its_weight_is_kept(tmp_path):
 
 def test_a_state_cannot_take_the_place_of_its_weight(tmp_path):
     source = trained(tmp_path, torch.zeros(1), torch.zeros(1), weight=torch.ones(1))
-    with pytest.raises(CheckpointError, match="must not have a state with the name `weight`"):
+    with pytest.raises(CheckpointError, match="must not have a state called `weight`"):
         convert(source, tmp_path / "out.pt", Request(to="pt"))
-    convert(source, tmp_path / "out", Request(to="hf"))  # Which has none.
+    convert(source, tmp_path / "out", Request(to="hf"))  # It holds no optimizer.
 
 
 def test_what_is_left_out_is_named(tmp_path):
@@ -219,7 +219,7 @@ def test_numbers_in_another_byte_order_are_refused(tmp_path):
 
 
 class Bomb:
-    """A pickle of a few bytes that asks for many."""
+    """A small pickle that allocates many bytes."""
 
     def __reduce__(self):
         return bytearray, (10**9,)
@@ -246,8 +246,8 @@ def test_a_transposed_table_is_not_read_many_times(tmp_path, monkeypatch):
 
 
 def grow(connection, source, output, request):
-    """Converts, and sends by how many bytes the process has grown at most."""
-    Path("/proc/self/clear_refs").write_text("5")  # The peak begins anew.
+    """Converts, and sends the growth of the process's peak memory in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")  # Resets the peak.
     before = peak()
     convert(source, output, request)
     connection.send(peak() - before)
@@ -263,11 +263,11 @@ def peak():
 )
 def test_memory_does_not_grow_with_the_table(tmp_path, to, dim):
     source = tmp_path / "table.safetensors"
-    shape = (131_072, 1024)  # 512 MiB, of which none is on the disk.
+    shape = (131_072, 1024)  # 512 MiB, none of it on disk.
     lay_out(source, {"embed_tokens.weight": (shape, torch.float32)})
     request = Request(to=to, tp_size=4 if to == "tp-embed" else None, dim=dim)
     saved(tmp_path, {"w": torch.ones(1)})
-    converted(tmp_path / "source.pt", "dcp")  # So that all is imported in the process, too.
+    converted(tmp_path / "source.pt", "dcp")  # Imports everything, here and in the process.
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=grow, args=(sender, source, tmp_path / "output", request))
@@ -280,7 +280,7 @@ def test_memory_does_not_grow_with_the_table(tmp_path, to, dim):
 
 
 def read_bytes():
-    """How many bytes this process has read so far."""
+    """Returns the number of bytes this process has read."""
     text = Path("/proc/self/io").read_text()
     return int(text.partition("rchar: ")[2].split()[0])
 

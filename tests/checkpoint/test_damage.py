@@ -1,5 +1,5 @@
-"""Damaged checkpoints of every format: a named error and no output, or a whole output, and never
-anything else. The damage is drawn at random, from the seeds that are the test's parameters."""
+"""Damaged checkpoints of every format give a named error and no output, or a complete output. The
+damage is random, with seeds from the test's parameters."""
 
 import pickle
 import random
@@ -24,7 +24,7 @@ ROUNDS, DAMAGES = 6, 40
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A small checkpoint of each format, with the state of an optimizer if it holds one."""
+    """Writes a small checkpoint in each format, with optimizer state if the format holds it."""
     root = tmp_path_factory.mktemp("checkpoints")
     model = torch.nn.ModuleDict(
         {"embed_tokens": torch.nn.Embedding(8, 4), "layer": torch.nn.Linear(4, 4)}
@@ -44,7 +44,7 @@ def convert_to(source, output, name, tp_size=1):
 
 @contextmanager
 def limits(seconds, nbytes):
-    """Ends what takes long, or takes much memory."""
+    """Fails if the block takes too long or too much memory."""
 
     def stop(signum, frame):
         raise TimeoutError(f"It has taken more than {seconds} s.")
@@ -63,7 +63,7 @@ def limits(seconds, nbytes):
 
 
 def damage(path, rng):
-    """Damages one file of the checkpoint ``path``; says how."""
+    """Damages one file of the checkpoint ``path``, and returns how."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     file = rng.choice(files)
     content = bytearray(file.read_bytes())
@@ -133,7 +133,7 @@ def test_damage_gives_a_named_error_or_a_whole_output(checkpoints, tmp_path, nam
 
 
 class Attack:
-    """What runs code when it is unpickled."""
+    """Runs code when unpickled."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -175,7 +175,7 @@ def test_no_code_of_a_pickle_is_run(checkpoints, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["hf", "tp-embed", "deepspeed", "universal"])
 def test_no_name_leaves_its_directory(checkpoints, tmp_path, name):
-    """The file that is named is there, so that nothing else is the reason for the error."""
+    """The named file exists, so that nothing else can cause the error."""
     hostile = tmp_path / "deep" / "hostile"
     if name == "hf":
         request = Request(to="hf", max_shard_size=64, read=RULES)

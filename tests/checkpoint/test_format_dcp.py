@@ -1,5 +1,5 @@
-"""Checkpoints of `torch.distributed.checkpoint`: what torch writes is read, what is written is
-loaded by plain torch, in one process and in several."""
+"""Checkpoints of `torch.distributed.checkpoint`: we read torch's, and plain torch loads ours, in
+one process and in several."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def trained():
 
 @pytest.fixture
 def pt(trained, tmp_path):
-    """A file of `torch.save()`, the way to what we write."""
+    """Converts to a file of `torch.save()`, to check what we wrote."""
     model, optimizer = trained
     path = tmp_path / "whole.pt"
     torch.save(
@@ -97,7 +97,7 @@ def save(content, path, **kwargs):
 
 
 def assert_model(path, model, prefix=""):
-    """The file of `torch.save()` at `path` has the weights of `model`."""
+    """Asserts that the file of `torch.save()` at `path` has the weights of `model`."""
     loaded = torch.load(path)["model"]
     expected = model.state_dict()
     assert {key.removeprefix(prefix) for key in loaded} == set(expected)
@@ -106,7 +106,7 @@ def assert_model(path, model, prefix=""):
 
 
 def assert_same_training(path, model, optimizer):
-    """The file has what `optimizer` holds: training goes on the same from both."""
+    """Asserts that training continues the same from the file and from `optimizer`."""
     assert_model(path, model)
     root = torch.load(path)
     other = Model(seed=1)
@@ -125,7 +125,7 @@ def assert_trains_alike(model, optimizer, other, restored):
 
 
 def forms(model, optimizer):
-    """How training scripts save it."""
+    """Returns the forms that training scripts save."""
     weights, state = get_state_dict(model, optimizer)
     flat = get_state_dict(
         model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True)
@@ -135,7 +135,7 @@ def forms(model, optimizer):
         "optim": {"module": weights, "optim": state},
         "app": {"app": {"model": weights, "optim": state}},
         "by index": {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
-        # As torchtitan has it.
+        # torchtitan's.
         "flat": {**weights, "optimizer": flat, "train_state": {"step": torch.tensor(2)}},
         "all flat": {**weights, **flat},
     }
@@ -201,7 +201,7 @@ def test_shards_of_several_ranks_are_joined(pool, trained, tmp_path, placements,
 
 
 def load(path, group=None, mesh=None):
-    """What plain torch loads into another model and optimizer, as DTensors if there is a mesh."""
+    """Loads into another model and optimizer with plain torch, as DTensors if given a mesh."""
     model = Model(seed=1)
     optimizer = optimizer_of(model)
     weights, state = get_state_dict(model, optimizer)
@@ -317,7 +317,7 @@ def test_a_killed_run_is_resumed(pt, trained, tmp_path):
 
 
 class Bad:
-    """What a pickle runs."""
+    """Runs code when unpickled."""
 
     def __init__(self, command):
         self.command = command
@@ -327,7 +327,7 @@ class Bad:
 
 
 def refused(source, tmp_path, match, error=CheckpointError, **kwargs):
-    """A conversion fails, and leaves nothing."""
+    """Asserts that a conversion fails and leaves nothing."""
     before = set(tmp_path.iterdir())
     options = replace(TO_PT, read=ReadOptions(**kwargs))
     with pytest.raises(error, match=match):
@@ -374,7 +374,7 @@ FIRST = MetadataIndex("model.embed.weight", (0, 0))
 
 
 def entry(name, value):
-    """An edit of where `embed.weight` is."""
+    """Returns an edit of the place of `embed.weight`."""
 
     def edit(metadata):
         setattr(metadata.storage_data[FIRST], name, value)
@@ -383,7 +383,7 @@ def entry(name, value):
 
 
 def tensor(name, value):
-    """An edit of what `embed.weight` is."""
+    """Returns an edit of the item `embed.weight`."""
 
     def edit(metadata):
         item = metadata.state_dict_metadata["model.embed.weight"]
@@ -421,7 +421,7 @@ def put(name, value):
 
 
 def share(metadata):
-    """The shape of another tensor that has a place of the same size."""
+    """Gives a tensor the place of another one with the same size."""
     other = metadata.storage_data[MetadataIndex("model.mix.weight", (0, 0))]
     metadata.storage_data[FIRST] = other
 
@@ -451,8 +451,8 @@ DAMAGES = {
     "keys of another type": (nest(5), "must say which keys lead"),
     "keys of other types": (nest((1.5, None)), "must say which keys lead"),
     "very many keys": (nest(("model",) * 5000), "must say which keys lead"),
-    "keys of another item": (nest(("model", "mix.bias")), "at the place of another"),
-    "keys below another item": (nest(("model", "mix.bias", "x")), "at the place of another"),
+    "keys of another item": (nest(("model", "mix.bias")), "collides with another"),
+    "keys below another item": (nest(("model", "mix.bias", "x")), "collides with another"),
     "storage of another type": (put("storage_data", [1]), "must hold the metadata"),
     "storage of other items": (put("storage_data", {1: 2}), "must say of each item the file"),
     "items of another type": (put("state_dict_metadata", None), "must hold the metadata"),
@@ -500,7 +500,7 @@ def test_missing_and_truncated_files_are_refused(source, tmp_path):
 
 
 def change(form, keys, value):
-    """What a script might have saved."""
+    """Returns a form with one entry changed."""
 
     def content(model, optimizer):
         root = node = copy.deepcopy(forms(model, optimizer)[form])
@@ -519,10 +519,10 @@ WRONG = {
     "an infinite step": (change("nested", ("step",), float("inf")), "must be a number"),
     "a large step": (change("nested", ("step",), torch.ones(2000)), "must be small"),
     "a step of a Parameter": (change("nested", (*STATE, "step"), [1]), "the step of mix.bias"),
-    "a state of text": (change("nested", STATE, "text"), "a dict of what the optimizer holds"),
+    "a state of text": (change("nested", STATE, "text"), "a dict of optimizer states"),
     "a state of nothing": (change("nested", ("optimizer", "state", "x"), {"a": 1}), r"\['x'\]"),
     "params of text": (change("nested", (*GROUP, "params"), "text"), "must be a list of dicts"),
-    "unknown params": (change("nested", (*GROUP, "params"), ["no"]), "of the Parameters of"),
+    "unknown params": (change("nested", (*GROUP, "params"), ["no"]), "have Parameters of"),
     "params twice": (change("nested", (*GROUP, "params"), ["mix.bias"]), "each once"),
     "groups of text": (change("nested", GROUP[:2], "text"), "must be a list of dicts"),
     "no names": (change("by index", (*GROUP, "param_names"), 5), "--optimizer-names"),
@@ -554,7 +554,7 @@ def test_names_of_an_optimizer_can_be_given(trained, tmp_path):
 
 
 class Reversible(StreamTransformExtension):
-    """As one that compresses."""
+    """Stands in for a compressing transform."""
 
     @staticmethod
     def from_descriptor(version):
@@ -577,7 +577,7 @@ class Reversible(StreamTransformExtension):
 def test_other_ways_to_store_are_refused(trained, tmp_path):
     weights = {key: value.clone() for key, value in trained[0].state_dict().items()}
     source = save(weights, tmp_path / "zipped", _extensions=[Reversible()])
-    refused(source, tmp_path, "is transformed by")
+    refused(source, tmp_path, "are transformed by")
     source = save(weights, tmp_path / "other", serialization_format=SerializationFormat.SAFETENSORS)
     refused(source, tmp_path, "SerializationFormat.TORCH_SAVE")
 

@@ -66,7 +66,7 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(out):
-    """What the tensor-parallel ranks have seen of each case."""
+    """Returns what the tensor-parallel ranks saw in each case."""
     seen = {}
     for ranks, cases in CASES.items():
         plan = out / f"{ranks}.json"
@@ -80,7 +80,7 @@ def trained(out):
 
 @pytest.fixture
 def source(out, trained, tmp_path):
-    """Copies the tag of a case, to be changed."""
+    """Copies the tag of a case, for changes."""
 
     def copy(name):
         shutil.copytree(out / name / "end", tmp_path / "source" / "end")
@@ -99,7 +99,7 @@ def read_case(out, name):
 
 
 def change(path, **changes):
-    """Changes entries of a file, by their places in it, as `optimizer_state_dict__overflow`, or
+    """Changes entries of a file, given by paths such as `optimizer_state_dict__overflow` or
     `param_groups__0__lr`."""
     root = torch.load(path, weights_only=False)
     for place, value in changes.items():
@@ -176,14 +176,14 @@ def test_everything_of_the_optimizer_is_read(out, trained, name):
     assert states == {"exp_avg", "exp_avg_sq"}
     for state in states:
         assert {key.name for key in checkpoint.tensors if key.state == state} == trainable
-    # The wrapper of 16-bit weights at ZeRO 0 has made a step by itself, to have all states.
+    # At ZeRO 0, the wrapper for 16-bit weights makes a step of its own, to create all states.
     made = steps + 1 if name == "dp z0 bf16" else steps
     assert checkpoint.optimizer.steps == dict.fromkeys(trainable, made)
     assert checkpoint.extra["lr_scheduler"] == {"last_batch_iteration": 1}
     assert checkpoint.extra["client"] == "kept"
     assert checkpoint.extra["epoch"] == 3
     assert not {"global_steps", "overflow", "dynamic_loss_scale"} & checkpoint.extra.keys()
-    differs = "`seen` differs between data-parallel ranks: that of rank 0 was taken"
+    differs = "`seen` differs between data-parallel ranks: rank 0's was taken"
     assert checkpoint.notes in ((), (differs,))
 
 
@@ -238,7 +238,7 @@ def test_cuts_are_those_of_the_engine(out, trained):
     assert cuts[f"{layer}self_attn.q_proj.weight"] == Cut.even(0, (32,), 2)
     assert cuts[f"{layer}mlp.down_proj.weight"] == Cut.even(1, (64,), 2)
     assert cuts[NORM] is None
-    # Of one rank nothing is known: what it has whole may be what others would cut.
+    # With one rank no cut is known: its whole tensors may be cut on several ranks.
     assert not read(out / "dp z1").cuts
     types = read(out / "z1 typed bf16").cuts["types.weight"]
     assert types.ranges == ((range(1),), (range(1, 1),))
@@ -267,7 +267,7 @@ def test_given_cuts_come_first_and_rules_last(out, trained, source):
 
 @pytest.fixture(scope="module")
 def by_patterns(out, trained):
-    """A checkpoint that says by patterns how it is cut, as Megatron-DeepSpeed does."""
+    """Writes a checkpoint whose cuts are given by patterns, as Megatron-DeepSpeed does."""
     path = out / "patterns"
     shutil.copytree(out / "z1" / "end", path)
     for file in model_files(path):
@@ -389,14 +389,14 @@ def test_bad_affine_maps_are_refused(tmp_path):
     ]:
         bad = entry()
         bad["ranks"][0]["pieces"][0][place] = value
-        with pytest.raises(CheckpointError, match="must say by pieces how it is cut"):
+        with pytest.raises(CheckpointError, match="must consist of pieces, each a box"):
             parse(bad)
     with pytest.raises(CheckpointError, match="must be for 3 tensor-parallel ranks"):
         parse(entry(), 3)
     for bad in ({}, {"logical_shape": [2], "ranks": []}, [], None):
-        with pytest.raises(CheckpointError, match="must say by pieces"):
+        with pytest.raises(CheckpointError, match="must consist of pieces"):
             parse(bad)
-    # What is missing, and what is different on ranks that should have the same.
+    # Missing entries, and entries that differ between ranks but should not.
     shards = []
     for rank, size in enumerate((18, 12)):
         (tmp_path / f"{rank}").write_bytes(bytes([rank]) * 4 * size)
@@ -454,10 +454,10 @@ def test_missing_files_are_named(source):
         "mp_rank_01_model_states.pt", optimizer(0, "01"), optimizer(1, "01")
     )
     assert "but has them for 2" in message("mp_rank_01_model_states.pt")
-    assert "tensor-parallel rank 0 and data-parallel rank 1 is missing" in message(
+    assert "lacks the file of tensor-parallel rank 0 and data-parallel rank 1" in message(
         optimizer(1, "00")
     )
-    assert "one of 2 data-parallel ranks, by its `partition_count`, but there are" in message(
+    assert "of 2 data-parallel ranks next to it, as its `partition_count` says, but has" in message(
         optimizer(1, "00"), optimizer(1, "01")
     )
     assert "has none" in message("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt")
@@ -472,7 +472,7 @@ def test_missing_files_are_named(source):
         ("layer_00-model_00-model_states.pt", "without pipeline stages and experts"),
         ("layer_0_expert_0_mp_rank_00_model_states.pt", "without pipeline stages and experts"),
         ("expp_rank_0_mp_rank_00_optim_states.pt", "without pipeline stages and experts"),
-        ("mp_rank_00_000_model_states.pt", "is of something else"),
+        ("mp_rank_00_000_model_states.pt", "belongs to neither"),
         ("mp_rank_99999999_model_states.pt", "tensor-parallel rank 2 .* is missing"),
     ],
 )
@@ -500,7 +500,9 @@ def test_shards_of_different_steps_are_refused(source):
 def test_optimizers_of_different_data_parallel_ranks_are_of_one_step(source):
     path = source("dp z1")
     change(optimizer_files(path)[1], optimizer_state_dict__base_optimizer_state__state={})
-    with pytest.raises(CheckpointError, match=r"must be of one step, but are of None with \['fp32"):
+    with pytest.raises(
+        CheckpointError, match=r"must be from one step, but are from None with \['fp32"
+    ):
         read(path)
 
 
@@ -529,7 +531,7 @@ def test_without_an_optimizer_there_are_weights(source, out):
         file.unlink()
     checkpoint = read(path)
     assert checkpoint.optimizer is None
-    assert checkpoint.notes == ("There is no state of an optimizer: weights only",)
+    assert checkpoint.notes == ("The checkpoint has no optimizer state",)
     assert {key.state for key in checkpoint.tensors} == {"weight"}
     for key, array in checkpoint.tensors.items():
         assert torch.equal(array.load(), expected.tensors[key].load())
@@ -537,15 +539,15 @@ def test_without_an_optimizer_there_are_weights(source, out):
     shutil.copytree(out / "dp z3 tied" / "end", path)
     for file in optimizer_files(path):
         file.unlink()
-    with pytest.raises(CheckpointError, match="where the weights are at ZeRO 3, but has none"):
+    with pytest.raises(CheckpointError, match="which hold the weights at ZeRO 3, but has none"):
         read(path)
 
 
 def test_names_of_an_optimizer_at_zero0(source, out):
-    message = r"has 2 with 12, and does not say which\. Pass `--optimizer-names`"
+    message = r"has 2 with 12, without names\. Pass `--optimizer-names`"
     with pytest.raises(CheckpointError, match=message):
         read(out / "dp z0 typed")
-    with pytest.raises(CheckpointError, match=r"be 12 different ones .* \['x'\] are unknown"):
+    with pytest.raises(CheckpointError, match=r"be 12 different names .* with \['x'\] unknown"):
         read(out / "z0", optimizer_names=("x",))
     names = read(out / "z0").optimizer.groups[0]["params"]
     with pytest.raises(CheckpointError, match="The optimizer has another order than the model"):
@@ -553,7 +555,7 @@ def test_names_of_an_optimizer_at_zero0(source, out):
     path = source("z0")
     for file in model_files(path):
         change(file, ds_config={})
-    with pytest.raises(CheckpointError, match="must be one that DeepSpeed has made by its config"):
+    with pytest.raises(CheckpointError, match="must be built by DeepSpeed from its config"):
         read(path)
     assert read(path, optimizer_names=tuple(names)).optimizer.groups[0]["params"] == names
 
@@ -620,7 +622,7 @@ def test_a_dynamic_loss_scale_is_left_out_with_a_note(source):
     path = source("dp z1")
     for file in optimizer_files(path):
         change(file, optimizer_state_dict__loss_scaler=DynamicLossScaler(2**8, 2, 1, 1, 1, False))
-    assert read(path).notes == ("The dynamic loss scale was left out: it starts anew.",)
+    assert read(path).notes == ("The dynamic loss scale was left out: it starts afresh.",)
 
 
 @pytest.mark.parametrize("times", [0.5, 2])
@@ -655,7 +657,7 @@ def test_buffers_that_differ_between_data_parallel_ranks_are_noted(source):
     change(model_files(path)[1], module__seen=torch.tensor(5))
     checkpoint = read(path)
     assert checkpoint.tensors[Key("seen")].load() == 0
-    note = "`seen` differs between data-parallel ranks: that of rank 0 was taken"
+    note = "`seen` differs between data-parallel ranks: rank 0's was taken"
     assert note in checkpoint.notes
 
 
@@ -681,7 +683,7 @@ WRONG = [None, -1, "x", [], {}, [[1]], {1: 2}, torch.zeros(3), (1, 2), [{"a": No
 
 @pytest.mark.parametrize("name", ["z1", "z0", "dp z3 before"])
 def test_wrong_types_anywhere_are_refused_by_name(source, name):
-    """Or do no harm, where they are not used."""
+    """Unused entries may have any type."""
     path = source(name)
     refused = 0
     for file in (*model_files(path)[:1], *optimizer_files(path)[:1]):

@@ -1,5 +1,5 @@
-"""Checkpoints that are written as DeepSpeed's, loaded by real engines, which go on training; and
-compared with what the engines save themselves, key by key."""
+"""Real engines load our DeepSpeed checkpoints and continue training. Our files are compared with
+the engines' own, key by key."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CUTS = {
     "norm": "replicated",
     "lm_head": "vocab",
 }
-# Engines that take over from plain torch have no schedule, as it has none.
+# Engines that continue from plain torch have no schedule, as it has none.
 NO_SCHEDULE = {"scheduler": {}}
 
 
@@ -48,15 +48,15 @@ def dtype(name):
 
 
 def config(name):
-    """With an optimizer of DeepSpeed in the place of torch's, or gradients that are summed in fp32,
-    which is by another class of DeepSpeed, `BF16_Optimizer`."""
+    """Configures DeepSpeed's own optimizer instead of torch's, or gradients summed in fp32, where
+    DeepSpeed uses another class, `BF16_Optimizer`."""
     fused = {"optimizer": {"type": "AdamW", "params": {"lr": LR}}}
     sums = {"data_types": {"grad_accum_dtype": "fp32"}}
     return {**(fused if "fused" in name else {}), **(sums if "sums" in name else {})}
 
 
 def settings(name):
-    """How the engine of a case is configured, by its name."""
+    """Returns the config of a case's engine, by its name."""
     zero = {"round_robin_gradients": True} if "robin" in name.split() else {}
     return {"config": config(name), "zero": zero, **kind(name), **dtype(name)}
 
@@ -106,7 +106,7 @@ def torch_trained(path, name):
     return losses[2:]
 
 
-# What engines are trained and saved with: the ZeRO stage, and how many tensor-parallel ranks.
+# How engines are trained and saved: ZeRO stage and number of tensor-parallel ranks.
 TRAINED = {
     "dp z2 bf16": (2, 1),
     "dp z1 typed fused": (1, 1),
@@ -115,7 +115,7 @@ TRAINED = {
     "tp z1 bf16": (1, 2),
     "tp z0 typed": (0, 2),
 }
-# What they are converted to: for as many tensor- and data-parallel ranks.
+# Targets of conversion: numbers of tensor- and data-parallel ranks.
 FROM_ENGINE = {
     "dp z2 bf16 to dp z1 bf16": (1, 1, 2),
     "dp z2 bf16 to dp z1 bf16 sums": (1, 1, 2),
@@ -150,8 +150,8 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seen(out):
-    """What was seen of each case: the losses after two steps, before it was converted and after
-    it; and the client's state."""
+    """Returns for each case the losses after two steps, before and after the conversion, and the
+    client's state."""
     cases = {
         name: {"stage": stage, "tp": tp, **settings(name)} for name, (stage, tp) in TRAINED.items()
     }
@@ -227,12 +227,12 @@ def test_files_are_those_that_the_engine_saves_after_it(out, seen, name):
             assert not list(differences(ours, theirs)), file
 
 
-# What an engine has of its own, or has without it.
+# Keys that only an engine writes, or only we.
 NOT_COMPARED = {"ds_config", "loss_scaler", "clip_grad", "client", "global_samples", "param_names"}
 
 
 def differences(ours, theirs, place=""):
-    """Where two structures differ."""
+    """Lists where two structures differ."""
     if isinstance(theirs, torch.Tensor) and theirs.dim():
         if ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
             yield f"{place}: {ours.dtype} {ours.shape}, {theirs.dtype} {theirs.shape}, or values"
@@ -255,7 +255,7 @@ def differences(ours, theirs, place=""):
 
 
 def info_differences(ours, theirs):
-    """We have no lists of what is not trained, but maps of buffers too."""
+    """Lists differences, except that we list no frozen Parameters, and have maps of buffers."""
     replicated = "tp_replicated_parameter_patterns"
     assert {*theirs[replicated]} - {*ours[replicated]} <= {rf"^{NORM}$".replace(".", r"\.")}
     maps = {**ours["affine_map"]["params"]}
@@ -284,12 +284,12 @@ def test_ds_to_universal_of_deepspeed_converts_what_is_written(out, seen, name, 
     new = out / f"{name} universal"
     args = ["", "--input_folder", str(out / f"{name} written" / "global_step2")]
     args += ["--output_folder", str(new), "--num_extract_workers=1", "--num_merge_workers=1"]
-    args += ["--inject_missing_state"] if " dp " in name else []  # As it is with an engine's own.
+    args += ["--inject_missing_state"] if " dp " in name else []  # As for an engine's own.
     monkeypatch.setattr("sys.argv", args)
     ds_to_universal.main(ds_to_universal.parse_arguments())
     source = formats.read(out / f"{name.partition(' to ')[0]}.pt", ReadOptions())
     for key, array in source.tensors.items():
-        if key.name in {NORM, *source.buffers}:  # The converter does not join what is not trained.
+        if key.name in {NORM, *source.buffers}:  # The converter does not join untrained tensors.
             continue
         file = new / "zero" / key.name / f"{'fp32' if key.state == 'weight' else key.state}.pt"
         assert torch.equal(torch.load(file, weights_only=False)["param"], array.load()), key
@@ -325,7 +325,7 @@ def test_what_is_written_is_read_again(out, seen, name):
 
 
 def source_of(path, model, *, groups=None, steps=3, states=("exp_avg", "exp_avg_sq")):
-    """A file of torch with a model and, if there are param groups, its optimizer's state."""
+    """Writes a torch file with a model and, given param groups, optimizer state."""
     root = {"model": model, "step": 3}
     if groups is not None:
         names = [name for group in groups for name in group]
@@ -421,7 +421,7 @@ def test_files_are_laid_out_without_memory_and_space(tmp_path):
         stats = [file.stat() for file in path.rglob("*.pt")]
         assert sum(stat.st_size for stat in stats) > 4 * shape[0] * shape[1]
         assert sum(stat.st_blocks for stat in stats) * 512 < 2**20
-        # What has been laid out is found again.
+        # A second run finds the files laid out.
         mtimes = [os.stat(file).st_mtime_ns for file in path.rglob("*.pt")]
         assert deepspeed.lay_out(checkpoint, target, path).arrays.keys() == arrays.keys()
         assert mtimes == [os.stat(file).st_mtime_ns for file in path.rglob("*.pt")]
@@ -437,14 +437,14 @@ BOTH = {"groups": [["x.weight", "y.weight"]]}
         (4, {}, "`--zero-stage` must be 0, 1, 2 or 3"),
         (0, {"dtype": torch.bfloat16}, "At ZeRO 0 the weights must be in float32"),
         (3, {"dtype": torch.float16}, "At ZeRO 3 the weights must not be in float16"),
-        (1, {"dtype": torch.float64}, "weights must all be of one dtype of .* of torch.float64"),
+        (1, {"dtype": torch.float64}, "weights must all have one dtype of .* has torch.float64"),
         (1, {"groups": [["x.weight", "x.weight"]]}, "`x.weight` is there twice"),
         (1, {"groups": [["x.weight"]]}, "`y.weight` must be in a param group"),
         (1, {"groups": [["x.weight", "y.weight", "z"]]}, "`z` is no Parameter"),
         (1, {"groups": [["x.weight", "y.weight"], []]}, "Param group 1 .* must not be empty"),
         (1, {"groups": [None]}, "must have the names of its Parameters"),
         (1, {"groups": ()}, "must be in a param group of the optimizer"),
-        (2, {"without": Key("y.weight", "exp_avg")}, "the same states of all Parameters"),
+        (2, {"without": Key("y.weight", "exp_avg")}, "must have the same optimizer states"),
         (2, {"steps": {"x.weight": 3.0, "y.weight": 2.0}}, "the same number of steps"),
         (2, {"steps": dict.fromkeys(TWO, float("nan"))}, "must be a whole number"),
         (0, {"steps": dict.fromkeys(TWO, 1.5)}, "must be a whole number"),

@@ -60,7 +60,7 @@ def save_all(path: Path, model: Mapping[str, Tensor], size: int) -> Path:
 
 
 def load(path: Path, tp: int) -> dict[str, Tensor]:
-    """As fairseq2 does, which allows nothing but tensors."""
+    """Loads as fairseq2 does, which allows only tensors."""
     file = path / "pp_00" / f"tp_{tp:02d}" / "sdp_00.pt"
     held: dict[str, Tensor] = torch.load(file, weights_only=True)
     assert all(type(value) is Tensor for value in held.values())
@@ -127,7 +127,7 @@ def test_a_table_that_is_cut_over_columns_is_kept_so(tmp_path: Path) -> None:
 
 
 def test_shards_of_fsdp_are_put_together(tmp_path: Path) -> None:
-    """Those that are left after the last may be empty, or not be there."""
+    """Shards at the end may be empty or missing."""
     model, size = whole_model(), 5  # The norm has 7 rows: 2, 2, 2, 1 and 0.
     for tp in range(2):
         for sdp in range(size):

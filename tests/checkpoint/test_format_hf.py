@@ -43,7 +43,7 @@ def pt_to_hf(source, output, **options):
 
 
 def save(path, tied=False, *, max_shard_size="20KB", dtype=torch.float32, **config):
-    """Saves a Llama by transformers."""
+    """Saves a Llama with transformers."""
     model = llama.build(tied).to(dtype).eval()
     model.config.update(config)
     model.save_pretrained(path, max_shard_size=max_shard_size)
@@ -62,7 +62,7 @@ def from_pretrained(path, **options):
 
 
 def state_dict(path):
-    """All tensors of a directory, as safetensors reads them."""
+    """Loads all tensors of a directory with safetensors."""
     return {k: v for file in sorted(path.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
@@ -85,7 +85,7 @@ def edit(path, change):
 
 
 def without_output(path):
-    """Whether nothing was left where, or beside where, `path` would be."""
+    """Returns whether nothing was left at or next to `path`."""
     return not path.exists() and not list(path.parent.glob(f".{path.name}*"))
 
 
@@ -383,7 +383,7 @@ def test_links_out_of_the_directory_are_not_copied(tmp_path):
     save(tmp_path / "source")
     (tmp_path / "secret.json").write_text("{}")
     (tmp_path / "source" / "tokenizer.json").symlink_to("../secret.json")
-    with pytest.raises(UnsafeCheckpointError, match=r"`.*tokenizer.json` must be a file of"):
+    with pytest.raises(UnsafeCheckpointError, match=r"`.*tokenizer.json` must be a file in"):
         to_hf(tmp_path / "source", tmp_path / "output")
     assert without_output(tmp_path / "output")
 
@@ -423,7 +423,7 @@ def test_settings_of_absurd_size_are_refused(tmp_path):
     save(tmp_path / "source")
     with (tmp_path / "source" / "tokenizer.json").open("wb") as file:
         file.truncate(10**9)
-    with pytest.raises(CheckpointError, match="must have at most 268435456 bytes together"):
+    with pytest.raises(CheckpointError, match="must have at most 268435456 bytes in total"):
         to_hf(tmp_path / "source", tmp_path / "output")
     assert without_output(tmp_path / "output")
 
@@ -516,7 +516,7 @@ def update(**values):
 
 
 def edit_header(change):
-    """Changes the header of the file that has the head."""
+    """Changes the header of the file with the head."""
 
     def apply(path):
         file = path / json.loads((path / INDEX).read_text())["weight_map"][HEAD]
@@ -585,16 +585,20 @@ DAMAGE = {
         "`ghost` must be in",
         False,
     ),
-    "key not in the index": (drop("model.norm.weight"), "must name all tensors, but no", False),
-    "file not in the index": (drop(HEAD), "as `total_size`, which is", False),
+    "key not in the index": (drop("model.norm.weight"), "must name all tensors, but lacks", False),
+    "file not in the index": (drop(HEAD), "`total_size` in .* must be the size", False),
     "key in two files": (
         put_a_tensor_into_two_files,
         r"`lm_head.weight` must be in .* only",
         False,
     ),
     "file with two names": (give_a_file_two_names, "must be in .* only", False),
-    "total size": (update(metadata={"total_size": 7}), "as `total_size`, which is", False),
-    "total size as text": (update(metadata={"total_size": "7"}), "as `total_size`", False),
+    "total size": (
+        update(metadata={"total_size": 7}),
+        "`total_size` in .* must be the size",
+        False,
+    ),
+    "total size as text": (update(metadata={"total_size": "7"}), "`total_size` in", False),
     "two checkpoints": (
         lambda p: save_file({"a": torch.ones(1)}, p / "model.safetensors"),
         "must hold one checkpoint",

@@ -67,7 +67,7 @@ def whole_model() -> dict[str, Tensor]:
 
 
 def shard(name: str, tensor: Tensor, rank: int, size: int) -> Tensor:
-    """What Megatron has of a Parameter on a rank."""
+    """Returns Megatron's shard of a Parameter on a rank."""
     if name in (TABLE, HEAD):
         padded = -(-len(tensor) // (128 * size)) * 128 * size
         return functional.pad(tensor, (0, 0, 0, padded - len(tensor))).chunk(size)[rank].clone()
@@ -80,7 +80,7 @@ def shard(name: str, tensor: Tensor, rank: int, size: int) -> Tensor:
 
 
 def save(path: Path, rank: str, model: Mapping[str, Any], **root: Any) -> Path:
-    """Writes the file of a rank as ``save_checkpoint()`` does."""
+    """Writes a rank's file as ``save_checkpoint()`` does."""
     file = path / f"mp_rank_{rank}" / "model_optim_rng.pt"
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {"checkpoint_version": 3.0, "iteration": 100, "model": model, **root}
@@ -138,7 +138,7 @@ def assert_holds(checkpoint: Checkpoint, model: Mapping[str, Tensor]) -> None:
 
 
 def assert_is_layout(path: Path, model: Mapping[str, Tensor], size: int) -> None:
-    """Each rank has bit for bit what Megatron would have."""
+    """Asserts that each rank has Megatron's shards, bit for bit."""
     assert sorted(each.name for each in (path / "iter_0000100").iterdir()) == [
         f"mp_rank_{rank:02d}" for rank in range(size)
     ]
@@ -170,7 +170,7 @@ def test_a_round_trip_over_tensor_parallel_sizes_is_exact(tmp_path: Path) -> Non
     sizes = (2, 3, 4, 1)
     for step, size in enumerate(sizes, 1):
         output = tmp_path / str(step)
-        # Once written, the checkpoint says the rest itself.
+        # Our checkpoint records the rest.
         options = {"vocab_size": VOCAB} if step == 1 else {"read": ReadOptions()}
         move(path, output, size, **options)
         assert_is_layout(output, model, size)
@@ -305,7 +305,7 @@ def test_nested_names_are_made_flat(tmp_path: Path) -> None:
 
 
 def split_layers(model: Mapping[str, Tensor], layers: list[int]) -> dict[str, Tensor]:
-    """Of ``model``, the layers of a stage, numbered from 0, and what its place has beside them."""
+    """Returns the layers of a stage, numbered from 0, and the tensors its position adds."""
     names = [NORM, QKV, PROJ, FC1, FC2]
     stage = {each.format(i): model[each.format(n)] for i, n in enumerate(layers) for each in names}
     if 0 in layers:

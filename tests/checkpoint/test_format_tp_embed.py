@@ -1,4 +1,4 @@
-"""The format of tp_embed: a directory with a file for each tensor-parallel rank and a manifest."""
+"""The format ``tp-embed``: a directory with one file per tensor-parallel rank and a manifest."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ def test_what_a_single_rank_does_not_say_is_asked_for_later(source, tmp_path):
 
 
 def write(path, checkpoint, **target):
-    """What :func:`convert` does, for a checkpoint that is in no file yet."""
+    """Does what :func:`convert` does, for a checkpoint in memory."""
     cuts = dict.fromkeys(checkpoint.names)
     path.mkdir()
     output = tp_embed_directory.lay_out(
@@ -355,8 +355,8 @@ def test_values_that_are_not_plain_are_refused(written, tmp_path):
         "must consist of numbers.* but has a Tensor": replace(
             checkpoint, extra={"rng": torch.zeros(1)}
         ),
-        "nested too deep, or in itself": replace(checkpoint, extra={"endless": endless}),
-        "names .* must be those of Parameters, but is .'other'": replace(
+        "nested too deeply, or in themselves": replace(checkpoint, extra={"endless": endless}),
+        "names .* must be names of Parameters, but is .'other'": replace(
             checkpoint, optimizer=Optimizer(({"params": ["other"]},), {})
         ),
         "must be names, each in one group": replace(
@@ -409,7 +409,7 @@ def test_a_killed_run_is_finished_by_the_next(written, tmp_path):
 
 
 def sign(path):
-    """Makes the manifest one of the files as they are now."""
+    """Updates sizes and hashes in the manifest."""
     manifest = json.loads((path / "manifest.json").read_text())
     for name, entry in manifest["files"].items():
         data = (path / name).read_bytes()
@@ -477,27 +477,27 @@ DELETE = object()
 DEEP = json.loads("[" * 900 + "]" * 900)
 BAD = [
     (("format",), "other", "must be of the format `tp-embed`"),
-    (("version",), 2, "must be of version 1 .* but is of 2 instead. Update"),
+    (("version",), 2, "must have version 1 .* but has 2 instead. Update"),
     (("version",), True, "with a version"),
     (("version",), DELETE, "with a version"),
     (("more",), 1, "an object with the keys"),
     (("ties",), DELETE, "an object with the keys"),
-    (("tp_size",), 3, "must be those of 3 ranks|of 3 ranks"),
+    (("tp_size",), 3, "must be the files of 3 ranks|of 3 ranks"),
     (("tp_size",), 10**30, "ranks"),
     (("tp_size",), "2", "`tp_size` .* must be a number"),
     (("tp_size",), 0, "`tp_size` .* must be a number"),
     (("step",), 1.5, "`step` .* must be a number"),
     (("step",), DEEP, "nested|must be a number"),
     (("files",), [], "`files` .* must be an object"),
-    (("files",), {}, "must be those of 2 ranks"),
-    (("files", "rank-00001-of-00002.safetensors"), DELETE, "must be those of 2 ranks"),
+    (("files",), {}, "must be the files of 2 ranks"),
+    (("files", "rank-00001-of-00002.safetensors"), DELETE, "must be the files of 2 ranks"),
     (("files", "rank-00001-of-00002.safetensors"), 5, "must be a size and a SHA-256"),
     (("files", "rank-00001-of-00002.safetensors", "size"), "5", "must be a size and a SHA-256"),
     (("files", "rank-00001-of-00002.safetensors", "size"), 10**30, "must have 10{30} bytes"),
     (("files", "rank-00001-of-00002.safetensors", "sha256"), "0" * 64, "SHA-256 000"),
     (("files", "rank-00002-of-00003.safetensors"), {}, "there is no such file"),
     (("tensors",), [], "`tensors` .* must be an object"),
-    (("tensors", "norm.bias"), DELETE, "names .* must be those of Parameters"),
+    (("tensors", "norm.bias"), DELETE, "names .* must be names of Parameters"),
     (("tensors", "positions"), DELETE, "`positions` in .* but has .*int64"),
     (("tensors", ""), "norm.bias", "must be an object with a shape"),
     (("tensors", "norm.bias"), None, "must be an object with a shape"),
@@ -525,9 +525,9 @@ BAD = [
     (RANGES, [[[0, 6]], [[6, 11.0]]], "must be ranges .start, stop. of 2 ranks"),
     (RANGES, [[[0, 6]], [[11, 6]]], "must be ranges .start, stop. of 2 ranks"),
     (RANGES, [[[0, 6]], [[6, 2**70]]], "must be ranges .start, stop. of 2 ranks"),
-    (RANGES, [[[0, 6]], [[5, 11]]], "must be one of each index below 11, once"),
-    (RANGES, [[[0, 5]], [[6, 11]]], "must be one of each index below 11, once"),
-    (RANGES, [[[0, 6]], [[6, 10]]], "must be one of each index below 11, once"),
+    (RANGES, [[[0, 6]], [[5, 11]]], "must be ranges with each index below 11 once"),
+    (RANGES, [[[0, 5]], [[6, 11]]], "must be ranges with each index below 11 once"),
+    (RANGES, [[[0, 6]], [[6, 10]]], "must be ranges with each index below 11 once"),
     (RANGES, [[[0, 5]], [[5, 11]]], "must have the shape and dtype"),
     (PART, "replicated", "must have the shape and dtype"),
     (("ties",), ["head.weight"], "must be other names"),
@@ -537,7 +537,7 @@ BAD = [
     (("optimizer",), [], "must be null, or an object"),
     (("optimizer", "more"), 1, "must be null, or an object"),
     (("optimizer", "steps", "norm.bias"), "3", "the step of `norm.bias`|step of"),
-    (("optimizer", "steps", "nothing"), 3, "must be those of Parameters"),
+    (("optimizer", "steps", "nothing"), 3, "must be names of Parameters"),
     (GROUP, [], "must be an object with `params`"),
     ((*GROUP, "params"), 5, "must be an object with `params`"),
     ((*GROUP, "params"), [["norm.bias"]], "must be names, each in one group"),

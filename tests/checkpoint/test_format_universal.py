@@ -1,5 +1,4 @@
-"""Universal checkpoints: read as DeepSpeed's converter and ours write them, and written for real
-engines to load."""
+"""Universal checkpoints: we read DeepSpeed's and our own, and real engines load ours."""
 
 from __future__ import annotations
 
@@ -78,7 +77,7 @@ LOADED_DP: dict[str, dict[str, Any]] = {
 
 
 def launch(out: Path, name: str, without_tp: dict, with_tp: dict) -> dict[str, list[dict]]:
-    """What both ranks have seen of each case."""
+    """Runs all cases, and returns what both ranks saw."""
     cases = {name: {**case, "tp": 1} for name, case in without_tp.items()}
     cases |= {name: {**case, "tp": 2} for name, case in with_tp.items()}
     plan = out / f"{name}.json"
@@ -89,7 +88,7 @@ def launch(out: Path, name: str, without_tp: dict, with_tp: dict) -> dict[str, l
 
 
 def to_pt(source: Path, output: Path, **options) -> dict:
-    """The content of ``source``, converted and read by torch."""
+    """Converts ``source`` and loads the result with torch."""
     request = Request(to="pt", source_format="universal", read=ReadOptions(**options))
     convert(source, output, request, verify=True)
     return torch.load(output, weights_only=True)
@@ -101,7 +100,7 @@ def copy(source: Path, output: Path, **options) -> None:
 
 
 def train_in_torch(typed: bool, file: Path) -> list[float]:
-    """Trains for two steps, saves ``file``, and goes on."""
+    """Trains for two steps, saves ``file``, and continues."""
     model = universal_job.build(False, typed)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": named}]
@@ -137,7 +136,7 @@ def out(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(out) -> dict:
-    """What the ranks have seen in training, and checkpoints of both converters."""
+    """Returns what the ranks saw in training, and checkpoints of both converters."""
     seen = launch(out, "train", TRAINED_DP, TRAINED_TP)
     for name in {**TRAINED_TP, **TRAINED_DP}:
         to_universal(out / name / "end", out / f"{name} ours")
@@ -199,7 +198,7 @@ def test_both_converters_say_the_same(out, trained, tmp_path, name):
 
 
 def whole(seen: list[dict], case: dict, name: str, key: str) -> torch.Tensor:
-    """A Parameter or moment of the ranks, put together."""
+    """Joins the ranks' shards of a Parameter or moment."""
     shards = [rank["state"][name][key] for rank in seen]
     dims = dict(zip(universal_job.WATCHED, (0 if case.get("tied") else 1, 0, 1, None), strict=True))
     if dims[name] is None or shards[0].shape == expected_shape(case, name):
@@ -297,7 +296,7 @@ def test_torch_comes_back_from_a_universal_checkpoint(out, losses_of_torch, tmp_
 
 
 def save_small(file: Path) -> None:
-    """A checkpoint of torch with two Parameters, one of them frozen, and a buffer."""
+    """Saves a torch checkpoint with two Parameters, one of them frozen, and a buffer."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
     model[1].requires_grad_(False)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -317,14 +316,14 @@ def save_small(file: Path) -> None:
 
 @pytest.fixture
 def small(tmp_path) -> Path:
-    """The directory of a universal checkpoint."""
+    """Returns the directory of a small universal checkpoint."""
     save_small(tmp_path / "small.pt")
     convert(tmp_path / "small.pt", tmp_path / "small", Request(to="universal"), verify=True)
     return tmp_path / "small" / "global_step1_universal"
 
 
 def refused(source: Path, match: str, kind: type = CheckpointError) -> None:
-    """Reading ``source`` fails, and nothing is written."""
+    """Asserts that reading ``source`` fails and nothing is written."""
     output = source.parent / "refused"
     with pytest.raises(kind, match=match):
         convert(source, output, Request(to="universal", source_format="universal"))
@@ -375,7 +374,7 @@ def test_missing_files_are_refused(small):
 
 def test_a_missing_parameter_is_noticed(small):
     shutil.rmtree(small / "zero" / "0.bias")
-    refused(small.parent, "each Parameter that was trained once, but it is not so with `0.bias`")
+    refused(small.parent, "each trained Parameter once, but `0.bias` is missing")
 
 
 def test_missing_ranks_are_refused(out, losses_of_torch, tmp_path):
@@ -383,11 +382,9 @@ def test_missing_ranks_are_refused(out, losses_of_torch, tmp_path):
     shutil.copytree(out / "torch typed with rules", source)
     (directory,) = source.glob("global_step*")
     (directory / "zero_pp_rank_0_mp_rank_01_model_states.pt").unlink()
-    refused(
-        source, "but are of the steps .* and .2, 1. tensor-parallel ranks|by its `mp_world_size"
-    )
+    refused(source, "but have the steps .* and .2, 1. tensor-parallel ranks|as its `mp_world_size")
     (directory / "mp_rank_01_model_states.pt").unlink()
-    refused(source, "must have model files of 2 tensor-parallel ranks, by its `mp_world_size`")
+    refused(source, "must have model files of 2 tensor-parallel ranks, as its `mp_world_size`")
 
 
 def test_files_of_other_steps_are_refused(out, losses_of_torch, tmp_path):
@@ -403,7 +400,9 @@ def test_parameters_with_other_steps_are_read_with_a_note(small, tmp_path):
     torch.save(torch.tensor(7.0), small / "zero" / "0.bias" / "step.pt")
     checkpoint = universal.read(small, ReadOptions())
     assert checkpoint.optimizer.steps == {"0.weight": 1, "0.bias": 7}
-    assert "from 1 to 7 steps. An engine can go on from this at ZeRO 0 only" in checkpoint.notes[0]
+    assert (
+        "from 1 to 7 steps. An engine can continue from this at ZeRO 0 only" in checkpoint.notes[0]
+    )
     copy(small, tmp_path / "copy")
     assert universal.read(tmp_path / "copy", ReadOptions()).optimizer == checkpoint.optimizer
 
@@ -419,7 +418,7 @@ def test_parameters_with_other_steps_are_read_with_a_note(small, tmp_path):
         (
             "zero/0.weight/fp32.pt",
             {"param": torch.zeros(3, 4), "is_expert_param": True},
-            "but is of experts",
+            "but holds experts",
         ),
         (
             "zero/0.weight/exp_avg.pt",
@@ -444,12 +443,12 @@ def test_parameters_with_other_steps_are_read_with_a_note(small, tmp_path):
         (
             "zero/optimizer_state.pt",
             {"param_groups": [{"params": ["0.weight", "0.weight", "0.bias"]}]},
-            "once, but it is not so with `0.weight`",
+            "once, but `0.weight` is missing, repeated",
         ),
         (
             "zero/optimizer_state.pt",
             {"param_groups": [{"params": ["0.weight", "0.bias", "other"]}]},
-            "once, but it is not so with `other`",
+            "once, but `other` is missing, repeated or unknown",
         ),
         ("mp_rank_00_model_states.pt", [1], "must be of type dict, but is of type list"),
         ("mp_rank_00_model_states.pt", {}, "The model, `module`, in .* must be of type dict"),
@@ -478,11 +477,11 @@ def test_parameters_with_other_steps_are_read_with_a_note(small, tmp_path):
         ("mp_rank_00_model_states.pt", {"module": {}, "global_steps": "1"}, "must be of type int"),
         ("mp_rank_00_model_states.pt", {"module": {}, "global_steps": 1.5}, "must be of type int"),
         ("mp_rank_00_model_states.pt", {"module": {}, "global_steps": -1}, "must be at least 0"),
-        ("mp_rank_00_model_states.pt", {"module": {}, "global_steps": 2}, "must be of one step"),
+        ("mp_rank_00_model_states.pt", {"module": {}, "global_steps": 2}, "must have one step"),
         (
             "mp_rank_00_model_states.pt",
             {"module": {}, "global_steps": 1, "shared_params": {"a": "lost"}},
-            "must be another name of a Parameter, but is one of `lost`, which is not there",
+            "must be another name of a Parameter, but is tied to `lost`, which is missing",
         ),
         (
             "mp_rank_00_model_states.pt",
@@ -502,7 +501,7 @@ STACKED_RULES = ("o.weight=1", "qkv.weight=0/3", "kv.weight=0:4,2", "*=replicate
 
 @pytest.fixture
 def stacked(tmp_path) -> Path:
-    """For two ranks, of Parameters that are stacked from others."""
+    """Writes a checkpoint for two ranks, with stacked Parameters."""
     model = {name: torch.rand(shape) for name, shape in STACKED.items()}
     state = {
         index: {"step": torch.tensor(1.0), "exp_avg": value, "exp_avg_sq": value}
@@ -618,7 +617,7 @@ def test_optimizers_other_than_adam_are_not_written(tmp_path):
         optimizer.step()
         content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         torch.save(content, tmp_path / "source.pt")
-        with pytest.raises(CheckpointError, match=r"of `weight` must be that of Adam"):
+        with pytest.raises(CheckpointError, match=r"of `weight` must be Adam's"):
             convert(tmp_path / "source.pt", tmp_path / "output", Request(to="universal"))
     assert [path.name for path in tmp_path.iterdir()] == ["source.pt"]
 

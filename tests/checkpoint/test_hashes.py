@@ -1,4 +1,4 @@
-"""What is written is hashed on the way, in whatever order it comes."""
+"""Output is hashed while it is written, in any order."""
 
 import hashlib
 import random
@@ -22,7 +22,7 @@ def expected(path):
 
 @pytest.fixture
 def laid_out(tmp_path):
-    """A file with a header, and space for what is to come."""
+    """Creates a file with a header, and space for data."""
     path = tmp_path / "file"
     path.write_bytes(b"header" + bytes(6 * MIB))
     return path
@@ -39,7 +39,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=list(ORDERS))
-@pytest.mark.parametrize("piece", [MIB, MIB // 8])  # Handed to a thread, and not.
+@pytest.mark.parametrize("piece", [MIB, MIB // 8])  # With and without a thread.
 def test_any_order_of_writing(laid_out, order, piece):
     draw = random.Random(0)
     hashing = RunningHash(laid_out)

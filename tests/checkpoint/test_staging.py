@@ -1,4 +1,4 @@
-"""Output is there as a whole or not at all: processes are killed and file systems are filled."""
+"""Output appears complete or not at all, even if processes are killed or file systems fill up."""
 
 import json
 import multiprocessing
@@ -34,7 +34,7 @@ COUNT, ROWS, COLUMNS = 24, 512, 512
 def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("source") / "model.pt"
     generator = torch.Generator().manual_seed(0)
-    placeholder((), torch.float32)  # So that what it imports is there in the processes.
+    placeholder((), torch.float32)  # Imports what the processes need.
     torch.save(
         {f"w{i}": torch.randn(ROWS, COLUMNS, generator=generator) for i in range(COUNT)}, path
     )
@@ -42,10 +42,10 @@ def source(tmp_path_factory):
 
 
 def run(progress, source, output, flags, to):
-    # It is ignored where the tests were started in the background.
+    # Ignored if the tests run in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     staging._FLUSH_BYTES = 2 * 2**20
-    arrays.CHUNK_BYTES = 2**18  # So that most are killed in the middle of a tensor.
+    arrays.CHUNK_BYTES = 2**18  # Most are killed in the middle of a tensor.
     request = Request(to=to, source_format="pt")
 
     def report(nbytes):
@@ -66,7 +66,7 @@ class Run:
         progress.close()
 
     def wait_for(self, count):
-        """Waits until ``count`` parts of 256 KiB have been written."""
+        """Waits until ``count`` parts of 256 KiB are written."""
         for _ in range(count):
             assert self.progress.poll(60)
             self.progress.recv()
@@ -114,7 +114,7 @@ def test_only_what_a_killed_run_has_not_written_is_written_by_the_next(source, t
     partial = tmp_path / ".out.pt.partial" / "out.pt"
     names_written = (partial.parent / "journal").read_text().splitlines()[1:]
     marked, *_ = json.loads(names_written[1])  # After a line with the names of the files.
-    # A mark in what was written shows that it is left as it is; --verify would find it.
+    # A mark in the output shows that resuming leaves it alone; --verify would find it.
     row = torch.load(source)[marked][0]
     offset = partial.read_bytes().index(row.numpy().tobytes())
     with partial.open("r+b") as file:
@@ -135,7 +135,7 @@ def wait_until(condition, seconds=60):
 def test_a_run_killed_while_names_change_is_not_resumed_with_the_old_output(
     source, tmp_path, is_directory
 ):
-    """What has the name in the partial directory is then what was there before."""
+    """The partial directory then holds the previous output."""
     output = tmp_path / "out"
     if is_directory:
         output.mkdir()
@@ -157,7 +157,9 @@ def test_a_run_is_not_resumed_in_other_files(source, tmp_path):
     output = tmp_path / "out.pt"
     kill_after(47, source, output)
     (tmp_path / ".out.pt.partial" / "out.pt").unlink()
-    with pytest.raises(CheckpointError, match="must have the files that the run before has begun"):
+    with pytest.raises(
+        CheckpointError, match="must hold the files that the interrupted run created"
+    ):
         convert(source, output, Request(to="pt", source_format="pt"), resume=True)
     assert not output.exists()
 
@@ -196,7 +198,7 @@ def test_another_conversion_is_not_resumed(source, tmp_path):
     output = tmp_path / "out.pt"
     kill_after(47, source, output)
     request = Request(to="pt", source_format="pt", dtype=torch.bfloat16)
-    with pytest.raises(CheckpointError, match="must be of the same conversion"):
+    with pytest.raises(CheckpointError, match="must come from the same conversion"):
         convert(source, output, request, resume=True)
     convert(source, output, request)
     assert torch.load(output)["model"]["w0"].dtype == torch.bfloat16
@@ -215,7 +217,7 @@ def test_two_runs_do_not_write_one_output(source, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system with 32 MiB, of which a part can be taken away later."""
+    """Mounts a file system with 16 MiB."""
     directory = tmp_path / "disk"
     directory.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", directory], check=True)
@@ -253,7 +255,7 @@ def test_a_read_only_disk_is_named(source, small_disk):
 
 @pytest.fixture
 def public_directory():
-    """A directory that other users can reach."""
+    """Creates a directory that other users can reach."""
     with TemporaryDirectory(dir="/dev/shm") as directory:
         os.chmod(directory, 0o755)
         yield Path(directory)
@@ -263,7 +265,7 @@ def test_a_directory_that_may_not_be_written_to_is_named(public_directory):
     source, output = public_directory / "source.pt", public_directory / "out.pt"
     torch.save({"w": torch.ones(3)}, source)
     request = Request(to="pt", source_format="pt")
-    convert(source, output, request)  # So that nothing is imported later, as nobody.
+    convert(source, output, request)  # Imports everything before switching to nobody.
     os.seteuid(65534)
     try:
         with pytest.raises(CheckpointError, match="must be open to you for writing"):

@@ -272,7 +272,7 @@ class Joined(Array):
             array.write(source, part)
 
     def _parts(self, start: Index, box: Tensor) -> Iterator[tuple[Array, Index, Tensor]]:
-        """Yields each tile's array, the start of the overlap with ``box`` in it, and the overlap."""
+        """Yields for each tile its array, the overlap's start in it, and the part of ``box``."""
         for tile in self._tiles:
             part, source = box, []
             for dim, (begin, size) in enumerate(zip(start, box.shape, strict=True)):

@@ -238,7 +238,7 @@ def _cut(what: str, value: Any, shape: Index, tp_size: int) -> Cut:
         start = shape[dim]
     if start != end:
         raise damaged(
-            f"the partition of {what}", f"a cover of each index below {shape[dim]}, once", value
+            f"the partition of {what}", f"ranges with each index below {shape[dim]} once", value
         )
     return Cut(dim, tuple(tuple(range(*part) for part in rank) for rank in ranks))
 
