@@ -447,7 +447,7 @@ def test_missing_files_are_named(source):
         return str(e.value)
 
     optimizer = "bf16_zero_pp_rank_{}_mp_rank_{}_optim_states.pt".format
-    assert "tensor-parallel rank 0 and data-parallel rank 0 is missing" in message(
+    assert "lacks the file of tensor-parallel rank 0 and data-parallel rank 0" in message(
         "mp_rank_00_model_states.pt"
     )
     assert "must have model files of 2 tensor-parallel ranks" in message(
