@@ -244,9 +244,9 @@ class Report:
             rows = [row for row in case["rows"] if row["output"] == output and row["both"]]
             if rows:
                 lines += [*self._rows(case, rows, output), ""]
-        return "\n".join([*lines, *self._floors(case)])
+        return "\n".join([*lines, *self._lower_bounds(case)])
 
-    def _floors(self, case: Found) -> Iterator[str]:
+    def _lower_bounds(self, case: Found) -> Iterator[str]:
         """Compares lower bounds with the fastest peer, and ours with the bounds."""
         rows = _by_name(case)
         floors = {row["name"]: row["forward"] for row in case["rows"] if row["who"] == "floor"}

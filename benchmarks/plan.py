@@ -326,7 +326,7 @@ def main() -> None:
 
 
 def compare_engines(directory: str | None) -> None:
-    """Prints, or writes, what engines hold and send."""
+    """Prints the bytes that engines hold and send. With ``directory``, writes them there too."""
     found, rank = [measure_engine(*case) for case in CASES], dist.get_rank()
     if directory:
         with open(f"{directory}/{rank}.json", "w") as file:

@@ -117,7 +117,7 @@ def measure(case: Case, gang: ProcessGroupGang) -> dict[str, Any]:
         "rounding_error": reference.rounding,
     }
     del reference
-    turns += _floors(case, setting, ids, found["unique"])
+    turns += _lower_bounds(case, setting, ids, found["unique"])
 
     found["measured_rounds"], found["rows"] = _take_turns(turns, setting, case), []
     for turn in turns:
@@ -188,7 +188,7 @@ def _checked(
     )
 
 
-def _floors(case: Case, setting: Setting, ids: Tensor, unique: int) -> list[Turn]:
+def _lower_bounds(case: Case, setting: Setting, ids: Tensor, unique: int) -> list[Turn]:
     """Returns lower bounds for all layers: copies, exchanges and lookups of the same bytes, and
     zeros of a dense gradient in new memory."""
     table, size, group = setting.table, setting.gang.size, setting.group

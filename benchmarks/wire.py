@@ -33,7 +33,7 @@ _OPERATORS = {
     "_c10d_functional::reduce_scatter_tensor": ("reduce_scatter", 0),
     "_c10d_functional::all_to_all_single": ("all_to_all", 0),
 }
-_NOTHING = ("barrier", "wait_tensor", "_wrap_tensor_autograd")  # Negligible.
+_UNCOUNTED = ("barrier", "wait_tensor", "_wrap_tensor_autograd")  # Negligible.
 
 
 class Wire(TorchDispatchMode):
@@ -55,7 +55,7 @@ class Wire(TorchDispatchMode):
             operation, position = _OPERATORS[name]
             tensors = [t for t in tree_leaves(args[position]) if isinstance(t, Tensor)]
             self.bytes_sent += self._sent(operation, name, tensors, args)
-        elif name.startswith(("c10d::", "_c10d_functional::")) and not name.endswith(_NOTHING):
+        elif name.startswith(("c10d::", "_c10d_functional::")) and not name.endswith(_UNCOUNTED):
             raise NotImplementedError(f"{name} is not counted; add it to `_OPERATORS`.")
         return func(*args, **(kwargs or {}))
 

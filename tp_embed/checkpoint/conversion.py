@@ -120,7 +120,7 @@ def _carried(
     buffers = set(checkpoint.buffers)
     for name in checkpoint.names:
         weight, master = (checkpoint.tensors.get(Key(name, state)) for state in (WEIGHT, MASTER))
-        best = _some(master, weight)
+        best = _either(master, weight)
         if target.MAIN == WEIGHT or name in buffers or not best.dtype.is_floating_point:
             if target.MAIN == MASTER:
                 buffers.add(name)  # The format has no other place for it.
@@ -178,12 +178,12 @@ def _weight(
     name: str, weight: Array | None, master: Array | None, dtype: torch.dtype | None
 ) -> Array:
     if dtype is None or (weight is not None and weight.dtype == dtype):
-        return _some(weight, master)
-    best = _some(master, weight)
+        return _either(weight, master)
+    best = _either(master, weight)
     return _cast(name, best, dtype) if best.dtype.is_floating_point else best
 
 
-def _some(first: Array | None, second: Array | None) -> Array:
+def _either(first: Array | None, second: Array | None) -> Array:
     found = first if first is not None else second
     assert found is not None  # Every name has a weight or a master copy.
     return found

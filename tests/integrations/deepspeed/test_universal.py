@@ -383,7 +383,7 @@ def test_conversion_of_bad_files(out, trained, tmp_path):
     (source / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
     (source / "zero_pp_rank_0_mp_rank_01_model_states.pt").touch()
     (source / "zero_pp_rank_1_mp_rank_01_model_states.pt").touch()
-    with pytest.raises(CheckpointError, match="lacks the file of tensor-parallel rank 0 and data-parallel rank 1"):
+    with pytest.raises(CheckpointError, match=r"lacks .* rank 0 and data-parallel rank 1"):
         to_universal(source, new)
 
     shutil.rmtree(source)

@@ -76,12 +76,12 @@ def read(path: Path, options: ReadOptions, name: str | None = None) -> Checkpoin
             f"`{path}` must be a checkpoint in the format {found.NAME}, but cannot be read as one: "
             f"{type(e).__name__}: {e}. It is damaged, or of an unknown version."
         ) from e
-    checkpoint = _without_odd_states(checkpoint)
+    checkpoint = _drop_odd_states(checkpoint)
     _check(checkpoint)
     return checkpoint
 
 
-def _without_odd_states(checkpoint: Checkpoint) -> Checkpoint:
+def _drop_odd_states(checkpoint: Checkpoint) -> Checkpoint:
     """Drops optimizer states whose shape differs from their Parameter's, such as factored moments:
     how to cut them is unknown."""
     known = (WEIGHT, MASTER, *MOMENTS)

@@ -168,8 +168,8 @@ def _stacked(name: str, held: list[dict[str, Array]], paths: list[Path]) -> Arra
     shards = [arrays[name] for arrays in held if name in arrays]
     if any(name in arrays for arrays in held[len(shards) :]):
         raise CheckpointError(
-            f"`{name}` must be in the first of the data parallel shards if it is not in all, but "
-            f"is missing in one before the last of {len(paths)} beside `{paths[0]}`."
+            f"`{name}` may be missing only in the last data parallel shards, but is missing before "
+            f"a shard that has it, among the {len(paths)} next to `{paths[0]}`."
         )
     first = shards[0]
     if len(shards) == 1:
@@ -178,8 +178,8 @@ def _stacked(name: str, held: list[dict[str, Array]], paths: list[Path]) -> Arra
         not first.shape
     ):
         raise CheckpointError(
-            f"`{name}` must be cut along dimension 0 over the data parallel shards, but those "
-            f"beside `{paths[0]}` are {shards[:16]}."
+            f"`{name}` must be cut along dimension 0 over the data parallel shards, but next to "
+            f"`{paths[0]}` they are {shards[:16]}."
         )
     tiles, rows = [], 0
     for shard in shards:

@@ -168,7 +168,7 @@ class _Reader:
         else:
             self._notes.append("the optimizer has no param groups and was left out")
             return {}, None
-        state = self._filled(state, "state")
+        state = self._state_dict(state, "state")
         names = {param: ties.get(name, name) for param, name in self._param_names(groups).items()}
         unknown = sorted({*names.values()} - {*shapes}) + sorted(map(str, {*state} - {*names}))
         if unknown or len({*names.values()}) != len(names):
@@ -180,7 +180,7 @@ class _Reader:
         steps: dict[str, float] = {}
         for param, own in state.items():
             name = names[str(param)]
-            for what, item in self._filled(own, name).items():
+            for what, item in self._state_dict(own, name).items():
                 if what == "step":
                     steps[name] = self._number(f"the step of {name}", item)
                 elif not isinstance(item, TensorItem) or item.shape != shapes[name]:
@@ -201,7 +201,7 @@ class _Reader:
         )
         return tensors, Optimizer(named, steps)
 
-    def _filled(self, node: Any, what: str) -> Tree:
+    def _state_dict(self, node: Any, what: str) -> Tree:
         """Returns a dict of the optimizer's state. DCP stores empty dicts as values."""
         if isinstance(node, BytesItem):
             node = self._value(node) or {}

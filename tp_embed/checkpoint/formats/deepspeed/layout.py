@@ -52,7 +52,7 @@ class Layout:
             self.cuts[name] = cut
             return join(what, cut if self.tp_size > 1 else None, shards)
         if self.tp_size == 1:
-            return self._alone(name, shards[0], is_buffer)
+            return self._single_rank(name, shards[0], is_buffer)
         found = None if is_buffer else self._by_map(name, what, shards)
         if found is None and self._matches("tp_replicated_parameter_patterns", name):
             found = self._cut(name, what, shards, None)
@@ -86,7 +86,7 @@ class Layout:
             self.cuts[name] = cut
         return layout.join(what, shards)
 
-    def _alone(self, name: str, whole: Array, is_buffer: bool) -> Array:
+    def _single_rank(self, name: str, whole: Array, is_buffer: bool) -> Array:
         """Returns the tensor of a single rank, without padding. Records no cut: with one rank,
         the info may call tensors replicated that could be cut."""
         if self._maps or is_buffer or not self._matches("vocabulary_parameter_patterns", name):
@@ -101,7 +101,7 @@ class Layout:
         if cut is None:
             is_row = self._matches("parameter_with_row_parallelism_patterns", name)
             sizes = [self._size(what, shard, int(is_row)) for shard in shards]
-            cut = _of_widths(int(is_row), [sizes])
+            cut = _cut_of_widths(int(is_row), [sizes])
         whole = self._cut(name, what, shards, cut)
         if self._matches("vocabulary_parameter_patterns", name):
             whole = self._without_padding(name, whole)
@@ -111,11 +111,11 @@ class Layout:
     def _sub_params(self, name: str, what: str, shards: Sequence[Array]) -> Cut | None:
         """Returns the cut of a Parameter stacked from several that are cut one by one."""
         if self._matches("parameter_with_2_sub_params_cat_dim_0", name):
-            return _of_widths(0, [[self._size(what, s, 0, 2) // 2 for s in shards]] * 2)
+            return _cut_of_widths(0, [[self._size(what, s, 0, 2) // 2 for s in shards]] * 2)
         for patterns, sizes, dim in self._stacked:
             pattern = patterns.find(name)
             if pattern is not None:
-                return _of_widths(dim, self._widths(name, what, shards, pattern, sizes, dim))
+                return _cut_of_widths(dim, self._widths(name, what, shards, pattern, sizes, dim))
         return None
 
     def _widths(
@@ -211,7 +211,7 @@ class Mean(Array):
         raise NotImplementedError("A mean is read-only.")
 
 
-def _of_widths(dim: int, widths: Sequence[Sequence[int]]) -> Cut:
+def _cut_of_widths(dim: int, widths: Sequence[Sequence[int]]) -> Cut:
     """Returns a cut of stacked blocks. ``widths`` has the size of each rank's shard per block."""
     flat = [width for block in widths for width in block]
     starts = iter([0, *accumulate(flat)])

@@ -69,7 +69,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     others = {key: value for key, value in model.state.items() if key not in STRUCTURE}
     extra, odd = model.file.plain_entries(others)
     notes += odd
-    notes += _odd_buffers(saved)
+    notes += _differing_buffers(saved)
     if names.unknown:
         notes.append(f"{names.unknown} were left out: the checkpoint has no values for them")
     step = model.state.get("global_steps")
@@ -94,7 +94,7 @@ def _names(model: ModelFile) -> _Names:
     ties = {
         alias: first
         for names in model.same
-        for first in [_first(names, known)]
+        for first in [_main_name(names, known)]
         for alias in names
         if alias != first
     }
@@ -121,7 +121,7 @@ def _names(model: ModelFile) -> _Names:
     return _Names(list(dict.fromkeys(own)), ties, unknown)
 
 
-def _first(names: Sequence[str], known: Mapping[str, Any]) -> str:
+def _main_name(names: Sequence[str], known: Mapping[str, Any]) -> str:
     """Picks the main name of a Parameter: the one in the optimizer, if any."""
     return next((name for name in names if name in known), names[0])
 
@@ -179,18 +179,18 @@ def _shards(
     return found
 
 
-def _odd_buffers(saved: Saved) -> list[str]:
+def _differing_buffers(saved: Saved) -> list[str]:
     """Notes buffers that differ between data-parallel ranks."""
     return [
         f"`{name}` differs between data-parallel ranks: rank 0's was taken"
         for row in saved.models
         for name in sorted(row[0].buffers & row[0].module.keys())
         if row[0].module[name].numel() <= _SMALL
-        and any(not _has_same(row[0], other, name) for other in row[1:])
+        and any(not _is_same(row[0], other, name) for other in row[1:])
     ]
 
 
-def _has_same(first: ModelFile, other: ModelFile, name: str) -> bool:
+def _is_same(first: ModelFile, other: ModelFile, name: str) -> bool:
     one, two = (array_of(m.file, m.module.get(name), f"`{name}`").load() for m in (first, other))
     return (one.dtype, one.shape) == (two.dtype, two.shape) and same_bits(one, two)
 

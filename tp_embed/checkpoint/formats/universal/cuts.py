@@ -41,8 +41,8 @@ def cuts_of_whole(
                 cuts[name] = _resized(name, cut, shape, layout.path)
             elif affine.is_replicated:
                 cuts[name] = None
-        elif name in entries and (said := _said(entries[name], shape)):
-            dim, blocks = said
+        elif name in entries and (recorded := _recorded_cut(entries[name], shape)):
+            dim, blocks = recorded
             cuts[name] = Cut.even(dim, blocks, tp_size)
         elif rule := find_rule(options.rules, name):
             cuts[name] = rule.cut(name, shape, tp_size)
@@ -62,7 +62,7 @@ def cut_entries(cut: Cut | None) -> dict[str, int]:
     return {"cat_dim": cut.dim, **more}
 
 
-def _said(file: TorchFile, shape: Index) -> tuple[int, Sequence[int]] | None:
+def _recorded_cut(file: TorchFile, shape: Index) -> tuple[int, Sequence[int]] | None:
     """Returns the cut dimension and the block sizes along it that the file of a Parameter records.
 
     :raises CheckpointError: they do not fit ``shape``.
