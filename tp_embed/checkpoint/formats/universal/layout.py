@@ -41,12 +41,13 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
     step = step_of(checkpoint)
     tag = f"global_step{step}_universal"
     directory = path / tag
-    directory.mkdir(parents=True, exist_ok=True)
+    # Even a checkpoint of buffers only has the directory of Parameters.
+    optimizer_state_file(directory).parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[Key, Array] = {}
     for key, array in checkpoint.tensors.items():
         if key.name not in checkpoint.buffers:
             folder = parameter_directory(directory, key.name)
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
             param = placeholder(array.shape, array.dtype)
             entry = {PARAM: param, **cut_entries(target.cuts[key.name])}
             file = lay_out_file(state_file(folder, key.state), entry)
