@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
-import pathlib
 import random
-import signal
 import sys
 import types
 from argparse import Namespace
@@ -20,133 +17,36 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tp_embed.checkpoint import Plan, Request, convert, formats
-from tp_embed.checkpoint.contents import Checkpoint, Key, ReadOptions
-from tp_embed.checkpoint.cuts import Rule
-from tp_embed.checkpoint.errors import CheckpointError, UnsafeCheckpointError
-from tp_embed.checkpoint.formats import megatron
-from tp_embed.checkpoint.formats.megatron.files import TRACKER
-
-VOCAB, HIDDEN, FFN, LAYERS = 301, 24, 48, 4
-TABLE = "embedding.word_embeddings.weight"
-HEAD = "output_layer.weight"
-QKV = "decoder.layers.{}.self_attention.linear_qkv.weight"
-PROJ = "decoder.layers.{}.self_attention.linear_proj.weight"
-FC1 = "decoder.layers.{}.mlp.linear_fc1.weight"
-FC2 = "decoder.layers.{}.mlp.linear_fc2.weight"
-NORM = "decoder.layers.{}.input_layernorm.weight"
-LAST_NORM = "decoder.final_layernorm.weight"
-# Queries, keys and values as three equal blocks; a gated MLP as two.
-RULES = tuple(
-    map(
-        Rule.parse,
-        [
-            "*.linear_qkv.weight=0/3",
-            "*.linear_proj.weight=1",
-            "*.linear_fc1.weight=0/2",
-            "*.linear_fc2.weight=1",
-            "*norm.weight=replicated",
-        ],
-    )
+from megatron_checkpoints import (
+    FC1,
+    FC2,
+    HEAD,
+    HIDDEN,
+    LAST_NORM,
+    LAYERS,
+    NORM,
+    PROJ,
+    QKV,
+    READ,
+    RULES,
+    TABLE,
+    VOCAB,
+    args_of,
+    assert_holds,
+    assert_is_layout,
+    load,
+    move,
+    read,
+    save,
+    save_all,
+    shard,
+    whole_model,
 )
-READ = ReadOptions(rules=RULES)
-
-
-def whole_model() -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    model = {TABLE: torch.randn(VOCAB, HIDDEN)}
-    for layer in range(LAYERS):
-        model[NORM.format(layer)] = torch.randn(HIDDEN)
-        model[QKV.format(layer)] = torch.randn(3 * HIDDEN, HIDDEN)
-        model[PROJ.format(layer)] = torch.randn(HIDDEN, HIDDEN)
-        model[FC1.format(layer)] = torch.randn(2 * FFN, HIDDEN)
-        model[FC2.format(layer)] = torch.randn(HIDDEN, FFN)
-    model[LAST_NORM] = torch.randn(HIDDEN)
-    model[HEAD] = torch.randn(VOCAB, HIDDEN)
-    return model
-
-
-def shard(name: str, tensor: Tensor, rank: int, size: int) -> Tensor:
-    """Returns Megatron's shard of a Parameter on a rank."""
-    if name in (TABLE, HEAD):
-        padded = -(-len(tensor) // (128 * size)) * 128 * size
-        return functional.pad(tensor, (0, 0, 0, padded - len(tensor))).chunk(size)[rank].clone()
-    if "linear_qkv" in name or "linear_fc1" in name:
-        blocks = tensor.chunk(3 if "qkv" in name else 2)
-        return torch.cat([block.chunk(size)[rank] for block in blocks])
-    if "linear_proj" in name or "linear_fc2" in name:
-        return tensor.chunk(size, dim=1)[rank].clone()
-    return tensor.clone()
-
-
-def save(path: Path, rank: str, model: Mapping[str, Any], **root: Any) -> Path:
-    """Writes a rank's file as ``save_checkpoint()`` does."""
-    file = path / f"mp_rank_{rank}" / "model_optim_rng.pt"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    content = {"checkpoint_version": 3.0, "iteration": 100, "model": model, **root}
-    torch.save({key: value for key, value in content.items() if value is not None}, file)
-    return file
-
-
-def save_all(path: Path, model: Mapping[str, Tensor], size: int, **root: Any) -> Path:
-    for rank in range(size):
-        shards = {name: shard(name, tensor, rank, size) for name, tensor in model.items()}
-        save(path / "iter_0000100", f"{rank:02d}", shards, **root)
-    (path / "latest_checkpointed_iteration.txt").write_text("100")
-    return path
-
-
-def args_of(size: int, **others: Any) -> Namespace:
-    return Namespace(
-        num_layers=LAYERS,
-        hidden_size=HIDDEN,
-        num_attention_heads=4,
-        vocab_size=None,
-        make_vocab_size_divisible_by=128,
-        padded_vocab_size=-(-VOCAB // (128 * size)) * 128 * size,
-        tensor_model_parallel_size=size,
-        pipeline_model_parallel_size=1,
-        params_dtype=torch.float32,
-        exit_signal=signal.SIGTERM,
-        save=pathlib.PurePosixPath("checkpoints"),
-        rope=types.SimpleNamespace(base=10000),
-        **others,
-    )
-
-
-def load(path: Path, rank: int, iteration: str = "iter_0000100") -> dict[str, Any]:
-    file = path / iteration / f"mp_rank_{rank:02d}" / "model_optim_rng.pt"
-    root: dict[str, Any] = torch.load(file, weights_only=False)
-    return root
-
-
-def read(path: Path, options: ReadOptions = READ) -> Checkpoint:
-    return formats.read(path, options, "megatron")
-
-
-def move(source: Path, output: Path, size: int, **options: Any) -> Plan:
-    options = {"read": READ, **options}
-    request = Request(options.pop("to", "megatron"), size, source_format="megatron", **options)
-    return convert(source, output, request, verify=True)
-
-
-def assert_holds(checkpoint: Checkpoint, model: Mapping[str, Tensor]) -> None:
-    assert checkpoint.names == list(model)
-    for name, tensor in model.items():
-        found = checkpoint.tensors[Key(name)].load()
-        assert torch.equal(found, tensor), name
-
-
-def assert_is_layout(path: Path, model: Mapping[str, Tensor], size: int) -> None:
-    """Asserts that each rank has Megatron's shards, bit for bit."""
-    assert sorted(each.name for each in (path / "iter_0000100").iterdir()) == [
-        f"mp_rank_{rank:02d}" for rank in range(size)
-    ]
-    for rank in range(size):
-        held = load(path, rank)["model"]
-        assert list(held) == list(model)
-        for name, tensor in model.items():
-            assert torch.equal(held[name], shard(name, tensor, rank, size)), (name, rank)
+from tp_embed.checkpoint import Request, convert
+from tp_embed.checkpoint.contents import Key, ReadOptions
+from tp_embed.checkpoint.cuts import Rule
+from tp_embed.checkpoint.errors import CheckpointError
+from tp_embed.checkpoint.formats import megatron
 
 
 def test_shards_are_joined_and_padding_is_left_out(tmp_path: Path) -> None:
@@ -408,128 +308,3 @@ def test_shards_must_be_of_one_size(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="one size for Megatron-LM"):
         move(path, tmp_path / "b", 5)
     assert not (tmp_path / "b").exists()
-
-
-class Evil:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (os.environ["EVIL_DIRECTORY"],)
-
-
-def damage_malicious(path: Path, rank: int) -> None:
-    root = load(path, rank)
-    save(path / "iter_0000100", f"{rank:02d}", root["model"], args=Namespace(hook=Evil()))
-
-
-def damage_root(path: Path, **changes: Any) -> None:
-    root = {**load(path, 1), **changes}
-    save(path / "iter_0000100", "01", root.pop("model"), **root)
-
-
-def damage_model(path: Path, **changes: Any) -> None:
-    model = {**load(path, 1)["model"], **changes}
-    damage_root(path, model={name: value for name, value in model.items() if value is not None})
-
-
-def damage_recursion(path: Path) -> None:
-    model: dict[str, Any] = {}
-    model["again"] = model
-    damage_root(path, model=model)
-
-
-def damage_version(path: Path) -> None:
-    for rank in range(2):
-        model = {"layers.0.query_key_value.weight": torch.randn(4, 4)}
-        save(path / "iter_0000100", f"{rank:02d}", model, checkpoint_version=1.0)
-
-
-def second(path: Path) -> Path:
-    return path / "iter_0000100" / "mp_rank_01" / "model_optim_rng.pt"
-
-
-DAMAGES: dict[str, tuple[Any, str]] = {
-    "a missing first rank": (
-        lambda path: (path / "iter_0000100/mp_rank_00").rename(path / "gone"),
-        r"each of 2 tensor-parallel ranks",
-    ),
-    "a missing last rank": (
-        lambda path: (path / "iter_0000100/mp_rank_01").rename(path / "gone"),
-        r"tensor_model_parallel_size.* must be 1",
-    ),
-    "a missing file": (lambda path: second(path).unlink(), "must be there"),
-    "a missing iteration": (
-        lambda path: (path / "iter_0000100").rename(path / "other"),
-        "must hold `iter_0000100`",
-    ),
-    "a tracker of garbage": (
-        lambda path: (path / TRACKER).write_bytes(b"\xff../../etc"),
-        "must be `release` or a number",
-    ),
-    "a truncated file": (
-        lambda path: os.truncate(second(path), second(path).stat().st_size // 2),
-        r"mp_rank_01.*damaged",
-    ),
-    "an empty file": (lambda path: second(path).write_bytes(b""), r"mp_rank_01"),
-    "another iteration": (lambda path: damage_root(path, iteration=200), "same iteration"),
-    "an iteration of text": (lambda path: damage_root(path, iteration="x"), "must be numbers"),
-    "no model": (lambda path: damage_root(path, model=None), "state dict as `model`"),
-    "a model that is a list": (lambda path: damage_root(path, model=[1]), "state dict"),
-    "names that are numbers": (lambda path: damage_root(path, model={1: 2}), "state dict"),
-    "a model in itself": (damage_recursion, "state dict"),
-    "args of text": (lambda path: damage_root(path, args="x"), "must be a namespace"),
-    "args of another size": (
-        lambda path: damage_root(path, args=args_of(4)),
-        "tensor_model_parallel_size",
-    ),
-    "args of expert ranks": (
-        lambda path: damage_root(path, args=args_of(2, expert_model_parallel_size=2)),
-        "expert",
-    ),
-    "other names": (lambda path: damage_model(path, other=torch.zeros(1)), "as `other`"),
-    "fewer names": (lambda path: damage_model(path, **{LAST_NORM: None}), LAST_NORM),
-    "a shorter table": (
-        lambda path: damage_model(path, **{TABLE: torch.zeros(9, HIDDEN)}),
-        "shards of one shape",
-    ),
-    "a narrower shard": (
-        lambda path: damage_model(path, **{FC2.format(0): torch.zeros(HIDDEN, 2)}),
-        r"fc2.*shape",
-    ),
-    "a norm of another shape": (
-        lambda path: damage_model(path, **{LAST_NORM: torch.zeros(2)}),
-        "same on every rank",
-    ),
-    "a norm of other values": (
-        lambda path: damage_model(path, **{LAST_NORM: torch.zeros(HIDDEN)}),
-        "same on every rank",
-    ),
-    "another dtype": (
-        lambda path: damage_model(path, **{LAST_NORM: torch.zeros(HIDDEN).half()}),
-        "one dtype",
-    ),
-    "a record of ours that is wrong": (
-        lambda path: [
-            save(path / "iter_0000100", f"{r:02d}", load(path, r)["model"],
-                 tp_embed={TABLE: {"vocab_size": 10**9}})
-            for r in range(2)
-        ],
-        "must say how",
-    ),
-    "an old order of queries": (damage_version, "checkpoint_version"),
-    "code in the first rank": (lambda path: damage_malicious(path, 0), "mkdir"),
-    "code in the second rank": (lambda path: damage_malicious(path, 1), "mkdir"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_refused_and_nothing_written(
-    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("EVIL_DIRECTORY", str(tmp_path / "evil"))
-    path = save_all(tmp_path / "a", whole_model(), 2, args=args_of(2))
-    act, message = DAMAGES[damage]
-    act(path)
-    error = UnsafeCheckpointError if damage.startswith("code") else CheckpointError
-    with pytest.raises(error, match=message):
-        move(path, tmp_path / "out" / "b", 4, vocab_size=VOCAB)
-    assert not (tmp_path / "evil").exists()
-    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
