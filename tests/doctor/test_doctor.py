@@ -19,7 +19,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from torch.utils import cpp_extension
 
-from hosts import IFNAME, hosts, require
+from doctor_command import DOCTOR, PATIENCE, Result, doctor
 from launch import ROOT, deepspeed_command, environment, free_port, run, start, torchrun_command
 from tp_embed.doctor import locks, machine, topology
 from tp_embed.doctor.findings import Finding, as_lines, fold, name_ranks
@@ -28,61 +28,6 @@ from tp_embed.doctor.meeting import Meeting
 from tp_embed.doctor.versions import is_supported
 from tp_embed.launch.environment import Place, find_place
 from tp_embed.launch.rendezvous import MeetingError
-
-DOCTOR = [sys.executable, "-m", "tp_embed", "doctor"]
-PATIENCE = 100.0  # Seconds for a run on a machine that is busy.
-
-
-class Result:
-    """What ``doctor --json`` has found, and how it has ended."""
-
-    def __init__(self, code, output):
-        self.code, self.output = code, output
-        lines = [line for line in output.splitlines() if line.startswith("{")]
-        assert len(lines) == 1, output  # Rank 0 prints, and nobody else does.
-        self.data = json.loads(lines[0])
-
-    def find(self, text, level=None):
-        """The only finding about ``text``."""
-        found = [each for each in self.data["findings"] if text in each["what"]]
-        assert len(found) == 1, (text, self.output)
-        assert level in (None, found[0]["level"]), found
-        return found[0]
-
-    def bad(self):
-        return [each for each in self.data["findings"] if each["level"] in ("warning", "error")]
-
-
-def doctor(*options, ranks=({},), cwds=None, size=None):
-    """Runs it on several ranks, each with an environment and a directory of its own."""
-    port, processes = free_port(), []
-    try:
-        for rank, extra in enumerate(ranks):
-            place = {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(size or len(ranks)),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-            processes.append(
-                subprocess.Popen(
-                    [*DOCTOR, *map(str, options), "--json"],
-                    cwd=cwds[rank] if cwds else ROOT,
-                    env={**environment(), **(place if (size or len(ranks)) > 1 else {}), **extra},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                )
-            )
-        outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    codes = {process.returncode for process in processes}
-    assert len(codes) == 1, outputs  # All exit alike.
-    return Result(codes.pop(), "".join(outputs))
 
 
 def test_alone_it_looks_at_the_machine_and_names_what_is_installed(tmp_path):
@@ -305,78 +250,6 @@ def test_port_that_is_taken_is_named():
         result = doctor("--timeout", 5, ranks=[{"MASTER_PORT": str(port)}], size=2)
     assert result.code == 1
     assert f"= :{port}" in result.find(f"port {port} is taken", "error")["fix"]
-
-
-def on_hosts(group, *options, env=None, port):
-    """Runs it with one rank on each host."""
-    jobs = []
-    for rank, host in enumerate(group):
-        place = {
-            "RANK": str(rank),
-            "LOCAL_RANK": "0",
-            "LOCAL_WORLD_SIZE": "1",
-            "WORLD_SIZE": str(len(group)),
-            "MASTER_ADDR": group[0].address,
-            "MASTER_PORT": str(port),
-        }
-        jobs.append(host.start([*DOCTOR, *options, "--json"], env={**place, **(env or {})}))
-    codes = {job.wait(PATIENCE) for job in jobs}
-    output = "".join(job.output for job in jobs)
-    assert len(codes) == 1, output
-    return Result(codes.pop(), output)
-
-
-def test_nodes_are_examined_together(tmp_path):
-    require()
-    with hosts(2) as (a, b):
-        # As Debian's installer has it.
-        names = tmp_path / "etc_hosts"
-        names.write_text(f"127.0.0.1 localhost\n127.0.1.1 {b.name}\n")
-        b.run(f"mount --bind {names} /etc/hosts")
-        result = on_hosts([a, b], "--shared", str(a.local), port=29500)
-        assert result.code == 1
-        finding = result.find("resolves to 127.0.1.1", "error")
-        assert finding["ranks"] == [1]
-        assert finding["nodes"] == [b.name]
-        assert f"GLOO_SOCKET_IFNAME={IFNAME}" in finding["fix"]
-        assert result.find("is not the directory that rank 0 sees", "error")["ranks"] == [1]
-        result.find("collectives were not timed", "note")
-
-        fixed = {"GLOO_SOCKET_IFNAME": IFNAME}
-        options = ("--tp", "2", "--shared", str(tmp_path))
-        result = on_hosts([a, b], *options, env=fixed, port=29501)
-        assert result.code == 0
-        assert result.data["nodes"] == {a.name: [0], b.name: [1]}
-        finding = result.find("the gang of ranks 0-1 crosses nodes (node1, node2)", "warning")
-        assert "a tensor-parallel size of 1" in finding["fix"]
-        assert f"{a.name} {a.address} ({IFNAME})" in result.find("2 nodes:", "ok")["what"]
-        result.find("is one directory on all nodes", "ok")
-        result.find("nodes reach each other", "ok")
-        result.find("clocks differ by up to", "ok")
-        result.find("neighbours between nodes send", "ok")
-        seconds = result.data["seconds"]["0"]["world"]
-        assert min(seconds["all_reduce 16777216"]) > min(seconds["all_reduce 4096"])
-
-
-def test_nodes_that_do_not_reach_each_other_are_named():
-    require()
-    with hosts(2) as (a, b):
-        # A firewall that lets the master port through.
-        b.run("ip rule add ipproto tcp dport 30000-65534 prohibit")
-        result = on_hosts([a, b], "--timeout", "30", port=29500)
-        assert result.code == 1
-        finding = result.find(f"{b.name} cannot reach {a.name} at {a.address}:", "error")
-        assert finding["nodes"] == [a.name, b.name]
-        result.find(f"{a.name} cannot reach {b.name} at {b.address}:", "error")
-        result.find("collectives were not timed", "note")
-
-        b.run("ip rule del ipproto tcp dport 30000-65534 prohibit")
-        b.link_down()
-        result = on_hosts([a, b], "--timeout", "6", port=29501)
-        assert result.code == 1
-        assert result.find("did not connect in 6 s", "error")["ranks"] == [1]
-        assert f"rank 1 on {b.name}: error" in result.output
-        assert f"rank 0 cannot be reached at {a.address}:29501 for 6 s" in result.output
 
 
 def test_versions_are_compared_as_packaging_does():

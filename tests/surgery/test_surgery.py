@@ -1,4 +1,4 @@
-"""Models whose tables are replaced compute what they did, and the model is whole if none was."""
+"""Models whose tables are replaced compute what they did."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from parity import assert_same_bits, whole
+from parity import assert_same_bits
+from surgery_models import (
+    IDS,
+    MIDDLE,
+    SIZES,
+    Tower,
+    assert_refused,
+    build,
+    seen,
+    seen_sharded,
+    tied_llama,
+)
 from tp_embed import (
     FakeGang,
     OutputHead,
@@ -22,78 +31,8 @@ from tp_embed import (
     VocabShardedEmbedding,
     shard_embeddings,
 )
-from tp_embed.gang.collectives import all_gather_columns, copy_to_gang, gather_columns
+from tp_embed.gang.collectives import copy_to_gang, gather_columns
 from tp_embed.nn import init
-from tp_embed.parameter.sharded import local
-
-SIZES = [1, 2, 3, 4]
-MIDDLE = FakeGang("cpu", rank=1, size=3)
-IDS = torch.tensor([[1, 5, 102, 7, 5], [0, 3, 101, 1, 50]])
-
-
-def llama(**options):
-    sizes = {"vocab_size": 103, "hidden_size": 20, "intermediate_size": 24}
-    options |= {"num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 3}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **options))
-
-
-def tied_llama():
-    return llama(tie_word_embeddings=True)
-
-
-def gpt2():
-    config = GPT2Config(vocab_size=103, n_positions=9, n_embd=20, n_layer=2, n_head=2)
-    return GPT2LMHeadModel(config)
-
-
-class Tower(nn.Module):
-    """Two tables with one Parameter, another that is registered twice, and a head with a bias."""
-
-    def __init__(self):
-        super().__init__()
-        self.source = nn.Embedding(103, 10, padding_idx=3)
-        self.target = nn.Embedding(103, 10)
-        self.target.weight = self.source.weight
-        self.kinds = nn.ModuleList([nn.Embedding(7, 10)])
-        self.kinds.append(self.kinds[0])
-        self.mix = nn.Linear(10, 10)
-        self.head = nn.Linear(10, 103)
-        self.head.weight = self.source.weight
-
-    def forward(self, ids):
-        first, second = self.kinds
-        x = self.source(ids) + self.target(ids.flip(1)) + first(ids % 7) * second(ids % 5)
-        return self.head(torch.tanh(self.mix(x)))
-
-
-def build(name):
-    torch.manual_seed(0)
-    models = {"llama": llama, "tied llama": tied_llama, "gpt2": gpt2, "tower": Tower}
-    return models[name]().eval()
-
-
-def seen(model):
-    """The logits, and the gradient of each Parameter, put together where it is sharded."""
-    output = model(IDS)
-    logits = getattr(output, "logits", output)
-    nn.functional.cross_entropy(logits.flatten(0, 1), IDS.roll(1).flatten()).backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    for name, module in model.named_modules():
-        if isinstance(module, (ShardedEmbedding, VocabShardedEmbedding)):
-            gradients[f"{name}.weight"] = whole(module, module.weight.grad)
-        elif isinstance(module, OutputHead) and module.shard_dim == 0:
-            # As the columns of its transpose, which any tie has put there already.
-            grad = all_gather_columns(local(module.weight.grad).T, module.gang, module.partition)
-            gradients[f"{name}.weight"] = grad.T
-    # A shared Parameter goes by its first name.
-    return logits.detach(), {name: gradients[name] for name, _ in model.named_parameters()}
-
-
-def seen_sharded(gang, name, options):
-    model = build(name)
-    report = shard_embeddings(model, gang, **options)
-    return *seen(model), {table.name: table.strategy for table in report.tables}
-
 
 # The model, the arguments, and the strategy of each table.
 CASES = {
@@ -237,121 +176,6 @@ def test_hooks_of_tables_and_heads_stay():
     assert calls[4:] == ["in", OutputHead]
 
 
-class Scaled(nn.Embedding):
-    def forward(self, ids):
-        return 10 * super().forward(ids)
-
-
-def pair():
-    """A table that can be sharded, and one that is yet to be spoilt."""
-    model = nn.Module()
-    model.good, model.bad = nn.Embedding(7, 4), nn.Embedding(7, 4)
-    return model
-
-
-def tied_to_a_bag(model):
-    model.other = nn.EmbeddingBag(7, 4)
-    model.other.weight = model.bad.weight
-
-
-BAD_ARGUMENTS = [
-    ({"strategy": "rows"}, r"`strategy` must be one of .*, but is 'rows' instead"),
-    ({"rules": {"bad": "?"}}, r"`rules\['bad'\]` must be .*, but is '\?' instead"),
-    ({"rules": {"good": "vocab", "*.wpe": "none"}}, r"but \['\*.wpe'\] match none"),
-]
-
-BAD_TABLES = {
-    "max_norm": (
-        lambda m: setattr(m.bad, "max_norm", 1.0),
-        r"'bad' must not use `max_norm`.* is 1.0 instead. .*`rules={'bad': 'none'}`",
-    ),
-    "scale_grad_by_freq": (
-        lambda m: setattr(m.bad, "scale_grad_by_freq", True),
-        r"'bad' must not use `scale_grad_by_freq`",
-    ),
-    "forward of the class": (
-        lambda m: setattr(m, "bad", Scaled(7, 4)),
-        r"'bad' must be .* but is a `Scaled` with a `forward` of its own",
-    ),
-    "forward of the object": (
-        lambda m: setattr(m.bad, "forward", lambda ids: 10 * m.bad.weight[ids]),
-        r"'bad' .* a `forward`",
-    ),
-    "narrow": (
-        lambda m: setattr(m.bad, "weight", nn.Parameter(torch.zeros(7, 2))),
-        r"'bad' must be whole, .*\(7, 4\), but it has \(7, 2\)",
-    ),
-    "integers": (
-        lambda m: setattr(m.bad, "weight", nn.Parameter(torch.ones(7, 4).char(), False)),
-        r"'bad' must have a floating-point dtype, but has torch.int8",
-    ),
-    "parametrized": (
-        lambda m: parametrize.register_parametrization(m.bad, "weight", nn.Tanh()),
-        r"'bad' must hold its `weight` as a Parameter",
-    ),
-    "tied to a bag": (
-        tied_to_a_bag,
-        r"The table 'bad' must be shared .* 'other.weight' of a `EmbeddingBag`",
-    ),
-    "hooks of the state dict": (
-        lambda m: m.bad.register_state_dict_post_hook(lambda *args: None),
-        r"'bad' must not have state dict hooks",
-    ),
-    "hooks of loading": (
-        lambda m: m.bad.register_load_state_dict_pre_hook(lambda *args: None),
-        r"'bad' must not have state dict hooks",
-    ),
-}
-
-
-def state(model):
-    modules = dict(model.named_modules(remove_duplicate=False))
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return modules, {name: (id(p), p.detach().tolist()) for name, p in parameters.items()}
-
-
-def assert_refused(model, error, message, **options):
-    before = state(model)
-    with pytest.raises(error, match=message):
-        shard_embeddings(model, MIDDLE, **options)
-    assert state(model) == before
-
-
-@pytest.mark.parametrize(("options", "message"), BAD_ARGUMENTS)
-def test_bad_arguments_leave_the_model_as_it_was(options, message):
-    assert_refused(pair(), ValueError, message, **options)
-
-
-@pytest.mark.parametrize("name", BAD_TABLES)
-def test_bad_table_leaves_the_model_as_it_was(name):
-    model, (spoil, message) = pair(), BAD_TABLES[name]
-    spoil(model)
-    assert_refused(model, TypeError if "forward" in name else ValueError, message)
-
-
-@pytest.mark.parametrize("name", BAD_TABLES)
-def test_bad_table_can_be_left_out_but_not_initialised(name):
-    model = pair()
-    BAD_TABLES[name][0](model)
-    bad = model.bad
-    shard_embeddings(model, MIDDLE, rules={"bad": "none"})
-    assert isinstance(model.good, VocabShardedEmbedding)  # Of 3 x 4 items, not 7 x 2.
-    assert model.bad is bad
-
-    if name in ("narrow", "integers", "parametrized"):
-        options = {"rules": {"bad": "none"}, "init_fn": init.zeros}
-        model = pair()
-        BAD_TABLES[name][0](model)
-        assert_refused(model, ValueError, "'bad' must", **options)
-
-
-@pytest.mark.parametrize("strategy", ["embed", "vocab"])
-def test_failed_init_fn_leaves_the_model_as_it_was(strategy):
-    values = [1.0]  # The second table gets none.
-    options = {"strategy": strategy, "init_fn": lambda embed: embed.weight.fill_(values.pop())}
-    assert_refused(pair(), IndexError, "pop from empty list", **options)
-
-
 def initialised(gang, strategy):
     torch.manual_seed(gang.rank)  # Rank 0 has the last word.
     model = Tower()
@@ -371,14 +195,6 @@ def test_init_fn_gives_the_same_tables_for_each_strategy(pool, size):
         for tables in pool(size, initialised, strategy):
             for table, expected in zip(tables, (source, target, kinds), strict=True):
                 assert_same_bits(table, expected, f"tables of '{strategy}'")
-
-
-def test_model_that_is_a_table_is_refused():
-    table = nn.Embedding(7, 4)
-    with pytest.raises(ValueError, match=r"but is a table itself. Use\s+`ShardedEmbedding.from_"):
-        shard_embeddings(table, MIDDLE)
-    shard_embeddings(table, MIDDLE, strategy="none")
-    assert type(table) is nn.Embedding
 
 
 @pytest.mark.parametrize("name", ["source", "target"])
@@ -470,41 +286,6 @@ def test_tied_tables_with_sequence_output(pool, strategy, size):
         torch.testing.assert_close(gradients, expected[1])
 
 
-class OwnLinear(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) * 2
-
-
-def test_head_that_is_more_than_linear_stays():
-    model = build("llama")
-    model.lm_head = OwnLinear(20, 103)
-    shard_embeddings(model, MIDDLE)
-    assert type(model.lm_head) is OwnLinear
-    model = build("llama")
-    model.lm_head = OwnLinear(20, 103)
-    assert_refused(model, ValueError, "but 'lm_head' is a `OwnLinear`", rules={"lm_head": "vocab"})
-
-
-class WithDropout(nn.Embedding):
-    embed_scale = 2.0
-
-    def forward(self, ids):
-        return nn.functional.dropout(super().forward(ids) * self.embed_scale, 0.5, self.training)
-
-
-class WithSpecialId(nn.Embedding):
-    embed_scale = 2.0
-
-    def forward(self, ids):
-        return super().forward(ids) * self.embed_scale * (ids != 5)[..., None]
-
-
-@pytest.mark.parametrize("kind", [WithDropout, WithSpecialId])
-def test_tables_that_do_more_than_scale_are_refused(kind):
-    model = nn.Sequential(kind(11, 6)).eval()
-    assert_refused(model, TypeError, "with a `forward` of its own")
-
-
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_scaled_table(device):
     with torch.device(device):
@@ -514,28 +295,3 @@ def test_scaled_table(device):
     assert float(model[0].scale) == 2.5
     with pytest.raises(ValueError, match=r"`scale` must be a number or a tensor of the shape \(\)"):
         StandardEmbedding(3, 2, scale=torch.ones(2))
-
-
-class WithState(nn.Embedding):
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        self.register_buffer("count", torch.zeros(()))
-
-
-class LearnedScale(nn.Embedding):
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        self.embed_scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, ids):
-        return super().forward(ids) * self.embed_scale
-
-
-def test_tables_and_heads_with_more_state_are_refused():
-    model = nn.Sequential(WithState(11, 6))
-    assert_refused(model, ValueError, r"must have no Parameters, buffers .* has \['count'\]")
-    model = nn.Sequential(LearnedScale(11, 6))
-    assert_refused(model, TypeError, "with a `forward` of its own")
-    model = build("llama")
-    model.lm_head.register_state_dict_post_hook(lambda *args: None)
-    assert_refused(model, ValueError, "The table 'lm_head' must not have state dict hooks")
