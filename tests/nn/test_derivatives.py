@@ -7,11 +7,11 @@ from functools import partial
 
 import pytest
 import torch
-from test_loss import expected_loss
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
+from loss_problems import expected_loss
 from parity import SHARDED
 from tp_embed import FakeGang, OutputHead, Partition
 from tp_embed.gang.collectives import copy_to_gang, gather_columns, reduce_partial, scatter_columns

@@ -1,0 +1,104 @@
+"""Losses of 16-bit tensors and under autocast are as good as those of torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from loss_problems import E, expected_loss, problem
+from parity import whole
+from tp_embed import FakeGang, OutputHead, Partition, ShardedEmbedding, StandardEmbedding
+from tp_embed import VocabShardedEmbedding as VocabSharded
+from tp_embed.nn import loss as tp_loss
+from tp_embed.nn.loss import cross_entropy, linear_cross_entropy
+
+
+def low_precision(gang, kind, dtype, scale, widened, options):
+    """How far the gradients are from those in fp64, by each way, and how far those of torch are:
+    all at once, and by their norm, which rounding errors of single items do not change."""
+    set_products(widened)
+    table, _, x, target = problem(257)
+    logits = functional.linear(x, table.weight)
+    expected_loss(logits.flatten(0, -2), target.flatten(), **options).backward()
+    exact = x.grad, table.weight.grad
+
+    def errors(x_grad, table_grad):
+        found = [g.double() / scale for g in (x_grad, table_grad)]
+        apart = [float((f - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True)]
+        norms = [abs(float(f.norm() / e.norm()) - 1) for f, e in zip(found, exact, strict=True)]
+        return apart + norms
+
+    low = [t.detach().to(dtype).requires_grad_() for t in (x, table.weight)]
+    logits = functional.linear(*low).float()
+    loss = expected_loss(logits.flatten(0, -2), target.flatten(), **options)
+    (loss * scale).backward()
+    results = [errors(low[0].grad, low[1].grad)]
+
+    table_low = StandardEmbedding(257, E, dtype=dtype)
+    table_low.weight.data.copy_(table.weight)
+    embed = kind.from_embedding(table_low, gang)
+    head = OutputHead(embed)
+    ways = [lambda x, target: head.loss(x, target, **options)]
+    if kind is VocabSharded:
+        local = OutputHead(embed, output="shard")
+        ways.append(
+            lambda x, target: cross_entropy(local(x), target, gang, embed.partition, **options)
+        )
+    for way in ways:
+        embed.weight.grad = None
+        low_x = x.detach().to(dtype).requires_grad_()
+        (way(low_x, target) * scale).backward()
+        results.append(errors(low_x.grad, whole(embed, embed.weight.grad)))
+    return results
+
+
+def set_products(widened):
+    """Whether this CPU is taken for one that multiplies low precisions in fp32."""
+    there = next(name for name, able in torch.cpu.get_capabilities().items() if able is True)
+    names = () if widened else (there,)
+    tp_loss._CPU_PRODUCTS = {torch.bfloat16: names, torch.float16: names}
+
+
+@pytest.mark.parametrize("options", [{}, {"soft_cap": 2.0, "z_loss": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (torch.bfloat16, 1.0),
+        (torch.bfloat16, 1 / 7),  # As with seven micro-batches; bf16 would round it by 0.2%.
+        (torch.float16, 2.0**12),
+        (torch.float16, 2.0**16),  # DeepSpeed's first loss scale, which fp16 does not hold.
+    ],
+)
+@pytest.mark.parametrize("kind", [VocabSharded, ShardedEmbedding])
+def test_low_precision_gradients_are_as_good_as_those_of_torch(pool, kind, dtype, scale, options):
+    for widened in (False, True):
+        arguments = kind, dtype, scale, widened, options
+        theirs, *ours = pool(2, low_precision, *arguments)[0]
+        for errors in ours:
+            for our, their, slack in zip(errors, theirs, (1e-3, 1e-3, 1.5e-3, 1.5e-3), strict=True):
+                assert our < 1.5 * their + slack
+
+
+@pytest.mark.parametrize("widened", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_under_autocast(monkeypatch, widened, dtype):
+    """Hidden states of any dtype, as another layer gives them, and a weight in fp32."""
+    monkeypatch.setattr(tp_loss, "_CPU_PRODUCTS", tp_loss._CPU_PRODUCTS)
+    set_products(widened)
+    table, bias, x, target = problem(257, torch.float32)
+    x, weight = x.detach().flatten(0, 1).to(dtype).requires_grad_(), table.weight
+    target = target.flatten()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = functional.cross_entropy(functional.linear(x, weight, bias).float(), target)
+    inputs = [x, weight, bias]
+    gradients = torch.autograd.grad(expected, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_cross_entropy(
+            x, weight, target, FakeGang("cpu"), Partition(257, 1), bias=bias
+        )
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
+    for ours, theirs in zip(torch.autograd.grad(found, inputs), gradients, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
