@@ -5,7 +5,6 @@ engines that are out of the ordinary, and what `initialize()` refuses. Saves wha
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,19 +13,13 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.utils import groups
 from torch import nn
 
-from tp_embed import Gang, GangError, VocabShardedEmbedding, shard_embeddings
+from tp_embed import Gang, GangError
 from tp_embed.checkpoint import hook_state_dict
 from tp_embed.gang.collectives import copy_to_gang, reduce_partial
-from tp_embed.integrations.deepspeed import (
-    DeepSpeedGang,
-    initialize,
-    load_universal,
-    to_universal,
-)
+from tp_embed.integrations.deepspeed import DeepSpeedGang, initialize, load_universal, to_universal
 
 V, E, STEPS, LR = 23, 8, 3, 0.05
 
@@ -255,131 +248,6 @@ def zero_init_over_the_gang() -> str:
     return error(model, config(stage=3) | AUTOTP)
 
 
-def sparse() -> list[float]:
-    model = build(sparse=True)
-    without = {key: value for key, value in config(stage=0).items() if key != "optimizer"}
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    engine, *_ = initialize(model=model, optimizer=optimizer, config=without, mpu=groups)
-    assert engine.module.embed.sparse
-    return train(engine)
-
-
-# ZeRO stage, ranks of a gang, and what else the DeepSpeed config has.
-REUSE: dict[str, tuple[int, int, dict[str, Any]]] = {
-    "zero 0, no data-parallel ranks": (0, 4, {"gradient_clipping": 0.05}),
-    "zero 1": (1, 2, {}),
-    "zero 1, bf16, accumulated, clipped": (
-        1,
-        2,
-        {"bf16": {"enabled": True}, "gradient_accumulation_steps": 2, "gradient_clipping": 0.05},
-    ),
-    "zero 1, larger than a bucket": (
-        1,
-        2,
-        {"zero_optimization": {"stage": 1, "reduce_bucket_size": 50}},
-    ),
-    "zero 2, accumulated, clipped": (
-        2,
-        2,
-        {"gradient_accumulation_steps": 2, "gradient_clipping": 0.05},
-    ),
-    "zero 2, not contiguous": (
-        2,
-        2,
-        {"zero_optimization": {"stage": 2, "contiguous_gradients": False}},
-    ),
-    "zero 3, bf16, accumulated, clipped": (
-        3,
-        2,
-        {"bf16": {"enabled": True}, "gradient_accumulation_steps": 2, "gradient_clipping": 0.05},
-    ),
-}
-
-
-def reuse_grad() -> dict[str, list[Any]]:
-    """Losses and tables of engines whose gradients are in the same memory or in new memory."""
-    return {
-        name: [
-            train_table(initialize, stage, tp_size, {"tp_embed": {"reuse_grad": reuse}, **more})
-            for reuse in (False, True)
-        ]
-        for name, (stage, tp_size, more) in REUSE.items()
-    }
-
-
-def reuse_grad_unchecked() -> list[Any]:
-    """What `initialize()` refuses, as DeepSpeed would do it."""
-
-    def build_engine(model: Model, config: dict[str, Any], mpu: Any) -> Any:
-        shard_embeddings(model, DeepSpeedGang.from_mpu(mpu), **config.pop("tp_embed"))
-        return deepspeed.initialize(model=model, config=config, mpu=mpu)
-
-    return [
-        train_table(build_engine, 0, 2, {"tp_embed": {"reuse_grad": reuse}})
-        for reuse in (False, True)
-    ]
-
-
-def train_table(build_engine: Any, stage: int, tp_size: int, more: dict[str, Any]) -> Any:
-    ranks = torch.arange(4).view(-1, tp_size).tolist()
-    mpu = mpu_over(ranks)
-    engine, *_ = build_engine(model=build(), config=config(stage, **more), mpu=mpu)
-    accumulated = more.get("gradient_accumulation_steps", 1)
-    generator = torch.Generator().manual_seed(mpu.get_data_parallel_rank())
-    ids = torch.randint(V, (STEPS * accumulated, 4), generator=generator)
-    losses = [step(engine, batch) for batch in ids]
-    table = engine.module.embed.weight
-    with deepspeed.zero.GatheredParameters([table]):
-        return losses, table.detach().clone()
-
-
-def sparse_volumes() -> dict[str, Any]:
-    """What two data-parallel ranks exchange of the gradients of a table of 500 rows."""
-    seen: dict[str, Any] = {}
-    for sparse in (False, True):
-        model = build()
-        model.embed = nn.Embedding(500, E)
-        without = {key: value for key, value in config(stage=0).items() if key != "optimizer"}
-        more = {"tp_embed": {"sparse": sparse}, "comms_logger": {"enabled": True}}
-        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-        engine, *_ = initialize(model=model, optimizer=optimizer, config=without | AUTOTP | more)
-        losses = train(engine)
-        seen_by_deepspeed = deepspeed.comm.comm.comms_logger.comms_dict
-        seen["sparse" if sparse else "dense"] = {
-            "losses": losses,
-            "bytes": {
-                op: sorted((int(size), calls[0]) for size, calls in sizes.items())
-                for op, sizes in seen_by_deepspeed.items()
-                if op in ("all_reduce", "all_gather")
-            },
-        }
-        seen_by_deepspeed.clear()
-    deepspeed.comm.comm.comms_logger.enabled = False
-    seen["rows"] = [
-        max(len(batches(dp_rank)[i].unique()) for dp_rank in range(2)) for i in range(STEPS)
-    ]
-    return seen
-
-
-def sparse_clipped_unchecked() -> list[float]:
-    """How far a step moves the table, without clipping and with it, where gradients are sparse."""
-    moved = []
-    for clipping in (0.0, 1e-3):
-        model = build(sparse=True)
-        before = model.embed.weight.detach().clone()
-        without = {key: value for key, value in config(stage=0).items() if key != "optimizer"}
-        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=without | {"gradient_clipping": clipping},
-            mpu=groups,
-        )
-        step(engine, batches(groups.get_data_parallel_rank())[0])
-        moved.append(float((model.embed.weight.detach() - before).norm()))
-    return moved
-
-
 def topology_free_init() -> list[list[float]]:
     """With `init` the table is the same whatever the engine."""
     section = {"tp_embed": {"init": {"name": "normal", "std": 0.1}}}
@@ -399,81 +267,10 @@ def error(model: nn.Module, ds_config: dict[str, Any], **options: Any) -> str:
     return "no error"
 
 
-def refusals(directory: Path) -> dict[str, str]:
-    def section(**keys: Any) -> dict[str, Any]:
-        return config(**AUTOTP, tp_embed=keys)
-
-    sliced = [*SPECS, {"patterns": [r"embed\.weight$"], "partition_type": "row"}]
-    partition = {"use_default_specs": False, "layer_specs": sliced}
-    spec = {"tensor_parallel": {"autotp_size": 2, "partition_config": partition}}
-    both = AUTOTP["tensor_parallel"] | {"vocab_parallel_lm_head": True}
-    parsed, inference = build(), build()
-    parsed.ds_autotp_parsed = True
-    inference.up = deepspeed.module_inject.layers.LinearLayer(inference.up)
-    path = directory / f"config{dist.get_rank()}.json"
-    path.write_text(json.dumps(section(strategy="rows")))
-
-    pipeline = PipelineModule([nn.Embedding(V, E), nn.Linear(E, V)], num_stages=1)
-    unclipped = config(0, **AUTOTP, tp_embed={"sparse": True})
-    gang = DeepSpeedGang.from_groups()
-    tied = TiedLayerSpec("embed", VocabShardedEmbedding, gang, V, E, reuse_grad=True)
-    reused = PipelineModule([VocabShardedEmbedding(gang, V, E, reuse_grad=True)], num_stages=1)
-    found = {
-        "bf16": error(build(), config(0, **AUTOTP, bf16={"enabled": True})),
-        "local storage": error(
-            build(), config(1, **AUTOTP, checkpoint={"use_node_local_storage": True})
-        ),
-        "sparse": error(build(), section(sparse=True)),
-        "sparse clipped": error(build(), unclipped | {"gradient_clipping": 1.0}),
-        "sparse clipped by default": error(
-            build(), {k: v for k, v in unclipped.items() if k != "gradient_clipping"}
-        ),
-        "reuse": error(build(), config(0, **AUTOTP, tp_embed={"reuse_grad": True})),
-        "reuse alone": error(build(), config(0, tp_embed={"reuse_grad": True})),
-        "reuse sparse": error(
-            build(), config(0, **AUTOTP, tp_embed={"reuse_grad": True, "sparse": True})
-        ),
-        "reuse pipeline": error(reused, config(0)),
-        "reuse tied": error(PipelineModule([tied, tied], num_stages=2), config(1)),
-        "dedup": error(build(), section(dedup="on")),
-        "lamb": error(build(), config(1, **AUTOTP, optimizer={"type": "Lamb"})),
-        "adafactor": error(
-            build(), config(1, **AUTOTP, optimizer={"type": "Adafactor", "params": {"lr": 1.0}})
-        ),
-        "spec": error(build(), config(**spec, tp_embed={"strategy": "none"})),
-        "head": error(build(), config(tensor_parallel=both)),
-        "parsed": error(parsed, config() | AUTOTP),
-        "key": error(build(), section(stratgy="vocab")),
-        "value": error(build(), section(rules={"embed": "columns"})),
-        "type": error(build(), section(tie_head="yes")),
-        "init": error(build(), section(init="normale")),
-        "module": error(build(), section(init="no_such_module.normal")),
-        "path": error(build(), str(path)),
-        "args": error(build(), None, args=SimpleNamespace(deepspeed_config=str(path))),
-        "no config": error(build(), None),
-        "no model": error(None, config()),
-        "section": error(build(), section(strategy="vocab" if dist.get_rank() % 2 else "embed")),
-        "seed": error(build(dist.get_rank()), config() | AUTOTP),
-        "alone": error(build(sparse=dist.get_rank() % 2 == 1), section()),
-        "sparse table": error(build(sparse=True), section()),
-        "logits": error(build(), section(shard_logits=True)),
-    }
-    try:
-        shard_embeddings(pipeline, gang)
-    except ValueError as e:
-        found["pipeline"] = str(e)
-    model = build()
-    error(model, config(tensor_parallel=both))
-    found["model after"] = type(model.embed).__name__
-    deepspeed.set_autotp_mode(training=False)
-    torch.manual_seed(0)
-    found["inference"] = error(inference, config() | AUTOTP)
-    deepspeed.set_autotp_mode(training=True)
-    return found
-
-
 def main(out: Path) -> None:
-    import engines_meetings  # Which imports from here.
+    import engines_gradients  # These import from here.
+    import engines_meetings
+    import engines_refusals
 
     torch.set_num_threads(1)
     deepspeed.init_distributed()
@@ -487,13 +284,13 @@ def main(out: Path) -> None:
     seen["zero.Init over the gang"] = zero_init_over_the_gang()
     seen["fail alone at ZeRO 3"] = engines_meetings.fail_alone_at_zero_3()
     seen["meetings"] = engines_meetings.meetings()
-    seen["sparse"] = sparse()
-    seen["sparse clipped unchecked"] = sparse_clipped_unchecked()
-    seen["sparse volumes"] = sparse_volumes()
-    seen["reuse_grad"] = reuse_grad()
-    seen["reuse_grad unchecked"] = reuse_grad_unchecked()
+    seen["sparse"] = engines_gradients.sparse()
+    seen["sparse clipped unchecked"] = engines_gradients.sparse_clipped_unchecked()
+    seen["sparse volumes"] = engines_gradients.sparse_volumes()
+    seen["reuse_grad"] = engines_gradients.reuse_grad()
+    seen["reuse_grad unchecked"] = engines_gradients.reuse_grad_unchecked()
     seen["init"] = topology_free_init()
-    seen["refusals"] = refusals(out)
+    seen["refusals"] = engines_refusals.refusals(out)
     seen["tp_model_init"] = tp_model_init()
     torch.save(seen, out / f"seen{dist.get_rank()}.pt")
 

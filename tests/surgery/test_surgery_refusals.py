@@ -71,11 +71,11 @@ BAD_TABLES = {
     ),
     "hooks of the state dict": (
         lambda m: m.bad.register_state_dict_post_hook(lambda *args: None),
-        r"'bad' must not have hooks of its state dict",
+        r"'bad' must not have state dict hooks",
     ),
     "hooks of loading": (
         lambda m: m.bad.register_load_state_dict_pre_hook(lambda *args: None),
-        r"'bad' must not have hooks of its state dict",
+        r"'bad' must not have state dict hooks",
     ),
 }
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import engines_job as job
+from engines_gradients import REUSE
 from launch import ROOT, deepspeed_command, run
 from parity import assert_same_bits
 
@@ -151,7 +152,7 @@ def test_deepspeed_does_not_clip_sparse_gradients(seen):
         assert clipped == unclipped > 100 * 1e-3 * job.LR
 
 
-@pytest.mark.parametrize("name", job.REUSE)
+@pytest.mark.parametrize("name", REUSE)
 def test_gradients_in_the_same_memory(seen, name):
     for rank in range(4):
         (losses, table), (reused_losses, reused_table) = seen[rank]["reuse_grad"][name]
