@@ -15,6 +15,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from corpus import load
+from corpus import Corpus, load
 from tp_embed import shard_embeddings
 from tp_embed.integrations.deepspeed import DeepSpeedGang, export
 from tp_embed.integrations.deepspeed.monitor import EngineMonitor
@@ -50,12 +51,7 @@ def main(config: DictConfig) -> None:
     is_first = dist.get_rank() == 0
     say = tqdm.write if is_first else lambda text: None
 
-    data = config.data
-    if is_first:
-        load(Path(data.cache_dir), data.vocab_size, data.max_bytes, say)
-    dist.barrier()
-    corpus = load(Path(data.cache_dir), data.vocab_size, data.max_bytes)  # From the cache.
-
+    corpus = load_corpus(config.data, say)
     model = AutoModelForCausalLM.from_config(make_model_config(config.model, corpus.vocab_size))
     report = shard_embeddings(model, gang, **shard_options(config))
     if config.head.shard_logits:
@@ -78,10 +74,52 @@ def main(config: DictConfig) -> None:
     every = max(1, config.steps // 40)
     EngineMonitor(engine, every=every, directory=run_dir, about={"sharding": str(report)})
 
+    train(engine, corpus, config, metrics, checkpoints, first_step)
+
+    shape = config.data.batch_size, config.data.seq_len
+    validation = corpus.validation_loss(engine, config.eval_batches, *shape)
+    model_dir = run_dir / "model"
+    write_model(engine, model_dir)
+    if is_first:
+        metrics.plot(run_dir / "loss.png")
+        result = {
+            "first_loss": metrics.rows[0]["loss"],
+            "last_loss": metrics.rows[-1]["loss"],
+            "validation_loss": validation,
+            "table_bytes_per_rank": report.bytes_per_rank,
+            "table_bytes_replicated": report.bytes_replicated,
+        }
+        (run_dir / "result.json").write_text(json.dumps(result, indent=2))
+        say(
+            f"loss {result['first_loss']:.3f} -> {result['last_loss']:.3f}, validation loss "
+            f"{validation:.4f}; the whole model is in {model_dir}, and a page about the run in "
+            f"{write_report(run_dir)}"
+        )
+
+
+def load_corpus(data: DictConfig, say: Callable[[str], None]) -> Corpus:
+    """The corpus, which the first rank puts into the cache for all."""
+    directory = Path(data.cache_dir)
+    if dist.get_rank() == 0:
+        load(directory, data.vocab_size, data.max_bytes, say)
+    dist.barrier()
+    return load(directory, data.vocab_size, data.max_bytes)
+
+
+def train(
+    engine: Any,
+    corpus: Corpus,
+    config: DictConfig,
+    metrics: Metrics,
+    checkpoints: Checkpoints,
+    first_step: int,
+) -> None:
+    """Trains from ``first_step`` to the last one, and saves checkpoints."""
     data_rank = dist.get_rank() // config.tp_size
     data_size = dist.get_world_size() // config.tp_size
-    shape = data.batch_size, data.seq_len
+    shape = config.data.batch_size, config.data.seq_len
     tokens = math.prod(shape) * data_size
+    is_first = dist.get_rank() == 0
     progress = tqdm(
         range(first_step, config.steps),
         initial=first_step,
@@ -103,25 +141,6 @@ def main(config: DictConfig) -> None:
             progress.set_postfix(loss=f"{value:.3f}", tokens_s=f"{rate:.0f}")
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             checkpoints.save(engine, step + 1)
-
-    validation = corpus.validation_loss(engine, config.eval_batches, *shape)
-    model_dir = run_dir / "model"
-    write_model(engine, model_dir)
-    if is_first:
-        metrics.plot(run_dir / "loss.png")
-        result = {
-            "first_loss": metrics.rows[0]["loss"],
-            "last_loss": metrics.rows[-1]["loss"],
-            "validation_loss": validation,
-            "table_bytes_per_rank": report.bytes_per_rank,
-            "table_bytes_replicated": report.bytes_replicated,
-        }
-        (run_dir / "result.json").write_text(json.dumps(result, indent=2))
-        say(
-            f"loss {result['first_loss']:.3f} -> {result['last_loss']:.3f}, validation loss "
-            f"{validation:.4f}; the whole model is in {model_dir}, and a page about the run in "
-            f"{write_report(run_dir)}"
-        )
 
 
 def make_model_config(model: DictConfig, tokens: int) -> Any:

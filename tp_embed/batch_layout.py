@@ -34,50 +34,13 @@ class BatchLayout:
         packed: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
-        num_dims = 1 if packed else 2
-        if len(shape) != num_dims:
-            raise ValueError(
-                f"`shape` must be {num_dims} dimensional for a "
-                f"{'packed' if packed else 'padded'} batch, "
-                f"but is {len(shape)} dimensional instead."
-            )
-
-        width = shape[-1]
-        if width < 1:
-            raise ValueError(
-                f"`shape[{num_dims - 1}]` must be greater than or equal to 1, "
-                f"but is {width} instead."
-            )
-
-        if seq_lens is None:
-            seq_lens = [width] if packed else [width] * shape[0]
-        else:
-            try:
-                seq_lens = [index(seq_len) for seq_len in seq_lens]
-            except TypeError as e:
-                raise TypeError(f"`seq_lens` must hold integers, but is {seq_lens} instead.") from e
-
-        for idx, seq_len in enumerate(seq_lens):
-            if not 1 <= seq_len <= width:
-                raise ValueError(
-                    f"All lengths in `seq_lens` must be in [1, {width}] (the width of the batch), "
-                    f"but the length at index {idx} is {seq_len} instead."
-                )
+        width = _check_shape(shape, packed)
+        seq_lens = _check_lengths(seq_lens, shape, packed)
 
         # (S)
         columns = torch.arange(width, device=device)
 
         if packed:
-            if not seq_lens:
-                raise ValueError(
-                    "`seq_lens` must hold at least one length for a packed batch, but is empty."
-                )
-            if sum(seq_lens) > width:
-                raise ValueError(
-                    f"`sum(seq_lens)` must be less than or equal to `shape[0]` ({width}), "
-                    f"but is {sum(seq_lens)} instead."
-                )
-
             begin_indices = [0]
             for seq_len in seq_lens:
                 begin_indices.append(begin_indices[-1] + seq_len)
@@ -90,12 +53,6 @@ class BatchLayout:
             positions = torch.full((width,), -1, dtype=torch.int64, device=device)
             positions[:end] = columns[:end] - starts.repeat_interleave(lens, output_size=end)
         else:
-            if len(seq_lens) != shape[0]:
-                raise ValueError(
-                    f"`len(seq_lens)` must be equal to `shape[0]` ({shape[0]}), "
-                    f"but is {len(seq_lens)} instead."
-                )
-
             begin_indices = [row * width for row in range(shape[0] + 1)]
 
             lens = torch.tensor(seq_lens, dtype=torch.int64, device=device)
@@ -187,3 +144,60 @@ class BatchLayout:
             f"min_seq_len={self.min_seq_len}, max_seq_len={self.max_seq_len}, "
             f"padded={self._padded}, packed={self._packed})"
         )
+
+
+def _check_shape(shape: Sequence[int], packed: bool) -> int:
+    """Returns the width."""
+    num_dims = 1 if packed else 2
+    if len(shape) != num_dims:
+        raise ValueError(
+            f"`shape` must be {num_dims} dimensional for a "
+            f"{'packed' if packed else 'padded'} batch, "
+            f"but is {len(shape)} dimensional instead."
+        )
+
+    width = shape[-1]
+    if width < 1:
+        raise ValueError(
+            f"`shape[{num_dims - 1}]` must be greater than or equal to 1, but is {width} instead."
+        )
+
+    return width
+
+
+def _check_lengths(
+    seq_lens: Sequence[int] | None, shape: Sequence[int], packed: bool
+) -> Sequence[int]:
+    """Returns the length of each sequence."""
+    width = shape[-1]
+    if seq_lens is None:
+        seq_lens = [width] if packed else [width] * shape[0]
+    else:
+        try:
+            seq_lens = [index(seq_len) for seq_len in seq_lens]
+        except TypeError as e:
+            raise TypeError(f"`seq_lens` must hold integers, but is {seq_lens} instead.") from e
+
+    for idx, seq_len in enumerate(seq_lens):
+        if not 1 <= seq_len <= width:
+            raise ValueError(
+                f"All lengths in `seq_lens` must be in [1, {width}] (the width of the batch), "
+                f"but the length at index {idx} is {seq_len} instead."
+            )
+
+    if packed and not seq_lens:
+        raise ValueError(
+            "`seq_lens` must hold at least one length for a packed batch, but is empty."
+        )
+    if packed and sum(seq_lens) > width:
+        raise ValueError(
+            f"`sum(seq_lens)` must be less than or equal to `shape[0]` ({width}), "
+            f"but is {sum(seq_lens)} instead."
+        )
+    if not packed and len(seq_lens) != shape[0]:
+        raise ValueError(
+            f"`len(seq_lens)` must be equal to `shape[0]` ({shape[0]}), "
+            f"but is {len(seq_lens)} instead."
+        )
+
+    return seq_lens

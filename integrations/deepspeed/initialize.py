@@ -10,8 +10,10 @@ import deepspeed
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from tp_embed.surgery.report import ShardingReport
+
 from .checks import check_made_optimizer, check_sub_groups
-from .config import read_section
+from .config import EmbedConfig, read_section
 from .full_values import guard_full_values
 from .private import TORCH_DISTRIBUTED_DEFAULT_PORT, load_ds_config, merge_tp_model_init_into_config
 from .sharding import shard_model, start_watchdog
@@ -89,12 +91,17 @@ def initialize(
     )
     if optimizer is not None:
         check_made_optimizer(items[0])
-    check_sub_groups(items[0])
-    items[0].tp_embed_report = report
-    guard_full_values(items[0].module, items[0].optimizer)
-    time_collectives(items[0])
-    items[0].tp_embed_watchdog = start_watchdog(section)
+    _complete(items[0], report, section)
     return cast(tuple[Any, Any, Any, Any], items)
+
+
+def _complete(engine: Any, report: ShardingReport, section: EmbedConfig) -> None:
+    """Checks an engine that was built, and gives it what it does for sharded tables."""
+    check_sub_groups(engine)
+    engine.tp_embed_report = report
+    guard_full_values(engine.module, engine.optimizer)
+    time_collectives(engine)
+    engine.tp_embed_watchdog = start_watchdog(section)
 
 
 def _load_config(args: Any, config: Any) -> tuple[Any, dict[str, Any]]:

@@ -224,10 +224,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Gradients of the sum of the losses; the backward scales them in fp32. They accumulate over
         # chunks in fp32, but each chunk completes its rows of `grad_x`.
         grad_x = torch.empty_like(x) if needs[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs[1] else None
-        grad_bias = (
-            torch.zeros_like(bias, dtype=sum_dtype) if bias is not None and needs[2] else None
-        )
+        grad_weight = _zeros_like(weight, sum_dtype, needs[1])
+        grad_bias = _zeros_like(bias, sum_dtype, needs[2])
 
         if dtype.itemsize < weight.itemsize:
             weight = weight.to(dtype)  # For autocast; casts to a wider dtype are done per block.
@@ -241,14 +239,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             shape = len(buffers), rows, len(chunk)
             # Classes first, so that products transpose only the tokens, which are fewer.
             logits, *slopes = buffers[:, : rows * len(chunk)].view(shape)  # (V, n)
-            for block in blocks:
-                _multiply(weight[block].to(dtype), chunk.T, logits[block])
-            if sum_over.size > 1:
-                partial = logits.to(logits_dtype)
-                sum_over.all_reduce(partial)
-                logits.copy_(partial)
-            if bias is not None:
-                logits += bias[:, None]
+            _compute_logits(logits, chunk, weight, bias, blocks, sum_over, logits_dtype)
             losses, _ = token_losses(
                 logits.T,
                 target[start : start + tokens],
@@ -261,7 +252,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += losses.sum()
             if grad_bias is not None:
                 grad_bias += logits.sum(1)
-            sums = torch.zeros_like(chunk, dtype=sum_dtype) if needs[0] else None
+            sums = _zeros_like(chunk, sum_dtype, needs[0])
             if needs[0] or needs[1]:
                 _add_gradients(logits, chunk, weight, blocks, sums, grad_weight)
             if grad_x is not None and sums is not None:
@@ -334,6 +325,31 @@ def _blocks(weight: Tensor) -> list[slice]:
     rows, width = weight.shape
     step = _BLOCK_BYTES // (4 * max(1, width)) if weight.device.type == "cpu" else rows
     return [slice(start, start + max(1, step)) for start in range(0, rows, max(1, step))]
+
+
+def _zeros_like(tensor: Tensor | None, dtype: torch.dtype, is_needed: bool) -> Tensor | None:
+    return torch.zeros_like(tensor, dtype=dtype) if is_needed and tensor is not None else None
+
+
+def _compute_logits(
+    out: Tensor,
+    chunk: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    blocks: list[slice],
+    sum_over: Gang,
+    dtype: torch.dtype,
+) -> None:
+    """Puts the logits of ``chunk``, *Shape:* :math:`(n,E)`, into ``out``, *Shape:* :math:`(V,n)`.
+    Parts of ranks are summed in ``dtype``."""
+    for block in blocks:
+        _multiply(weight[block].to(chunk.dtype), chunk.T, out[block])
+    if sum_over.size > 1:
+        partial = out.to(dtype)
+        sum_over.all_reduce(partial)
+        out.copy_(partial)
+    if bias is not None:
+        out += bias[:, None]
 
 
 def _add_gradients(

@@ -174,12 +174,7 @@ def token_losses(
     :returns: two tensors. *Shape:* :math:`(N)`.
     """
     epsilon, cap, own = options.label_smoothing, options.soft_cap, classes.shard(gang.rank)
-    slope: Tensor | None = None  # The derivative of the cap at each logit.
-    if cap is not None:
-        logits.div_(cap).tanh_()
-        if gradient:
-            slope = torch.addcmul(logits.new_ones(()), logits, logits, value=-1, out=scratch)
-        logits.mul_(cap)
+    slope = None if cap is None else _cap(logits, cap, scratch, with_slope=gradient)
 
     highest = logits.new_full((len(logits),), -torch.inf) if not own else logits.amax(-1)
     if gang.size > 1:
@@ -219,6 +214,16 @@ def token_losses(
         logits.mul_(slope)
     logits.masked_fill_(ignored[:, None], 0.0)
     return losses, log_sum
+
+
+def _cap(logits: Tensor, cap: float, scratch: Tensor | None, *, with_slope: bool) -> Tensor | None:
+    """Caps ``logits`` in place. Returns the slope of the cap at each, if asked, in ``scratch``."""
+    logits.div_(cap).tanh_()
+    slope: Tensor | None = None
+    if with_slope:
+        slope = torch.addcmul(logits.new_ones(()), logits, logits, value=-1, out=scratch)
+    logits.mul_(cap)
+    return slope
 
 
 def composed_losses(

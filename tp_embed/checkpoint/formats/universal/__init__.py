@@ -65,17 +65,8 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     kinds = open_ranks(directory, options)
     saved = kinds[0]
     model = saved.models[0][0]
-    entries = parameters_of(directory)
-    if lost := [name for name in model.trained if name not in entries]:
-        raise CheckpointError(
-            f"There must be a directory `{parameter_directory(directory, lost[0])}`, since the "
-            "model files have its Parameter, but there is none. Copy the whole checkpoint."
-        )
-    trained = {
-        name
-        for name, entry in entries.items()
-        if any(state_file(entry, state).exists() for state in MOMENTS)
-    }
+    entries = _entries(directory, model)
+    trained = _with_moments(entries)
     ties = _ties(model, trained)
     saved_optimizer = open_file(optimizer_state_file(directory), options) if trained else None
 
@@ -110,11 +101,6 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
         groups, more = read_groups(saved_optimizer, model, names, trained)
         optimizer, notes = Optimizer(groups, steps), [*notes, *more]
         tensors = _in_order(chain(*(group["params"] for group in groups)), tensors)
-    if len(set(steps.values())) > 1:
-        notes.append(
-            f"Parameters have made from {min(steps.values()):.0f} to {max(steps.values()):.0f} "
-            "steps. An engine can continue from this at ZeRO 0 only."
-        )
     return Checkpoint(
         format=NAME,
         path=path,
@@ -126,12 +112,41 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
         step=model.state.get("global_steps"),
         optimizer=optimizer,
         extra=extra,
-        notes=tuple(notes),
+        notes=(*notes, *_notes_on_steps(steps.values())),
         files=(
             *(path for saved in kinds for path in saved.paths),
             *files_of_parameters(directory),
         ),
     )
+
+
+def _entries(directory: Path, model: ModelFile) -> dict[str, Path]:
+    """The directories of Parameters, by name."""
+    entries = parameters_of(directory)
+    if lost := [name for name in model.trained if name not in entries]:
+        raise CheckpointError(
+            f"There must be a directory `{parameter_directory(directory, lost[0])}`, since the "
+            "model files have its Parameter, but there is none. Copy the whole checkpoint."
+        )
+    return entries
+
+
+def _with_moments(entries: Mapping[str, Path]) -> set[str]:
+    """The names of Parameters that were trained."""
+    return {
+        name
+        for name, entry in entries.items()
+        if any(state_file(entry, state).exists() for state in MOMENTS)
+    }
+
+
+def _notes_on_steps(steps: Collection[float]) -> list[str]:
+    if len(set(steps)) <= 1:
+        return []
+    return [
+        f"Parameters have made from {min(steps):.0f} to {max(steps):.0f} steps. An engine can "
+        "continue from this at ZeRO 0 only."
+    ]
 
 
 def _ties(model: ModelFile, trained: Collection[str]) -> dict[str, str]:
