@@ -44,7 +44,7 @@ train: $(READY) ## Train a Llama on real text, RANKS=2, ARGS='embedding=vocab_sh
 test: $(READY) ## Run the tests, WORKERS=2, ARGS='-k parity'
 	pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
-nightly: $(READY) ## Run the wide tests, which take long: all families of models, 2,000 random programs
+nightly: $(READY) ## Run the wide tests: all families of models, 2,500 random programs, damaged checkpoints
 	pytest --numprocesses $(WORKERS) --dist loadfile -m nightly $(ARGS)
 
 # Ranks, launchers and commands count too: each process writes a file, and `combine` joins them.
