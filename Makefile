@@ -40,15 +40,21 @@ train: export MALLOC_TRIM_THRESHOLD_ := 17179869184
 train: $(READY) ## Train a Llama on real text, RANKS=2, ARGS='embedding=vocab_sharded steps=50'
 	deepspeed --num_gpus $(RANKS) --no_local_rank examples/train_lm.py $(ARGS)
 
+# An op that some tests use: compiling it takes longer than a test may.
+FUSED_ADAM := $(TORCH_EXTENSIONS_DIR)/fused_adam/fused_adam.so
+$(FUSED_ADAM): $(READY)
+	DS_ACCELERATOR=cpu python -c 'from deepspeed.ops.op_builder.cpu import FusedAdamBuilder as B; B().load()'
+	touch $@
+
 # Most of their time tests wait for ranks, so two files at a time take little more than one.
-test: $(READY) ## Run the tests, WORKERS=2, ARGS='-k parity'
+test: $(FUSED_ADAM) ## Run the tests, WORKERS=2, ARGS='-k parity'
 	pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
-nightly: $(READY) ## Run the wide tests: all families of models, 2,500 random programs, damaged checkpoints
+nightly: $(FUSED_ADAM) ## Run the wide tests: all families of models, 2,500 random programs, damaged checkpoints
 	pytest --numprocesses $(WORKERS) --dist loadfile -m nightly $(ARGS)
 
 # Ranks, launchers and commands count too: each process writes a file, and `combine` joins them.
-coverage: $(READY) ## Run the tests and show the lines that no process ran, ARGS='tests/gang'
+coverage: $(FUSED_ADAM) ## Run the tests and show the lines that no process ran, ARGS='tests/gang'
 	rm -f .coverage .coverage.*
 	coverage run -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS); \
 	  status=$$?; coverage combine --quiet && coverage report && exit $$status
