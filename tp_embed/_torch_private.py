@@ -189,13 +189,13 @@ def is_exchanged_by_ddp(weight: Tensor) -> bool:
     )
 
 
-def find_backend(group: ProcessGroup, device: torch.device) -> tuple[str, timedelta]:
-    """Returns the name and the timeout of the backend of ``group`` for ``device``.
+def find_backend(group: ProcessGroup, device: torch.device) -> tuple[str, timedelta | None]:
+    """Returns the name and the timeout, if it has one, of the backend of ``group`` for ``device``.
 
     :raises RuntimeError: ``group`` has no backend for ``device``.
     """
     backend: Any = group._get_backend(device)
-    return backend.name(), backend.options._timeout
+    return backend.name(), getattr(backend.options, "_timeout", None)
 
 
 def new_group(name: str, global_ranks: list[int], backend: str, timeout: timedelta) -> ProcessGroup:

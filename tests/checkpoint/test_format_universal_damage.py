@@ -89,7 +89,7 @@ def test_parameters_with_other_steps_are_read_with_a_note(small, tmp_path):
         ("zero/0.weight/fp32.pt", torch.zeros(12), "in its logical shape, .* but it is flat"),
         ("zero/0.weight/fp32.pt", 3, "must hold a tensor, but holds 3"),
         ("zero/0.weight/fp32.pt", {"param": torch.zeros(3, 4).to_sparse()}, "must be dense"),
-        ("zero/0.weight/fp32.pt", {"param": torch.zeros(3, 4).int()}, "a floating-point tensor, but"),
+        ("zero/0.weight/fp32.pt", {"param": torch.zeros(3, 4).int()}, "floating-point tensor, but"),
         (
             "zero/0.weight/fp32.pt",
             {"param": torch.zeros(3, 4), "is_expert_param": True},

@@ -208,7 +208,7 @@ def test_each_copy_is_a_table_of_its_own():
 def test_tables_are_not_kept_alive():
     embed = build(FakeGang("cpu"), "embed")
     handle = embed._lookup.handle
-    assert _NAMED[handle] is embed
+    assert _NAMED[handle] is embed._lookup
     del embed
     gc.collect()
     assert handle not in _NAMED

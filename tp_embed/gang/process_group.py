@@ -59,7 +59,7 @@ class ProcessGroupGang(Gang):
                 f"`device` must have a backend in `process_group`, but is '{device}' instead. Pass "
                 "the device of the group, or give the group a backend for it."
             ) from e
-        if backend == "fake":
+        if backend == "fake" or timeout is None:
             raise ValueError(
                 "`process_group` must have a backend that communicates, but has torch's 'fake' "
                 "backend instead, whose ranks can't have different sizes. Use a `FakeGang(device, "

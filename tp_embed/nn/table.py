@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -91,7 +90,7 @@ def _kept_by_lookups(name: str) -> Any:
         if hasattr(table, "_lookup"):
             table._prepare()
 
-    return property(attrgetter(name), assign)
+    return property(lambda table: getattr(table, name), assign)
 
 
 def _option(name: str) -> Any:
@@ -101,7 +100,7 @@ def _option(name: str) -> Any:
         table.options = replace(table.options, **{name: value})
         table._prepare()
 
-    return property(attrgetter(f"options.{name}"), assign)
+    return property(lambda table: getattr(table.options, name), assign)
 
 
 class Table(GangLayer, Embedding):
