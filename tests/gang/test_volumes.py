@@ -59,9 +59,9 @@ def test_making_and_gathering_a_table(pool, dtype, size, sizes):
             on_meta, by_block, as_a_whole, cut, gathered = result
             assert on_meta == []
             assert by_block == [("broadcast", 8)]
-            seed, outcome, table = as_a_whole
+            seed, *outcome, table = as_a_whole
             assert seed == ("broadcast", 8)
-            assert outcome == ("broadcast_objects", 0)
+            assert {name for name, _ in outcome} <= {"all_gather"}  # Whether rank 0 has failed.
             assert table == ("broadcast", v * e * b)
             assert cut == []
             assert {name for name, _ in gathered} == {"all_gather"}

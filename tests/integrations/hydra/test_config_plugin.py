@@ -34,7 +34,7 @@ def main(config):
     model = torch.nn.Sequential(torch.nn.Embedding(4, 2))
     torch.manual_seed(0)
     shard_embeddings(model, FakeGang(torch.device("cpu")), **shard_options(config.tp_embed))
-    print("TARGET", config.tp_embed.nn.init._target_)
+    print("TARGET", config.tp_embed.init._target_)
     print("STRATEGY", config.tp_embed.embedding.strategy.value)
     print("OWN", config.model.layers, config.init.steps)
     print("TABLE", model[0].weight.flatten().tolist())
@@ -177,7 +177,7 @@ def test_project_has_init_functions_of_its_own(app):
     chosen = says(app("tp_embed/init=power", "tp_embed.init.exponent=3"))
     assert chosen["TARGET"] == "toy.app.power"
     assert chosen["TABLE"] == str([float(i**3) for i in range(8)])
-    chosen = says(app("tp_embed.nn.init._target_=tp_embed.nn.init.zeros"))
+    chosen = says(app("tp_embed.init._target_=tp_embed.nn.init.zeros"))
     assert chosen["TABLE"] == str([0.0] * 8)
 
 
