@@ -170,6 +170,8 @@ class Table(GangLayer, Embedding):
     # Not `__setattr__`: FSDP2 would register Parameters again in each step.
     gang = _kept_by_lookups("_gang")
     pad_idx = _kept_by_lookups("_pad_idx")
+    num_embeddings = _kept_by_lookups("_num_embeddings")
+    embed_dim = _kept_by_lookups("_embed_dim")
     output = _option("output")
     dedup = _option("dedup")
     sparse = _option("sparse")

@@ -46,7 +46,17 @@ _TORCH_ATTRIBUTES = {
     *vars(nn.Linear(1, 1, device="meta")),
 }
 _STANDARD_ATTRIBUTES = {*vars(StandardEmbedding(1, 1, device="meta", train_rows=[0]))}
-_PROPERTIES = {"gang", "pad_idx", "partition", "rows", "columns", "shard_dim", "outputs"}
+_PROPERTIES = {
+    "gang",
+    "num_embeddings",
+    "embed_dim",
+    "pad_idx",
+    "partition",
+    "rows",
+    "columns",
+    "shard_dim",
+    "outputs",
+}
 _PROPERTIES |= {option.name for option in fields(LookupOptions)}
 _OWN_METHODS = {"__init__", "__repr__", "_get_name", "extra_repr", "forward"}
 
