@@ -125,7 +125,7 @@ DAMAGE = {
     ),
     "header longer than the file": (
         edit_bytes(lambda b: struct.pack("<Q", len(b)) + b[8:]),
-        "format of safetensors",
+        "must be a safetensors file",
         False,
     ),
     "empty file": (edit_bytes(lambda b: b""), "must be a safetensors file", False),
