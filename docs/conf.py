@@ -25,7 +25,7 @@ autodoc_default_options = {
     # For `torch.compile`; users call none of them.
     "exclude-members": "rows_in_graph,gradient_in_graph,without_pad_row",
 }
-autodoc_inherit_docstrings = False  # Or those of torch's Module would be taken.
+autodoc_inherit_docstrings = False  # Else torch.nn.Module's docstrings appear.
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88

@@ -1,4 +1,4 @@
-"""Losses of 16-bit tensors and under autocast are as good as those of torch."""
+"""Losses of 16-bit tensors and under autocast are as accurate as in torch."""
 
 from __future__ import annotations
 

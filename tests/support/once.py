@@ -18,7 +18,7 @@ def once(
     Workers of pytest that run other files at the same time wait."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent  # Each worker has its own directory in that of the run.
+        shared = shared.parent  # Each worker has a directory inside the run's.
     directory, done = shared / name, shared / f"{name}.done"
     with (shared / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -33,7 +33,7 @@ class Model(nn.Module):
 
 
 def sharded(gang, setup, strategy, shard_logits, dedup):
-    """The model, and what gives logits and loss, as those of transformers do."""
+    """Returns logits and loss, as models of transformers do."""
     model = Model(setup)
     shard_embeddings(model, gang, strategy=strategy, output=setup.output, check_ids=False)
     if strategy != "none":
