@@ -20,7 +20,8 @@ from tp_embed.parameter.sharded import ShardedParameter, local
 
 V, E, PAD = 7, 5, 2
 IDS = torch.tensor([[1, 2, 2, 3], [6, 0, 3, 3]])
-KINDS = {"standard": None, "embed": ShardedEmbedding, "vocab": VocabShardedEmbedding}
+SHARDED = {"embed": ShardedEmbedding, "vocab": VocabShardedEmbedding}
+KINDS = {"standard": None, **SHARDED}
 SIZES = [1, 2, 3]
 
 
@@ -122,6 +123,36 @@ def save_elsewhere(gang, kind):
 @over("kind", KINDS)
 def test_hooks_of_saved_tensors_have_the_last_word(pool, size, kind):
     pool(size, save_elsewhere, kind)
+
+
+def replace_ids(gang, kind, options):
+    theirs, ours = tables(gang, kind, **options)
+    for embed in (theirs, ours):
+        ids = IDS.clone()
+
+        def unpack(x, ids=ids):
+            if x is not ids:
+                return x
+            ids.data.copy_(IDS.flip(-1))  # Without a new version.
+            return ids.view_as(ids)  # Another tensor in the same memory.
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+            output = embed(ids)
+            factors = torch.arange(1.0, 1 + len(IDS[0]))[:, None]
+            if options.get("output") == "sequence" and embed is ours:
+                block = -(-len(factors) // gang.size)
+                factors = factors[gang.rank * block : (gang.rank + 1) * block]
+            loss = (output * factors).sum()
+        loss.backward()
+    assert torch.equal(whole(ours, ours.weight.grad), theirs.weight.grad)
+
+
+@over("size", SIZES)
+@over(
+    "kind,options", [(kind, {}) for kind in KINDS] + [(k, {"output": "sequence"}) for k in SHARDED]
+)
+def test_hooks_can_replace_ids_in_the_same_memory(pool, size, kind, options):
+    pool(size, replace_ids, kind, options)
 
 
 def differentiate_twice(gang, kind):

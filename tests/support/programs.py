@@ -194,9 +194,10 @@ class Machine:
         """Looks up ids, changes the output by ``inplace``, and keeps a term of the next loss, whose
         gradient ``arrives`` in some layout."""
         x = make_ids(self.spec, shape, ids, layout, seed)
-        self.ids.append(x)
-        if self.gang is None and ids in ("uint8", "int16"):
-            x = x.long()  # torch does not look these up.
+        if ids in ("uint8", "int16"):  # torch does not look these up.
+            x = x.long() if self.gang is None else x
+        else:
+            self.ids.append(x)
         with _context(mode), _hooked(self.model.embed, hook):
             output = self._forward(x, mode)
         seen: Seen = {"part of the output": output.detach().clone()}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from tp_embed._torch_private import unsafe_view
 from tp_embed.batch_layout import BatchLayout
@@ -174,7 +175,6 @@ class Request:
     """
 
     def __init__(self, ids: Tensor, valid: Tensor | None, table: Lookup) -> None:
-        self.memory = ids.data_ptr()
         table.id_check(ids, table.place.num_rows, table.place.gang)
         if ids.device.type != "cpu":  # Errors for ids out of range are raised later.
             ids = ids.clamp(0, table.place.num_rows - 1)
@@ -244,12 +244,14 @@ class _Call:
     def __init__(self, table: Lookup) -> None:
         self.table = table
         self._request: Request | None = None
+        self._ids: TensorWeakRef | None = None
 
     def request(self, ids: Tensor, valid: Tensor | None) -> Request:
         """Returns the request for ``ids``, a new one if a saved-tensor hook replaced them."""
         request = self._request
-        if request is None or request.memory != ids.data_ptr():
-            request = Request(ids, valid, self.table)
+        # An address doesn't tell: new ids can get the memory of those that were freed.
+        if request is None or self._ids is None or self._ids() is not ids:
+            request, self._ids = Request(ids, valid, self.table), TensorWeakRef(ids)
         self._request = request if is_needed_again() else None
         return request
 
