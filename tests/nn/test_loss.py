@@ -14,6 +14,7 @@ from tp_embed import FakeGang, OutputHead, Partition, ShardedEmbedding, shard_em
 from tp_embed import VocabShardedEmbedding as VocabSharded
 from tp_embed.integrations.transformers import shard_logits
 from tp_embed.nn import loss as tp_loss
+from tp_embed.nn import projection
 from tp_embed.nn.loss import cross_entropy, linear_cross_entropy
 
 # So few columns that even one token has more logits than all hidden states have items.
@@ -37,7 +38,7 @@ OPTIONS = [
 
 def check_head(gang, kind, num_classes, options, chunk_bytes, block_bytes):
     """The fused loss of a head and, over the vocabulary, the one of its own logits."""
-    tp_loss._CHUNK_BYTES, tp_loss._BLOCK_BYTES = chunk_bytes, block_bytes
+    tp_loss._CHUNK_BYTES, projection._BLOCK_BYTES = chunk_bytes, block_bytes
     table, bias, x, target = problem(num_classes, dim=DIM)
     if options.get("ignore_index") is not None:
         target = target.clamp_min(0)

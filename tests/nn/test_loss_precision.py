@@ -10,7 +10,7 @@ from loss_problems import E, expected_loss, problem
 from parity import whole
 from tp_embed import FakeGang, OutputHead, Partition, ShardedEmbedding, StandardEmbedding
 from tp_embed import VocabShardedEmbedding as VocabSharded
-from tp_embed.nn import loss as tp_loss
+from tp_embed.nn import projection
 from tp_embed.nn.loss import cross_entropy, linear_cross_entropy
 
 
@@ -57,7 +57,7 @@ def set_products(widened):
     """Whether this CPU is taken for one that multiplies low precisions in fp32."""
     there = next(name for name, able in torch.cpu.get_capabilities().items() if able is True)
     names = () if widened else (there,)
-    tp_loss._CPU_PRODUCTS = {torch.bfloat16: names, torch.float16: names}
+    projection._CPU_PRODUCTS = {torch.bfloat16: names, torch.float16: names}
 
 
 @pytest.mark.parametrize("options", [{}, {"soft_cap": 2.0, "z_loss": 0.1}], ids=str)
@@ -84,7 +84,7 @@ def test_low_precision_gradients_are_as_good_as_those_of_torch(pool, kind, dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_under_autocast(monkeypatch, widened, dtype):
     """Hidden states of any dtype, as another layer gives them, and a weight in fp32."""
-    monkeypatch.setattr(tp_loss, "_CPU_PRODUCTS", tp_loss._CPU_PRODUCTS)
+    monkeypatch.setattr(projection, "_CPU_PRODUCTS", projection._CPU_PRODUCTS)
     set_products(widened)
     table, bias, x, target = problem(257, torch.float32)
     x, weight = x.detach().flatten(0, 1).to(dtype).requires_grad_(), table.weight

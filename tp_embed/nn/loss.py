@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.amp import is_autocast_available as _has_autocast
+from torch.amp import is_autocast_available
 from torch.nn.functional import linear
 
 from tp_embed._torch_private import is_transformed
 from tp_embed.gang import FakeGang, Gang
 from tp_embed.gang.collectives import in_graph, reduce_partial
+from tp_embed.nn.projection import add_gradients, compute_logits, product_dtypes, row_blocks
 from tp_embed.nn.token_loss import (
     LossOptions,
     check_target,
@@ -32,16 +33,6 @@ Reduction = Literal["mean", "sum", "none"]
 # The minimum size of the logits of one chunk of tokens, in fp32: chunks of fewer tokens multiply
 # more slowly (by a half with 32 tokens, by 5% with 128).
 _CHUNK_BYTES = 32 << 20
-
-# How much of the weight the CPU multiplies at once, in fp32: about the size of its caches.
-_BLOCK_BYTES = 2 << 20
-
-# CPU features that make low-precision products faster than fp32. Without them, they take 4 to 100
-# times as long (torch 2.13, AVX2).
-_CPU_PRODUCTS = {
-    torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"),
-    torch.float16: ("amx_fp16", "avx512_fp16"),
-}
 
 _ALONE: Gang = FakeGang("cpu")  # Size 1: sends nothing.
 
@@ -158,7 +149,7 @@ def linear_cross_entropy(
     kept = flat_target != ignore_index
     count = kept.sum() if reduction == "mean" else kept.new_ones((), dtype=torch.long)
     if is_transformed() or in_graph(x):
-        context = sum_over, loss_gang, classes, options, _dtypes(x, weight)
+        context = sum_over, loss_gang, classes, options, product_dtypes(x, weight)
         return _mean(_composed_sum(x, weight, bias, flat_target, *context), count)
     if x.device.type == "cpu" and not kept.all():
         index = kept.nonzero()[:, 0]
@@ -218,7 +209,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
         inputs = x, weight, bias, target
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        logits_dtype, dtype = dtypes = _dtypes(x, weight)
+        logits_dtype, dtype = dtypes = product_dtypes(x, weight)
         ctx.context = sum_over, gang, classes, options, dtypes
         sum_dtype = torch.promote_types(logits_dtype, torch.float32)
         # Gradients of the sum of the losses; the backward scales them in fp32. They accumulate over
@@ -229,7 +220,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         if dtype.itemsize < weight.itemsize:
             weight = weight.to(dtype)  # For autocast; casts to a wider dtype are done per block.
-        blocks = _blocks(weight)
+        blocks = row_blocks(weight)
         rows, tokens = len(weight), -(-len(x) // max(1, num_chunks))
         with_slopes = options.soft_cap is not None and any(needs)
         buffers = x.new_empty(1 + with_slopes, tokens * rows, dtype=sum_dtype)
@@ -239,7 +230,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             shape = len(buffers), rows, len(chunk)
             # Classes first, so that products transpose only the tokens, which are fewer.
             logits, *slopes = buffers[:, : rows * len(chunk)].view(shape)  # (V, n)
-            _compute_logits(logits, chunk, weight, bias, blocks, sum_over, logits_dtype)
+            compute_logits(logits, chunk, weight, bias, blocks, sum_over, logits_dtype)
             losses, _ = token_losses(
                 logits.T,
                 target[start : start + tokens],
@@ -254,7 +245,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias += logits.sum(1)
             sums = _zeros_like(chunk, sum_dtype, needs[0])
             if needs[0] or needs[1]:
-                _add_gradients(logits, chunk, weight, blocks, sums, grad_weight)
+                add_gradients(logits, chunk, weight, blocks, sums, grad_weight)
             if grad_x is not None and sums is not None:
                 grad_x[start : start + tokens] = sums
         if any(needs):
@@ -298,7 +289,9 @@ def _composed_sum(
     """Computes the sum of the losses with differentiable operations, holding all logits."""
     logits_dtype, dtype = dtypes
     device = x.device.type
-    exact = torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
+    exact = (
+        torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
+    )
     with exact, unguarded():
         logits = linear(x.to(dtype), weight.to(dtype)).to(logits_dtype)
         logits = widened(reduce_partial(logits, sum_over))
@@ -307,77 +300,5 @@ def _composed_sum(
         return composed_losses(logits, target, gang, classes, options).sum()
 
 
-def _dtypes(x: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Returns the dtype of the logits and the dtype of the products."""
-    device = x.device.type
-    logits = torch.promote_types(x.dtype, weight.dtype)
-    if _has_autocast(device) and torch.is_autocast_enabled(device) and logits != torch.float64:
-        logits = torch.get_autocast_dtype(device)
-    if device != "cpu" or logits not in _CPU_PRODUCTS:
-        return logits, logits
-    capabilities = torch.cpu.get_capabilities()
-    fast = any(capabilities.get(name, False) for name in _CPU_PRODUCTS[logits])
-    return logits, logits if fast else torch.float32
-
-
-def _blocks(weight: Tensor) -> list[slice]:
-    """Splits the rows of ``weight`` into blocks for the CPU; an accelerator multiplies all."""
-    rows, width = weight.shape
-    step = _BLOCK_BYTES // (4 * max(1, width)) if weight.device.type == "cpu" else rows
-    return [slice(start, start + max(1, step)) for start in range(0, rows, max(1, step))]
-
-
 def _zeros_like(tensor: Tensor | None, dtype: torch.dtype, is_needed: bool) -> Tensor | None:
     return torch.zeros_like(tensor, dtype=dtype) if is_needed and tensor is not None else None
-
-
-def _compute_logits(
-    out: Tensor,
-    chunk: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    blocks: list[slice],
-    sum_over: Gang,
-    dtype: torch.dtype,
-) -> None:
-    """Puts the logits of ``chunk``, *Shape:* :math:`(n,E)`, into ``out``, *Shape:* :math:`(V,n)`.
-    Parts of ranks are summed in ``dtype``."""
-    for block in blocks:
-        _multiply(weight[block].to(chunk.dtype), chunk.T, out[block])
-    if sum_over.size > 1:
-        partial = out.to(dtype)
-        sum_over.all_reduce(partial)
-        out.copy_(partial)
-    if bias is not None:
-        out += bias[:, None]
-
-
-def _add_gradients(
-    gradient: Tensor,
-    chunk: Tensor,
-    weight: Tensor,
-    blocks: list[slice],
-    grad_chunk: Tensor | None,
-    grad_weight: Tensor | None,
-) -> None:
-    """Backpropagates the gradient of the logits, *Shape:* :math:`(V,n)`, and adds it to the
-    gradients of ``chunk``, *Shape:* :math:`(n,E)`, and ``weight``, *Shape:* :math:`(V,E)`."""
-    for block in blocks:
-        low = gradient[block].to(chunk.dtype)
-        if grad_chunk is not None:
-            _multiply(low.T, weight[block].to(chunk.dtype), grad_chunk, add=True)
-        if grad_weight is not None and chunk.dtype == torch.float16:
-            # The sum over tokens may overflow fp16 at any loss scale.
-            _multiply(gradient[block], chunk.to(gradient.dtype), grad_weight[block], add=True)
-        elif grad_weight is not None:
-            _multiply(low, chunk, grad_weight[block], add=True)
-
-
-def _multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """Writes ``left @ right`` to ``out``, whose dtype may be wider, or adds to it."""
-    if left.dtype == out.dtype:
-        out.addmm_(left, right, beta=float(add))  # 0.0 ignores the old values, even NaN.
-    elif add:
-        out.add_(left @ right)
-    else:
-        out.copy_(left @ right)
