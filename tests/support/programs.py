@@ -27,6 +27,8 @@ from tp_embed.gang.collectives import gather_table
 # The name of a method of the machine, and its arguments.
 Op = tuple[str, dict[str, Any]]
 Seen = dict[str, Tensor | None]
+# torch doesn't look these up; both sides look up copies.
+COPIED = torch.uint8, torch.int16
 
 
 @dataclass(frozen=True)
@@ -194,10 +196,9 @@ class Machine:
         """Looks up ids, changes the output by ``inplace``, and keeps a term of the next loss, whose
         gradient ``arrives`` in some layout."""
         x = make_ids(self.spec, shape, ids, layout, seed)
-        if ids in ("uint8", "int16"):  # torch does not look these up.
-            x = x.long() if self.gang is None else x
-        else:
-            self.ids.append(x)
+        self.ids.append(x)
+        if self.gang is None and x.dtype in COPIED:
+            x = x.long()
         with _context(mode), _hooked(self.model.embed, hook):
             output = self._forward(x, mode)
         seen: Seen = {"part of the output": output.detach().clone()}
@@ -253,7 +254,8 @@ class Machine:
             return {**seen, "second": self._whole(second)}
         if mode == "ids changed":
             for ids in batches:
-                ids.fill_(0)
+                if ids.dtype not in COPIED:
+                    ids.fill_(0)
         loss.backward(retain_graph=mode == "retained twice")
         if mode in ("retained twice", "twice"):
             loss.backward()
