@@ -1,6 +1,8 @@
 """Random programs give the same as with `nn.Embedding` and `nn.Linear`, or one of our errors.
 
-python tests/test_programs.py "Program(...)"    runs one again
+    PYTHONPATH=tests/support python tests/test_programs.py "Program(...)"
+
+runs one again.
 """
 
 from __future__ import annotations

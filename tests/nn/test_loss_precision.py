@@ -15,7 +15,7 @@ from tp_embed.nn.loss import cross_entropy, linear_cross_entropy
 
 
 def low_precision(gang, kind, dtype, scale, widened, options):
-    """How far the gradients are from those in fp64, by each way, and how far those of torch are:
+    """The distance of the gradients from fp64, by each way, and the distance of torch's:
     all at once, and by their norm, which rounding errors of single items do not change."""
     set_products(widened)
     table, _, x, target = problem(257)

@@ -102,7 +102,7 @@ def test_fused_loss_holds_no_logits(monkeypatch):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_backward_makes_no_other_gradient(fused):
-    """The one that was saved becomes that of the tensor, unless it is needed again."""
+    """The saved gradient becomes the tensor's own, unless it is needed again."""
     x, weight = torch.randn(4, E), torch.randn(V, E, requires_grad=True)
     logits = torch.randn(4, V, requires_grad=True)
     target, alone = torch.arange(4), (FakeGang("cpu"), Partition(V, 1))

@@ -124,7 +124,7 @@ def test_lookups_send_what_is_planned(pool, more, share, owner, size, output):
             found = pool(size, looked_up, setup, strategy, dedup)
             wanted = [(t.phase, t.operation, t.payload) for t in planned.transfers]
             assert list(most([sent for sent, _ in found])) == wanted, (strategy, dedup)
-            # The busiest rank of one collective may not be that of the next.
+            # Another rank may be the busiest in the next collective.
             assert max(total for _, total in found) <= planned.sent
             if len(wanted) == 1:
                 assert max(total for _, total in found) == int(planned.sent)

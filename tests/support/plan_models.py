@@ -57,8 +57,8 @@ def cases(setup):
 
 
 def rows_of_owners(setup, count):
-    """As many distinct rows of the table, of which the first ranks have no more than others, or the
-    first one its share."""
+    """Returns ``count`` distinct rows of the table, spread evenly over the ranks, or with the share
+    of the first one that the setup gives."""
     partition = Partition(setup.vocab_size, setup.tp_size)
     left = [list(partition.shard(rank)) for rank in range(setup.tp_size)]
     found = []

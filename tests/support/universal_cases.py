@@ -6,7 +6,7 @@ GROWN = 128
 
 
 def case(stage, kind="", **more):
-    """``kind`` is what is special: "", "tied", "bf16", "typed", or "mpu" in the place of AutoTP."""
+    """``kind`` is "", "tied", "bf16", "typed", or "mpu" for an mpu instead of AutoTP."""
     kinds = {name: kind == name for name in ("tied", "bf16", "typed", "mpu")}
     return {"stage": stage, **kinds, **more}
 

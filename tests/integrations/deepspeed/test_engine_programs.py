@@ -1,7 +1,9 @@
 """Random programs give the same results on an engine with sharded tables and on DeepSpeed's engine
 of the whole model, or one of our errors.
 
-    python tests/test_engine_programs.py "Program(...)"    runs one again
+    PYTHONPATH=tests:tests/support:tests/jobs python tests/integrations/deepspeed/test_engine_programs.py "..."
+
+runs one again, given as "Program(...)".
 """
 
 from __future__ import annotations
