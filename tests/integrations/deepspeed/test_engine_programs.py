@@ -1,9 +1,9 @@
 """Random programs give the same results on an engine with sharded tables and on DeepSpeed's engine
 of the whole model, or one of our errors.
 
-    PYTHONPATH=tests:tests/support:tests/jobs python tests/integrations/deepspeed/test_engine_programs.py "..."
+    PYTHONPATH=tests:tests/support:tests/jobs python THIS_FILE "Program(...)"
 
-runs one again, given as "Program(...)".
+runs one again.
 """
 
 from __future__ import annotations
