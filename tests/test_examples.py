@@ -1,5 +1,5 @@
-"""Compares the scripts in `docs/deepspeed.md` on two ranks, by the real launcher, with plain torch
-in this process. test_hf_examples.py runs the scripts in `docs/transformers.md`."""
+"""Compares the scripts in `docs/deepspeed.md` on two ranks with plain torch in this process.
+test_hf_examples.py runs the scripts in `docs/transformers.md`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from forks import run_script
 from launch import ROOT, deepspeed_command, run
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -25,9 +26,10 @@ MARK = "  # added"
 DIFFS = dict(re.findall(r"`examples/(train_\w+\.py)`:\n+```diff\n(.*?)```", DOC, re.DOTALL))
 
 
-def start(name, *args):
+def start(name, *, by_launcher=False):
     """Runs a script; returns its output and the losses in it."""
-    output = run(deepspeed_command(EXAMPLES / name, *args))
+    script = EXAMPLES / name
+    output = run(deepspeed_command(script)) if by_launcher else run_script(script)
     return output, [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", output)]
 
 
@@ -49,7 +51,7 @@ def llama_loss(model, ids):
 
 
 def test_autotp_script():
-    output, losses = start("train_autotp.py")
+    output, losses = start("train_autotp.py", by_launcher=True)
     assert "(101 x 32): strategy 'vocab', tied to lm_head" in output
     expected = train_alone(train_autotp.build_model(), train_autotp.batches(), llama_loss)
     assert losses == pytest.approx(expected, rel=1e-6)

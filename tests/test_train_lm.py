@@ -16,6 +16,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import corpus
+from forks import run_script
 from launch import (
     BIN,
     ROOT,
@@ -47,7 +48,7 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole_run(directory):
     """Runs the default embedding without interruption, in runs/whole."""
-    output = run(deepspeed_command(SCRIPT, *TINY, "name=whole"), cwd=directory)
+    output = run_script(SCRIPT, *TINY, "name=whole", cwd=directory)
     return directory / "runs" / "whole", output
 
 
@@ -96,7 +97,7 @@ def test_resumed_run_continues_exactly(whole_run, directory):
     assert latest.read_text() == "step15", output
     assert not (run_dir / "result.json").exists(), output
 
-    run(deepspeed_command(SCRIPT, *TINY, "name=broken", "resume=true"), cwd=directory)
+    run_script(SCRIPT, *TINY, "name=broken", "resume=true", cwd=directory)
     assert losses(run_dir) == losses(expected)
 
 
@@ -126,7 +127,7 @@ def test_experiment_goes_on_from_a_universal_checkpoint_of_another_stage(directo
     """Also with another architecture, another optimizer, and offloading."""
     options = ["experiment=tied_vocab", "debug=tiny", "model=qwen3_tiny", "optimizer=adam"]
     first = ["name=moved", "deepspeed=zero2", "offload=optimizer"]
-    run(deepspeed_command(SCRIPT, *options, *first), cwd=directory)
+    run_script(SCRIPT, *options, *first, cwd=directory)
     run_dir = directory / "runs" / "moved"
     run([sys.executable, str(EVALUATE), str(run_dir)], directory)
 
@@ -134,14 +135,14 @@ def test_experiment_goes_on_from_a_universal_checkpoint_of_another_stage(directo
     convert = [str(BIN / "tp-embed"), "convert", str(run_dir / "checkpoints"), str(universal)]
     run([*convert, "--to", "universal"], directory)
     then = ["name=universal", "checkpoint=universal", "resume=true", "steps=6"]
-    output = run(deepspeed_command(SCRIPT, *options, *then), cwd=directory)
+    output = run_script(SCRIPT, *options, *then, cwd=directory)
     assert "resumed after step 4" in output
     assert [step for step, _ in losses(universal.parent)] == [5, 6]
 
 
 def test_sweep_trains_each_choice_from_the_same_model(directory):
     options = ["experiment=sharded_vs_replicated", "debug=tiny", "precision=bf16", "optimizer=sgd"]
-    run(deepspeed_command(SCRIPT, *options), cwd=directory)
+    run_script(SCRIPT, *options, cwd=directory)
     results = {
         path.parent.name: json.loads(path.read_text())
         for path in (directory / "runs" / "sharded_vs_replicated").rglob("result.json")
@@ -153,8 +154,7 @@ def test_sweep_trains_each_choice_from_the_same_model(directory):
 
 
 def test_four_ranks_are_two_gangs(directory):
-    command = deepspeed_command(SCRIPT, *TINY, "name=four", "steps=6", "deepspeed=zero2", ranks=4)
-    run(command, cwd=directory)
+    run_script(SCRIPT, *TINY, "name=four", "steps=6", "deepspeed=zero2", ranks=4, cwd=directory)
     result = json.loads((directory / "runs" / "four" / "result.json").read_text())
     assert result["last_loss"] < result["first_loss"]
     assert result["table_bytes_per_rank"] * 2 == result["table_bytes_replicated"]
@@ -186,14 +186,12 @@ def test_run_of_the_same_name_sets_checkpoints_aside(directory):
     run_dir = directory / "runs" / "again"
     (run_dir / "checkpoints").mkdir(parents=True)
     (run_dir / "checkpoints" / "latest").write_text("step7")
-    run(deepspeed_command(SCRIPT, *TINY, "name=again", "steps=2", "tp_size=1", ranks=1), directory)
+    run_script(SCRIPT, *TINY, "name=again", "steps=2", "tp_size=1", ranks=1, cwd=directory)
     assert (run_dir / "checkpoints" / "latest").read_text() == "step2"
     assert (run_dir / "checkpoints.previous" / "latest").read_text() == "step7"
 
 
 def test_resume_needs_a_checkpoint(directory):
+    options = *TINY, "name=nothing", "resume=true", "tp_size=1"
     with pytest.raises(AssertionError, match=r"needs a checkpoint in .*, but there is none"):
-        run(
-            deepspeed_command(SCRIPT, *TINY, "name=nothing", "resume=true", "tp_size=1", ranks=1),
-            cwd=directory,
-        )
+        run_script(SCRIPT, *options, ranks=1, cwd=directory)

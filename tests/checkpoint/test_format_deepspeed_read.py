@@ -1,4 +1,4 @@
-"""Checkpoints that real engines have saved, read at every ZeRO stage; by the real launcher."""
+"""Checkpoints that real engines have saved, read at every ZeRO stage."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import convert_load_job as job
 from convert_job import build
-from launch import deepspeed_command, run
+from forks import run_script
 from tp_embed.checkpoint import Request, convert, formats, plan
 from tp_embed.checkpoint.contents import MASTER, Key, ReadOptions
 from tp_embed.checkpoint.cuts import Rule
@@ -75,7 +75,7 @@ def to_deepspeed(source, output, stage, tp=1, dp=1, **more):
 def launch(out, name, cases, *, ranks=2):
     file = out / f"{name}.json"
     file.write_text(json.dumps(cases))
-    run(deepspeed_command(job.__file__, out, file, ranks=ranks))
+    run_script(job.__file__, out, file, ranks=ranks)
     return [torch.load(out / f"{name}.{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 

@@ -14,7 +14,7 @@ from deepspeed.checkpoint import ds_to_universal
 
 import format_universal_job as job
 import universal_job
-from launch import deepspeed_command, run
+from forks import run_script
 from tp_embed.checkpoint import Cut, ReadOptions, Request, Rule, convert
 from tp_embed.checkpoint.formats import universal
 from tp_embed.integrations.deepspeed.universal import to_universal
@@ -74,7 +74,7 @@ def launch(out: Path, name: str, without_tp: dict, with_tp: dict) -> dict[str, l
     cases |= {name: {**case, "tp": 2} for name, case in with_tp.items()}
     plan = out / f"{name}.json"
     plan.write_text(json.dumps(cases))
-    run(deepspeed_command(job.__file__, out, plan, ranks=2))
+    run_script(job.__file__, out, plan, ranks=2)
     ranks = [torch.load(plan.with_suffix(f".{rank}.pt"), weights_only=True) for rank in range(2)]
     return {name: [seen[name] for seen in ranks] for name in cases}
 

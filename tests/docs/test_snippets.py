@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import BIN, ROOT, deepspeed_command, environment, free_port, remove_shared_memory, run
+from forks import run_script
+from launch import BIN, ROOT, environment, free_port, remove_shared_memory, run
 from snippets import TUTORIALS, blocks, blocks_of, python_blocks
 from tp_embed import cli
 
@@ -29,7 +30,7 @@ COMMANDS = [b for b in blocks("bash") if b.page.parent != TUTORIALS or b.marks]
 def errors(tmp_path_factory):
     """What each block of Python has raised on each rank."""
     directory = tmp_path_factory.mktemp("snippets")
-    run(deepspeed_command(JOB, directory), cwd=directory)
+    run_script(JOB, directory, cwd=directory)
     return [json.loads((directory / f"errors-{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -1,5 +1,4 @@
-"""Compares monitored engines, by the real launcher, with one process of plain torch and with
-DeepSpeed's own logs."""
+"""Compares monitored engines with one process of plain torch and with DeepSpeed's own logs."""
 
 from __future__ import annotations
 
@@ -13,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import monitor_job as job
 import pipeline_job
-from launch import ROOT, deepspeed_command, run
+from forks import run_script
+from launch import ROOT
 
 TABLES = ("embed", "positions", "head")
 
@@ -21,7 +21,7 @@ TABLES = ("embed", "positions", "head")
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     directory = tmp_path_factory.mktemp("monitor")
-    (directory / "log").write_text(run(deepspeed_command(job.__file__, directory, ranks=4)))
+    (directory / "log").write_text(run_script(job.__file__, directory, ranks=4))
     return directory
 
 
@@ -161,7 +161,7 @@ def test_round_robin_gradients_are_refused(seen):
 
 def test_example(tmp_path):
     script = ROOT / "examples" / "train_monitored.py"
-    output = run(deepspeed_command(script, tmp_path))
+    output = run_script(script, tmp_path)
     for line in (
         r"Train/Samples/tp_embed/grad_norm/model\.embed_tokens +[\d.e-]+ +[\d.e-]+",
         r"Train/Samples/tp_embed/exchange_ms/all_gather +[\d.e-]+ +[\d.e-]+",

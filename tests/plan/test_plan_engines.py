@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import plan as benchmark
-from launch import ROOT, deepspeed_command, run
+from forks import run_script
+from launch import ROOT
 from tp_embed.plan import Network, Setup
 from tp_embed.plan.traffic import Transfer
 
@@ -17,7 +18,7 @@ from tp_embed.plan.traffic import Transfer
 def measured(tmp_path_factory):
     out = tmp_path_factory.mktemp("plan")
     job = ROOT / "benchmarks" / "plan.py"
-    run(deepspeed_command(job, "--part", "engines", "--json", out, ranks=4), timeout=600)
+    run_script(job, "--part", "engines", "--json", out, ranks=4, timeout=600)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(4)]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import convert_job as job
-from launch import deepspeed_command, run
+from forks import run_script
 from tp_embed.checkpoint.contents import ReadOptions
 from tp_embed.checkpoint.formats import deepspeed
 from universal_job import optimizer_names
@@ -49,7 +49,7 @@ def train_engines(out):
     for ranks, cases in CASES.items():
         plan = out / f"{ranks}.json"
         plan.write_text(json.dumps(cases))
-        run(deepspeed_command(job.__file__, out, plan, ranks=ranks))
+        run_script(job.__file__, out, plan, ranks=ranks)
 
 
 def seen_by_ranks(out):

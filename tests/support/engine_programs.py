@@ -300,7 +300,11 @@ class Machine:
         return self._table()
 
     def consolidate(self) -> Seen:
-        state = self.engine._consolidated_16bit_state_dict()
+        by_autotp = self.spec.by == "AutoTP" and self.spec.tp_size > 1 and self.spec.stage < 3
+        if by_autotp and not self.is_ours:  # The whole model is not partitioned.
+            state = self.engine.module.state_dict() if dist.get_rank() == 0 else None
+        else:
+            state = self.engine._consolidated_16bit_state_dict()
         if state is None:
             return {}
         return {name: value.detach().clone() for name, value in state.items()}

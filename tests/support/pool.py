@@ -9,7 +9,6 @@ after any failure, which may leave collectives half-done.
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import pickle
 import signal
@@ -22,6 +21,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from forks import fork_context
 
 SIZE = 4
 TIMEOUT = 60.0
@@ -88,8 +89,7 @@ class Pool:
         return [outcomes[rank] for rank in range(size)]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "tp_embed.surgery.shard"])
+        context = fork_context()
         self._dir = tempfile.TemporaryDirectory()
         for rank in range(self._size):
             ours, theirs = context.Pipe()

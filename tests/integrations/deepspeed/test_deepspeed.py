@@ -1,4 +1,4 @@
-"""Tables on real DeepSpeed engines at ZeRO 1 over two ranks, by the real launcher."""
+"""Tables on real DeepSpeed engines at ZeRO 1 over two ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import deepspeed_job as job
-from launch import deepspeed_command, run
+from forks import run_script
+from launch import run
 from llama import DIM, VOCAB
 
 SHARDED = [name for name, case in job.CASES.items() if case["strategy"]]
@@ -18,7 +19,7 @@ UNTIED = [name for name in SHARDED if name in ("embed", "vocab")]
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("deepspeed")
-    run(deepspeed_command(job.__file__, out))
+    run_script(job.__file__, out)
     return out
 
 

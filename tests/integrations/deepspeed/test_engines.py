@@ -1,4 +1,4 @@
-"""Compares engines of all kinds with one process of plain torch, by the real launcher."""
+"""Compares engines of all kinds with one process of plain torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 
 import engines_job as job
 from engines_gradients import REUSE
-from launch import ROOT, deepspeed_command, run
+from forks import run_script
+from launch import ROOT
 from parity import assert_same_bits
 
 PARITY = ROOT / "benchmarks" / "engine_parity.py"
@@ -17,8 +18,8 @@ PARITY = ROOT / "benchmarks" / "engine_parity.py"
 
 def parity(tmp_path, *args, ranks):
     rows = tmp_path / "rows.json"
-    command = deepspeed_command(PARITY, "--json", rows, *args, ranks=ranks)
-    run(command, timeout=600)  # Fails if a row is out of tolerance.
+    # Fails if a row is out of tolerance.
+    run_script(PARITY, "--json", rows, *args, ranks=ranks, timeout=600)
     return json.loads(rows.read_text())
 
 
@@ -50,7 +51,7 @@ def test_tensor_and_data_parallel(tmp_path):
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     out = tmp_path_factory.mktemp("engines")
-    run(deepspeed_command(job.__file__, out, ranks=4))
+    run_script(job.__file__, out, ranks=4)
     return [torch.load(out / f"seen{rank}.pt", weights_only=True) for rank in range(4)]
 
 
@@ -242,6 +243,6 @@ def test_bytes_of_table_and_head(tmp_path):
     }
     sizes = [f"--vocab-size={vocab_size}", f"--dim={dim}"]
     program = ROOT / "benchmarks" / "memory.py"
-    run(deepspeed_command(program, *expected, *sizes, f"--json={rows}"))
+    run_script(program, *expected, *sizes, f"--json={rows}")
     found = {row["case"]: (row["table"], row["head"]) for row in json.loads(rows.read_text())}
     assert found == expected

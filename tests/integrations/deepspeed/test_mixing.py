@@ -7,13 +7,13 @@ import torch
 
 import mixing_job as job
 from engines_job import LR, batches, build
-from launch import deepspeed_command, run
+from forks import run_script
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     out = tmp_path_factory.mktemp("mixing")
-    run(deepspeed_command(job.__file__, out, ranks=2), timeout=400)
+    run_script(job.__file__, out, ranks=2, timeout=400)
     return [torch.load(out / f"seen{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -1,4 +1,4 @@
-"""Tables of pipelines on real DeepSpeed engines over four ranks, by the real launcher."""
+"""Tables of pipelines on real DeepSpeed engines over four ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import pipeline_job as job
-from launch import ROOT, deepspeed_command, run
+from forks import run_script
+from launch import ROOT
 
 SCRIPT = ROOT / "examples" / "train_pipeline.py"
 TINY = ["--vocab_size=1000", "--max_bytes=1500000", "--seq_len=32", "--dim=32", "--layers=2"]
@@ -20,7 +21,7 @@ TIED = [name for name, case in job.CASES.items() if case.get("tied", True)]
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     out = tmp_path_factory.mktemp("pipeline")
-    run(deepspeed_command(job.__file__, out, ranks=4))
+    run_script(job.__file__, out, ranks=4)
     return [torch.load(out / f"seen{rank}.pt", weights_only=True) for rank in RANKS]
 
 
@@ -93,8 +94,8 @@ def test_what_would_go_wrong_is_refused(seen):
 
 def test_example_resumes_exactly(tmp_path):
     def losses(*arguments):
-        command = deepspeed_command(SCRIPT, *TINY, "--steps=4", *arguments, ranks=4)
-        return re.findall(r"^step (\d+): loss ([\d.]+)", run(command, cwd=tmp_path), re.MULTILINE)
+        output = run_script(SCRIPT, *TINY, "--steps=4", *arguments, ranks=4, cwd=tmp_path)
+        return re.findall(r"^step (\d+): loss ([\d.]+)", output, re.MULTILINE)
 
     whole = losses("--checkpoint_every=2")
     assert [step for step, _ in whole] == ["1", "2", "3", "4"]

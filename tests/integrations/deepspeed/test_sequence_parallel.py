@@ -1,5 +1,5 @@
-"""Compares the example of sequence parallelism on two ranks, by the real launcher, with the same
-model in one process, which holds all positions."""
+"""Compares the example of sequence parallelism on two ranks with the same model in one process,
+which holds all positions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import sequence_parallel as example
-from launch import deepspeed_command, run
+from forks import run_script
 from tp_embed import FakeGang
 
 
@@ -32,7 +32,7 @@ def train_alone():
 
 def test_losses_are_those_of_one_process():
     assert example.LENGTH % 2  # The ranks hold different numbers of positions.
-    output = run(deepspeed_command(example.__file__))
+    output = run_script(example.__file__)
     assert "(101 x 32): strategy 'vocab', tied to head" in output
     losses = [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", output)]
     assert losses == pytest.approx(train_alone(), rel=1e-6)

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import train_rows_job as job
-from launch import deepspeed_command, run
+from forks import run_script
 from tp_embed.integrations.deepspeed.config import read_section
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     out = tmp_path_factory.mktemp("train_rows")
-    run(deepspeed_command(job.__file__, out, ranks=4))
+    run_script(job.__file__, out, ranks=4)
     return [torch.load(out / f"seen{rank}.pt", weights_only=True) for rank in range(4)]
 
 

@@ -1,5 +1,5 @@
 """Checkpoints of real engines, converted and loaded at other ZeRO stages and tensor-parallel sizes,
-with another vocabulary, and exported; by the real launcher."""
+with another vocabulary, and exported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import universal_job as job
-from launch import deepspeed_command, run
+from forks import run_script
 from llama import DIM, VOCAB
 from tp_embed.checkpoint import CheckpointError
 from tp_embed.checkpoint.formats.universal.paths import model_file, parameters_of
@@ -39,7 +39,7 @@ HEAD = "lm_head.weight"
 def launch(out, name, cases, *, tp_size=1, ranks=2):
     plan = out / f"{name}.json"
     plan.write_text(json.dumps(cases))
-    run(deepspeed_command(job.__file__, tp_size, out, plan, ranks=ranks))
+    run_script(job.__file__, tp_size, out, plan, ranks=ranks)
     return [torch.load(plan.with_suffix(f".{rank}.pt"), weights_only=True) for rank in range(ranks)]
 
 

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, Trainer
 import finetune_lora
 import train_accelerate
 import train_hf_trainer
+from forks import run_script
 from launch import BIN, ROOT, deepspeed_command, free_port, run
 
 EXAMPLES = ROOT / "examples"
@@ -47,7 +48,8 @@ def test_trainer_script(tmp_path):
 
     # It resumes where it stopped.
     shutil.rmtree(tmp_path / "sharded" / "checkpoint-4")
-    assert numbers(run(command), "loss") == numbers(output, "loss")
+    output_again = run_script(EXAMPLES / "train_hf_trainer.py", tmp_path / "sharded")
+    assert numbers(output_again, "loss") == numbers(output, "loss")
     same_model(tmp_path / "sharded" / "model", alone.model)
 
 
@@ -77,9 +79,7 @@ def test_accelerate_script(tmp_path):
 def test_lora_script(tmp_path):
     base = finetune_lora.build_model()
     base.save_pretrained(tmp_path / "base")
-    output = run(
-        deepspeed_command(EXAMPLES / "finetune_lora.py", tmp_path / "base", tmp_path / "adapter")
-    )
+    output = run_script(EXAMPLES / "finetune_lora.py", tmp_path / "base", tmp_path / "adapter")
     torch.manual_seed(0)
     alone = finetune_lora.add_lora(LlamaForCausalLM.from_pretrained(tmp_path / "base"))
     losses = finetune_lora.train(alone, torch.optim.AdamW(alone.parameters(), lr=1e-2))

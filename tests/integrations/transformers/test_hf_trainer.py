@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_trainer_job as job
+from forks import run_script
 from hf_models import V, build, logits
-from launch import deepspeed_command, run
 from tp_embed.integrations.transformers import ShardTables
 from tp_embed.integrations.transformers.shard import check_lora
 
@@ -28,7 +28,7 @@ ALL = MODELS | LORA
 def directory(tmp_path_factory):
     out = tmp_path_factory.mktemp("trainer")
     build("llama").save_pretrained(out / "initial")
-    run(deepspeed_command(job.__file__, out))
+    run_script(job.__file__, out)
     return out
 
 
