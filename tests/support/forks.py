@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -83,11 +84,14 @@ def _join(processes: Sequence[Any], timeout: float) -> str:
             if process.exitcode:
                 failure = f"exited with {process.exitcode}"
     for process in running:
-        os.kill(process.pid, signal.SIGUSR1)  # Prints the stacks.
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGUSR1)  # Prints the stacks.
     if running:
         time.sleep(0.5)
     for process in running:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
     return failure
 

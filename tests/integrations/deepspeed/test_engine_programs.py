@@ -57,6 +57,10 @@ def specs(draw: Any) -> EngineSpec:
     tp_size = draw(st.sampled_from([1, 2, 2, SIZE]))
     by = "AutoTP" if tp_size == 2 and draw(st.booleans()) else "mpu"
     given = draw(st.sampled_from(["made", "made", "function", "config"]))
+    optimizers = list(OPTIMIZERS)[:-1]
+    if by == "AutoTP" and given == "made":
+        # Its state is as large as layers were before AutoTP cuts them: torch raises.
+        optimizers.remove("Adagrad")
     return EngineSpec(
         draw(st.sampled_from(["embed", "vocab"])),
         rows,
@@ -66,7 +70,7 @@ def specs(draw: Any) -> EngineSpec:
         reuse_grad=draw(st.booleans()),
         dedup=draw(st.sampled_from(["auto", True, False])),
         head=draw(st.sampled_from([None, "tied", "biased", "untied"])),
-        optimizer=draw(st.sampled_from(list(OPTIMIZERS)[:-1])),
+        optimizer=draw(st.sampled_from(optimizers)),
         tp_size=tp_size,
         neighbours=by == "AutoTP" or draw(st.booleans()),
         by=by,
