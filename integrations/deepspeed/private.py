@@ -209,6 +209,13 @@ def wrap_step(engine: Any, wrap: Callable[[Callable[..., None]], Callable[..., N
     return unwrap
 
 
+def replace_consolidation(engine: Any, function: Callable[..., Any]) -> None:
+    """Replaces the function that gathers a whole model at ZeRO 3, for `save_16bit_model()` and
+    Accelerate's `get_state_dict()`: without AutoTP, these would hold shards."""
+    assert callable(engine._zero3_consolidated_16bit_state_dict)
+    engine._zero3_consolidated_16bit_state_dict = function
+
+
 def after_linking(optimizer: Any, action: Callable[[], None]) -> None:
     """Runs ``action`` now and whenever ZeRO's ``optimizer`` links its fp32 values to Parameters, as
     it does again after loading a checkpoint: ``safe_set_full_*()`` would mix up shards again."""

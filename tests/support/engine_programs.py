@@ -66,7 +66,11 @@ class EngineSpec(Spec):
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": self.accumulated,
             "gradient_clipping": self.clipping,
-            "zero_optimization": {"stage": self.stage, **dict(self.zero)},
+            "zero_optimization": {
+                "stage": self.stage,
+                "stage3_gather_16bit_weights_on_model_save": True,
+                **dict(self.zero),
+            },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": self.dtype == "bfloat16"},
@@ -298,6 +302,14 @@ class Machine:
             self.write()
         self.engine.load_checkpoint(directory)
         return self._table()
+
+    def save_whole(self) -> Seen:
+        [directory] = self.directory
+        self.engine.save_16bit_model(directory, "whole.bin")
+        if dist.get_rank():
+            return {}
+        whole: Seen = torch.load(f"{directory}/whole.bin", weights_only=True)
+        return whole
 
     def consolidate(self) -> Seen:
         by_autotp = self.spec.by == "AutoTP" and self.spec.tp_size > 1 and self.spec.stage < 3

@@ -116,6 +116,7 @@ OTHERS = st.one_of(
     op("write", moments=st.booleans()),
     op("save", anew=st.booleans(), changed=st.booleans()),
     op("consolidate"),
+    op("save_whole"),
     train("eval"),
     op("rate"),
 )
@@ -173,6 +174,23 @@ def test_empty_shards_are_refused_at_zero3(engines):
     spec = EngineSpec("vocab", 1, 4, stage=3, optimizer="AdamW")
     for seen in engines(SIZE, run, Program(spec, SIZE, (("initialize", {}),))):
         assert "refused: ValueError: The table 'embed' must have a row on each of 2" in seen
+
+
+@pytest.mark.parametrize("op", ["save_whole", "consolidate"])
+@pytest.mark.parametrize(
+    ("by", "stage", "refused"),
+    [("mpu", 1, True), ("mpu", 3, True), ("AutoTP", 2, True), ("AutoTP", 3, False)],
+)
+def test_whole_models_are_whole_or_refused(engines, by, stage, refused, op):
+    if op == "consolidate":  # DeepSpeed refuses this one for an mpu, except at ZeRO 3.
+        refused = (by, stage) == ("mpu", 3)
+    spec = EngineSpec("vocab", 5, 4, head="tied", by=by, stage=stage)
+    train = "train", {"looked_up": ({"shape": (2,), "seed": 0},)}
+    for seen in engines(SIZE, run, Program(spec, SIZE, (("initialize", {}), train, (op, {})))):
+        if refused:
+            assert "`tp_embed.integrations.deepspeed.export()` must save the whole model" in seen
+        else:
+            assert seen == "same" or ((by, stage) == ("mpu", 1) and seen.startswith("both raised"))
 
 
 def main() -> None:
