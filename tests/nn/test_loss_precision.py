@@ -80,6 +80,53 @@ def test_low_precision_gradients_are_as_good_as_those_of_torch(pool, kind, dtype
                 assert our < 1.5 * their + slack
 
 
+def errors_of_tokens(gang, kind, dtype, options):
+    """The largest error of a token's loss, by each way that computes logits."""
+    torch.manual_seed(5)
+    table, tokens = StandardEmbedding(509, 256, dtype=dtype), 24
+    table.weight.data.normal_(std=0.3)
+    x = torch.randn(tokens, 256).to(dtype)
+    bias = torch.nn.Parameter(torch.randn(509).to(dtype))
+    logits = functional.linear(x.double(), table.weight.double(), bias.double())
+    target = logits.topk(5).indices[:, 2]  # Likely ones.
+    head = OutputHead(kind.from_embedding(table, gang), bias=bias)
+
+    def transformed(x, target):
+        return torch.func.grad_and_value(lambda x: head.loss(x, target, **options))(x)[1]
+
+    largest = []
+    for widened in (False, True):
+        set_products(widened)
+        for way in (lambda x, target: head.loss(x, target, **options), transformed):
+            exact = [
+                expected_loss(logits[i, None], target[i, None], **options) for i in range(tokens)
+            ]
+            found = [way(x[i, None], target[i, None]).detach().double() for i in range(tokens)]
+            largest.append((torch.stack(found) - torch.stack(exact)).abs().max().item())
+    return largest
+
+
+@pytest.mark.parametrize("options", [{}, {"soft_cap": 9.0, "label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [VocabSharded, ShardedEmbedding])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_logits_are_not_rounded(pool, size, kind, dtype, options):
+    for found in pool(size, errors_of_tokens, kind, dtype, options):
+        assert max(found) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_rounds_inputs_and_not_logits(monkeypatch, dtype):
+    monkeypatch.setattr(projection, "_CPU_PRODUCTS", projection._CPU_PRODUCTS)
+    set_products(widened=False)
+    x, weight = torch.randn(24, 256, dtype=dtype), torch.randn(509, 256) * 0.3
+    logits = functional.linear(x.bfloat16().double(), weight.bfloat16().double())
+    target = logits.topk(5).indices[:, 2]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_cross_entropy(x, weight, target, FakeGang("cpu"), Partition(509, 1))
+    assert abs(found.item() - functional.cross_entropy(logits, target).item()) < 1e-5
+
+
 @pytest.mark.parametrize("widened", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_under_autocast(monkeypatch, widened, dtype):

@@ -116,13 +116,14 @@ def linear_cross_entropy(
     them for the backward, so that each chunk of logits is computed once (Liger Kernel; Hsu et al.,
     2024). It also saves the inputs for second derivatives, which hold all logits, as do transforms
     of :mod:`torch.func` and graphs. For ``shard_dim`` 0, sends as much as :func:`cross_entropy`;
-    for 1, an all-reduce of all N V logits in their dtype, chunk by chunk. For 0 the gradient of
-    ``x`` is partial: pass ``x`` through :func:`~tp_embed.gang.collectives.copy_to_gang`, as
-    :class:`~tp_embed.OutputHead` does.
+    for 1, an all-reduce of all N V logits in fp32 (fp64 for fp64), chunk by chunk. For 0 the
+    gradient of ``x`` is partial: pass ``x`` through
+    :func:`~tp_embed.gang.collectives.copy_to_gang`, as :class:`~tp_embed.OutputHead` does.
 
-    Logits are rounded to the dtype of ``x`` and ``weight``, or of autocast, only where products run
-    in that dtype: on accelerators, and on CPUs that support it. Other CPUs multiply in fp32, some
-    rows of the weight at a time. The CPU skips ignored tokens.
+    Logits are fp32 in any dtype of ``x`` and ``weight``, and under autocast, which rounds only
+    ``x`` and ``weight``, and only where products run in its dtype: on accelerators, and on CPUs
+    that support it. Other devices than CUDA compute logits from blocks of the weight in fp32. The
+    CPU skips ignored tokens.
 
     :param x: the hidden states, *Shape:* :math:`(*,E)`; for ``shard_dim`` 1 this rank's columns,
         *Shape:* :math:`(*,E_{rank})`.
@@ -149,7 +150,7 @@ def linear_cross_entropy(
     kept = flat_target != ignore_index
     count = kept.sum() if reduction == "mean" else kept.new_ones((), dtype=torch.long)
     if is_transformed() or in_graph(x):
-        context = sum_over, loss_gang, classes, options, product_dtypes(x, weight)
+        context = sum_over, loss_gang, classes, options, product_dtypes(x, weight)[1]
         return _mean(_composed_sum(x, weight, bias, flat_target, *context), count)
     if x.device.type == "cpu" and not kept.all():
         index = kept.nonzero()[:, 0]
@@ -209,9 +210,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
         inputs = x, weight, bias, target
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        logits_dtype, dtype = dtypes = product_dtypes(x, weight)
-        ctx.context = sum_over, gang, classes, options, dtypes
-        sum_dtype = torch.promote_types(logits_dtype, torch.float32)
+        _, dtype = product_dtypes(x, weight)
+        ctx.context = sum_over, gang, classes, options, dtype
+        sum_dtype = torch.promote_types(dtype, torch.float32)
         # Gradients of the sum of the losses; the backward scales them in fp32. They accumulate over
         # chunks in fp32, but each chunk completes its rows of `grad_x`.
         grad_x = torch.empty_like(x) if needs[0] else None
@@ -230,7 +231,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             shape = len(buffers), rows, len(chunk)
             # Classes first, so that products transpose only the tokens, which are fewer.
             logits, *slopes = buffers[:, : rows * len(chunk)].view(shape)  # (V, n)
-            compute_logits(logits, chunk, weight, bias, blocks, sum_over, logits_dtype)
+            compute_logits(logits, chunk, weight, bias, blocks, sum_over)
             losses, _ = token_losses(
                 logits.T,
                 target[start : start + tokens],
@@ -284,17 +285,16 @@ def _composed_sum(
     gang: Gang,
     classes: Partition,
     options: LossOptions,
-    dtypes: tuple[torch.dtype, torch.dtype],
+    dtype: torch.dtype,
 ) -> Tensor:
     """Computes the sum of the losses with differentiable operations, holding all logits."""
-    logits_dtype, dtype = dtypes
     device = x.device.type
     exact = (
         torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
     )
     with exact, unguarded():
-        logits = linear(x.to(dtype), weight.to(dtype)).to(logits_dtype)
-        logits = widened(reduce_partial(logits, sum_over))
+        logits = linear(widened(x.to(dtype)), widened(weight.to(dtype)))
+        logits = reduce_partial(logits, sum_over)
         if bias is not None:
             logits = logits + bias
         return composed_losses(logits, target, gang, classes, options).sum()

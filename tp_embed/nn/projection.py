@@ -1,5 +1,5 @@
 """Products of hidden states and the weight of an output head, and their gradients, for a chunk of
-tokens at a time."""
+tokens at a time. Logits are fp32 (fp64 for fp64) whatever the dtype of the products."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from tp_embed.gang import Gang
 # How much of the weight the CPU multiplies at once, in fp32: about the size of its caches.
 _BLOCK_BYTES = 2 << 20
 
+# The same for accelerators that cast the weight to fp32 for the logits.
+_CAST_BYTES = 64 << 20
+
 # CPU features that make low-precision products faster than fp32. Without them, they take 4 to 100
 # times as long (torch 2.13, AVX2).
 _CPU_PRODUCTS = {
@@ -21,7 +24,7 @@ _CPU_PRODUCTS = {
 
 
 def product_dtypes(x: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Returns the dtype of the logits and the dtype of the products."""
+    """Returns the dtype that torch gives the logits, and the dtype of the operands of products."""
     device = x.device.type
     logits = torch.promote_types(x.dtype, weight.dtype)
     if (
@@ -38,9 +41,14 @@ def product_dtypes(x: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]
 
 
 def row_blocks(weight: Tensor) -> list[slice]:
-    """Splits the rows of ``weight`` into blocks for the CPU; an accelerator multiplies all."""
+    """Splits the rows of ``weight`` into blocks that a device multiplies at once; CUDA takes all,
+    since its products of 16-bit operands can be fp32."""
     rows, width = weight.shape
-    step = _BLOCK_BYTES // (4 * max(1, width)) if weight.device.type == "cpu" else rows
+    if weight.device.type == "cuda":
+        step = rows
+    else:
+        size = _BLOCK_BYTES if weight.device.type == "cpu" else _CAST_BYTES
+        step = size // (4 * max(1, width))
     return [slice(start, start + max(1, step)) for start in range(0, rows, max(1, step))]
 
 
@@ -51,16 +59,18 @@ def compute_logits(
     bias: Tensor | None,
     blocks: list[slice],
     sum_over: Gang,
-    dtype: torch.dtype,
 ) -> None:
     """Puts the logits of ``chunk``, *Shape:* :math:`(n,E)`, into ``out``, *Shape:* :math:`(V,n)`.
-    Parts of ranks are summed in ``dtype``."""
+    Operands are rounded to the dtype of ``chunk``, products to the dtype of ``out``, in which parts
+    of ranks are summed.
+
+    :param out: *Dtype:* fp32 or fp64.
+    """
+    columns = _operand(chunk.T, out.dtype)
     for block in blocks:
-        _multiply(weight[block].to(chunk.dtype), chunk.T, out[block])
+        _multiply(_operand(weight[block].to(chunk.dtype), out.dtype), columns, out[block])
     if sum_over.size > 1:
-        partial = out.to(dtype)
-        sum_over.all_reduce(partial)
-        out.copy_(partial)
+        sum_over.all_reduce(out)
     if bias is not None:
         out += bias[:, None]
 
@@ -79,17 +89,27 @@ def add_gradients(
         low = gradient[block].to(chunk.dtype)
         if grad_chunk is not None:
             _multiply(low.T, weight[block].to(chunk.dtype), grad_chunk, add=True)
-        if grad_weight is not None and chunk.dtype == torch.float16:
+        if grad_weight is not None and chunk.dtype == torch.float16 and low.device.type != "cuda":
             # The sum over tokens may overflow fp16 at any loss scale.
             _multiply(gradient[block], chunk.to(gradient.dtype), grad_weight[block], add=True)
         elif grad_weight is not None:
             _multiply(low, chunk, grad_weight[block], add=True)
 
 
+def _operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Casts an operand of a product in ``dtype``, except on CUDA, whose products can be wider."""
+    return tensor if tensor.device.type == "cuda" else tensor.to(dtype)
+
+
 def _multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """Writes ``left @ right`` to ``out``, whose dtype may be wider, or adds to it."""
+    """Writes ``left @ right`` to ``out``, whose dtype may be wider, or adds to it. The products of
+    wider dtypes are not rounded to the narrower one on CUDA."""
     if left.dtype == out.dtype:
         out.addmm_(left, right, beta=float(add))  # 0.0 ignores the old values, even NaN.
+    elif out.device.type == "cuda" and add:
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+    elif out.device.type == "cuda":
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
     elif add:
         out.add_(left @ right)
     else:
