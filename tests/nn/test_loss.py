@@ -13,8 +13,7 @@ from parity import whole
 from tp_embed import FakeGang, OutputHead, Partition, ShardedEmbedding, shard_embeddings
 from tp_embed import VocabShardedEmbedding as VocabSharded
 from tp_embed.integrations.transformers import shard_logits
-from tp_embed.nn import loss as tp_loss
-from tp_embed.nn import projection
+from tp_embed.nn import fused_loss, projection
 from tp_embed.nn.loss import cross_entropy, linear_cross_entropy
 
 # So few columns that even one token has more logits than all hidden states have items.
@@ -36,9 +35,10 @@ OPTIONS = [
 ]
 
 
-def check_head(gang, kind, num_classes, options, chunk_bytes, block_bytes):
+def check_head(gang, kind, num_classes, options, chunk_bytes, block_bytes, min_tokens):
     """The fused loss of a head and, over the vocabulary, the one of its own logits."""
-    tp_loss._CHUNK_BYTES, projection._BLOCK_BYTES = chunk_bytes, block_bytes
+    fused_loss._CHUNK_BYTES, projection._BLOCK_BYTES = chunk_bytes, block_bytes
+    fused_loss._MIN_TOKENS = min_tokens
     table, bias, x, target = problem(num_classes, dim=DIM)
     if options.get("ignore_index") is not None:
         target = target.clamp_min(0)
@@ -70,17 +70,19 @@ def check_head(gang, kind, num_classes, options, chunk_bytes, block_bytes):
 @pytest.mark.parametrize("kind", [VocabSharded, ShardedEmbedding])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_loss_is_that_of_torch(pool, size, kind, options):
-    # One token, three tokens, and all tokens at a time; five rows of the weight, and all.
-    for tokens, rows in [(0, 5), (3, 5), (N, CLASSES)]:
+    # One token, three tokens, and all tokens at a time; five rows of the weight, and all. Chunks of
+    # fewer than the least number of tokens have their logits computed twice: those that do not fit
+    # into the gradient, or all.
+    for tokens, rows, least in [(0, 5, 1), (0, 5, 2), (0, 5, 4), (3, 5, 1), (N, CLASSES, 1)]:
         classes = -(-CLASSES // size) if kind is VocabSharded else CLASSES
         sizes = 4 * classes * tokens, 4 * DIM * rows
-        pool(size, check_head, kind, CLASSES, options, *sizes)
+        pool(size, check_head, kind, CLASSES, options, *sizes, least)
 
 
 @pytest.mark.parametrize("kind", [VocabSharded, ShardedEmbedding])
 def test_loss_with_empty_shards(pool, kind):
     options = {"label_smoothing": 0.1, "z_loss": 0.1, "soft_cap": 2.0}
-    pool(4, check_head, kind, SMALLER_THAN_GANG, options, 1 << 20, 1 << 20)
+    pool(4, check_head, kind, SMALLER_THAN_GANG, options, 1 << 20, 1 << 20, 1)
 
 
 def losses_of_tokens(gang):
@@ -149,6 +151,11 @@ def test_a_single_token():
         ({"label_smoothing": 2.0}, ValueError, r"`label_smoothing` must be in \[0, 1\], but is 2"),
         ({"z_loss": -1.0}, ValueError, "`z_loss` must not be negative, but is -1"),
         ({"soft_cap": 0.0}, ValueError, "`soft_cap` must be positive, or None for no cap, but is"),
+        (
+            {"accum_dtype": torch.float16},
+            ValueError,
+            "must be torch.float32, or None",
+        ),
         ({"reduction": "none"}, ValueError, "must be 'mean' or 'sum', but is 'none' instead. For"),
     ],
 )

@@ -10,14 +10,15 @@ from loss_problems import E, expected_loss, problem
 from parity import whole
 from tp_embed import FakeGang, OutputHead, Partition, ShardedEmbedding, StandardEmbedding
 from tp_embed import VocabShardedEmbedding as VocabSharded
-from tp_embed.nn import projection
+from tp_embed.nn import fused_loss, projection
 from tp_embed.nn.loss import cross_entropy, linear_cross_entropy
 
 
-def low_precision(gang, kind, dtype, scale, widened, options):
+def low_precision(gang, kind, dtype, scale, widened, options, min_tokens):
     """The distance of the gradients from fp64, by each way, and the distance of torch's:
     all at once, and by their norm, which rounding errors of single items do not change."""
     set_products(widened)
+    fused_loss._MIN_TOKENS = min_tokens
     table, _, x, target = problem(257)
     logits = functional.linear(x, table.weight)
     expected_loss(logits.flatten(0, -2), target.flatten(), **options).backward()
@@ -39,7 +40,10 @@ def low_precision(gang, kind, dtype, scale, widened, options):
     table_low.weight.data.copy_(table.weight)
     embed = kind.from_embedding(table_low, gang)
     head = OutputHead(embed)
-    ways = [lambda x, target: head.loss(x, target, **options)]
+    ways = [
+        lambda x, target: head.loss(x, target, **options),
+        lambda x, target: head.loss(x, target, accum_dtype=torch.float32, **options),
+    ]
     if kind is VocabSharded:
         local = OutputHead(embed, output="shard")
         ways.append(
@@ -72,8 +76,9 @@ def set_products(widened):
 )
 @pytest.mark.parametrize("kind", [VocabSharded, ShardedEmbedding])
 def test_low_precision_gradients_are_as_good_as_those_of_torch(pool, kind, dtype, scale, options):
-    for widened in (False, True):
-        arguments = kind, dtype, scale, widened, options
+    # With logits that are computed again for some tokens, or for all.
+    for widened, min_tokens in [(False, 1), (False, 64), (True, 1), (True, 64)]:
+        arguments = kind, dtype, scale, widened, options, min_tokens
         theirs, *ours = pool(2, low_precision, *arguments)[0]
         for errors in ours:
             for our, their, slack in zip(errors, theirs, (1e-3, 1e-3, 1.5e-3, 1.5e-3), strict=True):

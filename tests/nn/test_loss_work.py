@@ -13,17 +13,18 @@ from torch.utils._pytree import tree_leaves
 from loss_problems import E, V, problem
 from tp_embed import FakeGang, OutputHead, Partition, ShardedEmbedding
 from tp_embed import VocabShardedEmbedding as VocabSharded
-from tp_embed.nn import loss as tp_loss
+from tp_embed.nn import fused_loss, projection
 from tp_embed.nn.loss import cross_entropy, linear_cross_entropy
 
 
 class Seen(TorchDispatchMode):
-    """Sees the number of items of the largest tensor that an operation makes, the names of
-    operations, and the number of multiplications in products of matrices."""
+    """Sees the number of items and bytes of the largest tensor that an operation makes, the names
+    of operations, and the number of multiplications in products of matrices."""
 
     def __init__(self):
         super().__init__()
         self.numel = 0
+        self.nbytes = 0
         self.multiplications = 0
         self.names = set()
 
@@ -37,6 +38,7 @@ class Seen(TorchDispatchMode):
         for tensor in tree_leaves(output):
             if is_tensor(tensor) and tensor.untyped_storage()._cdata not in known:
                 self.numel = max(self.numel, tensor.numel())
+                self.nbytes = max(self.nbytes, tensor.nbytes)
         return output
 
 
@@ -44,7 +46,8 @@ class Seen(TorchDispatchMode):
 @pytest.mark.parametrize("frozen", ["", "x", "weight", "bias", "x weight", "x weight bias"])
 def test_gradients_are_not_computed_where_none_is_needed(monkeypatch, frozen, grad_mode):
     classes, tokens = 500, 8
-    monkeypatch.setattr(tp_loss, "_CHUNK_BYTES", 4 * classes * 2)
+    monkeypatch.setattr(fused_loss, "_CHUNK_BYTES", 4 * classes * 2)
+    monkeypatch.setattr(fused_loss, "_MIN_TOKENS", 1)
     x, weight, bias = torch.randn(tokens, E), torch.randn(classes, E), torch.randn(classes)
     for name, tensor in {"x": x, "weight": weight, "bias": bias}.items():
         tensor.requires_grad_(name not in frozen.split())
@@ -87,7 +90,7 @@ def test_ignored_tokens_take_no_work():
 
 def test_fused_loss_holds_no_logits(monkeypatch):
     tokens, classes, dim = 4096, 1024, 8
-    monkeypatch.setattr(tp_loss, "_CHUNK_BYTES", 64 * classes * 4)
+    monkeypatch.setattr(fused_loss, "_CHUNK_BYTES", 64 * classes * 4)
     x = torch.randn(tokens, dim, requires_grad=True)
     weight = torch.randn(classes, dim, requires_grad=True)
     target = torch.randint(classes, (tokens,))
@@ -98,6 +101,30 @@ def test_fused_loss_holds_no_logits(monkeypatch):
         functional.cross_entropy(functional.linear(x, weight), target).backward()
     assert plain.numel == tokens * classes
     assert fused.numel == 64 * classes
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "twice"),
+    [
+        (torch.float32, {}, 0),
+        (torch.bfloat16, {}, 320),
+        (torch.bfloat16, {"accum_dtype": torch.float32}, 0),
+        (torch.bfloat16, {"soft_cap": 5.0}, 448),
+    ],
+)
+def test_logits_wait_in_the_memory_of_the_gradient(monkeypatch, dtype, options, twice):
+    """The gradient is the largest tensor. Logits of tokens that don't fit are computed twice, where
+    gradients of chunks can't be added without rounding each sum."""
+    there = next(name for name, able in torch.cpu.get_capabilities().items() if able is True)
+    monkeypatch.setattr(projection, "_CPU_PRODUCTS", {torch.bfloat16: (there,)})
+    tokens, classes, dim = 512, 4096, 256
+    x = torch.randn(tokens, dim).to(dtype).requires_grad_()
+    weight = torch.randn(classes, dim).to(dtype).requires_grad_()
+    arguments = torch.randint(classes, (tokens,)), FakeGang("cpu"), Partition(classes, 1)
+    with Seen() as seen:
+        linear_cross_entropy(x, weight, *arguments, **options).backward()
+    assert seen.multiplications == (3 * tokens + twice) * classes * dim
+    assert seen.nbytes == weight.numel() * (options.get("accum_dtype") or dtype).itemsize
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -134,5 +161,5 @@ def volumes(gang, kind):
 
 def test_fused_loss_sends_what_it_says(pool):
     gather, reduce = "c10d._allgather_base_", "c10d.allreduce_"
-    assert pool(2, volumes, VocabSharded)[0] == [{reduce: 2}, {reduce: 1}]
+    assert pool(2, volumes, VocabSharded)[0] == [{gather: 1}, {reduce: 1}]
     assert pool(2, volumes, ShardedEmbedding)[0] == [{reduce: 1}, {gather: 1}]

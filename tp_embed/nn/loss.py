@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -13,14 +13,14 @@ from torch.nn.functional import linear
 from tp_embed._torch_private import is_transformed
 from tp_embed.gang import FakeGang, Gang
 from tp_embed.gang.collectives import in_graph, reduce_partial
-from tp_embed.nn.projection import add_gradients, compute_logits, product_dtypes, row_blocks
+from tp_embed.nn.fused_loss import FusedHead, FusedLoss
+from tp_embed.nn.projection import product_dtypes
 from tp_embed.nn.token_loss import (
     LossOptions,
     check_target,
     composed_losses,
     differentiable_losses,
     scaled,
-    token_losses,
     widened,
 )
 from tp_embed.parameter.sharded import unguarded
@@ -29,10 +29,6 @@ from tp_embed.partition import Partition
 __all__ = ["LossOptions", "Reduction", "cross_entropy", "linear_cross_entropy"]
 
 Reduction = Literal["mean", "sum", "none"]
-
-# The minimum size of the logits of one chunk of tokens, in fp32: chunks of fewer tokens multiply
-# more slowly (by a half with 32 tokens, by 5% with 128).
-_CHUNK_BYTES = 32 << 20
 
 _ALONE: Gang = FakeGang("cpu")  # Size 1: sends nothing.
 
@@ -107,16 +103,22 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     soft_cap: float | None = None,
     reduction: Literal["mean", "sum"] = "mean",
+    accum_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Computes the cross entropy of ``linear(x, weight, bias)`` without holding all logits: for a
-    chunk of tokens at a time, in one buffer (two with a soft cap) of 32 MiB, or of the size of
-    ``x`` in fp32 if larger.
+    """Computes the cross entropy of ``linear(x, weight, bias)`` without holding all logits.
 
-    The forward computes the gradients of all inputs that need one, the weight's in fp32, and saves
-    them for the backward, so that each chunk of logits is computed once (Liger Kernel; Hsu et al.,
-    2024). It also saves the inputs for second derivatives, which hold all logits, as do transforms
-    of :mod:`torch.func` and graphs. For ``shard_dim`` 0, sends as much as :func:`cross_entropy`;
-    for 1, an all-reduce of all N V logits in fp32 (fp64 for fp64), chunk by chunk. For 0 the
+    The forward computes the gradients of all inputs that need one and saves them for the backward
+    (Liger Kernel; Hsu et al., 2024). The logits of the first E tokens or so are held in the memory
+    of the weight's gradient. Those of other tokens are computed for a chunk of tokens at a time, in
+    a buffer of at most 2 N E + E² items (or 1 MiB), if the weight's gradient can accumulate over
+    chunks: not in bf16, and not if chunks would have under 64 tokens. Else they are computed twice,
+    for a block of classes at a time, as in DeepSpeed's `vocab_parallel_linear_cross_entropy`. The
+    weight's gradient has the dtype of a bf16 weight, and is in fp32 (fp64) for others.
+
+    It also saves the inputs for second derivatives, which hold all logits, as do transforms of
+    :mod:`torch.func` and graphs. For ``shard_dim`` 0, does up to one all-gather per chunk, of 3 N
+    numbers per rank for all N tokens, or 4 N with label smoothing; for 1, an all-reduce of all N V
+    logits, or 2 N V if they are computed twice, both in fp32 (fp64 for fp64). For 0 the
     gradient of ``x`` is partial: pass ``x`` through
     :func:`~tp_embed.gang.collectives.copy_to_gang`, as :class:`~tp_embed.OutputHead` does.
 
@@ -131,6 +133,8 @@ def linear_cross_entropy(
     :param target: classes out of all V, the same on every rank. *Shape:* :math:`(*)`.
     :param partition: the partition of V, or E, over the gang.
     :param bias: *Shape:* :math:`(V_{rank})` or, for ``shard_dim`` 1, :math:`(V)`.
+    :param accum_dtype: ``torch.float32`` accumulates the gradient of a bf16 weight in fp32, so
+        fewer logits or none are computed twice, for 4 more bytes of memory per item of the weight.
     :returns: the loss, in fp32 (fp64 for fp64), the same on every rank.
     :raises ValueError: shapes do not match, or an option is out of range.
     :raises IndexError: as :func:`cross_entropy`.
@@ -140,11 +144,16 @@ def linear_cross_entropy(
             f"`reduction` must be 'mean' or 'sum', but is {reduction!r} instead. For the loss of "
             "each token use `cross_entropy()` with the logits of this rank."
         )
+    if accum_dtype not in (None, torch.float32):
+        raise ValueError(
+            f"`accum_dtype` must be torch.float32, or None for the dtype of the weight if that is "
+            f"bf16, but is {accum_dtype} instead."
+        )
     options = LossOptions(ignore_index, label_smoothing, z_loss, soft_cap)
     # With `shard_dim` 1 each rank gets all logits of a chunk, so the loss needs no gang.
     sum_over, loss_gang = (gang, _ALONE) if shard_dim else (_ALONE, gang)
     classes = Partition(weight.size(0), 1) if shard_dim else partition
-    width = partition.size if shard_dim else x.size(-1)
+    widths = partition.sizes if shard_dim else (x.size(-1),)
     flat_target = _check(x, target, classes, options)
     x = x.reshape(len(flat_target), x.size(-1))
     kept = flat_target != ignore_index
@@ -155,20 +164,15 @@ def linear_cross_entropy(
     if x.device.type == "cpu" and not kept.all():
         index = kept.nonzero()[:, 0]
         x, flat_target = x.index_select(0, index), flat_target[index]
-    # Use the largest shard, so that all ranks get the same chunks.
-    most = max(_CHUNK_BYTES // 4, len(x) * width) // classes.block
     with unguarded():
         loss: Tensor = _LinearCrossEntropy.apply(
             x,
             weight,
             bias,
             flat_target,
-            sum_over,
-            loss_gang,
-            classes,
+            FusedHead(sum_over, loss_gang, classes, widths, options),
             count,
-            options,
-            -(-len(x) // max(1, most)),
+            accum_dtype,
             torch.is_grad_enabled(),
         )
     return loss
@@ -199,58 +203,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        sum_over: Gang,
-        gang: Gang,
-        classes: Partition,
+        head: FusedHead,
         count: Tensor,
-        options: LossOptions,
-        num_chunks: int,
+        accum_dtype: torch.dtype | None,
         with_gradients: bool,
     ) -> Tensor:
-        needs = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
-        inputs = x, weight, bias, target
+        x_needs, weight_needs, bias_needs = (
+            with_gradients and needed for needed in ctx.needs_input_grad[:3]
+        )
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         _, dtype = product_dtypes(x, weight)
-        ctx.context = sum_over, gang, classes, options, dtype
-        sum_dtype = torch.promote_types(dtype, torch.float32)
-        # Gradients of the sum of the losses; the backward scales them in fp32. They accumulate over
-        # chunks in fp32, but each chunk completes its rows of `grad_x`.
-        grad_x = torch.empty_like(x) if needs[0] else None
-        grad_weight = _zeros_like(weight, sum_dtype, needs[1])
-        grad_bias = _zeros_like(bias, sum_dtype, needs[2])
-
-        if dtype.itemsize < weight.itemsize:
-            weight = weight.to(dtype)  # For autocast; casts to a wider dtype are done per block.
-        blocks = row_blocks(weight)
-        rows, tokens = len(weight), -(-len(x) // max(1, num_chunks))
-        with_slopes = options.soft_cap is not None and any(needs)
-        buffers = x.new_empty(1 + with_slopes, tokens * rows, dtype=sum_dtype)
-        total = x.new_zeros((), dtype=sum_dtype)
-        for start in range(0, len(x), max(1, tokens)):
-            chunk = x[start : start + tokens].to(dtype)  # (n, E)
-            shape = len(buffers), rows, len(chunk)
-            # Classes first, so that products transpose only the tokens, which are fewer.
-            logits, *slopes = buffers[:, : rows * len(chunk)].view(shape)  # (V, n)
-            compute_logits(logits, chunk, weight, bias, blocks, sum_over)
-            losses, _ = token_losses(
-                logits.T,
-                target[start : start + tokens],
-                gang,
-                classes,
-                options,
-                gradient=any(needs),
-                scratch=slopes[0].T if slopes else None,
-            )
-            total += losses.sum()
-            if grad_bias is not None:
-                grad_bias += logits.sum(1)
-            sums = _zeros_like(chunk, sum_dtype, needs[0])
-            if needs[0] or needs[1]:
-                add_gradients(logits, chunk, weight, blocks, sums, grad_weight)
-            if grad_x is not None and sums is not None:
-                grad_x[start : start + tokens] = sums
+        ctx.context = head.sum_over, head.gang, head.classes, head.options, dtype
+        # fp16 can't hold small gradients that are not yet multiplied by the loss scale, so the
+        # backward divides them.
+        ctx.is_mean = dtype != torch.float16
+        divisor = count.clamp_min(1) if ctx.is_mean else torch.ones_like(count)
+        fused = FusedLoss(head, x, weight, bias, target, divisor)
+        needs = x_needs, weight_needs, bias_needs
+        with _without_autocast(x.device.type):
+            total, *gradients = fused.compute(needs, accum_dtype or weight.dtype)
         if any(needs):
-            ctx.save_for_backward(grad_x, grad_weight, grad_bias, *inputs, count)
+            ctx.save_for_backward(*gradients, x, weight, bias, target, count)
         return total / count
 
     @staticmethod
@@ -258,12 +231,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         *saved, target, count = ctx.saved_tensors
         gradients, (x, weight, bias) = saved[:3], saved[3:]
         if not torch.is_grad_enabled():
-            factor = grad / count.clamp_min(1)
+            factor = grad if ctx.is_mean else grad / count.clamp_min(1)
             grads = [
                 None if gradient is None else scaled(gradient, factor, dtype)
                 for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
             ]
-            return *grads, *[None] * 8
+            return *grads, *[None] * 5
         # `create_graph=True`: the gradient must be differentiable.
         with unguarded():
             # Views, since `x` may depend on `weight`: part of its gradient would count twice.
@@ -273,7 +246,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         inputs = [tensor for tensor, gradient in pairs if tensor is not None is not gradient]
         loss = _composed_sum(x, weight, bias, target, *ctx.context) / count.clamp_min(1)
         found = iter(torch.autograd.grad(loss, inputs, grad, create_graph=True))
-        return *(None if g is None else next(found) for g in gradients), *[None] * 8
+        return *(None if g is None else next(found) for g in gradients), *[None] * 5
 
 
 def _composed_sum(
@@ -288,11 +261,7 @@ def _composed_sum(
     dtype: torch.dtype,
 ) -> Tensor:
     """Computes the sum of the losses with differentiable operations, holding all logits."""
-    device = x.device.type
-    exact = (
-        torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
-    )
-    with exact, unguarded():
+    with _without_autocast(x.device.type), unguarded():
         logits = linear(widened(x.to(dtype)), widened(weight.to(dtype)))
         logits = reduce_partial(logits, sum_over)
         if bias is not None:
@@ -300,5 +269,5 @@ def _composed_sum(
         return composed_losses(logits, target, gang, classes, options).sum()
 
 
-def _zeros_like(tensor: Tensor | None, dtype: torch.dtype, is_needed: bool) -> Tensor | None:
-    return torch.zeros_like(tensor, dtype=dtype) if is_needed and tensor is not None else None
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()

@@ -12,8 +12,8 @@ from tp_embed.gang import Gang
 # How much of the weight the CPU multiplies at once, in fp32: about the size of its caches.
 _BLOCK_BYTES = 2 << 20
 
-# The same for accelerators that cast the weight to fp32 for the logits.
-_CAST_BYTES = 64 << 20
+# The same for accelerators: large products, and a small part of the weight in fp32.
+_DEVICE_BLOCK_BYTES = 64 << 20
 
 # CPU features that make low-precision products faster than fp32. Without them, they take 4 to 100
 # times as long (torch 2.13, AVX2).
@@ -40,16 +40,16 @@ def product_dtypes(x: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]
     return logits, logits if fast else torch.float32
 
 
-def row_blocks(weight: Tensor) -> list[slice]:
-    """Splits the rows of ``weight`` into blocks that a device multiplies at once; CUDA takes all,
-    since its products of 16-bit operands can be fp32."""
-    rows, width = weight.shape
-    if weight.device.type == "cuda":
-        step = rows
-    else:
-        size = _BLOCK_BYTES if weight.device.type == "cpu" else _CAST_BYTES
-        step = size // (4 * max(1, width))
-    return [slice(start, start + max(1, step)) for start in range(0, rows, max(1, step))]
+def row_blocks(weight: Tensor, width: int | None = None, most: int | None = None) -> list[slice]:
+    """Splits the rows of ``weight`` into blocks that a device multiplies at once.
+
+    :param width: the number of columns, if the blocks shall not depend on those of this rank.
+    :param most: the largest number of rows of a block.
+    """
+    size = _BLOCK_BYTES if weight.device.type == "cpu" else _DEVICE_BLOCK_BYTES
+    step = size // (4 * max(1, weight.size(1) if width is None else width))
+    step = max(1, step if most is None else min(step, most))
+    return [slice(start, start + step) for start in range(0, len(weight), step)]
 
 
 def compute_logits(
@@ -66,11 +66,14 @@ def compute_logits(
 
     :param out: *Dtype:* fp32 or fp64.
     """
-    columns = _operand(chunk.T, out.dtype)
+    columns = logits_operand(chunk, out.dtype).T
     for block in blocks:
-        _multiply(_operand(weight[block].to(chunk.dtype), out.dtype), columns, out[block])
+        rows = logits_operand(weight[block].to(chunk.dtype), out.dtype)
+        multiply(rows, columns, out[block])
     if sum_over.size > 1:
-        sum_over.all_reduce(out)
+        partial = out.contiguous()
+        sum_over.all_reduce(partial)
+        out.copy_(partial)
     if bias is not None:
         out += bias[:, None]
 
@@ -88,20 +91,21 @@ def add_gradients(
     for block in blocks:
         low = gradient[block].to(chunk.dtype)
         if grad_chunk is not None:
-            _multiply(low.T, weight[block].to(chunk.dtype), grad_chunk, add=True)
-        if grad_weight is not None and chunk.dtype == torch.float16 and low.device.type != "cuda":
+            multiply(low.T, weight[block].to(chunk.dtype), grad_chunk, add=True)
+        if grad_weight is not None and chunk.dtype == torch.float16:
             # The sum over tokens may overflow fp16 at any loss scale.
-            _multiply(gradient[block], chunk.to(gradient.dtype), grad_weight[block], add=True)
+            multiply(gradient[block], chunk.to(gradient.dtype), grad_weight[block], add=True)
         elif grad_weight is not None:
-            _multiply(low, chunk, grad_weight[block], add=True)
+            multiply(low, chunk, grad_weight[block], add=True)
 
 
-def _operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Casts an operand of a product in ``dtype``, except on CUDA, whose products can be wider."""
+def logits_operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Casts hidden states or weight to the dtype of the logits, except on CUDA, whose products can
+    be wider than their operands."""
     return tensor if tensor.device.type == "cuda" else tensor.to(dtype)
 
 
-def _multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
+def multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
     """Writes ``left @ right`` to ``out``, whose dtype may be wider, or adds to it. The products of
     wider dtypes are not rounded to the narrower one on CUDA."""
     if left.dtype == out.dtype:

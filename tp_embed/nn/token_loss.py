@@ -19,6 +19,9 @@ from tp_embed.lookup.backward import is_needed_again
 from tp_embed.lookup.ids import as_indices
 from tp_embed.partition import Partition
 
+# How many items of a gradient the CPU multiplies at once: about the size of its caches.
+_SCALED_ITEMS = 1 << 18
+
 
 class LossOptions(NamedTuple):
     """Options of the loss of a token, with :math:`p` the softmax of its logits :math:`l` over all V
@@ -160,11 +163,10 @@ def token_losses(
     options: LossOptions,
     *,
     gradient: bool,
-    scratch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes per-token losses and the logsumexp of the logits. Overwrites ``logits``, with the
-    gradient of the losses if ``gradient`` is true; a soft cap then also needs ``scratch``, a tensor
-    like ``logits``, and allocates one if it is ``None``.
+    gradient of the losses if ``gradient`` is true; a soft cap then also allocates a tensor like
+    ``logits``.
 
     Does two all-reduces, of N and 2 N (with label smoothing 3 N) numbers.
 
@@ -174,14 +176,16 @@ def token_losses(
     :returns: two tensors. *Shape:* :math:`(N)`.
     """
     epsilon, cap, own = options.label_smoothing, options.soft_cap, classes.shard(gang.rank)
-    slope = None if cap is None else _cap(logits, cap, scratch, with_slope=gradient)
+    slope = torch.empty_like(logits) if cap is not None and gradient else None
+    if cap is not None:
+        cap_(logits, cap, slope)
 
     highest = logits.new_full((len(logits),), -torch.inf) if not own else logits.amax(-1)
     if gang.size > 1:
         gang.all_reduce(highest, ReduceOperation.MAX)
     logits.sub_(highest[:, None])
 
-    column, held = _own_targets(target, own)
+    column, held = own_targets(target, own)
     picked = logits.gather(1, column)[:, 0] if own else logits.new_zeros(len(logits))
     picked = picked.masked_fill(~held, 0.0)  # Logits of other classes may be -inf.
     parts = [picked] if not epsilon else [picked, logits.sum(-1)]
@@ -216,14 +220,12 @@ def token_losses(
     return losses, log_sum
 
 
-def _cap(logits: Tensor, cap: float, scratch: Tensor | None, *, with_slope: bool) -> Tensor | None:
-    """Caps ``logits`` in place. Returns the slope of the cap at each, if asked, in ``scratch``."""
+def cap_(logits: Tensor, cap: float, slope: Tensor | None) -> None:
+    """Caps ``logits`` in place, and writes the slope of the cap at each to ``slope``."""
     logits.div_(cap).tanh_()
-    slope: Tensor | None = None
-    if with_slope:
-        slope = torch.addcmul(logits.new_ones(()), logits, logits, value=-1, out=scratch)
+    if slope is not None:
+        torch.addcmul(logits.new_ones(()), logits, logits, value=-1, out=slope)
     logits.mul_(cap)
-    return slope
 
 
 def composed_losses(
@@ -243,7 +245,7 @@ def composed_losses(
     highest = gather_columns(highest[:, None], gang, ranks).amax(-1)
     logits = logits - highest[:, None]
 
-    column, held = _own_targets(target, own)
+    column, held = own_targets(target, own)
     picked = logits.gather(1, column)[:, 0] if own else logits.sum(-1)
     picked = picked.masked_fill(~held, 0.0)
     parts = [picked] if not epsilon else [picked, logits.sum(-1)]
@@ -270,7 +272,7 @@ def _logits_of(
     cap, as precisely as the gradient holds the probabilities. Logits of ignored tokens are zero.
     """
     epsilon, own = options.label_smoothing, classes.shard(gang.rank)
-    column, held = _own_targets(target, own)
+    column, held = own_targets(target, own)
     weights = gradient + epsilon / classes.size
     if own:
         weights.scatter_add_(1, column, held[:, None].to(weights.dtype).mul_(1 - epsilon))
@@ -286,7 +288,7 @@ def widened(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _own_targets(target: Tensor, own: range) -> tuple[Tensor, Tensor]:
+def own_targets(target: Tensor, own: range) -> tuple[Tensor, Tensor]:
     """Returns the column of each target, *Shape:* :math:`(N,1)`, and whether this rank holds it,
     *Shape:* :math:`(N)`, without synchronizing with the device."""
     local = target - own.start
@@ -303,6 +305,13 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if not factor.ndim:
         factor = factor[None]  # CUDA would round a 0-d tensor to the dtype of the gradient.
-    if gradient.dtype == dtype and not is_needed_again():
-        return gradient.mul_(factor)
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    in_place = gradient.dtype == dtype and not is_needed_again()
+    output = gradient if in_place else torch.empty_like(gradient, dtype=dtype)
+    step = max(1, len(gradient))
+    if gradient.device.type == "cpu":  # Casts its operands whole, in memory of their own.
+        step = max(1, _SCALED_ITEMS * len(gradient) // max(1, gradient.numel()))
+    for start in range(0, len(gradient), step):
+        rows = slice(start, start + step)
+        part = factor if len(factor) == 1 else factor[rows]
+        torch.mul(gradient[rows], part, out=output[rows])
+    return output
