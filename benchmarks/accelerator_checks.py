@@ -327,3 +327,26 @@ def fp16_and_autocast_are_near_torch(device: str) -> None:
             (loss(head, own, target.to(device)) * 1024).backward()
             assert own.grad is not None
             assert own.grad.isfinite().all()
+
+
+@on("cpu", "cuda")
+def fused_losses_do_not_round_logits(device: str) -> None:
+    """Some tokens wait in the memory of the weight's gradient, and logits of others are computed
+    twice."""
+    for dtype, bound in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
+        for option in ({}, {"accum_dtype": torch.float32}):
+            for head in heads(device, 256, dtype):
+                weight = head.weight.detach().cpu().double().requires_grad_()
+                x, target = torch.randn(300, 256).to(dtype), torch.randint(V, (300,))
+                wide = x.double().requires_grad_()
+                expected = cross_entropy(wide @ weight.t(), target)
+                grads = torch.autograd.grad(expected, (wide, weight))
+                own = x.to(device).requires_grad_()
+                head.zero_grad()
+                found = loss(head, own, target.to(device), **option)
+                found.backward()
+                torch.testing.assert_close(found.item(), expected.item(), rtol=0, atol=1e-5)
+                for parameter, exact in zip((own, head.weight), grads, strict=True):
+                    assert parameter.grad is not None
+                    apart = (parameter.grad.cpu().double() - exact).norm() / exact.norm()
+                    assert apart < bound, f"{head}, {dtype}, {option}: {apart}"
