@@ -1,0 +1,187 @@
+"""Logits of an output head for a chunk of tokens at a time, and the gradients of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.amp import is_autocast_available
+from torch.nn.functional import linear
+
+from tp_embed.gang import Gang
+from tp_embed.gang.collectives import reduce_partial
+from tp_embed.nn.projection import add_gradients, compute_logits, row_blocks
+from tp_embed.nn.token_loss import widened
+from tp_embed.parameter.sharded import unguarded
+from tp_embed.partition import Partition
+
+# As in the module of the loss.
+_CHUNK_BYTES = 32 << 20
+
+
+class Head(NamedTuple):
+    """An output head without its tensors.
+
+    :param width: the size of whole hidden states.
+    :param dtype: the dtype of products.
+    """
+
+    sum_over: Gang
+    gang: Gang
+    classes: Partition
+    width: int
+    soft_cap: float | None
+    temperature: float
+    logits_dtype: torch.dtype
+    dtype: torch.dtype
+
+    @property
+    def own(self) -> range:
+        return self.classes.shard(self.gang.rank)
+
+    def cap(self, logits: Tensor) -> None:
+        """Caps logits and divides them by the temperature, in place."""
+        if self.soft_cap is not None:
+            logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+        if self.temperature != 1.0:
+            logits.div_(self.temperature)
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """Returns the slope of the cap, from logits that :meth:`cap` returned."""
+        if self.soft_cap is None:
+            return None
+        factor = self.temperature / self.soft_cap
+        return torch.addcmul(logits.new_ones(()), logits, logits, value=-(factor**2))
+
+
+class Source(NamedTuple):
+    """A head and its tensors: x, *Shape:* :math:`(N,E)`, weight and bias."""
+
+    head: Head
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def views(self) -> Source:
+        """Returns views of the tensors."""
+        bias = None if self.bias is None else self.bias.view_as(self.bias)
+        return self._replace(
+            x=self.x.view_as(self.x), weight=self.weight.view_as(self.weight), bias=bias
+        )
+
+    def narrowed(self) -> Source:
+        if self.head.dtype.itemsize < self.weight.itemsize:
+            # For autocast; casts to a wider dtype are done per block.
+            return self._replace(weight=self.weight.to(self.head.dtype))
+        return self
+
+    def chunk(self, tokens: slice) -> Tensor:
+        return self.x[tokens].to(self.head.dtype)
+
+    def compute(self, tokens: slice, out: Tensor) -> None:
+        """Puts the logits of ``tokens`` into ``out``, *Shape:* :math:`(V_{rank},n)`."""
+        compute_logits(
+            out,
+            self.chunk(tokens),
+            self.weight,
+            self.bias,
+            row_blocks(self.weight),
+            self.head.sum_over,
+            self.head.logits_dtype,
+        )
+
+    def compose(self) -> Tensor:
+        """Computes all logits, *Shape:* :math:`(V_{rank},N)`, with differentiable operations."""
+        head, device = self.head, self.x.device.type
+        exact = (
+            torch.autocast(device, enabled=False)
+            if is_autocast_available(device)
+            else nullcontext()
+        )
+        with exact, unguarded():
+            logits = linear(self.x.to(head.dtype), self.weight.to(head.dtype))
+            logits = widened(reduce_partial(logits.to(head.logits_dtype), head.sum_over))
+            if self.bias is not None:
+                logits = logits + self.bias
+            if head.soft_cap is not None:
+                logits = torch.tanh(logits / head.soft_cap) * head.soft_cap
+            return logits.T / head.temperature
+
+
+def _sum_dtype(sources: Sequence[Source]) -> torch.dtype:
+    dtype = torch.float32
+    for source in sources:
+        dtype = torch.promote_types(dtype, source.head.logits_dtype)
+    return dtype
+
+
+def chunks_of(
+    sources: Sequence[Source], *, tokens_first: bool = False
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Yields chunks of tokens, with memory for their logits by each of ``sources``, *Shape:*
+    :math:`(V_{rank},n)`."""
+    head, x = sources[0].head, sources[0].x
+    # Use the largest shard, so that all ranks get the same chunks.
+    most = max(_CHUNK_BYTES // 4, len(x) * head.width) // (head.classes.block * len(sources))
+    num_chunks = -(-len(x) // max(1, most))
+    tokens, rows = -(-len(x) // max(1, num_chunks)), len(head.own)
+    memory = x.new_empty(len(sources), tokens * rows, dtype=_sum_dtype(sources))
+    for start in range(0, max(1, len(x)), max(1, tokens)):  # At least one, maybe empty.
+        chosen = slice(start, min(start + tokens, len(x)))
+        length = chosen.stop - start
+        used = memory[:, : rows * length]
+        if tokens_first:
+            yield chosen, list(used.view(len(sources), length, rows).mT)
+        else:
+            # So that products transpose only the tokens, which are fewer.
+            yield chosen, list(used.view(len(sources), rows, length))
+
+
+class Gradients:
+    """Sums up the gradients of hidden states, weight and bias over chunks of tokens.
+
+    ``grad`` is the gradient of the values, without ``unit``: products of fp16 would overflow or
+    vanish by the loss scale in it.
+    """
+
+    def __init__(self, source: Source, needs: Sequence[bool], grad: Tensor) -> None:
+        self.source, self.dtypes = (
+            source.narrowed(),
+            [t if t is None else t.dtype for t in source[1:]],
+        )
+        self.unit = _largest(grad) if source.head.dtype == torch.float16 else None
+        self.grad = grad if self.unit is None else grad / self.unit
+        self.x = torch.empty_like(source.x) if needs[0] else None
+        self.weight = torch.zeros_like(source.weight, dtype=grad.dtype) if needs[1] else None
+        self.bias = None
+        if needs[2] and source.bias is not None:
+            self.bias = torch.zeros_like(source.bias, dtype=grad.dtype)
+
+    def add(self, tokens: slice, logits: Tensor) -> None:
+        """Adds those of ``tokens``. ``logits`` holds their gradients."""
+        source = self.source
+        if self.bias is not None:
+            self.bias += logits.sum(1)
+        if self.x is None and self.weight is None:
+            return
+        chunk = source.chunk(tokens)
+        sums = None if self.x is None else torch.zeros_like(chunk, dtype=logits.dtype)
+        blocks = row_blocks(source.weight)
+        add_gradients(logits, chunk, source.weight, blocks, sums, self.weight)
+        if self.x is not None and sums is not None:
+            self.x[tokens] = sums if self.unit is None else sums.mul_(self.unit)
+
+    def results(self) -> tuple[Tensor | None, ...]:
+        for gradient in (self.weight, self.bias):
+            if gradient is not None and self.unit is not None:
+                gradient.mul_(self.unit)
+        pairs = zip((self.x, self.weight, self.bias), self.dtypes, strict=True)
+        return tuple(None if gradient is None else gradient.to(dtype) for gradient, dtype in pairs)
+
+
+def _largest(grad: Tensor) -> Tensor:
+    largest = grad.abs().amax() if grad.numel() else grad.new_zeros(())
+    return torch.where(largest > 0, largest, 1.0)

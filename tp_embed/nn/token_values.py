@@ -1,0 +1,377 @@
+"""Log-probabilities, entropies, divergences and the largest logits of each token, from hidden
+states and a sharded output head, without holding all logits.
+
+The forward computes the logits of a chunk of tokens at a time, and keeps a few numbers per token.
+The backward computes them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tp_embed._torch_private import is_transformed
+from tp_embed.gang import FakeGang, Gang
+from tp_embed.gang.collectives import in_graph, is_batched
+from tp_embed.nn.chunks import Gradients, Head, Source, chunks_of
+from tp_embed.nn.columns import parts_of
+from tp_embed.nn.projection import product_dtypes
+from tp_embed.nn.token_functions import Divergence, Entropy, TokenFunction, TokenLosses
+from tp_embed.nn.token_loss import LossOptions, check_soft_cap, check_target
+from tp_embed.nn.top_k import Chosen, local_top_k, merged_top_k
+from tp_embed.parameter.sharded import unguarded
+from tp_embed.partition import Partition
+
+_ALONE: Gang = FakeGang("cpu")  # Size 1: sends nothing.
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Hidden states and the output head that projects them to logits.
+
+    :param x: the hidden states. *Shape:* :math:`(*,E)`; for ``shard_dim`` 1 this rank's columns,
+        *Shape:* :math:`(*,E_{rank})`. For ``shard_dim`` 0 their gradient is partial: pass them
+        through :func:`~tp_embed.gang.collectives.copy_to_gang`.
+    :param weight: *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
+    :param bias: *Shape:* :math:`(V_{rank})` or, for ``shard_dim`` 1, :math:`(V)`.
+    :param partition: the partition of V, or E, over the gang.
+    :param soft_cap: :math:`c`, which turns each logit :math:`l` into :math:`c \\tanh(l/c)`.
+    :param temperature: divides the logits, after the cap.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    gang: Gang
+    partition: Partition
+    shard_dim: int = 0
+    soft_cap: float | None = None
+    temperature: float = 1.0
+
+    def check(self) -> None:
+        """
+        :raises TypeError: ``temperature`` is not a number.
+        :raises ValueError: ``temperature`` or ``soft_cap`` is not positive.
+        """
+        check_soft_cap(self.soft_cap)
+        if not isinstance(self.temperature, (int, float)):
+            raise TypeError(
+                f"`temperature` must be a number, but is a `{type(self.temperature).__name__}` "
+                "instead. Pass `float(temperature)`; it gets no gradient."
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` must be positive, but is {self.temperature} instead.")
+
+    @property
+    def classes(self) -> Partition:
+        """The partition of the classes whose logits each rank gets."""
+        return Partition(self.weight.size(0), 1) if self.shard_dim else self.partition
+
+    def flat_source(self) -> Source:
+        x = self.x.reshape(self.x.shape[:-1].numel(), self.x.size(-1))
+        return Source(self.head(), x, self.weight, self.bias)
+
+    def head(self) -> Head:
+        sum_over, gang = (self.gang, _ALONE) if self.shard_dim else (_ALONE, self.gang)
+        width = self.partition.size if self.shard_dim else self.x.size(-1)
+        dtypes = product_dtypes(self.x, self.weight)
+        shape = gang, self.classes, width
+        return Head(sum_over, *shape, self.soft_cap, self.temperature, *dtypes)
+
+
+class _TokenValues(torch.autograd.Function):
+    """The values of a :class:`TokenFunction`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        heads: Sequence[Head],
+        function: TokenFunction,
+        *constants: Tensor | None,
+    ) -> Tensor:
+        """``constants`` are hidden states, weight and bias of the teacher, if there is one, and the
+        tensors of ``function``."""
+        inputs = x, weight, bias, *constants
+        sources = [source.narrowed() for source in _sources(heads, inputs)]
+        parts = []
+        for tokens, logits in chunks_of(sources):
+            for source, out in zip(sources, logits, strict=True):
+                source.compute(tokens, out)
+                source.head.cap(out)
+            parts.append(function.of_tokens(tokens).summarize(logits, heads[0].own))
+        values, saved = function.combine(_gathered(torch.cat(parts, 1), heads[0].gang))
+        ctx.save_for_backward(*inputs, *saved)
+        ctx.context = heads, function, len(inputs)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        heads, function, num_inputs = ctx.context
+        inputs, saved = ctx.saved_tensors[:num_inputs], ctx.saved_tensors[num_inputs:]
+        function = function.with_tensors(*inputs[3 * len(heads) :])
+        needs, nothing = ctx.needs_input_grad[:3], [None] * (len(ctx.needs_input_grad) - 3)
+        sources = _sources(heads, inputs)
+        if torch.is_grad_enabled() or is_batched(grad):
+            # Needs derivatives of the gradient, or several gradients at once.
+            return *_composed_gradients(sources, function, needs, grad), *nothing
+        gradients = Gradients(sources[0], needs, grad / heads[0].temperature)
+        sources = [source.narrowed() for source in sources]
+        for tokens, logits in chunks_of(sources):
+            for source, out in zip(sources, logits, strict=True):
+                source.compute(tokens, out)
+            of_tokens = function.of_tokens(tokens), [s[tokens] for s in saved]
+            _differentiate(logits, heads, *of_tokens, gradients.grad[tokens])
+            gradients.add(tokens, logits[0])
+        return *gradients.results(), *nothing
+
+
+def _sources(heads: Sequence[Head], inputs: Sequence[Any]) -> list[Source]:
+    return [Source(head, *inputs[3 * i : 3 * i + 3]) for i, head in enumerate(heads)]
+
+
+def _gathered(summaries: Tensor, gang: Gang) -> Tensor:
+    """Returns the summaries of all ranks, *Shape:* :math:`(P,C,N)`."""
+    if gang.size == 1:
+        return summaries[None]
+    gathered = summaries.new_empty(gang.size, *summaries.shape)
+    gang.all_gather(gathered, summaries)
+    return gathered
+
+
+def _differentiate(
+    logits: Sequence[Tensor],
+    heads: Sequence[Head],
+    function: TokenFunction,
+    saved: Sequence[Tensor],
+    grad: Tensor,
+) -> None:
+    """Overwrites the first of ``logits``, which have no cap yet, with its gradient."""
+    split, start = function.needs_parts or heads[0].soft_cap is not None, heads[0].own.start
+    for rows in parts_of(logits[0], split=split):
+        parts = [z[rows] for z in logits]
+        for head, part in zip(heads, parts, strict=True):
+            head.cap(part)
+        slope = heads[0].slope(parts[0])
+        first = start + rows.start
+        function.differentiate(parts, range(first, first + len(parts[0])), saved, grad)
+        if slope is not None:
+            parts[0].mul_(slope)
+
+
+def _compose(sources: Sequence[Source], function: TokenFunction | Chosen) -> Tensor:
+    """Computes the values with differentiable operations, holding all logits."""
+    head, logits = sources[0].head, [source.compose() for source in sources]
+    return function.compose(logits, head.own, head.gang, head.classes)
+
+
+def _composed_gradients(
+    sources: Sequence[Source],
+    function: TokenFunction | Chosen,
+    needs: Sequence[bool],
+    grad: Tensor,
+) -> list[Tensor | None]:
+    """Computes the gradients with differentiable operations."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), unguarded():
+        # Views, since `x` may depend on `weight`: part of its gradient would count twice.
+        student = sources[0].views()
+        values = _compose([student, *sources[1:]], function)
+        pairs = zip((student.x, student.weight, student.bias), needs, strict=True)
+        inputs = [view for view, need in pairs if need and view is not None]
+        found = iter(torch.autograd.grad(values, inputs, grad, create_graph=create_graph))
+    return [next(found) if need else None for need in needs]
+
+
+class _TopK(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, head: Head, k: int
+    ) -> tuple[Tensor, Tensor]:
+        source = Source(head, x, weight, bias).narrowed()
+        found = []
+        for tokens, (z,) in chunks_of([source], tokens_first=True):
+            source.compute(tokens, z)
+            head.cap(z)
+            found.append(local_top_k(z, k, head.own, head.classes))
+        values, ids = (torch.cat(parts) for parts in zip(*found, strict=True))
+        values, ids = merged_top_k(values, ids, k, head.gang)
+        ctx.mark_non_differentiable(ids)
+        ctx.save_for_backward(x, weight, bias, values, ids)
+        ctx.head = head
+        return values, ids
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, values, ids = ctx.saved_tensors
+        needs, function = ctx.needs_input_grad[:3], Chosen(ids)
+        source = Source(ctx.head, *inputs)
+        if torch.is_grad_enabled() or is_batched(grad):
+            return *_composed_gradients([source], function, needs, grad), None, None
+        slope = ctx.head.slope(values)
+        gradients = Gradients(source, needs, grad if slope is None else grad * slope)
+        for tokens, (z,) in chunks_of([source]):
+            function.of_tokens(tokens).scatter(z, ctx.head.own, gradients.grad[tokens])
+            gradients.add(tokens, z)
+        return *gradients.results(), None, None
+
+
+def token_losses(
+    projection: Projection,
+    target: Tensor,
+    class_weight: Tensor | None = None,
+    options: LossOptions | None = None,
+) -> Tensor:
+    """Computes the losses of :class:`~tp_embed.nn.token_functions.TokenLosses`. The soft cap is the
+    one of ``projection``. The CPU skips tokens without a target.
+
+    Does one all-gather of 2 + K (with label smoothing 4 + K) numbers per token.
+
+    :param target: the same on every rank. *Shape:* :math:`(*)`, or :math:`(*,K)` for K targets per
+        token.
+    :param class_weight: the same on every rank. *Shape:* :math:`(V)`.
+    :returns: the loss of each target; zero for ignored ones. *Shape:* that of ``target``.
+    :raises ValueError: shapes do not match, or an option is out of range.
+    :raises IndexError: a target is neither a class nor ``ignore_index``.
+    """
+    options = options or LossOptions()
+    options.check()
+    x, classes = projection.x, projection.classes
+    tokens = x.shape[:-1]
+    if tokens not in (target.shape, target.shape[:-1]):
+        raise ValueError(
+            f"`target` must have the shape {tuple(tokens)}, one class for each token, or one more "
+            f"dimension for several, but has {tuple(target.shape)} instead."
+        )
+    _check_class_weight(class_weight, classes, options)
+    flat = check_target(target, options.ignore_index, classes)
+    flat = flat.view(tokens.numel(), target.shape[len(tokens) :].numel())
+    function = TokenLosses(flat, class_weight, options, classes.size)
+    kept = (flat != options.ignore_index).any(-1)
+    if x.device.type != "cpu" or is_transformed() or in_graph(x) or kept.all():
+        losses: Tensor = _values([projection], function)
+        return losses.view(target.shape)
+    index = kept.nonzero()[:, 0]
+    x = x.reshape(len(flat), x.size(-1)).index_select(0, index)
+    losses = _values([replace(projection, x=x)], replace(function, target=flat[index]))
+    return losses.new_zeros(flat.shape).index_copy(0, index, losses).view(target.shape)
+
+
+def reduced_loss(
+    projection: Projection,
+    target: Tensor,
+    class_weight: Tensor | None,
+    reduction: str,
+    options: LossOptions,
+) -> Tensor:
+    """Reduces :func:`token_losses` as :func:`torch.nn.functional.cross_entropy` does.
+
+    :raises ValueError: as :func:`token_losses`, or ``reduction`` is invalid.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(
+            f"`reduction` must be 'mean', 'sum' or 'none', but is {reduction!r} instead."
+        )
+    if projection.x.shape[:-1] != target.shape:
+        raise ValueError(
+            f"`target` must have the shape {tuple(projection.x.shape[:-1])}, one class for each "
+            f"token, but has {tuple(target.shape)} instead."
+        )
+    losses = token_losses(projection, target, class_weight, options)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    kept = target != options.ignore_index
+    count = kept.to(losses.dtype)
+    if class_weight is not None:
+        count = class_weight.to(losses.dtype)[target.long().masked_fill(~kept, 0)] * kept
+    # As in torch, the mean over no token is NaN; here with a zero gradient.
+    total = count.sum()
+    nan = total.new_zeros(()).masked_fill(total == 0, torch.nan)
+    return losses.sum() / total.masked_fill(total == 0, 1.0) + nan
+
+
+def entropies(projection: Projection) -> Tensor:
+    """Computes :class:`~tp_embed.nn.token_functions.Entropy`, *Shape:* :math:`(*)`. Does one
+    all-gather of 3 numbers per token."""
+    found: Tensor = _values([projection], Entropy())
+    return found.view(projection.x.shape[:-1])
+
+
+def divergences(student: Projection, teacher: Projection, *, reverse: bool = False) -> Tensor:
+    """Computes :class:`~tp_embed.nn.token_functions.Divergence`, *Shape:* :math:`(*)`. The teacher
+    gets no gradient. Does one all-gather of 5 numbers per token."""
+    found: Tensor = _values([student, teacher], Divergence(reverse))
+    return found.view(student.x.shape[:-1])
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="Its loops over chunks would be unrolled."
+)
+def top_k(projection: Projection, k: int) -> tuple[Tensor, Tensor]:
+    """Finds the k largest logits of each token. See :meth:`tp_embed.OutputHead.top_k`."""
+    projection.check()
+    head, source, tokens = projection.head(), projection.flat_source(), projection.x.shape[:-1]
+    if not 0 < k <= head.classes.size:
+        raise ValueError(
+            f"`k` must be in [1, {head.classes.size}] (the classes), but is {k} instead."
+        )
+    if is_transformed() or in_graph(projection.x):
+        logits = source.compose()
+        local = local_top_k(logits.detach().clone(), k, head.own, head.classes)
+        _, ids = merged_top_k(*local, k, head.gang)
+        values = Chosen(ids).compose([logits], head.own, head.gang, head.classes)
+    else:
+        with unguarded():
+            # Views stay when ZeRO 3 empties the Parameters after the forward.
+            values, ids = _TopK.apply(*source.views()[1:], head, k)
+    return values.view(*tokens, k), ids.view(*tokens, k)
+
+
+# The compiler would unroll its loops into hundreds of products.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _values(projections: Sequence[Projection], function: TokenFunction) -> Tensor:
+    for projection in projections:
+        projection.check()
+    sources = [projection.flat_source() for projection in projections]
+    if is_transformed() or in_graph(projections[0].x):
+        return _compose(sources, function)
+    heads = [source.head for source in sources]
+    with unguarded():
+        # Views stay when ZeRO 3 empties the Parameters after the forward.
+        student, *others = [source.views()[1:] for source in sources]
+        constants = [t if t is None else t.detach() for tensors in others for t in tensors]
+        values: Tensor = _TokenValues.apply(
+            *student, heads, function, *constants, *function.tensors
+        )
+    return values
+
+
+def _check_class_weight(
+    class_weight: Tensor | None, classes: Partition, options: LossOptions
+) -> None:
+    if class_weight is None:
+        return
+    if class_weight.shape != (classes.size,) or not class_weight.is_floating_point():
+        raise ValueError(
+            f"`weight` must have the shape {(classes.size,)}, a weight for each class, whole on "
+            f"each rank, and a floating dtype, but has the shape {tuple(class_weight.shape)} and "
+            f"the dtype {class_weight.dtype} instead."
+        )
+    if class_weight.requires_grad:
+        raise ValueError(
+            "`weight` must not require a gradient: the loss has none for it, as in torch. Pass "
+            "`weight.detach()`."
+        )
+    if options.z_loss:
+        raise ValueError(
+            "`weight` must be None with `z_loss`, whose weighted mean is not defined. Compute both "
+            "losses with `reduction='none'` and combine them."
+        )

@@ -1,0 +1,94 @@
+"""The largest logits of each token, from logits that are sharded over a gang."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tp_embed.gang import Gang
+from tp_embed.gang.collectives import all_gather_columns, reduce_partial
+from tp_embed.nn.columns import add_to_picked, parts_of, picked
+from tp_embed.partition import Partition
+
+
+def local_top_k(z: Tensor, k: int, own: range, classes: Partition) -> tuple[Tensor, Tensor]:
+    """Finds the k largest logits of this rank, of equal ones those with the lowest ids, without
+    synchronizing with an accelerator. Overwrites ``z``.
+
+    :param z: *Shape:* :math:`(V_{rank},n)`.
+    :returns: logits and ids, in the order of the ids, padded to the same width on every rank by
+        logits of -inf. *Shape:* :math:`(n,min(k,ceil(V/P)))`.
+    """
+    width = min(k, len(own))
+    values, rows = z.T.topk(width, dim=-1)
+    if 0 < width < len(own):
+        rows = _lowest_of_equal(z, values, rows)
+    rows, order = rows.sort(dim=-1)
+    missing = min(k, classes.block) - width
+    values = torch.nn.functional.pad(values.gather(1, order), (0, missing), value=-torch.inf)
+    return values, torch.nn.functional.pad(rows + own.start, (0, missing), value=classes.size)
+
+
+def _lowest_of_equal(z: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+    """Replaces the ``rows`` of logits that equal the smallest of ``values``, since
+    :func:`torch.topk` takes any of them. Overwrites ``z``."""
+    smallest = values[:, -1]
+    taken = (values == smallest[:, None]).sum(-1)
+    equal = sum((z[part] == smallest).sum(0) for part in parts_of(z, split=True))
+    if z.device.type == "cpu" and not (equal > taken).any():
+        return rows
+    # In the memory of the logits: the negative row where they are equal.
+    integer = torch.int32 if z.dtype == torch.float32 else torch.int64
+    keys = z.view(integer)
+    for part in parts_of(z, split=True):
+        ids = torch.arange(part.start, part.start + len(z[part]), device=z.device, dtype=integer)
+        is_equal = z[part] == smallest
+        keys[part] = torch.where(is_equal, -ids[:, None], torch.iinfo(integer).min)
+    lowest = keys.T.topk(values.size(1), dim=-1).indices
+    # The equal ones are the last.
+    place = torch.arange(values.size(1), device=z.device) - (values.size(1) - taken)[:, None]
+    return torch.where(place < 0, rows, lowest.gather(1, place.clamp_min(0)))
+
+
+def merged_top_k(values: Tensor, ids: Tensor, k: int, gang: Gang) -> tuple[Tensor, Tensor]:
+    """Merges the results of :func:`local_top_k` of all ranks.
+
+    Does two all-gathers, of k numbers and k int64 ids per token and rank.
+
+    :returns: logits, largest first, and ids. *Shape:* :math:`(N,k)`.
+    """
+    ranks = Partition(gang.size * values.size(1), gang.size)
+    values = all_gather_columns(values, gang, ranks)
+    ids = all_gather_columns(ids, gang, ranks)
+    # The ids ascend, and the sort is stable.
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    return values[:, :k].contiguous(), ids.gather(1, order)[:, :k].contiguous()
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The logits of K classes of each token.
+
+    :param ids: *Shape:* :math:`(N,K)`.
+    """
+
+    ids: Tensor
+
+    def of_tokens(self, tokens: slice) -> Chosen:
+        return Chosen(self.ids[tokens])
+
+    def compose(
+        self, logits: Sequence[Tensor], own: range, gang: Gang, classes: Partition
+    ) -> Tensor:
+        """Computes the logits, *Shape:* :math:`(N,K)`, with differentiable operations, from those
+        of this rank, *Shape:* :math:`(V_{rank},N)`. Does an all-reduce of N K numbers."""
+        return reduce_partial(picked(logits[0], self.ids, own), gang).T
+
+    def scatter(self, z: Tensor, own: range, grad: Tensor) -> None:
+        """Overwrites ``z``, *Shape:* :math:`(V_{rank},n)`, with the gradient of the logits, from
+        that of the chosen ones, *Shape:* :math:`(n,K)`."""
+        z.zero_()
+        add_to_picked(z, self.ids, own, grad)
