@@ -23,7 +23,7 @@ from tp_embed.nn.projection import product_dtypes
 from tp_embed.nn.token_functions import Divergence, Entropy, TokenFunction, TokenLosses
 from tp_embed.nn.token_loss import LossOptions, check_soft_cap, check_target
 from tp_embed.nn.top_k import Chosen, local_top_k, merged_top_k
-from tp_embed.parameter.sharded import unguarded
+from tp_embed.parameter.sharded import local, unguarded
 from tp_embed.partition import Partition
 
 _ALONE: Gang = FakeGang("cpu")  # Size 1: sends nothing.
@@ -199,7 +199,7 @@ class _TopK(torch.autograd.Function):
         for tokens, (z,) in chunks_of([source], tokens_first=True):
             source.compute(tokens, z)
             head.cap(z)
-            found.append(local_top_k(z, k, head.own, head.classes))
+            found.append(local_top_k(z, k, head.own, head.classes, in_place=True))
         values, ids = (torch.cat(parts) for parts in zip(*found, strict=True))
         values, ids = merged_top_k(values, ids, k, head.gang)
         ctx.mark_non_differentiable(ids)
@@ -308,7 +308,9 @@ def entropies(projection: Projection) -> Tensor:
 def divergences(student: Projection, teacher: Projection, *, reverse: bool = False) -> Tensor:
     """Computes :class:`~tp_embed.nn.token_functions.Divergence`, *Shape:* :math:`(*)`. The teacher
     gets no gradient. Does one all-gather of 5 numbers per token."""
-    found: Tensor = _values([student, teacher], Divergence(reverse))
+    bias = None if teacher.bias is None else teacher.bias.detach()
+    fixed = replace(teacher, x=teacher.x.detach(), weight=local(teacher.weight), bias=bias)
+    found: Tensor = _values([student, fixed], Divergence(reverse))
     return found.view(student.x.shape[:-1])
 
 
@@ -325,7 +327,7 @@ def top_k(projection: Projection, k: int) -> tuple[Tensor, Tensor]:
         )
     if is_transformed() or in_graph(projection.x):
         logits = source.compose()
-        local = local_top_k(logits.detach().clone(), k, head.own, head.classes)
+        local = local_top_k(logits.detach(), k, head.own, head.classes, in_place=False)
         _, ids = merged_top_k(*local, k, head.gang)
         values = Chosen(ids).compose([logits], head.own, head.gang, head.classes)
     else:
@@ -347,7 +349,7 @@ def _values(projections: Sequence[Projection], function: TokenFunction) -> Tenso
     with unguarded():
         # Views stay when ZeRO 3 empties the Parameters after the forward.
         student, *others = [source.views()[1:] for source in sources]
-        constants = [t if t is None else t.detach() for tensors in others for t in tensors]
+        constants = [tensor for tensors in others for tensor in tensors]
         values: Tensor = _TokenValues.apply(
             *student, heads, function, *constants, *function.tensors
         )

@@ -9,26 +9,34 @@ import torch
 from torch import Tensor
 
 from tp_embed.gang import Gang
-from tp_embed.gang.collectives import all_gather_columns, reduce_partial
+from tp_embed.gang.collectives import gather_columns, reduce_partial
 from tp_embed.nn.columns import add_to_picked, parts_of, picked
 from tp_embed.partition import Partition
 
 
-def local_top_k(z: Tensor, k: int, own: range, classes: Partition) -> tuple[Tensor, Tensor]:
+def local_top_k(
+    z: Tensor, k: int, own: range, classes: Partition, *, in_place: bool
+) -> tuple[Tensor, Tensor]:
     """Finds the k largest logits of this rank, of equal ones those with the lowest ids, without
-    synchronizing with an accelerator. Overwrites ``z``.
+    synchronizing with an accelerator.
 
     :param z: *Shape:* :math:`(V_{rank},n)`.
+    :param in_place: overwrites ``z``; else sorts all logits, as transforms and graphs can.
     :returns: logits and ids, in the order of the ids, padded to the same width on every rank by
         logits of -inf. *Shape:* :math:`(n,min(k,ceil(V/P)))`.
     """
     width = min(k, len(own))
-    values, rows = z.T.topk(width, dim=-1)
-    if 0 < width < len(own):
-        rows = _lowest_of_equal(z, values, rows)
-    rows, order = rows.sort(dim=-1)
+    if in_place:
+        values, rows = z.T.topk(width, dim=-1)
+        if 0 < width < len(own):
+            rows = _lowest_of_equal(z, values, rows)
+        rows, order = rows.sort(dim=-1)
+        values = values.gather(1, order)
+    else:
+        rows = z.sort(dim=0, descending=True, stable=True).indices[:width].T.sort(dim=-1).values
+        values = z.T.gather(1, rows)
     missing = min(k, classes.block) - width
-    values = torch.nn.functional.pad(values.gather(1, order), (0, missing), value=-torch.inf)
+    values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
     return values, torch.nn.functional.pad(rows + own.start, (0, missing), value=classes.size)
 
 
@@ -61,8 +69,8 @@ def merged_top_k(values: Tensor, ids: Tensor, k: int, gang: Gang) -> tuple[Tenso
     :returns: logits, largest first, and ids. *Shape:* :math:`(N,k)`.
     """
     ranks = Partition(gang.size * values.size(1), gang.size)
-    values = all_gather_columns(values, gang, ranks)
-    ids = all_gather_columns(ids, gang, ranks)
+    values = gather_columns(values, gang, ranks)
+    ids = gather_columns(ids, gang, ranks)
     # The ids ascend, and the sort is stable.
     values, order = values.sort(dim=-1, descending=True, stable=True)
     return values[:, :k].contiguous(), ids.gather(1, order)[:, :k].contiguous()
