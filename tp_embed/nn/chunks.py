@@ -143,8 +143,8 @@ def chunks_of(
 class Gradients:
     """Sums up the gradients of hidden states, weight and bias over chunks of tokens.
 
-    ``grad`` is the gradient of the values, without ``unit``: products of fp16 would overflow or
-    vanish by the loss scale in it.
+    ``grad`` is the gradient of the values divided by ``unit``, so that its products in fp16 neither
+    overflow nor vanish, whatever the loss scale.
     """
 
     def __init__(self, source: Source, needs: Sequence[bool], grad: Tensor) -> None:
@@ -152,7 +152,7 @@ class Gradients:
             source.narrowed(),
             [t if t is None else t.dtype for t in source[1:]],
         )
-        self.unit = _largest(grad) if source.head.dtype == torch.float16 else None
+        self.unit = _unit(grad) if source.head.dtype == torch.float16 else None
         self.grad = grad if self.unit is None else grad / self.unit
         self.x = torch.empty_like(source.x) if needs[0] else None
         self.weight = torch.zeros_like(source.weight, dtype=grad.dtype) if needs[1] else None
@@ -182,6 +182,7 @@ class Gradients:
         return tuple(None if gradient is None else gradient.to(dtype) for gradient, dtype in pairs)
 
 
-def _largest(grad: Tensor) -> Tensor:
+def _unit(grad: Tensor) -> Tensor:
+    """Returns the factor that makes the largest item 1024, near the middle of fp16's range."""
     largest = grad.abs().amax() if grad.numel() else grad.new_zeros(())
-    return torch.where(largest > 0, largest, 1.0)
+    return torch.where(largest > 0, largest / 1024, 1.0)
