@@ -26,6 +26,8 @@ from tp_embed.nn.top_k import Chosen, local_top_k, merged_top_k
 from tp_embed.parameter.sharded import local, unguarded
 from tp_embed.partition import Partition
 
+__all__ = ["Projection", "divergences", "entropies", "reduced_loss", "token_losses", "top_k"]
+
 _ALONE: Gang = FakeGang("cpu")  # Size 1: sends nothing.
 
 
@@ -228,17 +230,25 @@ def token_losses(
     class_weight: Tensor | None = None,
     options: LossOptions | None = None,
 ) -> Tensor:
-    """Computes the losses of :class:`~tp_embed.nn.token_functions.TokenLosses`. The soft cap is the
-    one of ``projection``. The CPU skips tokens without a target.
+    """Computes the cross entropy of each target, as :func:`torch.nn.functional.cross_entropy` does
+    with ``reduction="none"``. With weights :math:`w` of the classes, see
+    :class:`~tp_embed.nn.loss.LossOptions` for the rest:
 
-    Does one all-gather of 2 + K (with label smoothing 4 + K) numbers per token.
+    .. math:: -(1-\\epsilon) w_t \\log p_t - \\frac{\\epsilon}{V} \\sum_v w_v \\log p_v
+        + z \\log^2 Z
+
+    Does one all-gather of 2 + K (with label smoothing 4 + K) numbers per token. The CPU skips
+    tokens whose targets are all ignored.
 
     :param target: the same on every rank. *Shape:* :math:`(*)`, or :math:`(*,K)` for K targets per
         token.
     :param class_weight: the same on every rank. *Shape:* :math:`(V)`.
-    :returns: the loss of each target; zero for ignored ones. *Shape:* that of ``target``.
+    :param options: without ``soft_cap``, which ``projection`` has.
+    :returns: the loss of each target; zero for ignored ones. *Shape:* that of ``target``. *Dtype:*
+        fp32, or fp64 for fp64.
     :raises ValueError: shapes do not match, or an option is out of range.
-    :raises IndexError: a target is neither a class nor ``ignore_index``.
+    :raises IndexError: a target is neither a class nor ``ignore_index``. On an accelerator, a
+        device-side assertion fails instead, as in torch.
     """
     options = options or LossOptions()
     options.check()
@@ -270,7 +280,8 @@ def reduced_loss(
     reduction: str,
     options: LossOptions,
 ) -> Tensor:
-    """Reduces :func:`token_losses` as :func:`torch.nn.functional.cross_entropy` does.
+    """Reduces :func:`token_losses` as :func:`torch.nn.functional.cross_entropy` does: ``"mean"``
+    divides by the sum of the weights of the targets. Refuses several targets per token.
 
     :raises ValueError: as :func:`token_losses`, or ``reduction`` is invalid.
     """
@@ -299,15 +310,22 @@ def reduced_loss(
 
 
 def entropies(projection: Projection) -> Tensor:
-    """Computes :class:`~tp_embed.nn.token_functions.Entropy`, *Shape:* :math:`(*)`. Does one
-    all-gather of 3 numbers per token."""
+    """Computes the entropy of each token's distribution, in nats. Classes with a logit of -inf add
+    nothing. Does one all-gather of 3 numbers per token.
+
+    :returns: *Shape:* :math:`(*)`. *Dtype:* fp32, or fp64 for fp64.
+    """
     found: Tensor = _values([projection], Entropy())
     return found.view(projection.x.shape[:-1])
 
 
 def divergences(student: Projection, teacher: Projection, *, reverse: bool = False) -> Tensor:
-    """Computes :class:`~tp_embed.nn.token_functions.Divergence`, *Shape:* :math:`(*)`. The teacher
-    gets no gradient. Does one all-gather of 5 numbers per token."""
+    """Computes KL(teacher || student) for each token, or KL(student || teacher) if ``reverse``. The
+    teacher gets no gradient. Does one all-gather of 5 numbers per token.
+
+    :param teacher: of the same tokens, classes and ranks.
+    :returns: *Shape:* :math:`(*)`. *Dtype:* fp32, or fp64 for fp64.
+    """
     bias = None if teacher.bias is None else teacher.bias.detach()
     fixed = replace(teacher, x=teacher.x.detach(), weight=local(teacher.weight), bias=bias)
     found: Tensor = _values([student, fixed], Divergence(reverse))
@@ -318,7 +336,12 @@ def divergences(student: Projection, teacher: Projection, *, reverse: bool = Fal
     reason="Its loops over chunks would be unrolled."
 )
 def top_k(projection: Projection, k: int) -> tuple[Tensor, Tensor]:
-    """Finds the k largest logits of each token. See :meth:`tp_embed.OutputHead.top_k`."""
+    """Finds the k largest logits of each token, of equal ones the lowest ids first. Does two
+    all-gathers, of k logits and k int64 ids per token and rank.
+
+    :returns: logits, largest first, and ids. *Shape:* :math:`(*,k)`.
+    :raises ValueError: ``k`` is not in [1, V].
+    """
     projection.check()
     head, source, tokens = projection.head(), projection.flat_source(), projection.x.shape[:-1]
     if not 0 < k <= head.classes.size:
