@@ -140,3 +140,23 @@ def test_low_precision_is_as_exact_as_torch(pool, way, dtype, scale, kind):
         theirs, ours = pool(2, in_low_precision, kind, way, dtype, scale, widened)[0]
         for our, their in zip(ours, theirs, strict=True):
             assert our < 1.5 * their + 1e-3
+
+
+def under_autocast(gang, kind, way):
+    """Where products run in fp32, autocast changes nothing."""
+    set_products(True)
+    ours, theirs, _ = WAYS[way]
+    student, teacher, target = problem(257, torch.float32)
+    target = target.clamp_min(0)
+    _, head, of_teacher = heads(kind, gang, student, teacher)
+    x = student[2].requires_grad_()
+    expected = theirs(logits_of(student), logits_of(teacher).detach(), target)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = ours(head, x, of_teacher, target)
+        found = [values.detach(), *torch.autograd.grad(values.sum(), x)]
+    torch.testing.assert_close(found, [expected, *torch.autograd.grad(expected.sum(), x)])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_functions_of_logits_do_not_run_in_the_dtype_of_autocast(pool, way):
+    pool(2, under_autocast, VocabSharded, way)

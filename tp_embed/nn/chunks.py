@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -95,13 +95,8 @@ class Source(NamedTuple):
 
     def compose(self) -> Tensor:
         """Computes all logits, *Shape:* :math:`(V_{rank},N)`, with differentiable operations."""
-        head, device = self.head, self.x.device.type
-        exact = (
-            torch.autocast(device, enabled=False)
-            if is_autocast_available(device)
-            else nullcontext()
-        )
-        with exact, unguarded():
+        head = self.head
+        with without_autocast(self.x), unguarded():
             logits = linear(self.x.to(head.dtype), self.weight.to(head.dtype))
             logits = widened(reduce_partial(logits.to(head.logits_dtype), head.sum_over))
             if self.bias is not None:
@@ -186,3 +181,9 @@ def _unit(grad: Tensor) -> Tensor:
     """Returns the factor that makes the largest item 1024, near the middle of fp16's range."""
     largest = grad.abs().amax() if grad.numel() else grad.new_zeros(())
     return torch.where(largest > 0, largest / 1024, 1.0)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Computes in the dtypes of the operands, on the device of ``x``."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()

@@ -17,7 +17,7 @@ from torch import Tensor
 from tp_embed._torch_private import is_transformed
 from tp_embed.gang import FakeGang, Gang
 from tp_embed.gang.collectives import in_graph, is_batched
-from tp_embed.nn.chunks import Gradients, Head, Source, chunks_of
+from tp_embed.nn.chunks import Gradients, Head, Source, chunks_of, without_autocast
 from tp_embed.nn.columns import parts_of
 from tp_embed.nn.projection import product_dtypes
 from tp_embed.nn.token_functions import Divergence, Entropy, TokenFunction, TokenLosses
@@ -170,7 +170,8 @@ def _differentiate(
 def _compose(sources: Sequence[Source], function: TokenFunction | Chosen) -> Tensor:
     """Computes the values with differentiable operations, holding all logits."""
     head, logits = sources[0].head, [source.compose() for source in sources]
-    return function.compose(logits, head.own, head.gang, head.classes)
+    with without_autocast(sources[0].x):
+        return function.compose(logits, head.own, head.gang, head.classes)
 
 
 def _composed_gradients(
@@ -354,7 +355,7 @@ def top_k(projection: Projection, k: int) -> tuple[Tensor, Tensor]:
         _, ids = merged_top_k(*local, k, head.gang)
         values = Chosen(ids).compose([logits], head.own, head.gang, head.classes)
     else:
-        with unguarded():
+        with without_autocast(source.x), unguarded():
             # Views stay when ZeRO 3 empties the Parameters after the forward.
             values, ids = _TopK.apply(*source.views()[1:], head, k)
     return values.view(*tokens, k), ids.view(*tokens, k)
@@ -369,7 +370,7 @@ def _values(projections: Sequence[Projection], function: TokenFunction) -> Tenso
     if is_transformed() or in_graph(projections[0].x):
         return _compose(sources, function)
     heads = [source.head for source in sources]
-    with unguarded():
+    with without_autocast(sources[0].x), unguarded():
         # Views stay when ZeRO 3 empties the Parameters after the forward.
         student, *others = [source.views()[1:] for source in sources]
         constants = [tensor for tensors in others for tensor in tensors]
