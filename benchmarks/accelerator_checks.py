@@ -301,6 +301,37 @@ def fused_losses_are_those_of_torch(device: str) -> None:
     synchronize(device)
 
 
+@on()
+def values_of_tokens_are_those_of_torch(device: str) -> None:
+    """Takes whole weights, so that many logits are equal."""
+    for head in heads(device):
+        head.weight.data.round_()
+        weight = head.weight.detach().cpu().double().requires_grad_()
+        x, target = torch.randn(40, E).round(), torch.randint(V, (40,))
+        target[::7] = -100
+        own, wide = x.to(device).requires_grad_(), x.double().requires_grad_()
+        log_p = (wide @ weight.t() / 2).log_softmax(-1)
+        fixed = log_p.detach().roll(1, 0)
+        kept = target != -100
+        order = log_p.sort(dim=-1, descending=True, stable=True).indices[:, :9]
+        expected = log_p.gather(1, target.where(kept, 0)[:, None])[:, 0] * kept
+        expected = expected - 2 * (log_p.exp() * log_p).sum(-1)
+        expected = expected + (fixed.exp() * (fixed - log_p)).sum(-1)
+        expected = expected + (log_p.exp() * (log_p - fixed)).sum(-1)
+        expected = expected + (wide @ weight.t()).gather(1, order).sum(-1)
+        logits, ids = head.top_k(own, 9)
+        teacher = own.detach().roll(1, 0), head, 2.0
+        found = head.log_probs(own, target.to(device), 2.0) + 2 * head.entropy(own, 2.0)
+        found = found + head.kl_divergence(own, *teacher) + logits.sum(-1)
+        found = found + head.kl_divergence(own, *teacher, reverse=True)
+        assert torch.equal(ids.cpu(), order)
+        seen = found, *torch.autograd.grad(found.square().sum(), (own, head.weight))
+        grads = torch.autograd.grad(expected.square().sum(), (wide, weight))
+        for a, b in zip(seen, (expected, *grads), strict=True):
+            torch.testing.assert_close(a.detach().cpu().double(), b.detach(), rtol=1e-4, atol=1e-4)
+    synchronize(device)
+
+
 @on("cpu", "cuda")
 def fp16_and_autocast_are_near_torch(device: str) -> None:
     """Computes the loss in fp32 with a loss scale, and products in the dtype of autocast."""

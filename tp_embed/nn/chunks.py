@@ -186,4 +186,6 @@ def _unit(grad: Tensor) -> Tensor:
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Computes in the dtypes of the operands, on the device of ``x``."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
+    if is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
