@@ -81,6 +81,11 @@ class Source(NamedTuple):
     def chunk(self, tokens: slice) -> Tensor:
         return self.x[tokens].to(self.head.dtype)
 
+    def of_block(self, rows: slice) -> Source:
+        """Returns a head with these rows of the weight only."""
+        bias = None if self.bias is None else self.bias[rows]
+        return self._replace(weight=self.weight[rows], bias=bias)
+
     def compute(self, tokens: slice, out: Tensor) -> None:
         """Puts the logits of ``tokens`` into ``out``, *Shape:* :math:`(V_{rank},n)`."""
         compute_logits(
@@ -113,6 +118,12 @@ def _sum_dtype(sources: Sequence[Source]) -> torch.dtype:
     return dtype
 
 
+def _most_logits(sources: Sequence[Source]) -> int:
+    """Returns how many logits of each source are held at a time."""
+    head, x = sources[0].head, sources[0].x
+    return max(_CHUNK_BYTES // 4, len(x) * head.width) // len(sources)
+
+
 def chunks_of(
     sources: Sequence[Source], *, tokens_first: bool = False
 ) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -120,7 +131,7 @@ def chunks_of(
     :math:`(V_{rank},n)`."""
     head, x = sources[0].head, sources[0].x
     # Use the largest shard, so that all ranks get the same chunks.
-    most = max(_CHUNK_BYTES // 4, len(x) * head.width) // (head.classes.block * len(sources))
+    most = _most_logits(sources) // max(1, head.classes.block)
     num_chunks = -(-len(x) // max(1, most))
     tokens, rows = -(-len(x) // max(1, num_chunks)), len(head.own)
     memory = x.new_empty(len(sources), tokens * rows, dtype=_sum_dtype(sources))
@@ -135,46 +146,56 @@ def chunks_of(
             yield chosen, list(used.view(len(sources), rows, length))
 
 
+def class_blocks_of(sources: Sequence[Source]) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Yields blocks of rows of the weights, with memory for the logits of all tokens by each of
+    ``sources``, *Shape:* :math:`(V_{block},N)`."""
+    x, rows = sources[0].x, len(sources[0].weight)
+    step = min(rows, max(1, _most_logits(sources) // max(1, len(x))))
+    memory = x.new_empty(len(sources), step, len(x), dtype=_sum_dtype(sources))
+    for start in range(0, rows, max(1, step)):
+        block = slice(start, min(start + step, rows))
+        yield block, list(memory[:, : block.stop - start])
+
+
 class Gradients:
-    """Sums up the gradients of hidden states, weight and bias over chunks of tokens.
+    """The gradients of hidden states, weight and bias, from blocks of the gradient of the logits.
+    Each block completes its rows of the gradient of the weight.
 
     ``grad`` is the gradient of the values divided by ``unit``, so that its products in fp16 neither
     overflow nor vanish, whatever the loss scale.
     """
 
     def __init__(self, source: Source, needs: Sequence[bool], grad: Tensor) -> None:
-        self.source, self.dtypes = (
-            source.narrowed(),
-            [t if t is None else t.dtype for t in source[1:]],
-        )
+        self.source, self.dtype = source._replace(x=source.chunk(slice(None))), source.x.dtype
         self.unit = _unit(grad) if source.head.dtype == torch.float16 else None
         self.grad = grad if self.unit is None else grad / self.unit
-        self.x = torch.empty_like(source.x) if needs[0] else None
-        self.weight = torch.zeros_like(source.weight, dtype=grad.dtype) if needs[1] else None
+        self.x = torch.zeros_like(source.x, dtype=grad.dtype) if needs[0] else None
+        self.weight = torch.empty_like(source.weight) if needs[1] else None
         self.bias = None
         if needs[2] and source.bias is not None:
-            self.bias = torch.zeros_like(source.bias, dtype=grad.dtype)
+            self.bias = torch.empty_like(source.bias)
 
-    def add(self, tokens: slice, logits: Tensor) -> None:
-        """Adds those of ``tokens``. ``logits`` holds their gradients."""
-        source = self.source
+    def add(self, rows: slice, logits: Tensor) -> None:
+        """Adds those of a block. ``logits`` holds its gradients."""
         if self.bias is not None:
-            self.bias += logits.sum(1)
+            self.bias[rows] = self._scaled(logits.sum(1))
         if self.x is None and self.weight is None:
             return
-        chunk = source.chunk(tokens)
-        sums = None if self.x is None else torch.zeros_like(chunk, dtype=logits.dtype)
-        blocks = row_blocks(source.weight)
-        add_gradients(logits, chunk, source.weight, blocks, sums, self.weight)
-        if self.x is not None and sums is not None:
-            self.x[tokens] = sums if self.unit is None else sums.mul_(self.unit)
+        weight, sums = self.source.weight[rows], None
+        if self.weight is not None:
+            sums = self.weight[rows].zero_()
+            if sums.dtype != logits.dtype:
+                sums = torch.zeros_like(sums, dtype=logits.dtype)
+        add_gradients(logits, self.source.x, weight, row_blocks(weight), self.x, sums)
+        if self.weight is not None and sums is not None and sums.dtype != self.weight.dtype:
+            self.weight[rows] = self._scaled(sums)
 
     def results(self) -> tuple[Tensor | None, ...]:
-        for gradient in (self.weight, self.bias):
-            if gradient is not None and self.unit is not None:
-                gradient.mul_(self.unit)
-        pairs = zip((self.x, self.weight, self.bias), self.dtypes, strict=True)
-        return tuple(None if gradient is None else gradient.to(dtype) for gradient, dtype in pairs)
+        x = None if self.x is None else self._scaled(self.x).to(self.dtype)
+        return x, self.weight, self.bias
+
+    def _scaled(self, gradient: Tensor) -> Tensor:
+        return gradient if self.unit is None else gradient.mul_(self.unit)
 
 
 def _unit(grad: Tensor) -> Tensor:

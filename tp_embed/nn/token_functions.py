@@ -116,6 +116,31 @@ class TokenLosses(TokenFunction):
 
     needs_parts = False
 
+    def check(self) -> None:
+        """
+        :raises ValueError: ``class_weight`` has another shape, an integer dtype or a gradient, or
+            comes with a z-loss.
+        """
+        weight = self.class_weight
+        if weight is None:
+            return
+        if weight.shape != (self.num_classes,) or not weight.is_floating_point():
+            raise ValueError(
+                f"`weight` must have the shape {(self.num_classes,)}, a weight for each class, "
+                "whole on each rank, and a floating dtype, but has the shape "
+                f"{tuple(weight.shape)} and the dtype {weight.dtype} instead."
+            )
+        if weight.requires_grad:
+            raise ValueError(
+                "`weight` must not require a gradient: the loss has none for it, as in torch. Pass "
+                "`weight.detach()`."
+            )
+        if self.options.z_loss:
+            raise ValueError(
+                "`weight` must be None with `z_loss`, whose weighted mean is not defined. Compute "
+                "both losses with `reduction='none'` and combine them."
+            )
+
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.target, self.class_weight

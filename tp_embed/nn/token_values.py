@@ -17,7 +17,14 @@ from torch import Tensor
 from tp_embed._torch_private import is_transformed
 from tp_embed.gang import FakeGang, Gang
 from tp_embed.gang.collectives import in_graph, is_batched
-from tp_embed.nn.chunks import Gradients, Head, Source, chunks_of, without_autocast
+from tp_embed.nn.chunks import (
+    Gradients,
+    Head,
+    Source,
+    chunks_of,
+    class_blocks_of,
+    without_autocast,
+)
 from tp_embed.nn.columns import parts_of
 from tp_embed.nn.projection import product_dtypes
 from tp_embed.nn.token_functions import Divergence, Entropy, TokenFunction, TokenLosses
@@ -124,13 +131,13 @@ class _TokenValues(torch.autograd.Function):
             # Needs derivatives of the gradient, or several gradients at once.
             return *_composed_gradients(sources, function, needs, grad), *nothing
         gradients = Gradients(sources[0], needs, grad / heads[0].temperature)
-        sources = [source.narrowed() for source in sources]
-        for tokens, logits in chunks_of(sources):
+        teachers = [source._replace(x=source.chunk(slice(None))) for source in sources[1:]]
+        sources = [gradients.source, *teachers]
+        for rows, logits in class_blocks_of(sources):
             for source, out in zip(sources, logits, strict=True):
-                source.compute(tokens, out)
-            of_tokens = function.of_tokens(tokens), [s[tokens] for s in saved]
-            _differentiate(logits, heads, *of_tokens, gradients.grad[tokens])
-            gradients.add(tokens, logits[0])
+                source.of_block(rows).compute(slice(None), out)
+            _differentiate(logits, rows, heads, function, saved, gradients.grad)
+            gradients.add(rows, logits[0])
         return *gradients.results(), *nothing
 
 
@@ -149,20 +156,21 @@ def _gathered(summaries: Tensor, gang: Gang) -> Tensor:
 
 def _differentiate(
     logits: Sequence[Tensor],
+    rows: slice,
     heads: Sequence[Head],
     function: TokenFunction,
     saved: Sequence[Tensor],
     grad: Tensor,
 ) -> None:
-    """Overwrites the first of ``logits``, which have no cap yet, with its gradient."""
-    split, start = function.needs_parts or heads[0].soft_cap is not None, heads[0].own.start
-    for rows in parts_of(logits[0], split=split):
-        parts = [z[rows] for z in logits]
-        for head, part in zip(heads, parts, strict=True):
-            head.cap(part)
+    """Overwrites the first of ``logits``, those of ``rows`` without a cap, with its gradient."""
+    first = heads[0].own.start + rows.start
+    for part in parts_of(logits[0], split=function.needs_parts or heads[0].soft_cap is not None):
+        parts = [z[part] for z in logits]
+        for head, z in zip(heads, parts, strict=True):
+            head.cap(z)
         slope = heads[0].slope(parts[0])
-        first = start + rows.start
-        function.differentiate(parts, range(first, first + len(parts[0])), saved, grad)
+        start = first + part.start
+        function.differentiate(parts, range(start, start + len(parts[0])), saved, grad)
         if slope is not None:
             parts[0].mul_(slope)
 
@@ -219,9 +227,10 @@ class _TopK(torch.autograd.Function):
             return *_composed_gradients([source], function, needs, grad), None, None
         slope = ctx.head.slope(values)
         gradients = Gradients(source, needs, grad if slope is None else grad * slope)
-        for tokens, (z,) in chunks_of([source]):
-            function.of_tokens(tokens).scatter(z, ctx.head.own, gradients.grad[tokens])
-            gradients.add(tokens, z)
+        first = ctx.head.own.start
+        for rows, (z,) in class_blocks_of([source]):
+            function.scatter(z, range(first + rows.start, first + rows.stop), gradients.grad)
+            gradients.add(rows, z)
         return *gradients.results(), None, None
 
 
@@ -260,10 +269,10 @@ def token_losses(
             f"`target` must have the shape {tuple(tokens)}, one class for each token, or one more "
             f"dimension for several, but has {tuple(target.shape)} instead."
         )
-    _check_class_weight(class_weight, classes, options)
     flat = check_target(target, options.ignore_index, classes)
     flat = flat.view(tokens.numel(), target.shape[len(tokens) :].numel())
     function = TokenLosses(flat, class_weight, options, classes.size)
+    function.check()
     kept = (flat != options.ignore_index).any(-1)
     if x.device.type != "cpu" or is_transformed() or in_graph(x) or kept.all():
         losses: Tensor = _values([projection], function)
@@ -378,26 +387,3 @@ def _values(projections: Sequence[Projection], function: TokenFunction) -> Tenso
             *student, heads, function, *constants, *function.tensors
         )
     return values
-
-
-def _check_class_weight(
-    class_weight: Tensor | None, classes: Partition, options: LossOptions
-) -> None:
-    if class_weight is None:
-        return
-    if class_weight.shape != (classes.size,) or not class_weight.is_floating_point():
-        raise ValueError(
-            f"`weight` must have the shape {(classes.size,)}, a weight for each class, whole on "
-            f"each rank, and a floating dtype, but has the shape {tuple(class_weight.shape)} and "
-            f"the dtype {class_weight.dtype} instead."
-        )
-    if class_weight.requires_grad:
-        raise ValueError(
-            "`weight` must not require a gradient: the loss has none for it, as in torch. Pass "
-            "`weight.detach()`."
-        )
-    if options.z_loss:
-        raise ValueError(
-            "`weight` must be None with `z_loss`, whose weighted mean is not defined. Compute both "
-            "losses with `reduction='none'` and combine them."
-        )

@@ -85,9 +85,6 @@ class Chosen:
 
     ids: Tensor
 
-    def of_tokens(self, tokens: slice) -> Chosen:
-        return Chosen(self.ids[tokens])
-
     def compose(
         self, logits: Sequence[Tensor], own: range, gang: Gang, classes: Partition
     ) -> Tensor:
@@ -95,8 +92,8 @@ class Chosen:
         of this rank, *Shape:* :math:`(V_{rank},N)`. Does an all-reduce of N K numbers."""
         return reduce_partial(picked(logits[0], self.ids, own), gang).T
 
-    def scatter(self, z: Tensor, own: range, grad: Tensor) -> None:
-        """Overwrites ``z``, *Shape:* :math:`(V_{rank},n)`, with the gradient of the logits, from
-        that of the chosen ones, *Shape:* :math:`(n,K)`."""
+    def scatter(self, z: Tensor, classes: range, grad: Tensor) -> None:
+        """Overwrites ``z``, *Shape:* :math:`(V_{block},N)`, with the gradient of the logits of
+        ``classes``, from that of the chosen ones, *Shape:* :math:`(N,K)`."""
         z.zero_()
-        add_to_picked(z, self.ids, own, grad)
+        add_to_picked(z, self.ids, classes, grad)
