@@ -35,7 +35,6 @@ class Head(NamedTuple):
     width: int
     soft_cap: float | None
     temperature: float
-    logits_dtype: torch.dtype
     dtype: torch.dtype
 
     @property
@@ -95,15 +94,15 @@ class Source(NamedTuple):
             self.bias,
             row_blocks(self.weight),
             self.head.sum_over,
-            self.head.logits_dtype,
         )
 
     def compose(self) -> Tensor:
         """Computes all logits, *Shape:* :math:`(V_{rank},N)`, with differentiable operations."""
         head = self.head
         with without_autocast(self.x), unguarded():
-            logits = linear(self.x.to(head.dtype), self.weight.to(head.dtype))
-            logits = widened(reduce_partial(logits.to(head.logits_dtype), head.sum_over))
+            weight = widened(self.weight.to(head.dtype))
+            logits = linear(widened(self.x.to(head.dtype)), weight)
+            logits = reduce_partial(logits, head.sum_over)
             if self.bias is not None:
                 logits = logits + self.bias
             if head.soft_cap is not None:
@@ -114,7 +113,7 @@ class Source(NamedTuple):
 def _sum_dtype(sources: Sequence[Source]) -> torch.dtype:
     dtype = torch.float32
     for source in sources:
-        dtype = torch.promote_types(dtype, source.head.logits_dtype)
+        dtype = torch.promote_types(dtype, source.head.dtype)
     return dtype
 
 

@@ -87,9 +87,9 @@ class Projection:
     def head(self) -> Head:
         sum_over, gang = (self.gang, _ALONE) if self.shard_dim else (_ALONE, self.gang)
         width = self.partition.size if self.shard_dim else self.x.size(-1)
-        dtypes = product_dtypes(self.x, self.weight)
+        _, dtype = product_dtypes(self.x, self.weight)
         shape = gang, self.classes, width
-        return Head(sum_over, *shape, self.soft_cap, self.temperature, *dtypes)
+        return Head(sum_over, *shape, self.soft_cap, self.temperature, dtype)
 
 
 class _TokenValues(torch.autograd.Function):
