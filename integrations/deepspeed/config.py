@@ -47,6 +47,9 @@ class EmbedConfig(BaseModel):
         ``{"name": "normal", "std": 0.1}``.
     :param train_rows: maps names of tables to the rows that get a gradient: a list of rows, or a
         slice in Python's syntax, ``{"*.embed_tokens": "32000:"}``.
+    :param fuse_loss: whether a model of transformers computes its loss from hidden states when it
+        is trained with labels, see :func:`tp_embed.integrations.transformers.fuse_loss`; with
+        ``"always"`` also in evaluation. Then ``outputs.logits`` holds no logits.
     :param shard_logits: whether a model of transformers computes its loss from rank-local logits,
         see :func:`tp_embed.integrations.transformers.shard_logits`. Then ``outputs.logits`` are
         rank-local whenever labels are given.
@@ -59,6 +62,7 @@ class EmbedConfig(BaseModel):
     rules: dict[str, Strategy] = {}
     tie_head: bool = True
     shard_head: bool = True
+    fuse_loss: Literal["always", True, False] = False
     shard_logits: bool = False
     output: Output = "replicated"
     dedup: Literal["auto", True, False] = "auto"
@@ -74,6 +78,13 @@ class EmbedConfig(BaseModel):
     def _check_reuse_grad(cls, value: bool | None, info: ValidationInfo) -> bool | None:
         if value and info.data.get("sparse"):
             raise ValueError("must be false with `sparse`, since it is about dense gradients")
+        return value
+
+    @field_validator("shard_logits")
+    @classmethod
+    def _check_shard_logits(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("fuse_loss"):
+            raise ValueError("must be false with `fuse_loss`, which holds no logits")
         return value
 
     @field_validator("init")
@@ -113,14 +124,18 @@ class EmbedConfig(BaseModel):
         )
 
 
-def read_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], EmbedConfig]:
+def read_section(config: Mapping[str, Any], **keys: Any) -> tuple[dict[str, Any], EmbedConfig]:
     """Splits a config into DeepSpeed's part and our section.
 
+    :param keys: replace those of the section, unless they are ``None``.
     :raises ValueError: the section is invalid; the error names the key.
     """
     rest = {key: value for key, value in config.items() if key != SECTION}
+    section = config.get(SECTION, {})
+    if keys := {key: value for key, value in keys.items() if value is not None}:
+        section = section | keys
     try:
-        return rest, EmbedConfig.model_validate(config.get(SECTION, {}))
+        return rest, EmbedConfig.model_validate(section)
     except ValidationError as e:
         raise ValueError("\n".join(map(_describe, e.errors()))) from None
 

@@ -14,15 +14,23 @@ from torch.nn import Module, Parameter
 
 from tp_embed.gang import Gang
 from tp_embed.gang.collectives import whole_table
+from tp_embed.nn.deferred import DeferredLogits
 from tp_embed.nn.head import ShardedLayer
 from tp_embed.parameter.sharded import local
 from tp_embed.partition import Partition
 
 from .layout import local_shape
-from .private import DS_IS_REPLACED_MODULE, TensorParallel_Layer, describe, mark_replaced
+from .private import (
+    DS_IS_REPLACED_MODULE,
+    TensorParallel_Layer,
+    describe,
+    mark_replaced,
+    pass_outputs,
+)
 
 for _layer in get_args(ShardedLayer):
     TensorParallel_Layer.register(_layer)
+pass_outputs(DeferredLogits)  # Their hidden states come from other modules.
 
 
 def register_layer(layer: Module, gang: Gang) -> None:

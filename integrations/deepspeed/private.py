@@ -63,6 +63,9 @@ from deepspeed.runtime.tensor_parallel.init_utils import (
     merge_tp_model_init_into_config as merge_tp_model_init_into_config,
 )
 
+# Which outputs of modules have no tensors: see `pass_outputs()`.
+from deepspeed.runtime.zero import utils as zero_utils
+
 # Parameters that `deepspeed.zero.Init` has partitioned: we would cut empty tables.
 from deepspeed.runtime.zero.utils import is_zero_param as is_zero_param
 from deepspeed.utils import groups
@@ -106,6 +109,13 @@ def layer_specs_of(pipeline: Any) -> Sequence[Any]:
     stages."""
     specs: Sequence[Any] = pipeline._layer_specs
     return specs
+
+
+def pass_outputs(kind: type) -> None:
+    """Makes ZeRO 3 pass outputs of modules of this type on, as it does numbers: it would warn that
+    it cannot find the tensors in them."""
+    is_builtin_type = zero_utils.is_builtin_type
+    zero_utils.is_builtin_type = lambda value: isinstance(value, kind) or is_builtin_type(value)
 
 
 def describe(parameter: Parameter, tp_size: int, **what: Any) -> None:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from tp_embed.gang import FakeGang, Gang
 from tp_embed.gang.agreement import Facts
 from tp_embed.nn.embedding import ShardedEmbedding, VocabShardedEmbedding
+from tp_embed.nn.head import OutputHead
 from tp_embed.surgery.plan import ShardingPlan, agree_on_plan, plan_sharding
 from tp_embed.surgery.report import ShardingReport
 from tp_embed.watchdog import Watchdog
@@ -73,6 +74,12 @@ def shard_model(
         plan = _plan(model, gang, section, ds_config, optimizer, parameters)
         if plan is not None:
             _check_plan(plan, section, ds_config, dp_size)
+        elif section.fuse_loss:
+            raise ValueError(
+                f"`{SECTION}.fuse_loss` must be false for a `{type(model).__name__}` whose tables "
+                "stay as they are, since it needs an `OutputHead`. Leave it out; in a pipeline, "
+                "call `OutputHead.loss()` in the last stage."
+            )
         check(gang)
         return plan
 
@@ -147,11 +154,21 @@ def _check_plan(
     if plan.gang.size > 1:
         check_optimizer_type(ds_config, plan.choices)
     _check_gradients(plan, ds_config, dp_size)
+    heads = {head: chosen for group, chosen in plan.choices for head in group.heads}
+    if section.fuse_loss:
+        from tp_embed.integrations.transformers import fusible_model  # An optional dependency.
+
+        head = fusible_model(plan.model).get_output_embeddings()
+        if heads.get(head, "none") == "none" and not isinstance(head, OutputHead):
+            raise ValueError(
+                f"The output head must be sharded with `{SECTION}.fuse_loss`, but is {head} and "
+                "stays whole. Let it be sharded (`shard_head`, `tie_head`, `strategy`, `rules`), "
+                f"or set `{SECTION}.fuse_loss` to false."
+            )
     if section.shard_logits:
-        from tp_embed.integrations.transformers import check_loss  # An optional dependency.
+        from tp_embed.integrations.transformers import check_loss
 
         check_loss(plan.model)
-        heads = {head: chosen for group, chosen in plan.choices for head in group.heads}
         chosen = heads.get(cast(Any, plan.model).get_output_embeddings(), "none")
         if chosen != "vocab":
             raise ValueError(
@@ -163,6 +180,10 @@ def _check_plan(
 
 def _apply(plan: ShardingPlan, section: EmbedConfig) -> ShardingReport:
     report = plan.apply()
+    if section.fuse_loss:
+        from tp_embed.integrations.transformers import fuse_loss
+
+        fuse_loss(plan.model, in_evaluation=section.fuse_loss == "always")
     if section.shard_logits:
         from tp_embed.integrations.transformers import shard_logits
 

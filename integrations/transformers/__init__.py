@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .classes import adapt, check_adapters
     from .load import from_pretrained
     from .lora import get_peft_model
-    from .loss import check_loss, shard_logits
+    from .loss import check_loss, fuse_loss, fusible_model, shard_logits
     from .trainer import ShardTables
 
 _MODULE_OF = {
@@ -22,6 +22,8 @@ _MODULE_OF = {
     "check_adapters": "classes",
     "check_loss": "loss",
     "from_pretrained": "load",
+    "fuse_loss": "loss",
+    "fusible_model": "loss",
     "get_peft_model": "lora",
     "prepare": "accelerate",
     "shard_logits": "loss",
@@ -33,6 +35,8 @@ __all__ = [
     "check_adapters",
     "check_loss",
     "from_pretrained",
+    "fuse_loss",
+    "fusible_model",
     "get_peft_model",
     "prepare",
     "shard_logits",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from accelerate.utils import DummyOptim
 from torch.nn import Module
@@ -15,7 +15,12 @@ from tp_embed.integrations.deepspeed.sharding import start_watchdog
 from .shard import shard_by_config
 
 
-def prepare(accelerator: Any, *objects: Any, **options: Any) -> Any:
+def prepare(
+    accelerator: Any,
+    *objects: Any,
+    fuse_loss: Literal["always", True, False] | None = None,
+    **options: Any,
+) -> Any:
     """Shards the tables of the model in ``objects``, then calls
     ``accelerator.prepare(*objects, **options)``. The section ``"tp_embed"`` of the DeepSpeed config
     says how to shard, see :class:`tp_embed.integrations.deepspeed.EmbedConfig`. The optimizer in
@@ -25,6 +30,7 @@ def prepare(accelerator: Any, *objects: Any, **options: Any) -> Any:
     Sets ``stage3_gather_16bit_weights_on_model_save`` unless the config does, so that
     ``accelerator.get_state_dict(engine)`` and ``save_model()`` return the whole model.
 
+    :param fuse_loss: replaces the key of the section.
     :raises ValueError: the Accelerator does not use DeepSpeed, or there is not exactly one model.
     """
     plugin = accelerator.state.deepspeed_plugin
@@ -46,6 +52,7 @@ def prepare(accelerator: Any, *objects: Any, **options: Any) -> Any:
         plugin.deepspeed_config,
         optimizers[0] if optimizers else None,
         groups[0] if groups else None,
+        fuse_loss=fuse_loss,
     )
     _, section = read_section(plugin.deepspeed_config)
     prepared = accelerator.prepare(*objects, **options)

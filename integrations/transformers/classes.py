@@ -24,6 +24,7 @@ def adapt(model: Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, PreTrainedModel) and has_shards(module):
             give_class(module, ResizesShards, SavesShards)
+    check_forward(model)
     if _has_peft(model):
         from .lora import adapt_lora  # An optional dependency, installed here.
 

@@ -10,13 +10,15 @@ from transformers import PreTrainedModel
 
 from tp_embed.nn.head import OutputHead
 
+from .fused_head import is_fused_head, shard_fused_head
+
 # Packages whose fused losses multiply by the head's weight themselves.
 _FUSED = frozenset({"cut_cross_entropy", "liger_kernel", "trl", "unsloth", "unsloth_zoo"})
 
 
 def check_forward(model: Module, heads: Collection[Module] = ()) -> None:
     """Checks the models of transformers in ``model`` whose output head is sharded, or will be, as
-    one of ``heads``.
+    one of ``heads``. Those of TRL's fused head, if it is sharded, then use it.
 
     :raises ValueError: the ``forward`` of a model, on its class or on the object, was replaced by
         one that multiplies by the head's weight, which is only a shard on each rank.
@@ -27,14 +29,19 @@ def check_forward(model: Module, heads: Collection[Module] = ()) -> None:
         head = module.get_output_embeddings()
         is_sharded = isinstance(head, OutputHead) and head.gang.size > 1
         function = _replaced_forward(module)
-        if function is not None and (is_sharded or head in heads) and _reads_head(function):
+        if function is None or not (is_sharded or head in heads):
+            continue
+        if is_fused_head(function):
+            if is_sharded:
+                shard_fused_head(module)
+        elif _reads_head(function):
             raise ValueError(
                 f"The `forward` of a `{type(module).__name__}` must call its output head if that "
                 f"is sharded, but was replaced by `{function.__globals__['__name__']}."
                 f"{function.__code__.co_name}`, which multiplies by the weight of the head itself. "
                 "Leave the head whole, `shard_head=False`, or, where it is tied to a table, "
-                "`tie_head=False`; or turn off that loss, and take `shard_logits()` of "
-                "`tp_embed.integrations.transformers`."
+                "`tie_head=False`; or turn off that loss, and take `fuse_loss()` of "
+                "`tp_embed.integrations.transformers`, which holds no logits either."
             )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import safe_open
@@ -23,6 +23,7 @@ from tp_embed.nn.head import ShardedLayer
 from tp_embed.parameter.sharded import local
 from tp_embed.surgery.shard import shard_embeddings
 
+from . import loss
 from .layers import sharded_layers, table_shape
 
 # The size of the part of a file in memory at a time.
@@ -35,6 +36,7 @@ def from_pretrained(
     gang: Gang,
     *args: Any,
     sharding: Mapping[str, Any] | None = None,
+    fuse_loss: Literal["always", True, False] = False,
     **options: Any,
 ) -> Any:
     """Does what ``model_class.from_pretrained(name_or_path, *args, **options)`` followed by
@@ -47,6 +49,8 @@ def from_pretrained(
     :param model_class: a model of transformers, or one of its ``Auto`` classes.
     :param gang: the tensor-parallel gang, such as ``DeepSpeedGang.from_groups(tp_size=8)``.
     :param sharding: options of :func:`tp_embed.shard_embeddings`.
+    :param fuse_loss: whether to call :func:`fuse_loss` of the model; ``"always"`` for evaluation,
+        too.
     :param options: options of ``from_pretrained()``.
     :raises ValueError: the checkpoint is not in safetensors or lacks a table; an option makes
         transformers cut or quantize the model itself; or a config with ZeRO 3 is active, which
@@ -59,6 +63,8 @@ def from_pretrained(
         base = _model_class(model_class, name_or_path, options)
         loading = _loading(base, gang, dict(sharding or {}), meeting)
         model = loading.from_pretrained(name_or_path, *args, **options)
+        if fuse_loss:
+            loss.fuse_loss(model, in_evaluation=fuse_loss == "always")
     except Exception as e:
         meeting.cancel(e)
         raise

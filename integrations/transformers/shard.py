@@ -24,15 +24,16 @@ def shard_by_config(
     config: dict[str, Any],
     optimizer: Optimizer | None = None,
     parameters: Groups | None = None,
+    **keys: Any,
 ) -> ShardingReport:
     """Shards the tables of ``model`` by the section ``"tp_embed"`` of ``config``, and sets its
-    ``zero_optimization`` so that engines save whole models.
+    ``zero_optimization`` so that engines save whole models. ``keys`` replace those of the section.
 
     All ranks must call it. Runs the checks of
     :func:`tp_embed.integrations.deepspeed.initialize`.
     """
     deepspeed.init_distributed()
-    ds_config, section = read_section(config)
+    ds_config, section = read_section(config, **keys)
 
     def check(gang: Gang) -> None:
         if gang.size > 1:

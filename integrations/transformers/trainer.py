@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -30,12 +30,22 @@ class ShardTables(TrainerCallback):
     ``stage3_gather_16bit_weights_on_model_save`` unless the config does, so that ``save_model()``
     and checkpoints hold the whole model. Keeps tables that are sharded already.
 
+    With ``fuse_loss``, evaluation also fuses the loss if ``args.prediction_loss_only`` is set; else
+    it returns whole logits, for ``compute_metrics``. Trainers with ``label_smoothing_factor`` or a
+    ``compute_loss_func`` take whole logits: they compute the loss themselves.
+
     ``report`` lists the sharded tables; ``watchdog`` is the section's watchdog, if it has one, and
     starts with training.
     """
 
     report: ShardingReport
     watchdog: Watchdog | None = None
+
+    def __init__(self, *, fuse_loss: Literal["always", True, False] | None = None) -> None:
+        """
+        :param fuse_loss: replaces the key of the section.
+        """
+        self._fuse_loss = fuse_loss
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         config = getattr(args, "hf_deepspeed_config", None)
@@ -50,8 +60,21 @@ class ShardTables(TrainerCallback):
                 "`model` must be given to the Trainer for `ShardTables`, but is None. A model of "
                 "`model_init` would be rebuilt after its tables were sharded."
             )
-        self.report = shard_by_config(model, config.config, kwargs.get("optimizer"))
+        self.report = shard_by_config(
+            model, config.config, kwargs.get("optimizer"), fuse_loss=self._fused(args)
+        )
         logger.info(f"tp_embed:\n{self.report}")
+
+    def _fused(self, args: Any) -> Literal["always", True, False] | None:
+        _, section = read_section(args.hf_deepspeed_config.config, fuse_loss=self._fuse_loss)
+        if section.fuse_loss and args.label_smoothing_factor:
+            logger.warning(
+                "`label_smoothing_factor` makes the Trainer compute the loss itself, from whole "
+                "logits, so `fuse_loss` saves no memory."
+            )
+        if section.fuse_loss and args.prediction_loss_only:
+            return "always"
+        return section.fuse_loss
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # TRL's trainers replace the `forward` after calling the constructor of `Trainer`.

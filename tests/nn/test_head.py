@@ -56,7 +56,9 @@ def test_head_needs_a_sharded_embedding():
     embed = VocabShardedEmbedding(MIDDLE, 11, 6)
     with pytest.raises(ValueError, match=r"shape \(11,\) .*, but has \(4,\) instead"):
         OutputHead(embed, bias=nn.Parameter(torch.zeros(4)))
-    with pytest.raises(ValueError, match=r"`output` must be one of \('replicated',\) for"):
+    with pytest.raises(
+        ValueError, match=r"`output` must be one of \('replicated', 'deferred'\) for"
+    ):
         OutputHead(ShardedEmbedding(MIDDLE, 11, 6), output="shard")
     with pytest.raises(ValueError, match=r"`soft_cap` must be positive, or None .*, but is -1"):
         OutputHead(embed, soft_cap=-1.0)

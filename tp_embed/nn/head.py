@@ -11,9 +11,11 @@ from torch.nn import Parameter
 
 from tp_embed._torch_private import linear
 from tp_embed.gang.collectives import copy_to_gang, gather_columns, reduce_partial, scatter_columns
+from tp_embed.nn.deferred import DeferredLogits
 from tp_embed.nn.embedding import ShardedEmbedding, VocabShardedEmbedding
 from tp_embed.nn.gang_layer import GangLayer
 from tp_embed.nn.loss import linear_cross_entropy
+from tp_embed.nn.projection import product_dtypes
 from tp_embed.nn.token_loss import LossOptions, check_soft_cap
 from tp_embed.nn.token_values import (
     Projection,
@@ -51,7 +53,9 @@ class OutputHead(GangLayer):
         logits itself, and pass it to :meth:`loss`.
     :param output: ``"replicated"``: each rank gets :math:`(*,V)`; ``"shard"``, for a table that is
         sharded along the vocabulary: each rank gets its own classes, :math:`(*,V_{rank})`, as
-        :func:`tp_embed.nn.loss.cross_entropy` takes them.
+        :func:`tp_embed.nn.loss.cross_entropy` takes them; ``"deferred"``: each rank gets
+        :class:`~tp_embed.nn.deferred.DeferredLogits`, which ``torch.nn.functional.cross_entropy``
+        takes, in a model that calls its head and its loss itself.
     :raises TypeError: ``embed`` is not a sharded embedding.
     :raises ValueError: ``output`` is invalid or not supported for ``embed``, ``bias`` has another
         shape, or ``soft_cap`` is not positive.
@@ -63,7 +67,7 @@ class OutputHead(GangLayer):
         *,
         bias: Parameter | None = None,
         soft_cap: float | None = None,
-        output: Literal["replicated", "shard"] = "replicated",
+        output: Literal["replicated", "shard", "deferred"] = "replicated",
     ) -> None:
         super().__init__()
         if not isinstance(embed, (ShardedEmbedding, VocabShardedEmbedding)):
@@ -71,7 +75,7 @@ class OutputHead(GangLayer):
                 "`embed` must be a `ShardedEmbedding` or a `VocabShardedEmbedding`, "
                 f"but is a `{type(embed).__name__}` instead."
             )
-        outputs = ("replicated",) if embed.shard_dim else ("replicated", "shard")
+        outputs = ("replicated", *([] if embed.shard_dim else ["shard"]), "deferred")
         if output not in outputs:
             raise ValueError(
                 f"`output` must be one of {outputs} for the table of a `{type(embed).__name__}`, "
@@ -103,18 +107,20 @@ class OutputHead(GangLayer):
             return range(self.out_features)
         return self.partition.shard(self.gang.rank)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | DeferredLogits:
         """
         :param x: the hidden states, the same on every rank. *Shape:* :math:`(*,E)`.
         :returns: the logits. *Shape:* :math:`(*,V)`, or :math:`(*,V_{rank})` for ``"shard"``.
         """
         self._check_input(x)
+        if self.output == "deferred":
+            return DeferredLogits(self, x, product_dtypes(x, self.weight)[0])
         self._mask_gradient()
         self._check_block()
         if self.gang.size == 1:
             return self._capped(self._product(x, self.bias))
         if self.output == "shard":
-            return self._capped(self._product(copy_to_gang(x, self.gang), self._own_bias()))
+            return self._capped(self._product(copy_to_gang(x, self.gang), self._own(self.bias)))
         if self.shard_dim == 0:
             logits = self._product(copy_to_gang(x, self.gang))
             logits = gather_columns(logits, self.gang, self.partition)
@@ -129,6 +135,7 @@ class OutputHead(GangLayer):
         x: Tensor,
         target: Tensor,
         *,
+        bias: Tensor | EllipsisType | None = ...,
         weight: Tensor | None = None,
         reduction: Literal["mean", "sum", "none"] = "mean",
         soft_cap: SoftCap = ...,
@@ -143,6 +150,7 @@ class OutputHead(GangLayer):
 
         :param x: the hidden states, the same on every rank. *Shape:* :math:`(*,E)`.
         :param target: the classes, the same on every rank. *Shape:* :math:`(*)`.
+        :param bias: instead of the head's. *Shape:* :math:`(V)`.
         :param weight: weights of the classes, as in :func:`torch.nn.functional.cross_entropy`; the
             same on every rank. Not with ``z_loss``. *Shape:* :math:`(V)`.
         :param reduction: ``"mean"`` over the tokens that are not ignored, weighted by the weights
@@ -150,7 +158,7 @@ class OutputHead(GangLayer):
         :returns: the same on every rank. *Shape:* :math:`()`, or :math:`(*)` for ``"none"``.
             *Dtype:* fp32, or fp64 for fp64.
         """
-        projection = self._projection(x, soft_cap=soft_cap)
+        projection = self._projection(x, soft_cap=soft_cap, bias=bias)
         if weight is not None or reduction not in ("mean", "sum"):
             return reduced_loss(projection, target, weight, reduction, LossOptions(**options))
         loss: Tensor = linear_cross_entropy(
@@ -276,18 +284,20 @@ class OutputHead(GangLayer):
         x: Tensor,
         temperature: float = 1.0,
         soft_cap: SoftCap = ...,
+        bias: Tensor | EllipsisType | None = ...,
     ) -> Projection:
         """Prepares hidden states that are the same on every rank for functions of
         :mod:`tp_embed.nn.token_values`."""
         self._mask_gradient()
         self._check_block()
+        whole = self.bias if bias is ... else bias
         if self.shard_dim == 0:
-            x, bias = copy_to_gang(x, self.gang), self._own_bias()
+            x, whole = copy_to_gang(x, self.gang), self._own(whole)
         else:
-            x, bias = scatter_columns(x, self.gang, self.partition), self.bias
+            x = scatter_columns(x, self.gang, self.partition)
         cap = self.soft_cap if soft_cap is ... else soft_cap
         place = self.gang, self.partition, self.shard_dim
-        return Projection(x, self.weight, bias, *place, cap, temperature)
+        return Projection(x, self.weight, whole, *place, cap, temperature)
 
     def _check_teacher(self, x: Tensor, teacher_x: Tensor, teacher_head: object) -> None:
         if not isinstance(teacher_head, OutputHead):
@@ -331,11 +341,11 @@ class OutputHead(GangLayer):
         cap = self.soft_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _own_bias(self) -> Tensor | None:
-        if self.bias is None:
+    def _own(self, bias: Tensor | None) -> Tensor | None:
+        if bias is None:
             return None
         own = self.partition.shard(self.gang.rank)
-        return copy_to_gang(self.bias, self.gang)[own.start : own.stop]
+        return copy_to_gang(bias, self.gang)[own.start : own.stop]
 
     def extra_repr(self) -> str:
         parts = [self._shard_repr(self.shard_dim, self.partition)]

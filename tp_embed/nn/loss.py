@@ -102,6 +102,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     soft_cap: float | None = None,
+    scale: float = 1.0,
     reduction: Literal["mean", "sum"] = "mean",
     accum_dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -149,7 +150,7 @@ def linear_cross_entropy(
             f"`accum_dtype` must be torch.float32, or None for the dtype of the weight if that is "
             f"bf16, but is {accum_dtype} instead."
         )
-    options = LossOptions(ignore_index, label_smoothing, z_loss, soft_cap)
+    options = LossOptions(ignore_index, label_smoothing, z_loss, soft_cap, scale)
     # With `shard_dim` 1 each rank gets all logits of a chunk, so the loss needs no gang.
     sum_over, loss_gang = (gang, _ALONE) if shard_dim else (_ALONE, gang)
     classes = Partition(weight.size(0), 1) if shard_dim else partition

@@ -37,8 +37,7 @@ class BlockedSoftmax:
 
         :param slope: with a soft cap, takes the slope of the cap at each logit.
         """
-        if self._options.soft_cap is not None:
-            cap_(logits, self._options.soft_cap, slope)
+        self._transform(logits, slope)
         old, sums, picked, total = self._parts
         column, held = own_targets(self._target, classes)
         picked += logits.gather(0, column.T)[0].masked_fill(~held, 0.0)  # Others may be -inf.
@@ -84,10 +83,8 @@ class BlockedSoftmax:
 
     def gradient_of(self, logits: Tensor, classes: range) -> None:
         """Overwrites the logits of ``classes`` with their gradient."""
-        slope = None
-        if self._options.soft_cap is not None:
-            slope = torch.empty_like(logits)
-            cap_(logits, self._options.soft_cap, slope)
+        slope = None if self._options.soft_cap is None else torch.empty_like(logits)
+        self._transform(logits, slope)
         logits.sub_(self.highest).exp_()
         self.to_gradient(logits, self.highest, classes, slope)
 
@@ -103,5 +100,14 @@ class BlockedSoftmax:
         logits.scatter_add_(0, column.T, own.masked_fill(~held, 0.0)[None])
         if slope is not None:
             logits.mul_(slope)
+        if self._options.scale != 1.0:
+            logits.mul_(self._options.scale)
         if logits.device.type != "cpu":  # The CPU leaves out ignored tokens, which may be NaN.
             logits.masked_fill_(self._ignored, 0.0)
+
+    def _transform(self, logits: Tensor, slope: Tensor | None) -> None:
+        """Scales and caps logits in place."""
+        if self._options.scale != 1.0:
+            logits.mul_(self._options.scale)
+        if self._options.soft_cap is not None:
+            cap_(logits, self._options.soft_cap, slope)

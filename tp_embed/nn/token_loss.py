@@ -35,12 +35,14 @@ class LossOptions(NamedTuple):
     :param z_loss: :math:`z`, which keeps :math:`\\log Z` near 0 (PaLM; Chowdhery et al., 2022).
     :param soft_cap: :math:`c`, which turns :math:`l` into :math:`c \\tanh(l/c)` (Gemma 2; Gemma
         Team, 2024); ``final_logit_softcapping`` in transformers.
+    :param scale: multiplies :math:`l`, before the soft cap; ``logit_scale`` in transformers.
     """
 
     ignore_index: int = -100
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     soft_cap: float | None = None
+    scale: float = 1.0
 
     def check(self) -> None:
         """
@@ -176,6 +178,8 @@ def token_losses(
     :returns: two tensors. *Shape:* :math:`(N)`.
     """
     epsilon, cap, own = options.label_smoothing, options.soft_cap, classes.shard(gang.rank)
+    if options.scale != 1.0:
+        logits.mul_(options.scale)
     slope = torch.empty_like(logits) if cap is not None and gradient else None
     if cap is not None:
         cap_(logits, cap, slope)
@@ -216,6 +220,8 @@ def token_losses(
         logits.scatter_add_(1, column, held[:, None].to(logits.dtype).mul_(epsilon - 1))
     if slope is not None:
         logits.mul_(slope)
+    if options.scale != 1.0:
+        logits.mul_(options.scale)
     logits.masked_fill_(ignored[:, None], 0.0)
     return losses, log_sum
 
@@ -237,6 +243,8 @@ def composed_losses(
     Does an all-gather of N numbers per rank and an all-reduce of 2 N (with label smoothing 3 N).
     """
     epsilon, cap, own = options.label_smoothing, options.soft_cap, classes.shard(gang.rank)
+    if options.scale != 1.0:
+        logits = logits * options.scale
     if cap is not None:
         logits = torch.tanh(logits / cap) * cap
     fixed = logits.detach()

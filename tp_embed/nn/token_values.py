@@ -299,6 +299,11 @@ def reduced_loss(
         raise ValueError(
             f"`reduction` must be 'mean', 'sum' or 'none', but is {reduction!r} instead."
         )
+    if options.scale != 1.0:
+        raise ValueError(
+            "`scale` must be 1.0 for a loss with `weight` or `reduction='none'`, but is "
+            f"{options.scale} instead. Scale the hidden states, and the bias, by it."
+        )
     if projection.x.shape[:-1] != target.shape:
         raise ValueError(
             f"`target` must have the shape {tuple(projection.x.shape[:-1])}, one class for each "
