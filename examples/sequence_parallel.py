@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
 from tp_embed import Gang, Partition
-from tp_embed.gang.collectives import copy_to_gang, gather_columns, reduce_partial, scatter_columns
+from tp_embed.gang.collectives import copy_to_gang, gather_positions, reduce_positions
 from tp_embed.integrations.deepspeed import DeepSpeedGang, initialize
 
 VOCAB_SIZE, DIM, HEADS, LENGTH, STEPS = 101, 32, 4, 15, 4
@@ -25,19 +25,9 @@ CONFIG: dict[str, Any] = {
     "gradient_clipping": 1.0,
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
     "zero_optimization": {"stage": 1},
-    # Sends each rank only the embeddings of its positions.
-    "tp_embed": {"strategy": "vocab", "output": "sequence"},
+    # Each rank gets the embeddings of its positions, and passes their hidden states to the head.
+    "tp_embed": {"strategy": "vocab", "output": "sequence", "head_input": "sequence"},
 }
-
-
-def gather_sequence(x: Tensor, length: int, gang: Gang) -> Tensor:
-    """(batch, positions of this rank, E) -> (batch, positions, E). Splits the gradient."""
-    return gather_columns(x.mT, gang, Partition(length, gang.size)).mT
-
-
-def scatter_sequence(x: Tensor, gang: Gang) -> Tensor:
-    """(batch, positions, E) -> (batch, positions of this rank, E). Gathers the gradient."""
-    return scatter_columns(x.mT, gang, Partition(x.size(1), gang.size)).mT
 
 
 class SequenceNorm(nn.LayerNorm):
@@ -72,13 +62,12 @@ class ParallelAttention(nn.Module):
         return weight  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, length: int) -> Tensor:
-        x = copy_to_gang(gather_sequence(x, length, self.gang), self.gang)
+        positions = Partition(length, self.gang.size)
+        x = gather_positions(x, self.gang, positions)
         q, k, v = linear(x, self.qkv).unflatten(-1, (3, -1, self.width)).permute(2, 0, 3, 1, 4)
         x = scaled_dot_product_attention(q, k, v, is_causal=True)
         partial = linear(x.transpose(1, 2).flatten(2), self.out)
-        # Four collectives with the gather above. Megatron merges the sum and the split into one
-        # reduce-scatter, here and in the backward above.
-        return scatter_sequence(reduce_partial(partial, self.gang), self.gang)
+        return reduce_positions(partial, self.gang, positions)
 
 
 class LanguageModel(nn.Module):
@@ -96,8 +85,8 @@ class LanguageModel(nn.Module):
         length = ids.size(1)
         x = self.embed(ids)  # The positions of this rank.
         x = x + self.attention(self.norm(x), length)
-        # The head needs all positions.
-        return gather_sequence(self.last_norm(x), length, self.gang)
+        hidden: Tensor = self.last_norm(x)
+        return hidden
 
     def forward(self, ids: Tensor) -> Tensor:
         loss: Tensor = self.head.loss(self.hidden(ids[:, :-1]), ids[:, 1:])

@@ -11,12 +11,14 @@ from .export import export
 from .gang import DeepSpeedGang
 from .initialize import initialize
 from .resize import resize_vocab
+from .sequence import averages_over_sequence
 from .universal import to_universal
 from .universal_load import load_universal
 
 __all__ = [
     "DeepSpeedGang",
     "EmbedConfig",
+    "averages_over_sequence",
     "check_config",
     "export",
     "initialize",

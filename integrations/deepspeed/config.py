@@ -21,6 +21,7 @@ from tp_embed.lookup.options import Output
 from tp_embed.lookup.train_rows import Rows, read_rows
 from tp_embed.nn import init as init_functions
 from tp_embed.nn.embedding import InitFn
+from tp_embed.nn.head import Input
 from tp_embed.nn.init import is_blockwise
 from tp_embed.surgery.options import ShardingOptions, Strategy
 
@@ -65,6 +66,7 @@ class EmbedConfig(BaseModel):
     fuse_loss: Literal["always", True, False] = False
     shard_logits: bool = False
     output: Output = "replicated"
+    head_input: Input = "replicated"
     dedup: Literal["auto", True, False] = "auto"
     sparse: bool | None = None
     reuse_grad: bool | None = None
@@ -115,6 +117,7 @@ class EmbedConfig(BaseModel):
             tie_head=self.tie_head,
             shard_head=self.shard_head,
             output=self.output,
+            head_input=self.head_input,
             dedup=self.dedup,
             sparse=self.sparse,
             reuse_grad=self.reuse_grad,

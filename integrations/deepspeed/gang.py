@@ -84,6 +84,7 @@ class DeepSpeedGang(ProcessGroupGang):
         such as ``megatron.core.mpu`` or the grid of a ``PipelineModule``.
 
         :raises TypeError: ``mpu`` has no getter for the group.
+        :raises ValueError: DeepSpeed would sum gradients over ranks of the group.
         """
         try:
             group = bwc_tensor_model_parallel_group(mpu)
@@ -92,7 +93,22 @@ class DeepSpeedGang(ProcessGroupGang):
                 "`mpu` must have `get_tensor_model_parallel_group()` (or the older "
                 f"`get_model_parallel_group()`), but is a `{type(mpu).__name__}` without them."
             ) from e
-        return cls._over(group)
+        gang = cls._over(group)
+        gang._check_mpu(mpu)
+        return gang
+
+    def _check_mpu(self, mpu: Any) -> None:
+        for kind in ("sequence_data", "data"):
+            name = f"get_{kind}_parallel_group"
+            group = getattr(mpu, name, lambda: None)()
+            ranks = [] if group is None else dist.get_process_group_ranks(group)
+            if len(set(ranks) & set(self.global_ranks)) > 1:
+                raise ValueError(
+                    f"The tensor-parallel ranks of `mpu`, {self.global_ranks}, must be in "
+                    f"different groups of `{name}()`, but {ranks} are one group: DeepSpeed would "
+                    "sum gradients of different shards. Pass an `mpu` with tensor-parallel groups "
+                    "of their own, or leave the tables whole."
+                )
 
     @classmethod
     def from_engine(cls, engine: Any) -> Self:

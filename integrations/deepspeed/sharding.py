@@ -38,6 +38,7 @@ from .checks import (
 from .config import SECTION, EmbedConfig
 from .gang import DeepSpeedGang
 from .private import is_zero_param
+from .sequence import check_sequence_groups
 
 
 def shard_model(
@@ -71,6 +72,7 @@ def shard_model(
         facts["the seed of torch"] = torch.initial_seed()
         if gang.size > 1:
             check_config(ds_config)
+            check_sequence_groups(model, mpu, ds_config)
         plan = _plan(model, gang, section, ds_config, optimizer, parameters)
         if plan is not None:
             _check_plan(plan, section, ds_config, dp_size)
@@ -102,7 +104,8 @@ def _find_gang(model: Module, autotp_size: int, mpu: Any) -> Gang:
         return DeepSpeedGang.from_groups(tp_size=autotp_size)
     if isinstance(model, PipelineModule):
         mpu = model.mpu()
-    if mpu is None:
+    # DeepSpeed's `parallel_state_sp` calls its sequence groups model-parallel groups as well.
+    if mpu is None or hasattr(mpu, "initialize_sequence_parallel"):
         # The same layers and initial values as with tensor parallelism, on each rank alone.
         return FakeGang(get_accelerator().current_device_name())
     return DeepSpeedGang.from_mpu(mpu)

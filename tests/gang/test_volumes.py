@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor.debug import CommDebugMode
 
 from parity import SHARDED
-from tp_embed import Partition, ProcessGroupGang, StandardEmbedding
+from tp_embed import OutputHead, Partition, ProcessGroupGang, StandardEmbedding
 from tp_embed.monitor import Traffic
 
 KINDS = sorted(SHARDED)
@@ -80,10 +80,11 @@ def looked_up(gang, kind, num_embeddings, embed_dim, dtype, output, dedup):
         result = embed(IDS % num_embeddings)
     with Traffic(gang) as backward:
         result.sum().backward()
-    return tuple(
-        {name: traffic.bytes_sent for name, traffic in each.by_operation().items()}
-        for each in (forward, backward)
-    )
+    return traffic_of(forward), traffic_of(backward)
+
+
+def traffic_of(traffic):
+    return {name: traffic.bytes_sent for name, traffic in traffic.by_operation().items()}
 
 
 def expected(kind, num_embeddings, embed_dim, output, dedup, rank, size):
@@ -145,6 +146,45 @@ def test_lookups_send_what_is_documented(pool, kind, output, dtype, size, sizes)
                 {name: int(items * dtype.itemsize) for name, items in each.items()}
                 for each in wanted
             ), (dedup, rank)
+
+
+def projected(gang, kind, num_embeddings, embed_dim, dtype):
+    """Returns the bytes that a head sends of the hidden states of this rank's positions, and of
+    their gradient, by operation."""
+    embed = SHARDED[kind](gang, num_embeddings, embed_dim, dtype=dtype)
+    sent = []
+    for layout, length in (("sequence", 7), ("replicated", None)):
+        head = OutputHead(embed, input=layout)
+        positions = len(Partition(7, gang.size).shard(gang.rank)) if length else 7
+        x = torch.randn(2, positions, embed_dim, dtype=dtype, requires_grad=True)
+        with Traffic(gang) as forward:
+            logits = head(x, length)
+        with Traffic(gang) as backward:
+            logits.backward(torch.ones_like(logits))
+        sent.append([traffic_of(each) for each in (forward, backward)])
+    return sent
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads_send_what_is_documented(pool, dtype, size, sizes):
+    (_, e), b, block = sizes, dtype.itemsize, 2 * Partition(7, size).block
+    for [cut_forward, cut_backward], [forward, backward] in pool(
+        size, projected, "vocab", *sizes, dtype
+    ):
+        states = (size - 1) * block * e * b
+        # The logits are gathered in both; the sum of gradients becomes a reduce-scatter.
+        assert cut_forward == {"all_gather": states + forward["all_gather"]}
+        assert cut_backward == {"reduce_scatter": states}
+        assert backward == {"all_reduce": 2 * (size - 1) * 14 * e * b // size}
+    for [cut_forward, cut_backward], [forward, backward] in pool(
+        size, projected, "embed", *sizes, dtype
+    ):
+        states = (size - 1) * block * Partition(e, size).block * b
+        assert cut_forward == {"all_to_all": states, **forward}
+        assert cut_backward == {"all_to_all": states}
+        assert backward == {"all_gather": (size - 1) * 14 * Partition(e, size).block * b}
 
 
 def sent_by(gang, kind, dedup):

@@ -103,3 +103,25 @@ def capped_head_and_reference(gang, kind):
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_soft_cap(pool, size, kind):
     pool(size, capped_head_and_reference, kind)
+
+
+def compiled_head_and_eager(gang, kind):
+    torch.manual_seed(2)
+    embed = kind.from_embedding(StandardEmbedding(11, 7), gang)
+    bias = nn.Parameter(torch.randn(11))
+    head = OutputHead(embed, bias=bias)
+    hidden, target = torch.randn(2, 3, 7), torch.randint(11, (2, 3))
+    for way in (head, lambda x: head.loss(x, target)):
+        found = []
+        for run in (way, torch.compile(way, backend="aot_eager")):
+            x = hidden.clone().requires_grad_()
+            output = run(x)
+            inputs = [x, embed.weight, bias]
+            found.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+        torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("kind", [VocabShardedEmbedding, ShardedEmbedding])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_compiled_head_is_eager(pool, size, kind):
+    pool(size, compiled_head_and_eager, kind)

@@ -20,9 +20,18 @@ from tp_embed._torch_private import (
     DisableTorchFunctionSubclass,
     is_legacy_batched,
     is_transformed,
-    unsafe_view,
 )
 from tp_embed.gang import Gang, graph_ops
+from tp_embed.gang.blocks import (
+    all_gather,
+    all_to_all,
+    in_graph,
+    join_blocks,
+    padded,
+    reduce_scatter,
+    split_blocks,
+    unpadded,
+)
 from tp_embed.partition import Partition
 
 # Chunk size for gathering a whole table.
@@ -88,23 +97,62 @@ def copy_to_gang(x: Tensor, gang: Gang) -> Tensor:
     return _apply(_Same(gang), x)
 
 
+def gather_positions(x: Tensor, gang: Gang, positions: Partition) -> Tensor:
+    """Gathers the ranks' blocks of positions for a computation that is split over the ranks, as
+    Megatron's ``gather_from_sequence_parallel_region`` (Korthikanti et al., 2022).
+
+    Forward: one all-gather, (P-1) N bytes, where N is the size of the largest block (shorter blocks
+    are sent padded).
+    Backward: one reduce-scatter of the ranks' partial gradients, which sends as much.
+
+    :param x: the block of this rank. *Shape:* :math:`(*,S_{rank},E)`.
+    :param positions: the partition of the second to last dimension over the gang.
+    :returns: the same on every rank. *Shape:* :math:`(*,S,E)`.
+    """
+    if gang.size == 1:
+        return x
+    return _apply(_GatherPositions(gang, positions), x)
+
+
+def reduce_positions(x: Tensor, gang: Gang, positions: Partition) -> Tensor:
+    """Sums the ranks' partial results and keeps this rank's block of positions, as Megatron's
+    ``reduce_scatter_to_sequence_parallel_region``. The reverse of :func:`gather_positions`.
+
+    Forward: one reduce-scatter, (P-1) N bytes, where N is the size of the largest block.
+    Backward: one all-gather, which sends as much.
+
+    :param x: the partial result of this rank. *Shape:* :math:`(*,S,E)`.
+    :param positions: the partition of the second to last dimension over the gang.
+    :returns: *Shape:* :math:`(*,S_{rank},E)`.
+    """
+    if gang.size == 1:
+        return x
+    return _apply(_SumPositions(gang, positions), x)
+
+
+def positions_to_columns(x: Tensor, gang: Gang, positions: Partition, columns: Partition) -> Tensor:
+    """Exchanges all columns of some positions for some columns of all positions.
+
+    Forward: one all-to-all, (P-1) N b B bytes-per-item, where b and B are the sizes of the largest
+    blocks of positions and columns and N the number of items in the other dimensions (shorter
+    blocks are sent padded).
+    Backward: the reverse all-to-all, which sends as much.
+
+    :param x: *Shape:* :math:`(*,S_{rank},E)`.
+    :param positions: the partition of the second to last dimension over the gang.
+    :param columns: the partition of the last dimension over the gang.
+    :returns: *Shape:* :math:`(*,S,E_{rank})`.
+    """
+    if gang.size == 1:
+        return x
+    return _apply(_Exchange(gang, split=(-1, columns), join=(-2, positions)), x)
+
+
 def all_gather_columns(x: Tensor, gang: Gang, partition: Partition) -> Tensor:
     """:func:`gather_columns` without autograd."""
     if gang.size == 1:
         return x
-    width, block = x.size(-1), partition.block
-    # Only trailing blocks are short, so all padding ends up after column E: one slice removes it.
-    if width < block:
-        x = torch.nn.functional.pad(x, (0, block - width))
-    if in_graph(x):
-        blocks: Tensor = graph_ops.all_gather(x, gang.size, gang.handle)
-    else:
-        blocks = x.new_empty((gang.size, *x.shape))  # (P, *, B)
-        gang.all_gather(blocks, x)
-    columns = blocks.movedim(0, -2).flatten(-2)[..., : partition.size].contiguous()
-    # `columns` may be a view of `blocks`, and autograd refuses in-place writes to views.
-    output: Tensor = unsafe_view(columns, columns.shape)
-    return output
+    return join_blocks(all_gather(padded(x, -1, partition.block), gang), -1, partition.size)
 
 
 def gather_table(output: Tensor, block: Tensor, dim: int, gang: Gang, partition: Partition) -> None:
@@ -154,12 +202,6 @@ def whole_table(
     output = block.new_empty(shape, device=device)
     gather_table(output, block, dim, gang, partition)
     return output
-
-
-def in_graph(x: Tensor) -> bool:
-    """Returns whether operations on ``x`` are traced, or ``x`` has no values: under
-    :func:`torch.compile`, ``make_fx``, a ``FakeTensorMode``, or on the device ``meta``."""
-    return x.is_meta or graph_ops.is_recorded(x)
 
 
 def is_batched(grad: Tensor) -> bool:
@@ -229,13 +271,59 @@ class _Same:
     gang: Gang
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x.view_as(x)
+        # If a graph returns a view of its input, torch takes the view outside of the graph again,
+        # without this backward.
+        return x.clone() if in_graph(x) else x.view_as(x)
 
     def conjugate(self) -> _Map:
         return _Sum(self.gang)
 
 
-_Map = _Gather | _Scatter | _Sum | _Same
+@dataclass(frozen=True)
+class _GatherPositions:
+    gang: Gang
+    positions: Partition
+
+    def __call__(self, x: Tensor) -> Tensor:
+        blocks = all_gather(padded(x, -2, self.positions.block), self.gang)
+        return join_blocks(blocks, -2, self.positions.size)
+
+    def conjugate(self) -> _Map:
+        return _SumPositions(self.gang, self.positions)
+
+
+@dataclass(frozen=True)
+class _SumPositions:
+    gang: Gang
+    positions: Partition
+
+    def __call__(self, x: Tensor) -> Tensor:
+        own = reduce_scatter(split_blocks(x, -2, self.positions), self.gang)
+        return unpadded(own, -2, len(self.positions.shard(self.gang.rank)))
+
+    def conjugate(self) -> _Map:
+        return _GatherPositions(self.gang, self.positions)
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """Splits one dimension, -1 or -2, over the ranks, and joins the blocks of the other."""
+
+    gang: Gang
+    split: tuple[int, Partition]
+    join: tuple[int, Partition]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        (split_dim, split), (join_dim, join) = self.split, self.join
+        blocks = split_blocks(padded(x, join_dim, join.block), split_dim, split)
+        joined = join_blocks(all_to_all(blocks, self.gang), join_dim, join.size)
+        return unpadded(joined, split_dim, len(split.shard(self.gang.rank)))
+
+    def conjugate(self) -> _Map:
+        return _Exchange(self.gang, self.join, self.split)
+
+
+_Map = _Gather | _Scatter | _Sum | _Same | _GatherPositions | _SumPositions | _Exchange
 
 
 def _apply(function: _Map, x: Tensor) -> Tensor:

@@ -34,6 +34,10 @@ class _Gang(Protocol):
 
     def all_reduce(self, tensor: Tensor) -> None: ...
 
+    def reduce_scatter(self, output: Tensor, input: Tensor) -> None: ...
+
+    def all_to_all(self, output: Tensor, input: Tensor) -> None: ...
+
 
 _NAMED: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _HANDLES = count()
@@ -140,6 +144,30 @@ def all_reduce(x: Tensor, handle: int) -> Tensor:
     return output
 
 
+@library.custom_op("tp_embed::reduce_scatter", mutates_args=())
+def reduce_scatter(x: Tensor, handle: int) -> Tensor:
+    """Sums the block of this rank over all ranks of the gang of ``handle``.
+
+    :param x: a block for each rank. *Shape:* :math:`(P,*)`.
+    """
+    gang: _Gang = _find(handle)
+    output = x.new_empty(x.shape[1:])
+    gang.reduce_scatter(output, x)
+    return output
+
+
+@library.custom_op("tp_embed::all_to_all", mutates_args=())
+def all_to_all(x: Tensor, handle: int) -> Tensor:
+    """Sends block r of ``x`` to rank r of the gang of ``handle``, and stacks what each sends.
+
+    :param x: *Shape:* :math:`(P,*)`.
+    """
+    gang: _Gang = _find(handle)
+    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    gang.all_to_all(output, x)
+    return output
+
+
 def _empty(
     like: Tensor, ids: Tensor, valid: Tensor | None, shape: Sequence[int], handle: int
 ) -> Tensor:
@@ -174,9 +202,12 @@ _look_up_backward.register_autograd(_backward_to_rows, setup_context=_save_for_r
 look_up.register_fake(_empty)
 _look_up_backward.register_fake(_empty)
 all_gather.register_fake(lambda x, size, handle: x.new_empty((size, *x.shape)))
-all_reduce.register_fake(
-    lambda x, handle: torch.empty_like(x, memory_format=torch.contiguous_format)
-)
-for _operator in (look_up, _look_up_backward, all_gather, all_reduce):
+reduce_scatter.register_fake(lambda x, handle: x.new_empty(x.shape[1:]))
+for _like in (all_reduce, all_to_all):
+    _like.register_fake(
+        lambda x, handle: torch.empty_like(x, memory_format=torch.contiguous_format)
+    )
+_COLLECTIVES = all_gather, all_reduce, reduce_scatter, all_to_all
+for _operator in (look_up, _look_up_backward, *_COLLECTIVES):
     # Ranks must run collectives in the same order, but each compiles its own graph.
     _operator.register_effect(EffectType.ORDERED)

@@ -12,7 +12,8 @@ from torch.nn.functional import linear
 
 from tp_embed._torch_private import is_transformed
 from tp_embed.gang import FakeGang, Gang
-from tp_embed.gang.collectives import in_graph, reduce_partial
+from tp_embed.gang.blocks import in_graph
+from tp_embed.gang.collectives import reduce_partial
 from tp_embed.nn.fused_loss import FusedHead, FusedLoss
 from tp_embed.nn.projection import product_dtypes
 from tp_embed.nn.token_loss import (

@@ -14,7 +14,8 @@ from tp_embed._torch_private import (
     is_transformed,
 )
 from tp_embed.gang import Gang, ReduceOperation
-from tp_embed.gang.collectives import gather_columns, in_graph, reduce_partial
+from tp_embed.gang.blocks import in_graph
+from tp_embed.gang.collectives import gather_columns, reduce_partial
 from tp_embed.lookup.backward import is_needed_again
 from tp_embed.lookup.ids import as_indices
 from tp_embed.partition import Partition

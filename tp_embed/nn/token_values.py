@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tp_embed._torch_private import is_transformed
 from tp_embed.gang import FakeGang, Gang
-from tp_embed.gang.collectives import in_graph, is_batched
+from tp_embed.gang.blocks import in_graph
+from tp_embed.gang.collectives import is_batched
 from tp_embed.nn.chunks import (
     Gradients,
     Head,

@@ -18,8 +18,9 @@ from tp_embed.state_dict.dtensors import DTensors, as_dtensor
 
 
 def layers_of(model: Module) -> Iterator[tuple[str, ShardedLayer]]:
-    """Yields the sharded layers, each with the prefix of its keys."""
-    for name, module in model.named_modules():
+    """Yields the sharded layers, each with the prefix of its keys; a layer that is registered in
+    several places, as in models with several heads, once for each of them."""
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ShardedLayer):
             yield f"{name}." if name else "", module
 

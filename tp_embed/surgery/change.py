@@ -83,7 +83,8 @@ def make_change(
         table = as_standard(next(iter(group.heads)), shape, ShardingOptions(), train_rows)
         first = _shard(table, strategy, gang, ShardingOptions())
     for head, places in group.heads.items():
-        modules.append((head, OutputHead(first, bias=head.bias), places))
+        new_head = OutputHead(first, bias=head.bias, input=options.head_input)
+        modules.append((head, new_head, places))
     shard = Shard(first.weight, first.rows, first.columns)
     return TableChange(group, strategy, shape, shard, tuple(modules))
 

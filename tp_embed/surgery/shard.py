@@ -12,6 +12,7 @@ from tp_embed.lookup.exchange import Dedup
 from tp_embed.lookup.options import Output
 from tp_embed.lookup.train_rows import Rows
 from tp_embed.nn.embedding import InitFn
+from tp_embed.nn.head import Input
 from tp_embed.surgery.optimizer import Groups
 from tp_embed.surgery.options import ShardingOptions, Strategy
 from tp_embed.surgery.plan import agree_on_plan, plan_sharding
@@ -27,6 +28,7 @@ def shard_embeddings(
     tie_head: bool = True,
     shard_head: bool = True,
     output: Output = "replicated",
+    head_input: Input = "replicated",
     dedup: Dedup = "auto",
     sparse: bool | None = None,
     reuse_grad: bool | None = None,
@@ -62,7 +64,9 @@ def shard_embeddings(
         vocabulary, unless a rule names it.
     :param output: the layout of the outputs of all embeddings, position embeddings included; see
         :class:`ShardedEmbedding`. Anything but ``"replicated"`` needs a model written for it.
-        Heads, tied or not, take hidden states that are whole and the same on every rank.
+    :param head_input: what all heads, tied or not, take: hidden states of all positions, the same
+        on every rank, or with ``"sequence"`` those of the rank's positions, see
+        :class:`OutputHead`.
     :param dedup: whether to send a row once if several positions need it, see
         :class:`ShardedEmbedding`.
     :param sparse: whether gradients are sparse; ``None`` keeps each table's setting.
@@ -92,6 +96,7 @@ def shard_embeddings(
         tie_head=tie_head,
         shard_head=shard_head,
         output=output,
+        head_input=head_input,
         dedup=dedup,
         sparse=sparse,
         reuse_grad=reuse_grad,
