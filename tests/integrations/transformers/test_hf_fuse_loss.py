@@ -64,7 +64,7 @@ def of_family(family, tied=None):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         head = model.get_output_embeddings()
-        head.weight *= 10.0
+        head.weight *= 0.3 / head.weight.std()
         for bias in (head.bias, getattr(model, "final_logits_bias", None)):
             if bias is not None:
                 bias.copy_(torch.randn(bias.shape, generator=generator))
