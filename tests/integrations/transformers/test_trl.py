@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from trl.trainer import utils
 
 from hf_models import build, ids
 from tp_embed import OutputHead, shard_embeddings
 from tp_embed.gang.collectives import whole_table
 from tp_embed.integrations.transformers.forward import check_forward
 from tp_embed.parameter.sharded import local
-
-utils = pytest.importorskip("trl.trainer.utils")
 
 VALUES = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # What TRL reads of a config.
