@@ -149,8 +149,8 @@ def test_backward_makes_no_other_gradient(fused):
     assert seen.numel < leaf.numel()
 
 
-def volumes(gang, kind):
-    table, _, x, target = problem(V, torch.float32)
+def volumes(gang, kind, dtype):
+    table, _, x, target = problem(V, dtype)
     head = OutputHead(kind.from_embedding(table, gang))
     with CommDebugMode() as forward:
         loss = head.loss(x, target)
@@ -159,7 +159,8 @@ def volumes(gang, kind):
     return [{str(n): c for n, c in mode.get_comm_counts().items()} for mode in (forward, backward)]
 
 
-def test_fused_loss_sends_what_it_says(pool):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_loss_sends_what_it_says(pool, dtype):
     gather, reduce = "c10d._allgather_base_", "c10d.allreduce_"
-    assert pool(2, volumes, VocabSharded)[0] == [{gather: 1}, {reduce: 1}]
-    assert pool(2, volumes, ShardedEmbedding)[0] == [{reduce: 1}, {gather: 1}]
+    assert pool(2, volumes, VocabSharded, dtype)[0] == [{gather: 1}, {reduce: 1}]
+    assert pool(2, volumes, ShardedEmbedding, dtype)[0] == [{reduce: 1}, {gather: 1}]

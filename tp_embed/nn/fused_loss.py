@@ -119,11 +119,13 @@ class FusedLoss:
     def compute(self, needs: tuple[bool, bool, bool], accum_dtype: torch.dtype) -> Results:
         """
         :param needs: whether ``x``, ``weight`` and ``bias`` need a gradient.
-        :param accum_dtype: bf16 for a weight's gradient in bf16. Else it is in fp32, or fp64.
+        :param accum_dtype: bf16 for a weight's gradient in bf16, if this rank has all columns of
+            the weight. Else it is in fp32, or fp64.
         """
         x, weight, bias = self._x, self._weight, self._bias
         # Each token completes its rows of the gradient of `x`; all tokens add to the others.
-        dtype = accum_dtype if accum_dtype == torch.bfloat16 else self._wide
+        computes_again = accum_dtype == torch.bfloat16 and self._head.sum_over.size == 1
+        dtype = accum_dtype if computes_again else self._wide
         self._grad_x = torch.empty_like(x) if needs[0] else None
         self._grad_weight = weight.new_empty(weight.shape, dtype=dtype) if needs[1] else None
         self._grad_bias = None
@@ -169,7 +171,10 @@ class FusedLoss:
         if self._grad_weight is not None and self._grad_weight.dtype != self._wide:
             return 0
         count = self._budget // (self._buffers * max(1, self._head.classes.block))
-        return count if count >= min(max(1, _MIN_TOKENS), len(self._x)) else 0
+        least = min(max(1, _MIN_TOKENS), len(self._x))
+        if self._head.sum_over.size > 1:  # Computing logits twice would send them twice.
+            return max(count, least)
+        return count if count >= least else 0
 
     def _chunks(self, tokens: slice, step: int) -> Iterator[_Group]:
         """Splits ``tokens`` into groups of ``step`` tokens, which share a buffer."""

@@ -115,13 +115,13 @@ def linear_cross_entropy(
     a buffer of at most 2 N E + E² items (or 1 MiB), if the weight's gradient can accumulate over
     chunks: not in bf16, and not if chunks would have under 64 tokens. Else they are computed twice,
     for a block of classes at a time, as in DeepSpeed's `vocab_parallel_linear_cross_entropy`. The
-    weight's gradient has the dtype of a bf16 weight, and is in fp32 (fp64) for others.
+    weight's gradient has the dtype of a bf16 weight if ``shard_dim`` is 0, and else is in fp32
+    (fp64); with ``shard_dim`` 1 no logits are computed twice, which would send them twice.
 
     It also saves the inputs for second derivatives, which hold all logits, as do transforms of
     :mod:`torch.func` and graphs. For ``shard_dim`` 0, does up to one all-gather per chunk, of 3 N
     numbers per rank for all N tokens, or 4 N with label smoothing; for 1, an all-reduce of all N V
-    logits, or 2 N V if they are computed twice, both in fp32 (fp64 for fp64). For 0 the
-    gradient of ``x`` is partial: pass ``x`` through
+    logits in fp32 (fp64 for fp64). For 0 the gradient of ``x`` is partial: pass ``x`` through
     :func:`~tp_embed.gang.collectives.copy_to_gang`, as :class:`~tp_embed.OutputHead` does.
 
     Logits are fp32 in any dtype of ``x`` and ``weight``, and under autocast, which rounds only
@@ -272,4 +272,7 @@ def _composed_sum(
 
 
 def _without_autocast(device: str) -> AbstractContextManager[object]:
-    return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
+    # Backends need not support `torch.autocast()`, even to turn it off.
+    if is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

@@ -20,8 +20,8 @@ from tp_embed.lookup.backward import is_needed_again
 from tp_embed.lookup.ids import as_indices
 from tp_embed.partition import Partition
 
-# How many items of a gradient the CPU multiplies at once: about the size of its caches.
-_SCALED_ITEMS = 1 << 18
+# How many items of a gradient the CPU multiplies at once, within its caches.
+_SCALED_ITEMS = 1 << 16
 
 
 class LossOptions(NamedTuple):
