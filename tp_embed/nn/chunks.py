@@ -204,7 +204,8 @@ def _unit(grad: Tensor) -> Tensor:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Computes in the dtypes of the operands, on the device of ``x``."""
+    """Computes in the dtypes of the operands, on the device of ``x``. Does nothing if autocast is
+    off: some devices claim to support it and do not."""
     device = x.device.type
     if is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.amp import is_autocast_available
 from torch.nn.functional import linear
 
 from tp_embed._torch_private import is_transformed
 from tp_embed.gang import FakeGang, Gang
 from tp_embed.gang.blocks import in_graph
 from tp_embed.gang.collectives import reduce_partial
+from tp_embed.nn.chunks import without_autocast
 from tp_embed.nn.fused_loss import FusedHead, FusedLoss
 from tp_embed.nn.projection import product_dtypes
 from tp_embed.nn.token_loss import (
@@ -222,7 +221,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         divisor = count.clamp_min(1) if ctx.is_mean else torch.ones_like(count)
         fused = FusedLoss(head, x, weight, bias, target, divisor)
         needs = x_needs, weight_needs, bias_needs
-        with _without_autocast(x.device.type):
+        with without_autocast(x):
             total, *gradients = fused.compute(needs, accum_dtype or weight.dtype)
         if any(needs):
             ctx.save_for_backward(*gradients, x, weight, bias, target, count)
@@ -263,16 +262,9 @@ def _composed_sum(
     dtype: torch.dtype,
 ) -> Tensor:
     """Computes the sum of the losses with differentiable operations, holding all logits."""
-    with _without_autocast(x.device.type), unguarded():
+    with without_autocast(x), unguarded():
         logits = linear(widened(x.to(dtype)), widened(weight.to(dtype)))
         logits = reduce_partial(logits, sum_over)
         if bias is not None:
             logits = logits + bias
         return composed_losses(logits, target, gang, classes, options).sum()
-
-
-def _without_autocast(device: str) -> AbstractContextManager[object]:
-    # Backends need not support `torch.autocast()`, even to turn it off.
-    if is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
