@@ -28,7 +28,8 @@ def train_alone(name):
 
 def train(model, clip, gang=None, is_cut=False):
     """Returns losses, norms, and the state."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, foreach=False)
+    # The default `eps` would turn rounding of gradients near 0 into steps.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-4, foreach=False)
     losses, norms = [], []
     for ids in batches(STEPS):
         optimizer.zero_grad()
