@@ -78,6 +78,26 @@ def test_collectives(pool, size):
     assert all(ranks == list(range(4 - size, 4)) for _, ranks in results)
 
 
+def views(gang):
+    """Collectives of views that are not contiguous change their items and no others."""
+    for view in (lambda x: x.t(), lambda x: x[:, 1:3], lambda x: x[::2], lambda x: x[:, 0]):
+        whole = torch.arange(12.0).view(3, 4) * (gang.rank + 1)
+        rest, factor = whole.clone(), sum(range(1, gang.size + 1))
+        expected = torch.arange(12.0).view(3, 4) * factor
+        gang.all_reduce(view(whole))
+        view(rest).copy_(view(expected))
+        assert torch.equal(whole, rest)
+        gang.broadcast(view(whole.mul_(gang.rank + 1)), gang.size - 1)
+        rest.mul_(gang.rank + 1)
+        view(rest).copy_(view(expected) * gang.size)
+        assert torch.equal(whole, rest)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_collectives_of_views(pool, size):
+    pool(size, views)
+
+
 def subgangs(gang):
     outer = gang.create_gang([3, 1])
     assert (outer is None) == (gang.rank not in (1, 3))

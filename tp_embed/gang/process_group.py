@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, final
 from uuid import uuid4
@@ -95,7 +96,8 @@ class ProcessGroupGang(Gang):
 
     def all_reduce(self, tensor: Tensor, operation: ReduceOperation = ReduceOperation.SUM) -> None:
         op = getattr(dist.ReduceOp, operation.name)
-        self._run("all_reduce", lambda: dist.all_reduce(tensor, op, self._group), tensor)
+        with _contiguous(tensor) as own:
+            self._run("all_reduce", lambda: dist.all_reduce(own, op, self._group), own)
 
     def all_gather(self, output: Tensor, input: Tensor, sizes: Sequence[int] | None = None) -> None:
         if sizes is None:
@@ -170,11 +172,12 @@ class ProcessGroupGang(Gang):
 
     def broadcast(self, tensor: Tensor, source_rank: int = 0) -> None:
         self._check_source_rank(source_rank)
-        self._run(
-            "broadcast",
-            lambda: dist.broadcast(tensor, group=self._group, group_src=source_rank),
-            tensor,
-        )
+        with _contiguous(tensor) as own:
+            self._run(
+                "broadcast",
+                lambda: dist.broadcast(own, group=self._group, group_src=source_rank),
+                own,
+            )
 
     def broadcast_objects(self, objects: list[Any], source_rank: int = 0) -> None:
         self._check_source_rank(source_rank)
@@ -211,6 +214,16 @@ class ProcessGroupGang(Gang):
             self._rank,
             self._device,
         )
+
+
+@contextmanager
+def _contiguous(tensor: Tensor) -> Iterator[Tensor]:
+    """Yields ``tensor``, or a contiguous copy that is copied back: gloo would change the first
+    items of its memory."""
+    own = tensor.contiguous()
+    yield own
+    if own is not tensor:
+        tensor.copy_(own)
 
 
 def _restore_gang(
