@@ -22,6 +22,7 @@ PACKAGES = [
     "tp_embed.monitor",
     "tp_embed.nn.init",
     "tp_embed.nn.loss",
+    "tp_embed.nn.sequence",
     "tp_embed.nn.token_values",
     "tp_embed.plan",
     "tp_embed.watchdog",
