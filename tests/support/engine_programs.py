@@ -60,6 +60,11 @@ class EngineSpec(Spec):
         return False  # Data-parallel ranks and AutoTP sum in another order.
 
     @property
+    def confuses_state(self) -> bool:
+        """Whether DeepSpeed looks for state on other ranks than hold it, and hangs."""
+        return "round_robin_gradients" in dict(self.zero) and self.stage in (1, 2)
+
+    @property
     def config(self) -> dict[str, Any]:
         adam = {"type": "AdamW", "params": {"lr": 0.1, "eps": 1e-3, "torch_adam": True}}
         return {
@@ -268,6 +273,8 @@ class Machine:
 
     def read(self) -> Seen:
         """Reads the table through DeepSpeed."""
+        if self.spec.confuses_state:
+            return {}
         seen = {"fp32": safe_get_full_fp32_param(self.weight)}
         if self.reduced:
             seen["gradient"] = safe_get_full_grad(self.weight)
@@ -280,7 +287,8 @@ class Machine:
         spec = self.spec
         # DeepSpeed raises on one rank alone if a partition of ZeRO 3 is padded.
         is_padded = spec.rows % spec.tp_size or spec.dim % spec.tp_size
-        if spec.stage == 3 and (is_padded or spec.rows * spec.dim % dist.get_world_size()):
+        is_padded = is_padded or spec.rows * spec.dim % dist.get_world_size()
+        if spec.confuses_state or (spec.stage == 3 and is_padded):
             return {}
         table = noise(5, spec.rows, spec.dim).float()
         if moments:
