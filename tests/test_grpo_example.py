@@ -1,4 +1,4 @@
-"""Compares a step of GRPO on two ranks, by the real launcher, with plain torch in one process."""
+"""Compares a step of GRPO on two ranks with plain torch in one process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from launch import ROOT, deepspeed_command, run
+from forks import run_script
+from launch import ROOT
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -62,7 +63,7 @@ def step_alone():
 
 
 def test_a_step_of_grpo():
-    output = run(deepspeed_command(ROOT / "examples" / "grpo_step.py"))
+    output = run_script(ROOT / "examples" / "grpo_step.py")
     losses = [float(loss) for loss in re.findall(r"update \d+: loss (-?[\d.]+)", output)]
     expected = step_alone()
     assert len(set(losses)) == grpo_step.UPDATES

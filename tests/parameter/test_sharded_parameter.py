@@ -20,7 +20,7 @@ from tp_embed import (
     StandardEmbedding,
     VocabShardedEmbedding,
 )
-from tp_embed.parameter.sharded import ShardedParameter, ShardedTensor, local
+from tp_embed.parameter.sharded import ShardedParameter, ShardedTensor, as_shard, local
 
 V, E = 9, 6
 KINDS = [ShardedEmbedding, VocabShardedEmbedding]
@@ -214,6 +214,20 @@ def full_tensors(gang):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_table_is_gathered_and_penalties_are_those_of_the_table(pool, size):
     pool(size, full_tensors)
+
+
+def dtypes_of_empty_shards(gang):
+    for kind in KINDS:
+        weight = kind(gang, 1, 1).weight
+        values = torch.full(local(weight).shape, 2.0)
+        shard = as_shard(values if values.numel() else values.bfloat16(), weight)
+        whole = shard.full_tensor()
+        assert (whole.dtype, whole.item()) == (torch.float32, 2.0)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_empty_shards_take_the_dtype_of_others(pool, size):
+    pool(size, dtypes_of_empty_shards)
 
 
 @pytest.mark.parametrize("kind", KINDS)

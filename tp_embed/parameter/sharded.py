@@ -152,6 +152,11 @@ class _Guarded:
         :returns: *Shape:* :math:`(V,E)`.
         """
         shard, own = self._shard, local(self)
+        if 0 in shard.partition.sizes:
+            # DeepSpeed returns gradients of empty shards in other dtypes. The first rank has items.
+            dtype: list[Any] = [own.dtype]
+            shard.gang.broadcast_objects(dtype)
+            own = own if own.numel() else own.to(dtype[0])
         cut = shard.dim, shard.gang, shard.partition, device
         if own.ndim > 2:  # Batched gradients (`is_grads_batched=True`).
             return torch.stack([whole_table(block, *cut) for block in own])

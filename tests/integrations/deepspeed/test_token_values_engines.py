@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from launch import ROOT, deepspeed_command, run
+from forks import run_script
+from launch import ROOT
 from token_problems import plain_divergence, plain_entropy, plain_log_probs
 
 sys.path.insert(0, str(ROOT / "tests" / "jobs"))
@@ -19,7 +20,7 @@ import token_values_job
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     out = tmp_path_factory.mktemp("values")
-    run(deepspeed_command(ROOT / "tests" / "jobs" / "token_values_job.py", out))
+    run_script(ROOT / "tests" / "jobs" / "token_values_job.py", out)
     return [torch.load(out / f"seen{rank}.pt") for rank in range(2)]
 
 

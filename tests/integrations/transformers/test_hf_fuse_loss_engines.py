@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fuse_loss_job as job
+from forks import run_script
 from hf_models import build
-from launch import deepspeed_command, run
 
 LOOPS = {
     "Accelerate, ZeRO 1": "llama",
@@ -21,7 +21,7 @@ LOOPS = {
 def seen(tmp_path_factory):
     out = tmp_path_factory.mktemp("fused")
     build("llama").save_pretrained(out / "initial")
-    run(deepspeed_command(job.__file__, out))
+    run_script(job.__file__, out)
     return [torch.load(out / f"seen{rank}.pt", weights_only=True) for rank in range(2)]
 
 
