@@ -220,7 +220,7 @@ def dtypes_of_empty_shards(gang):
     for kind in KINDS:
         weight = kind(gang, 1, 1).weight
         values = torch.full(local(weight).shape, 2.0)
-        shard = as_shard(values if values.numel() else values.bfloat16(), weight)
+        shard: Any = as_shard(values if values.numel() else values.bfloat16(), weight)
         whole = shard.full_tensor()
         assert (whole.dtype, whole.item()) == (torch.float32, 2.0)
 
