@@ -131,7 +131,7 @@ def is_transformed() -> bool:
 
 def version(tensor: Tensor) -> int:
     """Returns the version counter of ``tensor``: modified gradient buffers would be reused without
-    being cleared."""
+    being cleared, and the loss of deferred logits would take hidden states that have changed."""
     return tensor._version
 
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, NoReturn, Protocol, cast
 import torch
 from torch import Tensor
 
+from tp_embed._torch_private import version
+
 __all__ = ["DeferredLogits", "DeferredLogitsError"]
 
 _SUPPORTED = (
@@ -86,16 +88,16 @@ class DeferredLogits:
         """
         self._head, self._x = head, x
         self._weight = head.weight
-        self._versions = _version(x), _version(self._weight)
+        self._versions = _changes_of(x), _changes_of(self._weight)
         # An optimizer's step may follow a backward; DeepSpeed's leaves no version.
         self._was_backward: list[bool] = []
         if x.requires_grad and torch.is_grad_enabled():
             x.register_hook(_noting(self._was_backward))
         self.dtype = x.dtype if dtype is None else dtype
-        self._values = _Values()
+        self._applied = _Values()
         if head.soft_cap is not None:
             cap = Fraction(head.soft_cap)
-            self._values = _Values(scale=1 / cap, outer=cap)
+            self._applied = _Values(scale=1 / cap, outer=cap)
 
     def _like(self, x: Tensor | None = None, **values: Any) -> DeferredLogits:
         self._check_unchanged()
@@ -103,13 +105,13 @@ class DeferredLogits:
         new._head, new._weight, new.dtype = self._head, self._weight, self.dtype
         new._was_backward = self._was_backward
         new._x = self._x if x is None else x
-        new._versions = _version(new._x), self._versions[1]
-        new._values = self._values._replace(**values)
+        new._versions = _changes_of(new._x), self._versions[1]
+        new._applied = self._applied._replace(**values)
         return new
 
     def _check_unchanged(self) -> None:
         weight = self._head.weight
-        versions = _version(self._x), _version(weight)
+        versions = _changes_of(self._x), _changes_of(weight)
         is_same = weight is self._weight and versions == self._versions
         if self._was_backward or not is_same:
             raise DeferredLogitsError(
@@ -149,7 +151,7 @@ class DeferredLogits:
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def __mul__(self, factor: object) -> DeferredLogits:
-        number, values = _number(factor, "mul"), self._values
+        number, values = _number(factor, "mul"), self._applied
         if values.outer is not None:
             return self._like(outer=values.outer * number)
         return self._like(scale=values.scale * number)
@@ -163,7 +165,7 @@ class DeferredLogits:
         return self * -1
 
     def __add__(self, bias: object) -> DeferredLogits:
-        values, num_classes = self._values, self._head.out_features
+        values, num_classes = self._applied, self._head.out_features
         is_bias = (
             isinstance(bias, Tensor)
             and bias.ndim <= self.ndim
@@ -180,7 +182,7 @@ class DeferredLogits:
     __radd__ = __add__
 
     def tanh(self) -> DeferredLogits:
-        if self._values.outer is not None:
+        if self._applied.outer is not None:
             _refuse("tanh")
         return self._like(outer=Fraction(1))
 
@@ -308,9 +310,9 @@ def _noting(events: list[bool]) -> Callable[[Tensor], None]:
     return note
 
 
-def _version(tensor: Tensor) -> int:
+def _changes_of(tensor: Tensor) -> int:
     """Returns a count of changes in place; tensors of inference mode have none."""
-    return 0 if tensor.is_inference() else tensor._version
+    return 0 if tensor.is_inference() else version(tensor)
 
 
 def _number(value: object, name: str) -> Fraction:
@@ -359,5 +361,5 @@ def _cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
-        **logits._values.options(logits._head),
+        **logits._applied.options(logits._head),
     )

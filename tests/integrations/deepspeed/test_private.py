@@ -39,6 +39,7 @@ ATTRIBUTES = {
     "_take_model_step": "deepspeed.runtime.engine deepspeed.runtime.pipe.engine",
     "_tp_partition": "deepspeed.module_inject.layers",
     "_z3_optimizer": "deepspeed.runtime.zero.stage3 deepspeed.utils.tensor_fragment",
+    "_zero3_consolidated_16bit_state_dict": "deepspeed.runtime.engine",
     "ds_id": "deepspeed.runtime.zero.partition_parameters",
     "ds_process_group": "deepspeed.runtime.zero.partition_parameters",
     "gather_params": "deepspeed.module_inject.layers",
