@@ -130,7 +130,7 @@ class EmbedConfig(BaseModel):
 def read_section(config: Mapping[str, Any], **keys: Any) -> tuple[dict[str, Any], EmbedConfig]:
     """Splits a config into DeepSpeed's part and our section.
 
-    :param keys: replace those of the section, unless they are ``None``.
+    :param keys: replace the section's, unless they are ``None``.
     :raises ValueError: the section is invalid; the error names the key.
     """
     rest = {key: value for key, value in config.items() if key != SECTION}

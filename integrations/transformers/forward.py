@@ -18,7 +18,7 @@ _FUSED = frozenset({"cut_cross_entropy", "liger_kernel", "trl", "unsloth", "unsl
 
 def check_forward(model: Module, heads: Collection[Module] = ()) -> None:
     """Checks the models of transformers in ``model`` whose output head is sharded, or will be, as
-    one of ``heads``. Those of TRL's fused head, if it is sharded, then use it.
+    one of ``heads``. The functions of TRL's fused head, if it is sharded, then use it.
 
     :raises ValueError: the ``forward`` of a model, on its class or on the object, was replaced by
         one that multiplies by the head's weight, which is only a shard on each rank.

@@ -27,7 +27,7 @@ def shard_by_config(
     **keys: Any,
 ) -> ShardingReport:
     """Shards the tables of ``model`` by the section ``"tp_embed"`` of ``config``, and sets its
-    ``zero_optimization`` so that engines save whole models. ``keys`` replace those of the section.
+    ``zero_optimization`` so that engines save whole models. ``keys`` replace the section's.
 
     All ranks must call it. Runs the checks of
     :func:`tp_embed.integrations.deepspeed.initialize`.

@@ -100,7 +100,7 @@ def assert_same(found, expected):
     assert output.logits.shape == wanted.logits.shape
     torch.testing.assert_close(output.loss, wanted.loss, rtol=1e-6, atol=1e-6)
     assert gradients.keys() == wanted_gradients.keys()
-    # Some are zero but for rounding, such as those of the biases of keys.
+    # Some are zero but for rounding, such as the gradients of the biases of keys.
     most = max(float(g.abs().max()) for g in wanted_gradients.values() if g is not None)
     for name, grad in gradients.items():
         wanted_grad = wanted_gradients[name]
