@@ -3,13 +3,12 @@
     deepspeed --num_gpus 2 --no_local_rank benchmarks/loss.py --markdown docs/performance.md
 
 Forward and backward of `OutputHead.loss()` in each option, DeepSpeed's
-`vocab_parallel_linear_cross_entropy`, the cross entropy of each rank's logits, the same of
-all logits, which the head gathers, and, on one rank, torch's chunked `linear_cross_entropy`. They take turns in
-one process per rank. Prints medians of the time until all ranks are done; of the mean CPU time of a
-rank, which other work on the machine disturbs less; and of the largest growth of a rank's memory,
-including gradients of table and hidden states; with the median of the ratios to DeepSpeed's in the
-same turn.
-"""
+`vocab_parallel_linear_cross_entropy`, the cross entropy of each rank's logits, the same of all
+logits, which the head gathers, and, on one rank, torch's chunked `linear_cross_entropy`. They take
+turns in one process per rank. Prints medians of the time until all ranks are done; of the mean CPU
+time of a rank, which other work on the machine disturbs less; and of the largest growth of a rank's
+memory, including gradients of table and hidden states; with the median of the ratios to DeepSpeed's
+in the same turn. """
 
 from __future__ import annotations
 
