@@ -8,7 +8,7 @@ logits, which the head gathers, and, on one rank, torch's chunked `linear_cross_
 turns in one process per rank. Prints medians of the time until all ranks are done; of the mean CPU
 time of a rank, which other work on the machine disturbs less; and of the largest growth of a rank's
 memory, including gradients of table and hidden states; with the median of the ratios to DeepSpeed's
-in the same turn. """
+in the same turn."""
 
 from __future__ import annotations
 
