@@ -42,8 +42,8 @@ def initialize(
         {"tensor_parallel": {"autotp_size": 8}, "tp_embed": {"strategy": "vocab"}, ...}
 
     The gang is AutoTP's group, or else the one of ``mpu``; without either, or with DeepSpeed's
-    ``parallel_state_sp``, which has sequence groups only, tables stay whole. Logs
-    a report, ``engine.tp_embed_report``. The watchdog, if the section has one, is
+    ``parallel_state_sp``, which has sequence groups only, tables stay whole. Logs a report,
+    ``engine.tp_embed_report``. The watchdog, if the section has one, is
     ``engine.tp_embed_watchdog``. An existing optimizer and its parameter groups get the new
     Parameters, in place.
 

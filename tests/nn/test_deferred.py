@@ -1,4 +1,4 @@
-"""Compares deferred logits, between a head and its loss, with those of ``torch.nn.Linear``."""
+"""Compares what models do with deferred logits with the logits of ``torch.nn.Linear``."""
 
 from __future__ import annotations
 

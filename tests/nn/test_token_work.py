@@ -18,7 +18,7 @@ per_kind = pytest.mark.parametrize("kind", [VocabSharded, ShardedEmbedding])
 
 
 def logits_held(gang, way, soft_cap, frozen):
-    """A chunk of eight tokens, of which the temporaries of parts are a small part."""
+    """A chunk of eight tokens, much larger than the temporaries of its parts."""
     chunks._CHUNK_BYTES, ours = 4 * 1024 * 8, WAYS[way][0]
     student, teacher, target = problem(1024, torch.float32, dim=6)
     student, teacher = [(*side[:2], side[2].repeat(1, 8, 1)) for side in (student, teacher)]

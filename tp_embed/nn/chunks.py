@@ -175,7 +175,7 @@ class Gradients:
             self.bias = torch.empty_like(source.bias)
 
     def add(self, rows: slice, logits: Tensor) -> None:
-        """Adds those of a block. ``logits`` holds its gradients."""
+        """Adds the gradients of a block, from the gradient of its logits in ``logits``."""
         if self.bias is not None:
             self.bias[rows] = self._scaled(logits.sum(1))
         if self.x is None and self.weight is None:

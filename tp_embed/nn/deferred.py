@@ -84,7 +84,7 @@ class DeferredLogits:
     def __init__(self, head: _Head, x: Tensor, dtype: torch.dtype | None = None) -> None:
         """
         :param x: the hidden states. *Shape:* :math:`(*,E)`.
-        :param dtype: the dtype that the logits would have; defaults to that of ``x``.
+        :param dtype: the dtype of the logits if they were computed; defaults to the dtype of ``x``.
         """
         self._head, self._x = head, x
         self._weight = head.weight

@@ -76,7 +76,7 @@ class FusedLoss:
     memory of the weight's gradient, *Shape:* :math:`(V_{rank},E)`, holds the logits and then their
     gradients, until one product per block of classes writes the weight's gradient over them.
 
-    Where that is in the dtype of the sums, it then adds up those of the other tokens, a chunk of
+    If that gradient is in the dtype of the sums, it then accumulates the other tokens, a chunk of
     tokens at a time. Where it is in bf16, which would round each sum, or where chunks would have
     too few tokens, the logits of the other tokens are computed twice, for a block of classes and
     all these tokens at a time: for the softmax, and for the gradients.
@@ -107,7 +107,7 @@ class FusedLoss:
         # Tensors like the logits: the logits, and the slopes of a cap.
         self._buffers = 1 if head.options.soft_cap is None else 2
         self._classes = head.classes.shard(head.gang.rank)
-        # Sizes are those of the largest shard, so that all ranks do the same collectives.
+        # Take sizes from the largest shard, so that all ranks do the same collectives.
         width = sum(head.widths)
         self._budget = max(_CHUNK_BYTES // 4, width * (2 * len(x) + width))
         if self._dtype.itemsize < weight.itemsize:
@@ -212,7 +212,7 @@ class FusedLoss:
         return out
 
     def _backpropagate(self, group: _Group) -> None:
-        """Adds the losses of a group, and its gradients but those of the weight that it keeps."""
+        """Adds the losses of a group and its gradients, except for the weight's if it is kept."""
         chunk = self._x[group.tokens].to(self._dtype)
         softmax = BlockedSoftmax(self._target[group.tokens], self._wide, self._head.options)
         operand, highest = logits_operand(chunk, self._wide), []

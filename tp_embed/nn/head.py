@@ -34,7 +34,7 @@ class OutputHead(HeadLosses):
 
     With ``input="sequence"``, for sequence parallelism, ``x`` holds this rank's block of positions,
     its second to last dimension, as ``output="sequence"`` of an embedding returns it. Logits and
-    losses are those of all positions, on every rank, as from ``sequence_parallel_enabled`` of
+    losses cover all positions, on every rank, as from ``sequence_parallel_enabled`` of
     Megatron's ``ColumnParallelLinear``. For a block of n items (shorter ones are sent padded), each
     rank sends (P-1) n in the forward and as much in the backward, instead of the collective over
     hidden states: sharded along the vocabulary, an all-gather and a reduce-scatter; along the
@@ -49,7 +49,7 @@ class OutputHead(HeadLosses):
         2; Gemma Team, 2024). Leave it out for the head of a transformers model, which caps the
         logits itself, and pass it to :meth:`loss`.
     :param input: what each rank passes: ``"replicated"``: all hidden states, the same on every
-        rank; ``"sequence"``: those of its positions, :math:`(*,S_{rank},E)`.
+        rank; ``"sequence"``: the hidden states of its positions, :math:`(*,S_{rank},E)`.
     :param output: ``"replicated"``: each rank gets :math:`(*,V)`; ``"shard"``, for a table that is
         sharded along the vocabulary: each rank gets its own classes, :math:`(*,V_{rank})`, as
         :func:`tp_embed.nn.loss.cross_entropy` takes them; ``"deferred"``: each rank gets

@@ -283,7 +283,7 @@ def test_copies_fuse_too(pool):
 
 
 def precision(gang, name, dtype):
-    """Fused losses in low precision are as close to fp64 as those of transformers."""
+    """Fused losses in low precision are as close to fp64 as transformers' own."""
     model = build(name).train()
     exact = copy.deepcopy(model).to(dtype).double()(ids(), labels=ids()).loss
     if dtype == torch.float32:
