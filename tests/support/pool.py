@@ -3,7 +3,8 @@
 Starting a process takes seconds, so the four processes of the pool serve all tests. A gang of P
 uses the *last* P of them: its ranks differ from global ranks, so code that confuses them fails. A
 rank that does not answer in time fails the test, with the stacks of all ranks. The pool restarts
-after any failure, which may leave collectives half-done.
+after any failure, which may leave collectives half-done. Module constants of the package that a function
+sets hold until it returns.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -158,8 +160,20 @@ def _serve(
             return
         try:
             torch.manual_seed(0)
-            outcome = True, function(gangs[size], *args, **kwargs)
+            with _constants_kept():
+                outcome = True, function(gangs[size], *args, **kwargs)
         except Exception:
             outcome = False, traceback.format_exc()
         # Not `send()`, which would pass tensors in shared memory and keep it open.
         connection.send_bytes(pickle.dumps(outcome))
+
+
+@contextmanager
+def _constants_kept() -> Iterator[None]:
+    modules = [module for name, module in sys.modules.items() if name.startswith("tp_embed.")]
+    before = [{n: v for n, v in vars(module).items() if n.isupper()} for module in modules]
+    try:
+        yield
+    finally:
+        for module, constants in zip(modules, before, strict=True):
+            vars(module).update(constants)
