@@ -1,5 +1,4 @@
-"""DeepSpeed's `safe_get_full_*` and `safe_set_full_*` for sharded tables, and what it saves as a
-whole model."""
+"""DeepSpeed's `safe_get_full_*` and `safe_set_full_*` for sharded tables."""
 
 from __future__ import annotations
 
@@ -18,7 +17,6 @@ from .private import (
     after_linking,
     is_of_engine,
     link_empty,
-    replace_consolidation,
     set_stage3,
     stage3_of,
 )
@@ -30,27 +28,6 @@ def guard_full_values(model: Module, optimizer: Any) -> None:
     """Guards the weights of tables now, and whenever the engine's optimizer links its fp32 values
     to them, as it does again after loading a checkpoint."""
     after_linking(optimizer, lambda: _guard(model))
-
-
-def guard_whole_models(engine: Any) -> None:
-    """Makes ``engine`` refuse to return or save a whole model if DeepSpeed would take one rank's
-    shards of tables for it: it gathers them only with AutoTP, and only in some methods."""
-    layers = (layer for layer in engine.module.modules() if isinstance(layer, ShardedLayer))
-    if not any(layer.gang.size > 1 for layer in layers):
-        return
-    stage3, by_autotp = engine.zero_optimization_stage() == 3, engine.autotp_size() > 1
-    if not stage3:
-        engine.save_16bit_model = _refuse_whole
-    elif not by_autotp:
-        replace_consolidation(engine, _refuse_whole)
-
-
-def _refuse_whole(*_: Any, **__: Any) -> None:
-    raise ValueError(
-        "`tp_embed.integrations.deepspeed.export()` must save the whole model of this engine, "
-        "since DeepSpeed would save the shards of one rank as whole tables. Call "
-        "`export(engine, directory)` on all ranks instead."
-    )
 
 
 def _guard(model: Module) -> None:

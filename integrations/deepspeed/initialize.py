@@ -14,7 +14,7 @@ from tp_embed.surgery.report import ShardingReport
 
 from .checks import check_made_optimizer, check_sub_groups
 from .config import EmbedConfig, read_section
-from .full_values import guard_full_values, guard_whole_models
+from .full_values import guard_full_values
 from .private import TORCH_DISTRIBUTED_DEFAULT_PORT, load_ds_config, merge_tp_model_init_into_config
 from .sharding import shard_model, start_watchdog
 from .timing import time_collectives
@@ -101,7 +101,6 @@ def _complete(engine: Any, report: ShardingReport, section: EmbedConfig) -> None
     check_sub_groups(engine)
     engine.tp_embed_report = report
     guard_full_values(engine.module, engine.optimizer)
-    guard_whole_models(engine)
     time_collectives(engine)
     engine.tp_embed_watchdog = start_watchdog(section)
 

@@ -23,6 +23,7 @@ from .layout import local_shape
 from .private import (
     DS_IS_REPLACED_MODULE,
     TensorParallel_Layer,
+    check_before_saving,
     describe,
     mark_replaced,
     pass_outputs,
@@ -31,6 +32,23 @@ from .private import (
 for _layer in get_args(ShardedLayer):
     TensorParallel_Layer.register(_layer)
 pass_outputs(DeferredLogits)  # Their hidden states come from other modules.
+
+
+def _refuse_whole(engine: Any) -> None:
+    """Refuses to gather a whole model where DeepSpeed would take one rank's shards of tables for
+    it: it gathers them only with AutoTP at ZeRO 3."""
+    if engine.zero_optimization_stage() == 3 and engine.autotp_size() > 1:
+        return
+    layers = (layer for layer in engine.module.modules() if isinstance(layer, ShardedLayer))
+    if any(layer.gang.size > 1 for layer in layers):
+        raise ValueError(
+            "`tp_embed.integrations.deepspeed.export()` must save the whole model of this engine, "
+            "since DeepSpeed would save the shards of one rank as whole tables. Call "
+            "`export(engine, directory)` on all ranks instead."
+        )
+
+
+check_before_saving(_refuse_whole)
 
 
 def register_layer(layer: Module, gang: Gang) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
 
 # Attributes that describe a Parameter and a model to universal checkpoints, and one of their
 # entries: DeepSpeed would not find our descriptions.
@@ -219,11 +221,18 @@ def wrap_step(engine: Any, wrap: Callable[[Callable[..., None]], Callable[..., N
     return unwrap
 
 
-def replace_consolidation(engine: Any, function: Callable[..., Any]) -> None:
-    """Replaces the function that gathers a whole model at ZeRO 3, for `save_16bit_model()` and
-    Accelerate's `get_state_dict()`: without AutoTP, these would hold shards."""
-    assert callable(engine._zero3_consolidated_16bit_state_dict)
-    engine._zero3_consolidated_16bit_state_dict = function
+def check_before_saving(check: Callable[[Any], None]) -> None:
+    """Calls ``check(engine)`` before an engine gathers a whole model, for `save_16bit_model()` or
+    Accelerate's `get_state_dict()`: without AutoTP, and with it at ZeRO 0 to 2, it holds shards."""
+    for name in ("save_16bit_model", "_zero3_consolidated_16bit_state_dict"):
+        gather = getattr(DeepSpeedEngine, name)
+
+        @wraps(gather)
+        def checked(engine: Any, *args: Any, gather: Any = gather, **kwargs: Any) -> Any:
+            check(engine)
+            return gather(engine, *args, **kwargs)
+
+        setattr(DeepSpeedEngine, name, checked)
 
 
 def after_linking(optimizer: Any, action: Callable[[], None]) -> None:

@@ -9,7 +9,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from tp_embed.integrations.deepspeed.config import read_section
-from tp_embed.integrations.deepspeed.full_values import guard_full_values, guard_whole_models
+from tp_embed.integrations.deepspeed.full_values import guard_full_values
 from tp_embed.integrations.deepspeed.sharding import start_watchdog
 
 from .shard import shard_by_config
@@ -60,6 +60,5 @@ def prepare(
         if getattr(engine, "module", None) is models[0]:
             engine.tp_embed_report = report
             guard_full_values(engine.module, engine.optimizer)
-            guard_whole_models(engine)
             engine.tp_embed_watchdog = start_watchdog(section)
     return prepared

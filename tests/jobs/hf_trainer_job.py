@@ -120,6 +120,11 @@ def full_values(trainer: Any) -> dict[str, Any]:
         torch.mv(values, torch.ones(values.shape[1]))
     except ValueError as e:
         found["read"] = str(e)
+    if trainer.model_wrapped.zero_optimization_stage() < 3:
+        try:
+            trainer.model_wrapped.save_16bit_model(trainer.args.output_dir)
+        except ValueError as e:
+            found["whole"] = str(e)
     return found
 
 
