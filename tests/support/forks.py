@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import gc
 import multiprocessing
 import os
 import runpy
@@ -27,6 +28,8 @@ _IMPORTED = [
     "tp_embed.integrations.transformers",
     "transformers.models.llama.modeling_llama",
     "transformers.trainer",
+    "torch._dynamo.backends.debugging",
+    "torch._inductor.compile_fx",
 ]
 
 
@@ -100,6 +103,7 @@ def _run(
     argv: list[str], variables: dict[str, str], cwd: str, output: str, path: list[str]
 ) -> None:
     os.setsid()
+    gc.freeze()  # Collections skip what was imported before the fork.
     file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)

@@ -3,13 +3,14 @@
 Starting a process takes seconds, so the four processes of the pool serve all tests. A gang of P
 uses the *last* P of them: its ranks differ from global ranks, so code that confuses them fails. A
 rank that does not answer in time fails the test, with the stacks of all ranks. The pool restarts
-after any failure, which may leave collectives half-done. Module constants of the package that a function
-sets hold until it returns.
+after any failure, which may leave collectives half-done. Module constants of the package that a
+function sets hold until it returns.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -20,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,7 @@ def _serve(
 
     from tp_embed import ProcessGroupGang
 
+    gc.freeze()  # Collections skip what was imported before the fork.
     torch.set_num_threads(1)
     stack = open(f"{directory}/stack{rank}", "w")  # noqa: SIM115 (faulthandler keeps it)
     faulthandler.register(signal.SIGUSR1, stack)
@@ -170,10 +173,17 @@ def _serve(
 
 @contextmanager
 def _constants_kept() -> Iterator[None]:
-    modules = [module for name, module in sys.modules.items() if name.startswith("tp_embed.")]
-    before = [{n: v for n, v in vars(module).items() if n.isupper()} for module in modules]
+    names = [name for name in sys.modules if name.startswith("tp_embed.")]
+    before = [
+        (vars(sys.modules[n]), c, vars(sys.modules[n])[c]) for n in names for c in _constants(n)
+    ]
     try:
         yield
     finally:
-        for module, constants in zip(modules, before, strict=True):
-            vars(module).update(constants)
+        for module, constant, value in before:
+            module[constant] = value
+
+
+@cache
+def _constants(name: str) -> list[str]:
+    return [constant for constant in vars(sys.modules[name]) if constant.isupper()]
