@@ -1,9 +1,10 @@
 """Runs all checks on an emulated device, in a separate process. Prints a JSON object of failures by
-check. With a rank, a size and a file, runs one rank of a gang."""
+check. With a file where ranks meet, prints what one rank of a gang finds."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -81,8 +82,8 @@ def capture_checks_no_ids(device: str) -> None:
 def main() -> None:
     with emulated() as device:
         if sys.argv[1:]:
-            rank, size, store = sys.argv[1:]
-            print(json.dumps(accelerator_ranks.run(int(rank), int(size), device, Path(store))))
+            rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+            print(json.dumps(accelerator_ranks.run(rank, size, device, Path(sys.argv[1]))))
             return
         for name, check in checks_of(device).items():
             run(name, check, device)
