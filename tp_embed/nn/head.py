@@ -14,6 +14,7 @@ from tp_embed.nn.deferred import DeferredLogits
 from tp_embed.nn.embedding import ShardedEmbedding, VocabShardedEmbedding
 from tp_embed.nn.head_losses import HeadLosses
 from tp_embed.nn.projection import product_dtypes
+from tp_embed.nn.tiled_values import Deterministic, TiledProjection, tiled_logits
 from tp_embed.nn.token_loss import check_soft_cap
 from tp_embed.parameter.sharded import unguarded
 
@@ -55,9 +56,13 @@ class OutputHead(HeadLosses):
         :func:`tp_embed.nn.loss.cross_entropy` takes them; ``"deferred"``: each rank gets
         :class:`~tp_embed.nn.deferred.DeferredLogits`, which ``torch.nn.functional.cross_entropy``
         takes, in a model that calls its head and its loss itself.
+    :param deterministic: ``"topology"``: all values and gradients have the same bits at every size
+        of the gang and for both ways of sharding, on the same kind of machine, with the same number
+        of threads. See :ref:`same-bits` for what it costs.
     :raises TypeError: ``embed`` is not a sharded embedding.
-    :raises ValueError: ``input`` is invalid, ``output`` is invalid or not supported for ``embed``,
-        ``bias`` has another shape, or ``soft_cap`` is not positive.
+    :raises ValueError: ``input`` or ``deterministic`` is invalid, ``output`` is invalid or not
+        supported for ``embed`` or ``deterministic``, ``bias`` has another shape, or ``soft_cap`` is
+        not positive.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class OutputHead(HeadLosses):
         soft_cap: float | None = None,
         input: Input = "replicated",
         output: Literal["replicated", "shard", "deferred"] = "replicated",
+        deterministic: Deterministic = None,
     ) -> None:
         super().__init__()
         if not isinstance(embed, (ShardedEmbedding, VocabShardedEmbedding)):
@@ -83,6 +89,7 @@ class OutputHead(HeadLosses):
             )
         if input not in get_args(Input):
             raise ValueError(f"`input` must be one of {get_args(Input)}, but is {input!r} instead.")
+        _check_deterministic(deterministic, output)
         num_classes = embed.num_embeddings
         if bias is not None and bias.shape != (num_classes,):
             raise ValueError(
@@ -101,6 +108,7 @@ class OutputHead(HeadLosses):
         self.soft_cap = soft_cap
         self.input = input
         self.output = output
+        self.deterministic = deterministic
         self._adopt()
 
     @property
@@ -124,6 +132,11 @@ class OutputHead(HeadLosses):
         if self.output == "deferred":
             self._check_whole("output='deferred'")
             return DeferredLogits(self, x, product_dtypes(x, self.weight)[0])
+        _check_deterministic(self.deterministic, self.output)
+        if self.deterministic:
+            projection = self._projection(x, soft_cap=None, length=length)
+            assert isinstance(projection, TiledProjection)
+            return self._capped(tiled_logits(projection))
         self._mask_gradient()
         self._check_block()
         x = self._inputs(x, length)
@@ -156,7 +169,21 @@ class OutputHead(HeadLosses):
             parts.append(f"input={self.input!r}")
         if self.output != "replicated":
             parts.append(f"output={self.output!r}")
+        if self.deterministic is not None:
+            parts.append(f"deterministic={self.deterministic!r}")
         return ", ".join(parts)
+
+
+def _check_deterministic(deterministic: object, output: str) -> None:
+    if deterministic not in (None, "topology"):
+        raise ValueError(
+            f"`deterministic` must be None or 'topology', but is {deterministic!r} instead."
+        )
+    if deterministic and output == "shard":
+        raise ValueError(
+            "`output` must not be 'shard' with `deterministic='topology'`, since a loss of each "
+            "rank's logits depends on the gang. Use `head.loss()`, or `output='deferred'`."
+        )
 
 
 # All layers that hold a shard of a table.

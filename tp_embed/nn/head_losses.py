@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from tp_embed.gang import Gang
 from tp_embed.gang.collectives import (
     copy_to_gang,
+    gather_columns,
     gather_positions,
     positions_to_columns,
     scatter_columns,
@@ -19,6 +20,7 @@ from tp_embed.gang.collectives import (
 from tp_embed.nn.gang_layer import GangLayer
 from tp_embed.nn.loss import linear_cross_entropy
 from tp_embed.nn.sequence import blocks_of_positions, whole_target
+from tp_embed.nn.tiled_values import Deterministic, TiledProjection, tiled_loss, tiled_top_k
 from tp_embed.nn.token_loss import LossOptions
 from tp_embed.nn.token_values import (
     Projection,
@@ -47,6 +49,7 @@ class HeadLosses(GangLayer):
     bias: Parameter | None
     soft_cap: float | None
     input: str
+    deterministic: Deterministic
 
     def loss(
         self,
@@ -85,6 +88,8 @@ class HeadLosses(GangLayer):
             target = whole_target(target, length, self.gang)
             length = target.size(-1)
         projection = self._projection(x, soft_cap=soft_cap, bias=bias, length=length)
+        if isinstance(projection, TiledProjection):
+            return tiled_loss(projection, target, weight, reduction, **options)
         if weight is not None or reduction not in ("mean", "sum"):
             return reduced_loss(projection, target, weight, reduction, LossOptions(**options))
         loss: Tensor = linear_cross_entropy(
@@ -183,9 +188,11 @@ class HeadLosses(GangLayer):
             ``teacher_x`` requires a gradient.
         """
         self._check_teacher(x, teacher_x, teacher_head)
-        student = self._projection(x, temperature, soft_cap)
+        student, tiled = self._projection(x, temperature, soft_cap), bool(self.deterministic)
         with torch.no_grad():
-            teacher = teacher_head._projection(teacher_x, temperature, teacher_soft_cap)
+            teacher = teacher_head._projection(
+                teacher_x, temperature, teacher_soft_cap, tiled=tiled
+            )
         return divergences(student, teacher, reverse=reverse)
 
     def top_k(self, x: Tensor, k: int, *, soft_cap: SoftCap = ...) -> tuple[Tensor, Tensor]:
@@ -202,7 +209,10 @@ class HeadLosses(GangLayer):
             *Dtype:* as :meth:`log_probs`, and int64.
         :raises ValueError: ``k`` is not in [1, V].
         """
-        values: tuple[Tensor, Tensor] = top_k(self._projection(x, soft_cap=soft_cap), k)
+        projection = self._projection(x, soft_cap=soft_cap)
+        if isinstance(projection, TiledProjection):
+            return tiled_top_k(projection, k)
+        values: tuple[Tensor, Tensor] = top_k(projection, k)
         return values
 
     def _projection(
@@ -212,15 +222,22 @@ class HeadLosses(GangLayer):
         soft_cap: SoftCap = ...,
         bias: Tensor | EllipsisType | None = ...,
         length: int | None = None,
+        *,
+        tiled: bool | None = None,
     ) -> Projection:
-        """Prepares hidden states for functions of :mod:`tp_embed.nn.token_values`."""
+        """Prepares hidden states for functions of :mod:`tp_embed.nn.token_values`.
+
+        :param tiled: whether to compute by tiles; by default as ``deterministic`` of the head says.
+        """
         self._mask_gradient()
         self._check_block()
+        tiled = bool(self.deterministic) if tiled is None else tiled
         whole = self.bias if bias is ... else bias
-        own = whole if self.shard_dim else self._own(whole)
+        own = whole if self.shard_dim or tiled else self._own(whole)
         cap = self.soft_cap if soft_cap is ... else soft_cap
         place = self.gang, self.partition, self.shard_dim
-        return Projection(self._inputs(x, length), self.weight, own, *place, cap, temperature)
+        inputs = self._inputs(x, length, tiled), self.weight, own, *place, cap, temperature
+        return TiledProjection(*inputs) if tiled else Projection(*inputs)
 
     def _check_teacher(self, x: Tensor, teacher_x: Tensor, teacher_head: object) -> None:
         if not isinstance(teacher_head, HeadLosses):
@@ -251,12 +268,15 @@ class HeadLosses(GangLayer):
         ranks = getattr(self.gang, "global_ranks", f"{self.gang.size} ranks")
         return f"{self.out_features} classes along {axis} over {ranks} as rank {self.gang.rank}"
 
-    def _inputs(self, x: Tensor, length: int | None) -> Tensor:
+    def _inputs(self, x: Tensor, length: int | None, tiled: bool = False) -> Tensor:
         """Returns the hidden states that the product takes: of all positions, this rank's columns
-        if the table is sharded along the embedding dimension."""
+        if the table is sharded along the embedding dimension. By tiles, it takes whole ones, and
+        returns a whole gradient."""
         gang, columns = self.gang, self.partition
         if self.input == "sequence":
             positions = blocks_of_positions(x, length, gang)
+            if tiled:
+                return gather_columns(x.mT, gang, positions).mT
             if self.shard_dim:
                 return positions_to_columns(x, gang, positions, columns)
             return gather_positions(x, gang, positions)
@@ -266,6 +286,8 @@ class HeadLosses(GangLayer):
                 f"{length} instead. For those of this rank's make the head with "
                 "`input='sequence'`."
             )
+        if tiled:
+            return x
         return scatter_columns(x, gang, columns) if self.shard_dim else copy_to_gang(x, gang)
 
     def _check_whole(self, what: str) -> None:

@@ -145,11 +145,7 @@ def linear_cross_entropy(
             f"`reduction` must be 'mean' or 'sum', but is {reduction!r} instead. For the loss of "
             "each token use `cross_entropy()` with the logits of this rank."
         )
-    if accum_dtype not in (None, torch.float32):
-        raise ValueError(
-            f"`accum_dtype` must be torch.float32, or None for the dtype of the weight if that is "
-            f"bf16, but is {accum_dtype} instead."
-        )
+    check_accum_dtype(accum_dtype)
     options = LossOptions(ignore_index, label_smoothing, z_loss, soft_cap, scale)
     # With `shard_dim` 1 each rank gets all logits of a chunk, so the loss needs no gang.
     sum_over, loss_gang = (gang, _ALONE) if shard_dim else (_ALONE, gang)
@@ -177,6 +173,17 @@ def linear_cross_entropy(
             torch.is_grad_enabled(),
         )
     return loss
+
+
+def check_accum_dtype(accum_dtype: torch.dtype | None) -> None:
+    """
+    :raises ValueError: a gradient can't have ``accum_dtype``.
+    """
+    if accum_dtype not in (None, torch.float32):
+        raise ValueError(
+            f"`accum_dtype` must be torch.float32, or None for the dtype of the weight if that is "
+            f"bf16, but is {accum_dtype} instead."
+        )
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:

@@ -79,6 +79,11 @@ class TokenFunction(ABC):
         :param grad: the gradient of the values. *Shape:* :math:`(n)` or :math:`(n,K)`.
         """
 
+    @abstractmethod
+    def bound(self, saved: Sequence[Tensor], grad: Tensor) -> Tensor:
+        """Returns at least the sum over the classes of the absolute values of the gradients of
+        :meth:`differentiate`. *Shape:* :math:`(n)`."""
+
     def compose(
         self, logits: Sequence[Tensor], own: range, gang: Gang, classes: Partition
     ) -> Tensor:
@@ -202,6 +207,18 @@ class TokenLosses(TokenFunction):
         add_to_picked(z, self.target, classes, -targets)
         z.masked_fill_(self._ignored.all(-1), 0.0)  # Their logits may be NaN.
 
+    def bound(self, saved: Sequence[Tensor], grad: Tensor) -> Tensor:
+        highest, total = saved
+        grad = grad.masked_fill(self._ignored, 0.0)
+        both = grad.sum(-1).abs()
+        bound = 2 * (self._weight_of_targets(grad) * grad).abs().sum(-1)
+        if epsilon := self.options.label_smoothing / self.num_classes:
+            weights = self._weights(range(self.num_classes), grad)
+            bound = bound + 2 * epsilon * weights.abs().sum() * both
+        if self.options.z_loss:
+            bound = bound + 2 * self.options.z_loss * (highest + total.log()).abs() * both
+        return bound.masked_fill(self._ignored.all(-1), 0.0)
+
     @property
     def _ignored(self) -> Tensor:
         return self.target == self.options.ignore_index
@@ -258,6 +275,10 @@ class Entropy(TokenFunction):
         (z,), (highest, total, entropy) = logits, saved
         weights = z.sub_(highest).exp()
         _finite(z).add_(entropy - total.log()).mul_(weights).mul_(-grad / total)
+
+    def bound(self, saved: Sequence[Tensor], grad: Tensor) -> Tensor:
+        # Of p |log p + H| for each class: at most twice the entropy, H.
+        return 2 * grad.abs() * (saved[2].abs() + 1)
 
 
 @dataclass(frozen=True)
@@ -317,6 +338,12 @@ class Divergence(TokenFunction):
         weights, impossible = _weights(student)
         student.sub_(teacher).add_(total_teacher.log() - total.log() - divergence)
         student.masked_fill_(impossible, 0.0).mul_(weights).mul_(grad / total)
+
+    def bound(self, saved: Sequence[Tensor], grad: Tensor) -> Tensor:
+        if not self.reverse:
+            return 2 * grad.abs()
+        # Of p |log(p/q) - KL| for each class: at most 2 KL + 2/e (Cover and Thomas, 2006).
+        return (2 * grad.abs() * (saved[4].abs() + 1)).masked_fill(grad == 0, 0.0)
 
     def _ordered(self, pair: Sequence[T]) -> tuple[T, T]:
         """Puts the distribution first that weights the terms. Its own inverse."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,6 +88,31 @@ def check_target(target: Tensor, ignore_index: int, classes: Partition) -> Tenso
         position = int(bad.nonzero()[0])
         raise IndexError(f"{allowed}, but token {position} has {int(values[position])} instead.")
     return target
+
+
+def check_reduction(tokens: Sequence[int], target: Tensor, reduction: str) -> None:
+    """
+    :raises ValueError: ``reduction`` is invalid, or there isn't one target for each token.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(
+            f"`reduction` must be 'mean', 'sum' or 'none', but is {reduction!r} instead."
+        )
+    if tuple(tokens) != target.shape:
+        raise ValueError(
+            f"`target` must have the shape {tuple(tokens)}, one class for each token, but has "
+            f"{tuple(target.shape)} instead."
+        )
+
+
+def weights_of_targets(
+    target: Tensor, class_weight: Tensor | None, options: LossOptions, dtype: torch.dtype
+) -> Tensor:
+    """Returns the weight of each target in a mean; zero for ignored ones."""
+    kept = target != options.ignore_index
+    if class_weight is None:
+        return kept.to(dtype)
+    return class_weight.to(dtype)[target.long().masked_fill(~kept, 0)] * kept
 
 
 def differentiable_losses(

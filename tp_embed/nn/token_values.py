@@ -29,8 +29,14 @@ from tp_embed.nn.chunks import (
 from tp_embed.nn.columns import parts_of
 from tp_embed.nn.projection import product_dtypes
 from tp_embed.nn.token_functions import Divergence, Entropy, TokenFunction, TokenLosses
-from tp_embed.nn.token_loss import LossOptions, check_soft_cap, check_target
-from tp_embed.nn.top_k import Chosen, local_top_k, merged_top_k
+from tp_embed.nn.token_loss import (
+    LossOptions,
+    check_reduction,
+    check_soft_cap,
+    check_target,
+    weights_of_targets,
+)
+from tp_embed.nn.top_k import Chosen, check_k, local_top_k, merged_top_k
 from tp_embed.parameter.sharded import local, unguarded
 from tp_embed.partition import Partition
 
@@ -91,6 +97,10 @@ class Projection:
         _, dtype = product_dtypes(self.x, self.weight)
         shape = gang, self.classes, width
         return Head(sum_over, *shape, self.soft_cap, self.temperature, dtype)
+
+    def values(self, function: TokenFunction, *teachers: Projection) -> Tensor:
+        """Returns the values of ``function``, *Shape:* :math:`(N)` or :math:`(N,K)`."""
+        return _values([self, *teachers], function)
 
 
 class _TokenValues(torch.autograd.Function):
@@ -276,11 +286,11 @@ def token_losses(
     function.check()
     kept = (flat != options.ignore_index).any(-1)
     if x.device.type != "cpu" or is_transformed() or in_graph(x) or kept.all():
-        losses: Tensor = _values([projection], function)
+        losses = projection.values(function)
         return losses.view(target.shape)
     index = kept.nonzero()[:, 0]
     x = x.reshape(len(flat), x.size(-1)).index_select(0, index)
-    losses = _values([replace(projection, x=x)], replace(function, target=flat[index]))
+    losses = replace(projection, x=x).values(replace(function, target=flat[index]))
     return losses.new_zeros(flat.shape).index_copy(0, index, losses).view(target.shape)
 
 
@@ -296,31 +306,19 @@ def reduced_loss(
 
     :raises ValueError: as :func:`token_losses`, or ``reduction`` is invalid.
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(
-            f"`reduction` must be 'mean', 'sum' or 'none', but is {reduction!r} instead."
-        )
+    check_reduction(projection.x.shape[:-1], target, reduction)
     if options.scale != 1.0:
         raise ValueError(
             "`scale` must be 1.0 for a loss with `weight` or `reduction='none'`, but is "
             f"{options.scale} instead. Scale the hidden states, and the bias, by it."
-        )
-    if projection.x.shape[:-1] != target.shape:
-        raise ValueError(
-            f"`target` must have the shape {tuple(projection.x.shape[:-1])}, one class for each "
-            f"token, but has {tuple(target.shape)} instead."
         )
     losses = token_losses(projection, target, class_weight, options)
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
-    kept = target != options.ignore_index
-    count = kept.to(losses.dtype)
-    if class_weight is not None:
-        count = class_weight.to(losses.dtype)[target.long().masked_fill(~kept, 0)] * kept
     # As in torch, the mean over no token is NaN; here with a zero gradient.
-    total = count.sum()
+    total = weights_of_targets(target, class_weight, options, losses.dtype).sum()
     nan = total.new_zeros(()).masked_fill(total == 0, torch.nan)
     return losses.sum() / total.masked_fill(total == 0, 1.0) + nan
 
@@ -331,8 +329,7 @@ def entropies(projection: Projection) -> Tensor:
 
     :returns: *Shape:* :math:`(*)`. *Dtype:* fp32, or fp64 for fp64.
     """
-    found: Tensor = _values([projection], Entropy())
-    return found.view(projection.x.shape[:-1])
+    return projection.values(Entropy()).view(projection.x.shape[:-1])
 
 
 def divergences(student: Projection, teacher: Projection, *, reverse: bool = False) -> Tensor:
@@ -344,8 +341,7 @@ def divergences(student: Projection, teacher: Projection, *, reverse: bool = Fal
     """
     bias = None if teacher.bias is None else teacher.bias.detach()
     fixed = replace(teacher, x=teacher.x.detach(), weight=local(teacher.weight), bias=bias)
-    found: Tensor = _values([student, fixed], Divergence(reverse))
-    return found.view(student.x.shape[:-1])
+    return student.values(Divergence(reverse), fixed).view(student.x.shape[:-1])
 
 
 @torch.compiler.disable(  # type: ignore[untyped-decorator]
@@ -360,10 +356,7 @@ def top_k(projection: Projection, k: int) -> tuple[Tensor, Tensor]:
     """
     projection.check()
     head, source, tokens = projection.head(), projection.flat_source(), projection.x.shape[:-1]
-    if not 0 < k <= head.classes.size:
-        raise ValueError(
-            f"`k` must be in [1, {head.classes.size}] (the classes), but is {k} instead."
-        )
+    check_k(k, head.classes)
     if is_transformed() or in_graph(projection.x):
         logits = source.compose()
         local = local_top_k(logits.detach(), k, head.own, head.classes, in_place=False)

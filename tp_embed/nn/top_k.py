@@ -14,6 +14,14 @@ from tp_embed.nn.columns import add_to_picked, parts_of, picked
 from tp_embed.partition import Partition
 
 
+def check_k(k: int, classes: Partition) -> None:
+    """
+    :raises ValueError: there are no ``k`` classes.
+    """
+    if not 0 < k <= classes.size:
+        raise ValueError(f"`k` must be in [1, {classes.size}] (the classes), but is {k} instead.")
+
+
 def local_top_k(
     z: Tensor, k: int, own: range, classes: Partition, *, in_place: bool
 ) -> tuple[Tensor, Tensor]:
