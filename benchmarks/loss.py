@@ -47,6 +47,7 @@ SIZES = ["512,16384,512,5", "1024,65536,128,5", "2048,32768,1024,3", "2048,13107
 def ways(embed: VocabShardedEmbedding) -> dict[str, Loss]:
     gang, head = embed.gang, OutputHead(embed)
     shard_head = OutputHead(embed, output="shard")
+    same_bits = OutputHead(embed, deterministic="topology")
 
     def by_deepspeed(x: Tensor, target: Tensor) -> Tensor:
         loss: Tensor = vocab_parallel_linear_cross_entropy(
@@ -67,6 +68,7 @@ def ways(embed: VocabShardedEmbedding) -> dict[str, Loss]:
             head.loss, label_smoothing=0.1, z_loss=1e-4
         ),
     }
+    found[f"{OURS}, `deterministic=\"topology\"`"] = same_bits.loss
     if embed.weight.dtype == torch.bfloat16:
         found[f"{OURS}, `accum_dtype=torch.float32`"] = partial(
             head.loss, accum_dtype=torch.float32
