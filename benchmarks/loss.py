@@ -68,7 +68,7 @@ def ways(embed: VocabShardedEmbedding) -> dict[str, Loss]:
             head.loss, label_smoothing=0.1, z_loss=1e-4
         ),
     }
-    found[f"{OURS}, `deterministic=\"topology\"`"] = same_bits.loss
+    found[f'{OURS}, `deterministic="topology"`'] = same_bits.loss
     if embed.weight.dtype == torch.bfloat16:
         found[f"{OURS}, `accum_dtype=torch.float32`"] = partial(
             head.loss, accum_dtype=torch.float32

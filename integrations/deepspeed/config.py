@@ -23,6 +23,7 @@ from tp_embed.nn import init as init_functions
 from tp_embed.nn.embedding import InitFn
 from tp_embed.nn.head import Input
 from tp_embed.nn.init import is_blockwise
+from tp_embed.nn.tiled_values import Deterministic
 from tp_embed.surgery.options import ShardingOptions, Strategy
 
 SECTION = "tp_embed"
@@ -67,6 +68,7 @@ class EmbedConfig(BaseModel):
     shard_logits: bool = False
     output: Output = "replicated"
     head_input: Input = "replicated"
+    head_deterministic: Deterministic = None
     dedup: Literal["auto", True, False] = "auto"
     sparse: bool | None = None
     reuse_grad: bool | None = None
@@ -87,6 +89,15 @@ class EmbedConfig(BaseModel):
     def _check_shard_logits(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("fuse_loss"):
             raise ValueError("must be false with `fuse_loss`, which holds no logits")
+        return value
+
+    @field_validator("head_deterministic")
+    @classmethod
+    def _check_deterministic(cls, value: Deterministic, info: ValidationInfo) -> Deterministic:
+        if value and info.data.get("shard_logits"):
+            raise ValueError(
+                "must be null with `shard_logits`, whose loss depends on the gang; use `fuse_loss`"
+            )
         return value
 
     @field_validator("init")
@@ -118,6 +129,7 @@ class EmbedConfig(BaseModel):
             shard_head=self.shard_head,
             output=self.output,
             head_input=self.head_input,
+            head_deterministic=self.head_deterministic,
             dedup=self.dedup,
             sparse=self.sparse,
             reuse_grad=self.reuse_grad,

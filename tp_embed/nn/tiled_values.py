@@ -306,8 +306,9 @@ def tiled_loss(
     target = check_target(target, settings.ignore_index, classes)
     function = TokenLosses(target[:, None], class_weight, settings, classes.size)
     function.check()
-    x, weight, bias = projection.tensors()
-    _check_plain(x)
+    _check_plain(projection.x)
+    with unguarded():
+        x, weight, bias = projection.tensors()
     kept = target != settings.ignore_index
     total = kept.new_ones((), dtype=torch.float64)
     if reduction == "mean":
@@ -317,8 +318,8 @@ def tiled_loss(
     if x.device.type == "cpu" and not kept.all():
         index = kept.nonzero()[:, 0]
         x, function = x.index_select(0, index), replace(function, target=target[index, None])
+    inputs = x, weight, bias, projection.tiled_head(), function
     with without_autocast(x), unguarded():
-        inputs = x, weight, bias, projection.tiled_head(), function
         loss: Tensor = _Loss.apply(*inputs, total, accum_dtype, torch.is_grad_enabled())
     return loss + nan.to(loss.dtype)
 
@@ -328,8 +329,9 @@ def tiled_top_k(projection: TiledProjection, k: int) -> tuple[Tensor, Tensor]:
     projection.check()
     check_k(k, projection.classes)
     _check_plain(projection.x)
+    head = projection.tiled_head()
     with without_autocast(projection.x), unguarded():
-        values, ids = _TopK.apply(*projection.tensors(), projection.tiled_head(), k)
+        values, ids = _TopK.apply(*projection.tensors(), head, k)
     tokens = projection.x.shape[:-1]
     return values.view(*tokens, k), ids.view(*tokens, k)
 
@@ -337,9 +339,9 @@ def tiled_top_k(projection: TiledProjection, k: int) -> tuple[Tensor, Tensor]:
 def tiled_logits(projection: TiledProjection) -> Tensor:
     """Computes the logits, without a soft cap. *Shape:* :math:`(*,V)`."""
     _check_plain(projection.x)
-    dtype = product_dtypes(projection.x, projection.weight)[0]
+    dtype, head = product_dtypes(projection.x, projection.weight)[0], projection.tiled_head()
     with without_autocast(projection.x), unguarded():
-        logits: Tensor = _Logits.apply(*projection.tensors(), projection.tiled_head(), dtype)
+        logits: Tensor = _Logits.apply(*projection.tensors(), head, dtype)
     return logits.view(*projection.x.shape[:-1], projection.classes.size)
 
 

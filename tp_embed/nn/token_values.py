@@ -100,7 +100,8 @@ class Projection:
 
     def values(self, function: TokenFunction, *teachers: Projection) -> Tensor:
         """Returns the values of ``function``, *Shape:* :math:`(N)` or :math:`(N,K)`."""
-        return _values([self, *teachers], function)
+        values: Tensor = _values([self, *teachers], function)
+        return values
 
 
 class _TokenValues(torch.autograd.Function):

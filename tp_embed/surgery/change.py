@@ -83,7 +83,12 @@ def make_change(
         table = as_standard(next(iter(group.heads)), shape, ShardingOptions(), train_rows)
         first = _shard(table, strategy, gang, ShardingOptions())
     for head, places in group.heads.items():
-        new_head = OutputHead(first, bias=head.bias, input=options.head_input)
+        new_head = OutputHead(
+            first,
+            bias=head.bias,
+            input=options.head_input,
+            deterministic=options.head_deterministic,
+        )
         modules.append((head, new_head, places))
     shard = Shard(first.weight, first.rows, first.columns)
     return TableChange(group, strategy, shape, shard, tuple(modules))

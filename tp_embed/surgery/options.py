@@ -12,6 +12,7 @@ from tp_embed.lookup.same_ids import check_interval
 from tp_embed.lookup.train_rows import Rows
 from tp_embed.nn.embedding import InitFn
 from tp_embed.nn.head import Input
+from tp_embed.nn.tiled_values import Deterministic
 
 Strategy = Literal["auto", "embed", "vocab", "none"]
 
@@ -26,6 +27,7 @@ class ShardingOptions:
     shard_head: bool = True
     output: Output = "replicated"
     head_input: Input = "replicated"
+    head_deterministic: Deterministic = None
     dedup: Dedup = "auto"
     sparse: bool | None = None
     reuse_grad: bool | None = None
@@ -35,7 +37,7 @@ class ShardingOptions:
 
     def facts(self) -> dict[str, object]:
         """Returns the options that must be the same on every rank of the gang."""
-        names = "output", "head_input", "dedup", "sparse", "reuse_grad"
+        names = "output", "head_input", "head_deterministic", "dedup", "sparse", "reuse_grad"
         return {
             **{f"`{name}`": getattr(self, name) for name in names},
             "`check_ids`": check_interval(self.check_ids),

@@ -13,6 +13,7 @@ from tp_embed.lookup.options import Output
 from tp_embed.lookup.train_rows import Rows
 from tp_embed.nn.embedding import InitFn
 from tp_embed.nn.head import Input
+from tp_embed.nn.tiled_values import Deterministic
 from tp_embed.surgery.optimizer import Groups
 from tp_embed.surgery.options import ShardingOptions, Strategy
 from tp_embed.surgery.plan import agree_on_plan, plan_sharding
@@ -29,6 +30,7 @@ def shard_embeddings(
     shard_head: bool = True,
     output: Output = "replicated",
     head_input: Input = "replicated",
+    head_deterministic: Deterministic = None,
     dedup: Dedup = "auto",
     sparse: bool | None = None,
     reuse_grad: bool | None = None,
@@ -67,6 +69,8 @@ def shard_embeddings(
     :param head_input: what all heads, tied or not, take: hidden states of all positions, the same
         on every rank, or with ``"sequence"`` those of the rank's positions, see
         :class:`OutputHead`.
+    :param head_deterministic: with ``"topology"``, values and gradients of all heads have the same
+        bits at every size of the gang, see :class:`OutputHead`.
     :param dedup: whether to send a row once if several positions need it, see
         :class:`ShardedEmbedding`.
     :param sparse: whether gradients are sparse; ``None`` keeps each table's setting.
@@ -97,6 +101,7 @@ def shard_embeddings(
         shard_head=shard_head,
         output=output,
         head_input=head_input,
+        head_deterministic=head_deterministic,
         dedup=dedup,
         sparse=sparse,
         reuse_grad=reuse_grad,
