@@ -49,7 +49,7 @@ class HeadLosses(GangLayer):
     bias: Parameter | None
     soft_cap: float | None
     input: str
-    deterministic: Deterministic
+    deterministic: Deterministic = None
 
     def loss(
         self,
