@@ -8,13 +8,15 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from loss_problems import expected_loss
 from parity import whole
 from token_problems import WAYS, capped, logits_of, problem
-from tp_embed import FakeGang, OutputHead, Partition, ShardedEmbedding
+from tp_embed import FakeGang, OutputHead, Partition, ShardedEmbedding, shard_embeddings
 from tp_embed import VocabShardedEmbedding as VocabSharded
+from tp_embed.integrations.deepspeed.config import read_section
 from tp_embed.nn import tiled, tiles
 from tp_embed.nn.init import normal
 
@@ -325,3 +327,18 @@ def test_autocast(kind):
     grads = torch.autograd.grad(found, [x, head.weight])
     wanted = torch.autograd.grad(expected, [x, other.weight])
     torch.testing.assert_close(grads, wanted, rtol=2e-2, atol=1e-3)
+
+
+def in_a_model(gang):
+    model = nn.Module()
+    model.embed = nn.Embedding(11, 6)
+    model.head = nn.Linear(6, 11, bias=False)
+    model.head.weight = model.embed.weight
+    shard_embeddings(model, gang, head_deterministic="topology")
+    assert model.head.deterministic == "topology"
+
+
+def test_heads_of_a_model(pool):
+    pool(2, in_a_model)
+    with pytest.raises(ValueError, match=r"head_deterministic.* must be null with `shard_logits`"):
+        read_section({"tp_embed": {"shard_logits": True, "head_deterministic": "topology"}})
