@@ -4,6 +4,7 @@ the gang and for both ways of sharding, and those of torch on all logits."""
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -327,6 +328,35 @@ def test_autocast(kind):
     grads = torch.autograd.grad(found, [x, head.weight])
     wanted = torch.autograd.grad(expected, [x, other.weight])
     torch.testing.assert_close(grads, wanted, rtol=2e-2, atol=1e-3)
+
+
+def sent(gang, kind, num_classes):
+    """The bytes that each collective of a loss and its backward sends."""
+    tiles._TILE = 8
+    (table, bias, x), _, target = problem(num_classes, torch.float32, 6)
+    head = OutputHead(kind.from_embedding(table, gang), bias=bias, deterministic="topology")
+    found = []
+
+    def hook(operation, tensors):
+        found.append((operation, sum(tensor.nbytes for tensor in tensors)))
+        return nullcontext()
+
+    handle = gang.register_collective_hook(hook)
+    head.loss(x.requires_grad_(), target.clamp_min(0)).backward()
+    handle.remove()
+    return found
+
+
+def test_what_is_sent(pool):
+    sums = [("all_reduce", 8), ("all_gather", 3 * 10 * 4), ("all_reduce", 10 * 6 * 8)]
+    of_bias = [("all_reduce", 16 * 4)]
+    assert pool(2, sent, VocabSharded, 16) == [sums + of_bias] * 2
+    table = [("all_to_all", 8 * 3 * 4)]
+    assert pool(2, sent, ShardedEmbedding, 16) == [table + sums + table + of_bias] * 2
+    # The second rank sends one row, and gets its gradient.
+    first, second = pool(2, sent, VocabSharded, 14)
+    assert [first[0], second[0]] == [("all_to_all", 0), ("all_to_all", 1 * 6 * 4)]
+    assert [first[4], second[4]] == [("all_to_all", 1 * 6 * 4), ("all_to_all", 0)]
 
 
 def in_a_model(gang):
