@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.amp import is_autocast_available
 from torch.nn.functional import linear
 
-from tp_embed.gang import Gang
+from tp_embed.gang import FakeGang, Gang
 from tp_embed.gang.collectives import reduce_partial
-from tp_embed.nn.projection import add_gradients, compute_logits, row_blocks
-from tp_embed.nn.token_loss import widened
+from tp_embed.nn.projection import add_gradients, compute_logits, product_dtypes, row_blocks
+from tp_embed.nn.token_loss import check_soft_cap, widened
 from tp_embed.parameter.sharded import unguarded
 from tp_embed.partition import Partition
 
 # As in the module of the loss.
 _CHUNK_BYTES = 32 << 20
+
+_ALONE: Gang = FakeGang("cpu")  # Size 1: sends nothing.
 
 
 class Head(NamedTuple):
@@ -108,6 +112,84 @@ class Source(NamedTuple):
             if head.soft_cap is not None:
                 logits = torch.tanh(logits / head.soft_cap) * head.soft_cap
             return logits.T / head.temperature
+
+
+@dataclass(frozen=True)
+class Projection(ABC):
+    """Hidden states and the output head that projects them to logits.
+
+    :param x: the hidden states. *Shape:* :math:`(*,E)`; for ``shard_dim`` 1 this rank's columns,
+        *Shape:* :math:`(*,E_{rank})`. For ``shard_dim`` 0 their gradient is partial: pass them
+        through :func:`~tp_embed.gang.collectives.copy_to_gang`.
+    :param weight: *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
+    :param bias: *Shape:* :math:`(V_{rank})` or, for ``shard_dim`` 1, :math:`(V)`.
+    :param partition: the partition of V, or E, over the gang.
+    :param soft_cap: :math:`c`, which turns each logit :math:`l` into :math:`c \\tanh(l/c)`.
+    :param temperature: divides the logits, after the cap.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    gang: Gang
+    partition: Partition
+    shard_dim: int = 0
+    soft_cap: float | None = None
+    temperature: float = 1.0
+
+    def check(self) -> None:
+        """
+        :raises TypeError: ``temperature`` is not a number.
+        :raises ValueError: ``temperature`` or ``soft_cap`` is not positive.
+        """
+        check_soft_cap(self.soft_cap)
+        if not isinstance(self.temperature, (int, float)):
+            raise TypeError(
+                f"`temperature` must be a number, but is a `{type(self.temperature).__name__}` "
+                "instead. Pass `float(temperature)`; it gets no gradient."
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` must be positive, but is {self.temperature} instead.")
+
+    @abstractmethod
+    def values(self, function: Any, *teachers: Projection) -> Tensor:
+        """Returns the values of a :class:`~tp_embed.nn.token_functions.TokenFunction`, *Shape:*
+        :math:`(N)` or :math:`(N,K)`."""
+
+    def scaled(self, scale: float) -> Self:
+        """Returns a projection whose logits are multiplied by ``scale``, before the cap. Rounds
+        nothing: with l the logits, c tanh(scale l / c) = scale (c / scale) tanh(l / (c / scale)).
+
+        :raises ValueError: ``scale`` is 0.
+        """
+        if scale == 0:
+            raise ValueError(
+                "`scale` must not be 0 for a loss with `weight` or `reduction='none'`, but is "
+                "0 instead. Without a scale, pass 1.0."
+            )
+        x, bias, cap = self.x, self.bias, self.soft_cap
+        if scale < 0:
+            x, bias = -x, None if bias is None else -bias
+        scale = abs(scale)
+        cap = None if cap is None else cap / scale
+        temperature = self.temperature / scale
+        return replace(self, x=x, bias=bias, soft_cap=cap, temperature=temperature)
+
+    @property
+    def classes(self) -> Partition:
+        """The partition of the classes whose logits each rank gets."""
+        return Partition(self.weight.size(0), 1) if self.shard_dim else self.partition
+
+    def flat_source(self) -> Source:
+        x = self.x.reshape(self.x.shape[:-1].numel(), self.x.size(-1))
+        return Source(self.head(), x, self.weight, self.bias)
+
+    def head(self) -> Head:
+        sum_over, gang = (self.gang, _ALONE) if self.shard_dim else (_ALONE, self.gang)
+        width = self.partition.size if self.shard_dim else self.x.size(-1)
+        _, dtype = product_dtypes(self.x, self.weight)
+        shape = gang, self.classes, width
+        return Head(sum_over, *shape, self.soft_cap, self.temperature, dtype)
 
 
 def _sum_dtype(sources: Sequence[Source]) -> torch.dtype:

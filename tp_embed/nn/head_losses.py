@@ -17,13 +17,14 @@ from tp_embed.gang.collectives import (
     positions_to_columns,
     scatter_columns,
 )
+from tp_embed.nn.chunks import Projection
 from tp_embed.nn.gang_layer import GangLayer
 from tp_embed.nn.loss import linear_cross_entropy
 from tp_embed.nn.sequence import blocks_of_positions, whole_target
 from tp_embed.nn.tiled_values import Deterministic, TiledProjection, tiled_loss, tiled_top_k
 from tp_embed.nn.token_loss import LossOptions
 from tp_embed.nn.token_values import (
-    Projection,
+    ChunkedProjection,
     divergences,
     entropies,
     reduced_loss,
@@ -91,6 +92,7 @@ class HeadLosses(GangLayer):
         if isinstance(projection, TiledProjection):
             return tiled_loss(projection, target, weight, reduction, **options)
         if weight is not None or reduction not in ("mean", "sum"):
+            options.pop("accum_dtype", None)  # Each row of the gradient is computed at once.
             return reduced_loss(projection, target, weight, reduction, LossOptions(**options))
         loss: Tensor = linear_cross_entropy(
             projection.x,
@@ -237,7 +239,7 @@ class HeadLosses(GangLayer):
         cap = self.soft_cap if soft_cap is ... else soft_cap
         place = self.gang, self.partition, self.shard_dim
         inputs = self._inputs(x, length, tiled), self.weight, own, *place, cap, temperature
-        return TiledProjection(*inputs) if tiled else Projection(*inputs)
+        return TiledProjection(*inputs) if tiled else ChunkedProjection(*inputs)
 
     def _check_teacher(self, x: Tensor, teacher_x: Tensor, teacher_head: object) -> None:
         if not isinstance(teacher_head, HeadLosses):

@@ -13,7 +13,7 @@ from torch import Tensor
 from tp_embed._torch_private import is_transformed
 from tp_embed.gang.blocks import in_graph
 from tp_embed.gang.collectives import is_batched
-from tp_embed.nn.chunks import without_autocast
+from tp_embed.nn.chunks import Projection, without_autocast
 from tp_embed.nn.loss import check_accum_dtype
 from tp_embed.nn.projection import product_dtypes
 from tp_embed.nn.tiled import (
@@ -36,7 +36,7 @@ from tp_embed.nn.token_loss import (
     scaled,
     weights_of_targets,
 )
-from tp_embed.nn.token_values import Projection, token_losses
+from tp_embed.nn.token_values import token_losses
 from tp_embed.nn.top_k import Chosen, check_k, local_top_k, merged_top_k
 from tp_embed.parameter.sharded import unguarded
 from tp_embed.partition import Partition

@@ -15,91 +15,37 @@ import torch
 from torch import Tensor
 
 from tp_embed._torch_private import is_transformed
-from tp_embed.gang import FakeGang, Gang
+from tp_embed.gang import Gang
 from tp_embed.gang.blocks import in_graph
 from tp_embed.gang.collectives import is_batched
 from tp_embed.nn.chunks import (
     Gradients,
     Head,
+    Projection,
     Source,
     chunks_of,
     class_blocks_of,
     without_autocast,
 )
 from tp_embed.nn.columns import parts_of
-from tp_embed.nn.projection import product_dtypes
 from tp_embed.nn.token_functions import Divergence, Entropy, TokenFunction, TokenLosses
 from tp_embed.nn.token_loss import (
     LossOptions,
     check_reduction,
-    check_soft_cap,
     check_target,
     weights_of_targets,
 )
 from tp_embed.nn.top_k import Chosen, check_k, local_top_k, merged_top_k
 from tp_embed.parameter.sharded import local, unguarded
-from tp_embed.partition import Partition
 
-__all__ = ["Projection", "divergences", "entropies", "reduced_loss", "token_losses", "top_k"]
-
-_ALONE: Gang = FakeGang("cpu")  # Size 1: sends nothing.
+__all__ = ["ChunkedProjection", "divergences", "entropies", "reduced_loss", "token_losses", "top_k"]
 
 
 @dataclass(frozen=True)
-class Projection:
-    """Hidden states and the output head that projects them to logits.
-
-    :param x: the hidden states. *Shape:* :math:`(*,E)`; for ``shard_dim`` 1 this rank's columns,
-        *Shape:* :math:`(*,E_{rank})`. For ``shard_dim`` 0 their gradient is partial: pass them
-        through :func:`~tp_embed.gang.collectives.copy_to_gang`.
-    :param weight: *Shape:* :math:`(V_{rank},E)` or :math:`(V,E_{rank})`.
-    :param bias: *Shape:* :math:`(V_{rank})` or, for ``shard_dim`` 1, :math:`(V)`.
-    :param partition: the partition of V, or E, over the gang.
-    :param soft_cap: :math:`c`, which turns each logit :math:`l` into :math:`c \\tanh(l/c)`.
-    :param temperature: divides the logits, after the cap.
-    """
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    gang: Gang
-    partition: Partition
-    shard_dim: int = 0
-    soft_cap: float | None = None
-    temperature: float = 1.0
-
-    def check(self) -> None:
-        """
-        :raises TypeError: ``temperature`` is not a number.
-        :raises ValueError: ``temperature`` or ``soft_cap`` is not positive.
-        """
-        check_soft_cap(self.soft_cap)
-        if not isinstance(self.temperature, (int, float)):
-            raise TypeError(
-                f"`temperature` must be a number, but is a `{type(self.temperature).__name__}` "
-                "instead. Pass `float(temperature)`; it gets no gradient."
-            )
-        if not self.temperature > 0:
-            raise ValueError(f"`temperature` must be positive, but is {self.temperature} instead.")
-
-    @property
-    def classes(self) -> Partition:
-        """The partition of the classes whose logits each rank gets."""
-        return Partition(self.weight.size(0), 1) if self.shard_dim else self.partition
-
-    def flat_source(self) -> Source:
-        x = self.x.reshape(self.x.shape[:-1].numel(), self.x.size(-1))
-        return Source(self.head(), x, self.weight, self.bias)
-
-    def head(self) -> Head:
-        sum_over, gang = (self.gang, _ALONE) if self.shard_dim else (_ALONE, self.gang)
-        width = self.partition.size if self.shard_dim else self.x.size(-1)
-        _, dtype = product_dtypes(self.x, self.weight)
-        shape = gang, self.classes, width
-        return Head(sum_over, *shape, self.soft_cap, self.temperature, dtype)
+class ChunkedProjection(Projection):
+    """Computes the logits of a chunk of tokens at a time."""
 
     def values(self, function: TokenFunction, *teachers: Projection) -> Tensor:
-        """Returns the values of ``function``, *Shape:* :math:`(N)` or :math:`(N,K)`."""
         values: Tensor = _values([self, *teachers], function)
         return values
 
@@ -274,6 +220,8 @@ def token_losses(
     """
     options = options or LossOptions()
     options.check()
+    if options.scale != 1.0:
+        projection = projection.scaled(options.scale)
     x, classes = projection.x, projection.classes
     tokens = x.shape[:-1]
     if tokens not in (target.shape, target.shape[:-1]):
@@ -308,11 +256,6 @@ def reduced_loss(
     :raises ValueError: as :func:`token_losses`, or ``reduction`` is invalid.
     """
     check_reduction(projection.x.shape[:-1], target, reduction)
-    if options.scale != 1.0:
-        raise ValueError(
-            "`scale` must be 1.0 for a loss with `weight` or `reduction='none'`, but is "
-            f"{options.scale} instead. Scale the hidden states, and the bias, by it."
-        )
     losses = token_losses(projection, target, class_weight, options)
     if reduction == "none":
         return losses
