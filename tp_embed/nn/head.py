@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, final, get_args
 
 import torch
@@ -13,6 +14,7 @@ from tp_embed.gang.collectives import gather_columns, reduce_partial
 from tp_embed.nn.deferred import DeferredLogits
 from tp_embed.nn.embedding import ShardedEmbedding, VocabShardedEmbedding
 from tp_embed.nn.head_losses import HeadLosses
+from tp_embed.nn.local_logits import as_local_logits
 from tp_embed.nn.projection import product_dtypes
 from tp_embed.nn.tiled_values import Deterministic, TiledProjection, tiled_logits
 from tp_embed.nn.token_loss import check_soft_cap
@@ -127,17 +129,28 @@ class OutputHead(HeadLosses):
             return range(self.out_features)
         return self.partition.shard(self.gang.rank)
 
-    def forward(self, x: Tensor, length: int | None = None) -> Tensor | DeferredLogits:
+    def forward(
+        self,
+        x: Tensor,
+        length: int | None = None,
+        *,
+        compute: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor | DeferredLogits:
         """
         :param x: the hidden states, the same on every rank. *Shape:* :math:`(*,E)`; for
             ``input="sequence"`` those of this rank's positions, *Shape:* :math:`(*,S_{rank},E)`.
         :param length: S, for ``input="sequence"``; if ``None``, ranks exchange how many positions
             each holds, in an all-gather of P numbers, which waits for the device.
+        :param compute: returns what to return for ``x`` instead of logits, such as a loss by
+            :meth:`loss`. Engines gather the weight around a call of the layer: ZeRO 3 holds it as
+            long as ``compute`` runs.
         :returns: the logits. *Shape:* :math:`(*,V)`, or :math:`(*,V_{rank})` for ``"shard"``.
         :raises ValueError: ``x`` does not hold this rank's block of positions, or ``length`` is
             given for ``input="replicated"``.
         """
         self._check_input(x)
+        if compute is not None:
+            return compute(x)
         if self.output == "deferred":
             self._check_whole("output='deferred'")
             return DeferredLogits(self, x, product_dtypes(x, self.weight)[0])
@@ -152,7 +165,8 @@ class OutputHead(HeadLosses):
         if self.gang.size == 1:
             return self._capped(self._product(x, self.bias))
         if self.output == "shard":
-            return self._capped(self._product(x, self._own(self.bias)))
+            logits = self._capped(self._product(x, self._own(self.bias)))
+            return as_local_logits(logits)
         logits = self._product(x)
         if self.shard_dim == 0:
             logits = gather_columns(logits, self.gang, self.partition)

@@ -14,6 +14,7 @@ from tp_embed.gang.blocks import in_graph
 from tp_embed.gang.collectives import reduce_partial
 from tp_embed.nn.chunks import without_autocast
 from tp_embed.nn.fused_loss import FusedHead, FusedLoss
+from tp_embed.nn.local_logits import local_values
 from tp_embed.nn.projection import product_dtypes
 from tp_embed.nn.token_loss import (
     LossOptions,
@@ -76,7 +77,7 @@ def cross_entropy(
             f"`logits` must have the {held} columns of this rank, but has {logits.size(-1)} "
             "instead. For whole logits use `torch.nn.functional.cross_entropy()`."
         )
-    logits = logits.reshape(len(flat_target), held)
+    logits = local_values(logits).reshape(len(flat_target), held)
     losses = differentiable_losses(logits, flat_target, gang, partition, options)
     if reduction == "none":
         return losses.view(target.shape)
@@ -143,7 +144,7 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum"):
         raise ValueError(
             f"`reduction` must be 'mean' or 'sum', but is {reduction!r} instead. For the loss of "
-            "each token use `cross_entropy()` with the logits of this rank."
+            "each token use `OutputHead.loss(..., reduction='none')`."
         )
     check_accum_dtype(accum_dtype)
     options = LossOptions(ignore_index, label_smoothing, z_loss, soft_cap, scale)
