@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import pad_across_processes
 from torch import nn
 from torch.nn import functional
 
@@ -73,6 +74,16 @@ USES = {
     "reshaped": lambda y, t: functional.cross_entropy(
         torch.reshape(y, (10, -1)), t.reshape(torch.Size([10]))
     ),
+    "each token": lambda y, t: functional.cross_entropy(
+        rows(y), t.view(-1), reduction="none"
+    ).sin(),
+    "each token, scaled": lambda y, t: functional.cross_entropy(
+        rows(y * -0.7), t.view(-1), reduction="none", label_smoothing=0.1
+    ).sin(),
+    "weighted": lambda y, t: nn.CrossEntropyLoss(MORE.abs())(rows(y / 3), t.view(-1)),
+    "weighted, capped": lambda y, t: functional.cross_entropy(
+        rows(torch.tanh(y / 1.5) * -2), t.view(-1), weight=MORE.abs(), reduction="sum"
+    ),
     "several": lambda y, t: sum(functional.cross_entropy(y[i], t[i]) for i in range(len(y))),
 }
 
@@ -91,9 +102,9 @@ def check_uses(gang, strategy, soft_cap, has_bias):
             with pytest.raises(DeferredLogitsError, match=r"`(tanh|add)` needs the values"):
                 use(head(x), target)
             continue
-        expected = use(logits, target)
+        expected = use(logits, target).sum()
         wanted = torch.autograd.grad(expected, inputs)
-        found = use(head(x), target)
+        found = use(head(x), target).sum()
         torch.testing.assert_close(found, expected, msg=name)
         grads = torch.autograd.grad(found, [x, embed.weight] + [bias] * has_bias)
         ours = [grads[0], whole(embed, grads[1]), *grads[2:]]
@@ -178,12 +189,8 @@ MISUSES = {
     "indexing of classes  ": lambda y: y[..., None],
     "indexing of classes   ": lambda y: y[0, 1, ...],
     "indexing of classes    ": lambda y: y[torch.ones(10, V, dtype=torch.bool)],
-    "cross_entropy.weight=": lambda y: functional.cross_entropy(
-        y, torch.arange(10), weight=torch.ones(V)
-    ),
-    "cross_entropy.reduction='none'": lambda y: functional.cross_entropy(
-        y, torch.arange(10), reduction="none"
-    ),
+    "cross_entropy.reduce=": lambda y: functional.cross_entropy(y, torch.arange(10), reduce=False),
+    "probabilities of classes": lambda y: functional.cross_entropy(y, torch.ones(10, V) / V),
     "classes in the second": lambda y: functional.cross_entropy(y[None], torch.ones(1, V).long()),
 }
 
@@ -199,6 +206,13 @@ def test_what_needs_values_is_refused(name):
         MISUSES[name](logits_of_ten_tokens())
     assert "call `model.eval()`, or turn off `fuse_loss`" in str(raised.value)
     assert isinstance(raised.value, TypeError)
+
+
+def test_libraries_that_print_the_type_name_the_fix():
+    # Accelerate does so when it gathers what a model returned.
+    logits = logits_of_ten_tokens()
+    with pytest.raises(TypeError, match=r"Unsupported types .*DeferredLogits.*pass True"):
+        pad_across_processes({"logits": logits})
 
 
 def test_what_would_fail_for_logits_fails():

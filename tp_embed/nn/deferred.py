@@ -23,7 +23,7 @@ _SUPPORTED = (
 )
 _FIX = (
     "For logits, leave out the labels or call `model.eval()`, or turn off `fuse_loss`: "
-    "`head.output = 'replicated'`."
+    "`head.output = 'replicated'`. With `fuse_loss='always'` evaluation has none either: pass True."
 )
 
 
@@ -44,6 +44,8 @@ class _Head(Protocol):
 
     def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor: ...
 
+    def __call__(self, x: Tensor, *, compute: Callable[[Tensor], Tensor]) -> Any: ...
+
 
 class _Values(NamedTuple):
     """What was done to the logits of the head, :math:`l`: they are :math:`s (l + b)` if ``outer``
@@ -58,7 +60,7 @@ class _Values(NamedTuple):
 
     def options(self, head: _Head) -> dict[str, Any]:
         """Returns options of :meth:`tp_embed.OutputHead.loss`."""
-        bias = head.bias  # At ZeRO 3, gathered by reading it.
+        bias = head.bias
         if self.bias is not None:
             bias = self.bias if bias is None else bias + self.bias
         if self.outer is None:
@@ -68,7 +70,14 @@ class _Values(NamedTuple):
         return {"bias": bias, "scale": scale, "soft_cap": cap}
 
 
-class DeferredLogits:
+class _Kind(type):
+    """Other libraries print the types of objects that they don't support: this adds the fix."""
+
+    def __repr__(cls) -> str:
+        return f"{super().__repr__()}: logits that were not computed. {_FIX}"
+
+
+class DeferredLogits(metaclass=_Kind):
     """The logits of an :class:`~tp_embed.OutputHead` with ``output="deferred"``: hidden states, and
     what was done to the logits since. ``torch.nn.functional.cross_entropy`` of them is
     :meth:`tp_embed.OutputHead.loss`, which never holds all logits; it returns fp32.
@@ -87,8 +96,9 @@ class DeferredLogits:
         :param dtype: the dtype of the logits if they were computed; defaults to the dtype of ``x``.
         """
         self._head, self._x = head, x
-        self._weight = head.weight
-        self._versions = _changes_of(x), _changes_of(self._weight)
+        # In a tuple, where ZeRO 3 does not find it: else it would gather it for the whole model.
+        self._weight = head.weight, _changes_of(head.weight)
+        self._version = _changes_of(x)
         # An optimizer's step may follow a backward; DeepSpeed's leaves no version.
         self._was_backward: list[bool] = []
         if x.requires_grad and torch.is_grad_enabled():
@@ -105,19 +115,28 @@ class DeferredLogits:
         new._head, new._weight, new.dtype = self._head, self._weight, self.dtype
         new._was_backward = self._was_backward
         new._x = self._x if x is None else x
-        new._versions = _changes_of(new._x), self._versions[1]
+        new._version = _changes_of(new._x)
         new._applied = self._applied._replace(**values)
         return new
 
     def _check_unchanged(self) -> None:
-        weight = self._head.weight
-        versions = _changes_of(self._x), _changes_of(weight)
-        is_same = weight is self._weight and versions == self._versions
-        if self._was_backward or not is_same:
-            raise DeferredLogitsError(
-                "Deferred logits must be used before `backward()`, and before their hidden states "
-                f"or the weight of their head change, but are used after that. {_FIX}"
-            )
+        if self._was_backward or _changes_of(self._x) != self._version:
+            _refuse_late()
+
+    def _loss(self, target: Tensor, options: dict[str, Any]) -> Tensor:
+        """Computes :meth:`tp_embed.OutputHead.loss` in a call of the head, around which engines
+        gather its weight."""
+        head = self._head
+
+        def compute(x: Tensor) -> Tensor:
+            weight, version = self._weight
+            if head.weight is not weight or _changes_of(weight) != version:
+                _refuse_late()
+            return head.loss(x, target, **options, **self._applied.options(head))
+
+        self._check_unchanged()
+        loss: Tensor = head(self._x, compute=compute)
+        return loss
 
     @property
     def shape(self) -> torch.Size:
@@ -303,6 +322,13 @@ def _refuse(name: str) -> NoReturn:
     )
 
 
+def _refuse_late() -> NoReturn:
+    raise DeferredLogitsError(
+        "Deferred logits must be used before `backward()`, and before their hidden states or the "
+        f"weight of their head change, but are used after that. {_FIX}"
+    )
+
+
 def _noting(events: list[bool]) -> Callable[[Tensor], None]:
     def note(grad: Tensor) -> None:
         events.append(True)
@@ -344,22 +370,19 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Computes :func:`torch.nn.functional.cross_entropy` by :meth:`tp_embed.OutputHead.loss`."""
-    given = {"weight": weight, "size_average": size_average, "reduce": reduce}
-    for name, value in given.items():
+    for name, value in {"size_average": size_average, "reduce": reduce}.items():
         if value is not None:
             _refuse(f"cross_entropy({name}=...)")
-    if reduction not in ("mean", "sum"):
-        _refuse(f"cross_entropy(reduction={reduction!r})")
     if not isinstance(logits, DeferredLogits) or not isinstance(target, Tensor):
         _refuse("cross_entropy of a target with gradients")
+    if target.shape == logits.shape:
+        _refuse("cross_entropy of probabilities of classes")
     if logits.ndim > 2:
         _refuse("cross_entropy of classes in the second dimension")
-    logits._check_unchanged()
-    return logits._head.loss(
-        logits._x,
-        target,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        **logits._applied.options(logits._head),
-    )
+    options = {
+        "weight": weight,
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+    }
+    return logits._loss(target, options)

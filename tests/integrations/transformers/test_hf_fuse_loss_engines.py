@@ -53,7 +53,7 @@ def test_loop_computes_what_it_does_alone(seen, case):
 
 def test_what_needs_logits_or_a_sharded_head_is_refused(seen):
     expected = {
-        "metrics": "TypeError: Unsupported types .*DeferredLogits",
+        "metrics": "TypeError: Unsupported types .*DeferredLogits.*: pass True",
         "smoothing": "`log_softmax` needs the values of logits, which were not computed",
         "whole head": "The output head must be sharded with `tp_embed.fuse_loss`, but is Linear",
         "both": "`tp_embed.shard_logits` .* is True: must be false with `fuse_loss`, which holds",
