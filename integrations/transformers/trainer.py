@@ -14,6 +14,7 @@ from tp_embed.surgery.report import ShardingReport
 from tp_embed.watchdog import Watchdog
 
 from .forward import check_forward
+from .sampling import check_reference, fit_generations, gang_of, share_random_state
 from .shard import shard_by_config
 
 logger = logging.get_logger(__name__)
@@ -63,6 +64,9 @@ class ShardTables(TrainerCallback):
         self.report = shard_by_config(
             model, config.config, kwargs.get("optimizer"), fuse_loss=self._fused(args)
         )
+        if (gang := gang_of(model)) is not None:
+            fit_generations(args, gang)
+            check_reference(model, args, config.config)
         logger.info(f"tp_embed:\n{self.report}")
 
     def _fused(self, args: Any) -> Literal["always", True, False] | None:
@@ -79,6 +83,8 @@ class ShardTables(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # TRL's trainers replace the `forward` after calling the constructor of `Trainer`.
         check_forward(kwargs["model"])
+        if (gang := gang_of(kwargs["model"])) is not None:
+            share_random_state(gang)
         # Accelerate wraps the optimizer of the engine.
         guard_full_values(kwargs["model"], getattr(kwargs["optimizer"], "optimizer", None))
         if self.watchdog is None:
