@@ -33,7 +33,7 @@ from tp_embed.integrations.deepspeed import DeepSpeedGang, export
 from tp_embed.integrations.deepspeed.monitor import EngineMonitor
 from tp_embed.integrations.hydra import main as hydra_main
 from tp_embed.integrations.hydra import register_schemas, shard_options
-from tp_embed.integrations.transformers import shard_logits
+from tp_embed.integrations.transformers import fuse_loss, shard_logits
 from tp_embed.monitor import write_report
 from tp_embed.monitor.charts import line_charts, save
 
@@ -56,6 +56,8 @@ def main(config: DictConfig) -> None:
     report = shard_embeddings(model, gang, **shard_options(config))
     if config.head.shard_logits:
         shard_logits(model)
+    if config.head.fuse_loss.value:
+        fuse_loss(model, in_evaluation=config.head.fuse_loss.value == "always")
     say(str(report))
 
     engine, *_ = deepspeed.initialize(

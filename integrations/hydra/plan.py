@@ -100,6 +100,7 @@ def options(config: DictConfig) -> dict[str, Any]:
         "shard_head": head.shard_head,
         "strategy": strategy.value,
         "shard_logits": head.shard_logits,
+        "fuse_loss": bool(head.fuse_loss.value),
         "tp": config.tp_size,
         "dp": config.dp_size,
         "zero_stage": deepspeed.zero_optimization.stage,

@@ -36,6 +36,14 @@ class Output(Enum):
     shard = "shard"
 
 
+class FuseLoss(Enum):
+    """Whether to compute the loss from hidden states; ``always``: in evaluation, too."""
+
+    never = False
+    training = True
+    always = "always"
+
+
 class Dedup(Enum):
     """Whether to send a row once if several positions look it up."""
 
@@ -75,6 +83,7 @@ class HeadConfig:
     tie_head: bool = _key("whether to shard a tied head together with its table")
     shard_head: bool = _key("whether to shard a head with its own weight")
     shard_logits: bool = _key("whether to compute the loss from rank-local logits")
+    fuse_loss: FuseLoss = _key("whether to compute the loss from hidden states, without logits")
 
 
 @dataclass

@@ -245,6 +245,16 @@ def test_what_a_config_does_not_say_is_asked_for(tmp_path, capsys):
             cli.USAGE,
             "`shard_logits` must be false",
         ),
+        (
+            (*TABLE, "--no-head", "--fuse-loss"),
+            cli.USAGE,
+            "`fuse_loss` must be false where there is no head",
+        ),
+        (
+            (*TABLE, "--tied", "--strategy", "vocab", "--shard-logits", "--fuse-loss"),
+            cli.USAGE,
+            "`shard_logits` must be false with `fuse_loss`",
+        ),
         ((*TABLE, "--gpus-per-node", "8"), cli.USAGE, "--gpus-per-node must come with --bandwidth"),
         ((*TABLE, "--latency", "5"), cli.USAGE, "--latency must come with --bandwidth"),
         ((*TABLE, "--memory", "-1"), cli.USAGE, "`memory` must be greater than 0, but is -1.0"),

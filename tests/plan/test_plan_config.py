@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import hydra
 import pytest
@@ -58,6 +59,19 @@ def test_groups_make_the_plan(compose, capsys):
     chosen = data["strategies"][data["chosen"]]
     assert chosen["memory"]["peak"] == cost(setup, "vocab", shard_logits=True).peak
     assert chosen["sent"] == cost(setup, "vocab", shard_logits=True).sent
+
+
+def test_a_fused_loss_makes_the_plan(compose, capsys):
+    config = compose("model=llama3_2_1b", "head=fused", "tp_size=8", "dp_size=4", "json=true")
+    assert run_app(config) == 0
+    data = json.loads(capsys.readouterr().out)
+    chosen = data["strategies"][data["chosen"]]
+    setup = Setup(**data["setup"])
+    assert setup.fuse_loss
+    assert not any(each["shard_logits"] for each in data["strategies"])
+    whole = cost(replace(setup, fuse_loss=False), "vocab")
+    assert chosen["memory"]["logits"] < whole.logits / 20
+    assert chosen["sent"] < whole.sent
 
 
 def test_choices_that_leave_tables_whole(compose, capsys):

@@ -49,6 +49,21 @@ def test_lookups_and_losses_need_what_is_planned(pool, dtype):
             assert logits == pytest.approx(cost(head, *case).logits, rel=0.05)
 
 
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("sizes", [(20_000, 64, 512), (3000, 256, 1024), (20_000, 8, 100)])
+def test_fused_losses_need_at_most_what_is_planned(sizes, dtype):
+    vocab_size, width, tokens = sizes
+    setup = Setup(
+        vocab_size, width, tied=True, tp_size=4, dtype=dtype, tokens=tokens, unique_share=0.5,
+        device="cpu", fuse_loss=True,
+    )  # fmt: skip
+    for strategy in ("embed", "vocab"):
+        gang = FakeGang("cpu", rank=0, size=4)
+        _, found = needed(gang, setup, strategy, False, False)
+        planned = cost(setup, strategy).logits
+        assert 0.3 * planned <= found <= planned
+
+
 def needed_by_blocks(gang, setup, strategy, dedup):
     """The most bytes of a lookup with sequence output beside its Parameter."""
     kind = ShardedEmbedding if strategy == "embed" else VocabShardedEmbedding

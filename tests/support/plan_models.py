@@ -42,6 +42,8 @@ def sharded(gang, setup, strategy, shard_logits, dedup):
         model.head.output = "shard"
 
     def loss(x, target):
+        if setup.fuse_loss and strategy != "none":
+            return None, model.head.loss(x, target)
         logits = model.head(x)
         if shard_logits:
             found = sharded_loss.cross_entropy(logits, target, gang, model.head.partition)

@@ -18,7 +18,7 @@ def saved_by_local_logits(
 ) -> dict[str, Any] | None:
     """Returns the bytes and seconds that ``shard_logits`` would save; ``None`` if it is on, saves
     nothing, or the head is not cut over the vocabulary."""
-    if chosen.shard_logits or head_cut(setup, chosen.strategy) != "vocab":
+    if chosen.shard_logits or setup.fuse_loss or head_cut(setup, chosen.strategy) != "vocab":
         return None
     other = cost(setup, chosen.strategy, True, chosen.dedup)
     saved = {"peak": chosen.peak - other.peak, "sent": chosen.sent - other.sent}

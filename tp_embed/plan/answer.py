@@ -14,7 +14,7 @@ from .chart import chart_of, check_path, write_chart
 from .estimate import Cost, auto_strategy, costs, recommend
 from .lookups import auto_dedup
 from .report import as_data, as_lines, name_of
-from .setup import Setup, Strategy
+from .setup import Setup, Strategy, refuse
 from .traffic import Network
 
 Dedup = Literal["auto", "always", "never"]
@@ -93,6 +93,8 @@ def _costs(setup: Setup, options: Options) -> list[Cost]:
 
 
 def _choose(setup: Setup, options: Options, found: Sequence[Cost]) -> Cost:
+    if options.shard_logits and setup.fuse_loss:
+        refuse("shard_logits", "false with `fuse_loss`, which holds no logits", True)
     strategy = auto_strategy(setup) if options.strategy == "auto" else options.strategy
     dedup = auto_dedup(setup, strategy) if options.dedup == "auto" else options.dedup == "always"
     wanted = strategy, options.shard_logits, dedup and strategy != "none"

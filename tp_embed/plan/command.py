@@ -18,7 +18,8 @@ _EPILOG = """\
 Each column is a strategy, for the rank with the largest shard. `none`: every rank has the whole
 table and head. `embed`, `vocab`: the table is cut over its columns, or its rows; an untied head is
 cut over the vocabulary. `dedup`: repeated ids are sent once. `local logits`: the loss is computed
-from each rank's own logits (`--shard-logits`; also shown if it is the best choice).
+from each rank's own logits (`--shard-logits`; also shown if it is the best choice). With
+`--fuse-loss`, sharded heads compute the loss from hidden states, and no rank holds logits.
 
 Not counted: the rest of the model, temporaries of the optimizer's step, and the buckets of ZeRO.
 docs/planning.md has the formulas.
@@ -40,6 +41,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--strategy", choices=("auto", *get_args(Strategy)), default="auto", help="your choice"
     )
     group.add_argument("--shard-logits", action="store_true", help="as in the DeepSpeed config")
+    group.add_argument("--fuse-loss", action="store_true", help="as in the DeepSpeed config")
     group.add_argument(
         "--dedup", choices=get_args(Dedup), default="auto", help="send repeated ids once"
     )
@@ -111,6 +113,7 @@ def _plan(values: Mapping[str, Any]) -> Report:
         block_unique_share=values["block_unique_share"],
         owner_share=values["owner_share"],
         output=values["output"],
+        fuse_loss=values["fuse_loss"],
         device=values["device"],
     )
     memory = values["memory"]

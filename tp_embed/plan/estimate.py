@@ -80,9 +80,13 @@ def costs(setup: Setup) -> list[Cost]:
     return [
         cost(setup, strategy, shard_logits, dedup)
         for strategy in strategies
-        for shard_logits in (False, True)[: 1 + (head_cut(setup, strategy) == "vocab")]
+        for shard_logits in (False, True)[: 1 + _may_shard_logits(setup, strategy)]
         for dedup in (False, True)[: 1 + (strategy != "none")]
     ]
+
+
+def _may_shard_logits(setup: Setup, strategy: Strategy) -> bool:
+    return head_cut(setup, strategy) == "vocab" and not setup.fuse_loss
 
 
 def cost(setup: Setup, strategy: Strategy, shard_logits: bool = False, dedup: bool = False) -> Cost:
@@ -102,6 +106,8 @@ def cost(setup: Setup, strategy: Strategy, shard_logits: bool = False, dedup: bo
     item, tokens = ITEM_BYTES[setup.dtype], setup.tokens
     if not setup.head:
         logits = 0
+    elif setup.fuse_loss and head != "none":
+        logits = _fused(setup, head)
     elif shard_logits:  # The logits, and their gradient in fp32 and in their dtype.
         logits = tokens * block(setup, "vocab") * (8 if item == 4 else 4 + 2 * item)
     else:  # The logits, and in fp32 the log-softmax and the gradients of both.
@@ -120,6 +126,20 @@ def cost(setup: Setup, strategy: Strategy, shard_logits: bool = False, dedup: bo
         (whole if strategy == "none" else whole + sum(sizes)) * item,
         transfers(setup, strategy, shard_logits, dedup, sizes),
     )
+
+
+def _fused(setup: Setup, cut: Strategy) -> int:
+    """Returns the most bytes that :meth:`tp_embed.OutputHead.loss` holds: the gradient of the
+    weight, a buffer of logits in fp32, both twice where ranks sum logits, two blocks of the weight,
+    and sums of the gradient of the hidden states."""
+    tokens, width, rows = setup.tokens, setup.embed_dim, block(setup, "vocab")
+    gradient, copies = rows * width * ITEM_BYTES[setup.dtype], 1
+    if cut == "embed":
+        rows, copies = setup.vocab_size, 2
+        gradient = rows * block(setup, "embed") * 4
+    buffer = 4 * min(tokens * rows, max(2 * tokens * width + width**2, 1 << 18))
+    blocks = 2 * (2 if setup.device == "cpu" else 64) << 20
+    return copies * (gradient + buffer) + blocks + 8 * tokens * width
 
 
 def _states(setup: Setup, strategy: Strategy, sizes: list[int]) -> tuple[int, int, int, int, int]:

@@ -77,6 +77,7 @@ def size(nbytes: float) -> str:
 
 def _heading(setup: Setup) -> str:
     head = f"{'tied' if setup.tied else 'untied'} head" if setup.head else "no head"
+    head += ", fused loss" if setup.fuse_loss else ""
     sums = f" (gradients {setup.grad_dtype})" if setup.grad_dtype else ""
     steps = f" x {setup.accumulation_steps}" if setup.accumulation_steps > 1 else ""
     share = distinct(setup) / setup.tokens

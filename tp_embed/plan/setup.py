@@ -39,6 +39,7 @@ class Setup:
         tokens of a micro-batch count as one sequence.
     :param device: on an accelerator, ``dedup="auto"`` does not de-duplicate, to avoid a
         synchronisation.
+    :param fuse_loss: whether a sharded head computes the loss from hidden states.
     :raises ValueError: a value is out of range, or DeepSpeed does not support the combination.
     """
 
@@ -61,6 +62,7 @@ class Setup:
     owner_share: float | None = None
     output: Output = "replicated"
     device: Device = "cuda"
+    fuse_loss: bool = False
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "embed_dim", "tp_size", "dp_size", "tokens", "accumulation_steps")
@@ -83,8 +85,9 @@ class Setup:
                 refuse(name, "in (0, 1]", share)
         if self.owner_share is not None and not 1 / self.tp_size <= self.owner_share <= 1:
             refuse("owner_share", f"in [1/{self.tp_size}, 1]", self.owner_share)
-        if self.tied and not self.head:
-            refuse("tied", "false where there is no head", True)
+        for name in ("tied", "fuse_loss"):
+            if getattr(self, name) and not self.head:
+                refuse(name, "false where there is no head", True)
         if self.dtype == "fp32" and self.grad_dtype == "bf16":
             refuse("grad_dtype", "'fp32' for weights in fp32", "bf16")
         if self.zero_stage == 0 and (self.dtype != "fp32" or self.grad_dtype == "bf16"):

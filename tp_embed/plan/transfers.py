@@ -32,11 +32,15 @@ def _project(setup: Setup, cut: Strategy, shard_logits: bool) -> Iterator[Transf
     item, count, ranks = ITEM_BYTES[setup.dtype], setup.accumulation_steps, setup.tp_size
     tokens, hidden = setup.tokens, setup.tokens * setup.embed_dim * item
     if cut == "embed":
+        if setup.fuse_loss:
+            item = 4  # Logits are summed in fp32.
         logits, columns = tokens * setup.vocab_size * item, tokens * block(setup, "embed") * item
         yield Transfer("logits", "forward", "all_reduce", "tp", ranks, logits, count)
         yield Transfer("hidden states", "backward", "all_gather", "tp", ranks, columns, count)
     elif cut == "vocab":
-        if shard_logits:
+        if setup.fuse_loss:  # Of each rank: the highest logit, the sum, and the target's.
+            yield Transfer("loss", "forward", "all_gather", "tp", ranks, 12 * tokens, count)
+        elif shard_logits:
             for numbers in (1, 2):  # The highest logit; the sum of the others, and the target's.
                 payload = 4 * numbers * tokens
                 yield Transfer("loss", "forward", "all_reduce", "tp", ranks, payload, count)
