@@ -220,6 +220,25 @@ ELSEWHERE = [
         "test_hf_forward.py::test_a_forward_that_reads_the_head_is_refused",
     ),
     Row(
+        "Train by TRL's `RewardTrainer`, `DPOTrainer`, `KTOTrainer`, `GRPOTrainer`, `RLOOTrainer`",
+        "Same: losses, rewards, samples and gradient norms",
+        "2",
+        "test_trl_trainers.py::test_trainer_computes_what_it_does_alone",
+    ),
+    Row(
+        "The same where AutoTP cuts the head of a reference model, with `scale_rewards='batch'` "
+        "and other statistics of all processes, or with a group of completions over several ranks",
+        "*Refused*: the error names the option, and its value with tensor parallelism",
+        "2",
+        "test_trl_trainers.py::test_what_would_train_otherwise_is_refused",
+    ),
+    Row(
+        'Read `outputs.logits` of a fused loss, or pass them to `compute_metrics` with "always"',
+        "*Refused*: `...` needs the values of logits, which were not computed",
+        "3",
+        "test_deferred.py::test_what_needs_values_is_refused",
+    ),
+    Row(
         "Train models of transformers",
         "Same, some by the `rules` that the error names; else *refused*",
         "2",

@@ -10,6 +10,7 @@ from functools import cache
 from itertools import groupby
 
 import compatibility_autograd
+import compatibility_logits
 import compatibility_tools
 import compatibility_weight
 from compatibility import KINDS, SIZES, Case, cases_of, outcome
@@ -22,6 +23,8 @@ PAGE = ROOT / "docs" / "compatibility.md"
 CASES = [
     *cases_of("Outputs, gradients and transforms", vars(compatibility_autograd)),
     *cases_of("The weight, its gradient and its state", vars(compatibility_weight)),
+    *compatibility_logits.logits_cases(),
+    *cases_of("Losses from the weight of a head", vars(compatibility_logits)),
     *compatibility_tools.optimizer_cases(),
     *cases_of("Tools around a model", vars(compatibility_tools)),
 ]
@@ -54,6 +57,14 @@ What torch lets nobody notice, and so gives this rank's part in silence:
 `head.loss(x, target)`; take `weight.full_tensor()`, on all ranks; for this rank's part on purpose
 take `weight.to_local()`; or leave the table whole by `rules={name: 'none'}`, or the head by
 `shard_head=False`.
+
+[2] Such logits were not computed, so that they take no memory. The message goes on with what they
+support, and with how to get whole logits: leave out the labels, call `model.eval()`, or turn off
+`fuse_loss`. From hidden states take `head.loss()`, `log_probs()`, `entropy()`, `kl_divergence()`
+and `top_k()`.
+
+[3] Each rank has the logits of its classes only. The message goes on with the same functions of
+hidden states, and `tp_embed.nn.loss.cross_entropy()` of the logits.
 
 P is the number of ranks that a table is cut over. Cases run at P = 1, 2 and 3, with
 `StandardEmbedding`, `ShardedEmbedding`, `VocabShardedEmbedding` and `OutputHead`.
@@ -120,6 +131,8 @@ def _without_places(text: str) -> str:
     text = re.sub(r"shape \(\d*,? ?\d*\)", "shape (...)", text)
     text = re.sub(r"(rows|columns) \d+:\d+ of \d+", "rows or columns ...", text)
     text = re.sub(r": a tensor of the shape .*? for an output head\.", " [1].", text)
+    text = re.sub(r", which were not computed: `cross_entropy` takes them .*", " [2]", text)
+    text = re.sub(r" of all classes, but is given those of this rank's instead, .*", " [3]", text)
     text = re.sub(r"`\w+Embedding`", "`...Embedding`", text)
     kind, colon, message = " ".join(text.split()).partition(": ")
     return f"*{kind}*: {message.replace('|', '/')[:600]}" if colon else kind
