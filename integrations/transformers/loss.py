@@ -82,8 +82,9 @@ def shard_logits(model: Any) -> None:
     ceil(V/P) logits instead of N V, and all-reduces three fp32 numbers per token instead of
     all-gathering logits.
 
-    With labels, ``outputs.logits`` are the logits of this rank's classes. Without labels, as in
-    ``model.generate()``, logits are gathered as before.
+    With labels, ``outputs.logits`` are the logits of this rank's classes,
+    :class:`~tp_embed.nn.local_logits.LocalLogits`, which raise where all classes are needed.
+    Without labels, as in ``model.generate()``, logits are gathered as before.
 
     :param model: a causal language model, such as ``LlamaForCausalLM``, whose output head is
         sharded over the vocabulary. Between head and loss, its ``forward`` may treat all logits

@@ -35,6 +35,9 @@ class ShardTables(TrainerCallback):
     it returns whole logits, for ``compute_metrics``. Trainers with ``label_smoothing_factor`` or a
     ``compute_loss_func`` take whole logits: they compute the loss themselves.
 
+    The ranks of a gang get the same random state when training begins, so that trainers that
+    sample, as TRL's GRPO and RLOO do, sample the same completions on all of them.
+
     ``report`` lists the sharded tables; ``watchdog`` is the section's watchdog, if it has one, and
     starts with training.
     """

@@ -66,7 +66,8 @@ class OutputHead(HeadLosses):
         rank; ``"sequence"``: the hidden states of its positions, :math:`(*,S_{rank},E)`.
     :param output: ``"replicated"``: each rank gets :math:`(*,V)`; ``"shard"``, for a table that is
         sharded along the vocabulary: each rank gets its own classes, :math:`(*,V_{rank})`, as
-        :func:`tp_embed.nn.loss.cross_entropy` takes them; ``"deferred"``: each rank gets
+        :func:`tp_embed.nn.loss.cross_entropy` takes them, as
+        :class:`~tp_embed.nn.local_logits.LocalLogits` over several ranks; ``"deferred"``: each rank gets
         :class:`~tp_embed.nn.deferred.DeferredLogits`, which ``torch.nn.functional.cross_entropy``
         takes, in a model that calls its head and its loss itself.
     :param deterministic: ``None``, or ``"topology"`` for the same bits at every size of the gang.
