@@ -67,9 +67,10 @@ class OutputHead(HeadLosses):
     :param output: ``"replicated"``: each rank gets :math:`(*,V)`; ``"shard"``, for a table that is
         sharded along the vocabulary: each rank gets its own classes, :math:`(*,V_{rank})`, as
         :func:`tp_embed.nn.loss.cross_entropy` takes them, as
-        :class:`~tp_embed.nn.local_logits.LocalLogits` over several ranks; ``"deferred"``: each rank gets
-        :class:`~tp_embed.nn.deferred.DeferredLogits`, which ``torch.nn.functional.cross_entropy``
-        takes, in a model that calls its head and its loss itself.
+        :class:`~tp_embed.nn.local_logits.LocalLogits` over several ranks; ``"deferred"``: each
+        rank gets :class:`~tp_embed.nn.deferred.DeferredLogits`, which
+        ``torch.nn.functional.cross_entropy`` takes, in a model that calls its head and its loss
+        itself.
     :param deterministic: ``None``, or ``"topology"`` for the same bits at every size of the gang.
     :raises TypeError: ``embed`` is not a sharded embedding.
     :raises ValueError: ``input`` or ``deterministic`` is invalid, ``output`` is invalid or not
