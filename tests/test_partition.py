@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tp_embed import Partition
-from tp_embed.partition import auto_strategy
+from tp_embed.partition import as_slice, auto_strategy, describe, within
 
 
 @given(size=st.integers(0, 300), num_shards=st.integers(1, 40))
@@ -17,6 +17,44 @@ def test_shards_cover_every_item_once_and_in_order(size, num_shards):
     assert [item for shard in shards for item in shard] == list(range(size))
     assert partition.sizes == tuple(len(shard) for shard in shards)
     assert max(partition.sizes) == partition.block
+
+
+@given(size=st.integers(0, 300), num_shards=st.integers(1, 40))
+def test_cyclic_shards_cover_every_item_once_and_evenly(size, num_shards):
+    partition = Partition(size, num_shards, cyclic=True)
+    shards = [partition.shard(rank) for rank in range(num_shards)]
+
+    assert sorted(item for shard in shards for item in shard) == list(range(size))
+    assert max(partition.sizes) == partition.block
+    assert max(partition.sizes) - min(partition.sizes) <= 1
+
+
+@given(size=st.integers(1, 300), num_shards=st.integers(1, 40), cyclic=st.booleans())
+def test_positions_are_the_rank_and_the_index_in_its_shard(size, num_shards, cyclic):
+    partition = Partition(size, num_shards, cyclic)
+    for rank in range(num_shards):
+        for index, item in enumerate(partition.shard(rank)):
+            assert partition.position(item) == rank * partition.block + index
+    items = torch.arange(size)
+    assert partition.position(items).tolist() == [partition.position(i) for i in range(size)]
+
+
+@given(
+    start=st.integers(0, 20),
+    stop=st.integers(0, 60),
+    step=st.integers(1, 7),
+    part=st.tuples(st.integers(0, 60), st.integers(0, 60)),
+)
+def test_slices_of_items(start, stop, step, part):
+    items, (first, last), whole = range(start, stop, step), sorted(part), list(range(60))
+    assert whole[as_slice(items)] == list(items)
+    found = items[within(items, first, last)]
+    assert list(found) == [item for item in items if first <= item < last]
+    assert whole[first:last][as_slice(found, first)] == list(found)
+
+
+def test_descriptions_of_items():
+    assert [describe(range(2, 5)), describe(range(1, 9, 3))] == ["2:5", "1:9:3"]
 
 
 @given(size=st.integers(1, 300), num_shards=st.integers(1, 40))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 # Shards count as equally large up to this ratio of their sizes.
 _SIZE_TOLERANCE = 1.1
@@ -11,20 +11,24 @@ _SIZE_TOLERANCE = 1.1
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """Splits ``size`` consecutive items into one contiguous block per rank.
+    """Splits ``size`` consecutive items into one shard per rank: a contiguous block, or every
+    ``num_shards``-th item if ``cyclic``.
 
-    Every rank holds ``ceil(size / num_shards)`` items until none are left, so the last block may
-    be shorter and blocks after it are empty, as with :func:`torch.chunk` and DTensor's ``Shard``,
-    but keeping empty blocks.
+    Every rank holds a block of ``ceil(size / num_shards)`` items until none are left, so the last
+    block may be shorter and blocks after it are empty, as with :func:`torch.chunk` and DTensor's
+    ``Shard``, but keeping empty blocks. Cyclic shards differ by at most one item.
 
     >>> Partition(10, 4).sizes
     (3, 3, 3, 1)
+    >>> Partition(10, 4, cyclic=True).shard(1)
+    range(1, 10, 4)
 
     :raises ValueError: ``size`` is negative or ``num_shards`` is less than 1.
     """
 
     size: int
     num_shards: int
+    cyclic: bool = False
 
     def __post_init__(self) -> None:
         if self.size < 0:
@@ -54,8 +58,43 @@ class Partition:
         """
         if not 0 <= rank < self.num_shards:
             raise ValueError(f"`rank` must be in [0, {self.num_shards}), but is {rank} instead.")
+        if self.cyclic:
+            return range(rank, self.size, self.num_shards)
         start = min(rank * self.block, self.size)
         return range(start, min(start + self.block, self.size))
+
+    def position(self, item: Any) -> Any:
+        """Returns where ``item`` is if all shards are padded to ``block`` items and joined:
+        ``rank * block + index`` for an item at ``index`` in the shard of ``rank``.
+
+        :param item: an integer, or an integer tensor.
+        """
+        if self.cyclic:
+            return item % self.num_shards * self.block + item // self.num_shards
+        return item
+
+
+def as_slice(items: range, first: int = 0) -> slice:
+    """Returns the slice that selects ``items`` from a part that starts at item ``first``."""
+    return slice(items.start - first, items.stop - first, items.step) if items else slice(0)
+
+
+def within(items: range, start: int, stop: int) -> slice:
+    """Returns which of the ascending ``items`` are in ``[start, stop)``.
+
+    >>> within(range(1, 10, 4), 2, 6)
+    slice(1, 2, None)
+    """
+    first, last = (
+        len(range(items.start, min(bound, items.stop), items.step)) for bound in (start, stop)
+    )
+    return slice(first, last)
+
+
+def describe(items: range) -> str:
+    """Returns ``items`` as the slice of a table in Python's syntax."""
+    step = "" if items.step == 1 else f":{items.step}"
+    return f"{items.start}:{items.stop}{step}"
 
 
 def auto_strategy(

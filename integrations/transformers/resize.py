@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from torch.distributions import constraints
 from torch.distributions.multivariate_normal import MultivariateNormal
 from torch.nn import Module, Parameter
 
-from tp_embed.gang import Gang
 from tp_embed.gang.collectives import all_gather_columns
+from tp_embed.gang.redistribute import redistribute
 from tp_embed.nn.head import OutputHead, ShardedLayer
 from tp_embed.parameter.sharded import local
-from tp_embed.partition import Partition
+from tp_embed.partition import Partition, as_slice, within
 
 from .layers import sharded_layers, table_shape
 
@@ -139,28 +140,11 @@ def _resize_block(layer: ShardedLayer, num_rows: int, new: Tensor) -> Tensor:
     if layer.shard_dim == 1:
         own = old.shard(gang.rank)
         return torch.cat([block[:num_rows], new[:, own.start : own.stop]])
-    partition = Partition(num_rows, gang.size)
+    partition = replace(old, size=num_rows)
     own = partition.shard(gang.rank)
-    drawn = slice(max(own.start - old.size, 0), max(own.stop - old.size, 0))
-    return torch.cat([_move_rows(block, old, partition, gang), new[drawn]])
-
-
-def _move_rows(block: Tensor, old: Partition, new: Partition, gang: Gang) -> Tensor:
-    """Returns the old rows of this rank's new block, by one all-to-all."""
-    ranks = range(gang.size)
-    sizes = [_overlap(old.shard(gang.rank), new.shard(rank)) for rank in ranks]
-    received = [_overlap(old.shard(rank), new.shard(gang.rank)) for rank in ranks]
-    output = block.new_empty((sum(received), block.shape[1]), device=gang.device)
-    # Dropped rows are the last ones.
-    kept = block[: sum(sizes)].to(gang.device).contiguous()
-    if gang.size == 1:
-        return kept.to(block.device)
-    gang.all_to_all(output, kept, received, sizes)
-    return output.to(block.device)
-
-
-def _overlap(a: range, b: range) -> int:
-    return max(0, min(a.stop, b.stop) - max(a.start, b.start))
+    drawn = own[within(own, old.size, num_rows)]
+    moved = redistribute(block, old, partition, gang)
+    return torch.cat([moved, new[as_slice(drawn, old.size)]])
 
 
 def _new_rows(model: Any, layer: ShardedLayer, count: int, mean_resizing: bool) -> Tensor:

@@ -32,7 +32,7 @@ from tp_embed.gang.blocks import (
     split_blocks,
     unpadded,
 )
-from tp_embed.partition import Partition
+from tp_embed.partition import Partition, as_slice
 
 # Chunk size for gathering a whole table.
 _CHUNK_BYTES = 16 << 20
@@ -186,7 +186,7 @@ def gather_table(output: Tensor, block: Tensor, dim: int, gang: Gang, partition:
         gang.all_gather(parts, padded)
         for rank in range(gang.size):
             rows_of_rank = partition.shard(rank)[start : start + length]
-            output[rows_of_rank.start : rows_of_rank.stop] = parts[rank, : len(rows_of_rank)]
+            output[as_slice(rows_of_rank)] = parts[rank, : len(rows_of_rank)]
 
 
 def whole_table(

@@ -112,8 +112,9 @@ class RowMask:
 
     def __init__(self, train_rows: Tensor, block: range) -> None:
         self.train_rows = train_rows
-        own = train_rows[(train_rows >= block.start) & (train_rows < block.stop)]
-        self._own = own - block.start
+        offsets = train_rows - block.start
+        is_own = (offsets >= 0) & (train_rows < block.stop) & (offsets % block.step == 0)
+        self._own = offsets[is_own] // block.step
 
     def __call__(self, grad: Tensor) -> Tensor:
         own = self._own = self._own.to(grad.device)

@@ -15,7 +15,7 @@ from tp_embed._torch_private import metadata_of
 from tp_embed.gang import Gang
 from tp_embed.lookup.train_rows import mask_gradient
 from tp_embed.parameter.sharded import local, mark_shard
-from tp_embed.partition import Partition
+from tp_embed.partition import Partition, describe
 
 # The key of a shard's record in the metadata of a state dict.
 SHARD_RECORD = "tp_embed_shard"
@@ -44,7 +44,7 @@ class GangLayer(Module):
         """Describes this rank's shard for ``extra_repr()``."""
         own = partition.shard(self.gang.rank)
         name = "columns" if dim else "rows"
-        return f"{name}={own.start}:{own.stop}, shard={self.gang.rank}/{self.gang.size}"
+        return f"{name}={describe(own)}, shard={self.gang.rank}/{self.gang.size}"
 
     def _adopt(self) -> None:
         self._mark()
@@ -100,12 +100,13 @@ class GangLayer(Module):
         if not keep_vars:
             destination[f"{prefix}weight"] = local(self.weight)
         if self.gang.size > 1 and (metadata := metadata_of(destination)):
-            metadata[prefix[:-1]][SHARD_RECORD] = self._record()
+            metadata[prefix[:-1]][SHARD_RECORD] = self.shard_record()
 
-    def _record(self) -> dict[str, int]:
+    def shard_record(self) -> dict[str, int]:
         """Describes the shard for the metadata of a state dict."""
         layer: Any = self
-        return {"dim": layer.shard_dim, "rank": self.gang.rank, "num_shards": self.gang.size}
+        record = {"dim": layer.shard_dim, "rank": self.gang.rank, "num_shards": self.gang.size}
+        return record | ({"cyclic": 1} if layer.partition.cyclic else {})
 
     def _check_input(self, x: object) -> None:
         """
@@ -143,7 +144,8 @@ class GangLayer(Module):
         found = state_dict.get(f"{prefix}weight")
         is_own = found is None or found is self.weight or found.shape != self.weight.shape
         error_msgs: list[str] = args[-1]
-        if self._is_whole(found):
+        # Hooks of this layer run later, and may cut the table.
+        if self._is_whole(found) and not self._load_state_dict_pre_hooks:
             error_msgs.append(
                 f"size mismatch for {prefix}weight: it must be this rank's shard, of the shape "
                 f"{tuple(self.weight.shape)}, but is the whole table, of the shape "
@@ -152,10 +154,11 @@ class GangLayer(Module):
                 "`shard_embeddings()`."
             )
             return
-        if record not in (None, self._record()) and not is_own:
+        if record not in (None, self.shard_record()) and not is_own:
             error_msgs.append(
-                f"`{prefix}weight` must be this rank's shard {self._record()}, but is the shard "
-                f"{record} instead. Save whole tables: `tp_embed.checkpoint.hook_state_dict()`."
+                f"`{prefix}weight` must be this rank's shard {self.shard_record()}, but is the "
+                f"shard {record} instead. Save whole tables: "
+                "`tp_embed.checkpoint.hook_state_dict()`."
             )
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -25,8 +26,10 @@ from torch import Generator, Tensor
 from torch.nn import Parameter
 from torch.nn import init as torch_init
 
-from tp_embed.gang import Gang
+from tp_embed.gang import FakeGang, Gang
+from tp_embed.gang.redistribute import redistribute
 from tp_embed.parameter.sharded import local, unguarded
+from tp_embed.partition import Partition, as_slice, within
 
 _TILE_ROWS, _TILE_COLUMNS = 256, 128
 
@@ -91,7 +94,7 @@ def is_blockwise(fn: Callable[..., object]) -> bool:
 def zero_pad_row(embed: Table) -> None:
     """Zeroes the pad row of ``embed``, if this block holds it."""
     if embed.pad_idx is not None and embed.pad_idx in embed.rows:
-        local(embed.weight)[embed.pad_idx - embed.rows.start].zero_()
+        local(embed.weight)[embed.rows.index(embed.pad_idx)].zero_()
 
 
 def agree_on_seed(gang: Gang) -> int:
@@ -108,13 +111,30 @@ def agree_on_seed(gang: Gang) -> int:
 
 
 def fill(embed: Table, draw: Draw) -> None:
-    """Fills the block of ``embed`` tile by tile. Collective: the gang agrees on the seed.
+    """Fills the block of ``embed`` tile by tile. Collective: the gang agrees on the seed. If ranks
+    hold every P-th row, each draws one of P tiles, and they exchange rows: a rank sends (P-1)/P of
+    its shard.
 
     :param draw: fills a tile, a CPU tensor of 256 x 128, from the given generator.
     """
-    seed = agree_on_seed(embed.gang)
+    seed, gang = agree_on_seed(embed.gang), embed.gang
     weight, rows, columns = local(embed.weight), embed.rows, embed.columns
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    first = 0
+    if rows.step > 1 and not isinstance(gang, FakeGang):
+        tiles = Partition(_TILE_ROWS * gang.size, gang.size)
+        for start in range(0, embed.num_embeddings - tiles.size + 1, tiles.size):
+            own = range(start, start + tiles.size)[as_slice(tiles.shard(gang.rank))]
+            drawn = weight.new_empty(len(own), len(columns))
+            _fill(drawn, own, columns, seed, draw)
+            moved = redistribute(drawn, tiles, replace(tiles, cyclic=True), gang)
+            weight[first : first + len(moved)] = moved
+            first += len(moved)
+    _fill(weight[first:], rows[first:], columns, seed, draw)
+
+
+def _fill(block: Tensor, rows: range, columns: range, seed: int, draw: Draw) -> None:
+    """Fills ``block``, which holds these rows and columns of the table."""
+    dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
     tile = torch.empty(_TILE_ROWS, _TILE_COLUMNS, dtype=dtype, device="cpu")
     generator = Generator("cpu")
 
@@ -122,11 +142,11 @@ def fill(embed: Table, draw: Draw) -> None:
         for column in _tile_starts(columns, _TILE_COLUMNS):
             generator.manual_seed(_tile_seed(seed, row // _TILE_ROWS, column // _TILE_COLUMNS))
             draw(tile, generator)
-            r0, r1 = max(row, rows.start), min(row + _TILE_ROWS, rows.stop)
-            c0, c1 = max(column, columns.start), min(column + _TILE_COLUMNS, columns.stop)
-            weight[r0 - rows.start : r1 - rows.start, c0 - columns.start : c1 - columns.start] = (
-                tile[r0 - row : r1 - row, c0 - column : c1 - column]
-            )
+            own_rows = within(rows, row, row + _TILE_ROWS)
+            own_columns = within(columns, column, column + _TILE_COLUMNS)
+            block[own_rows, own_columns] = tile[
+                as_slice(rows[own_rows], row), as_slice(columns[own_columns], column)
+            ]
 
 
 def _tile_starts(block: range, size: int) -> range:
@@ -254,7 +274,7 @@ def from_tensor(embed: Table, *, source: Tensor | str | Path, key: str | None = 
     with torch.no_grad(), unguarded():
         if isinstance(source, Tensor):
             _check_shape(embed, "source", source.shape)
-            block = source[rows.start : rows.stop, columns.start : columns.stop]
+            block = source[as_slice(rows), as_slice(columns)]
             embed.weight.copy_(block)
             return
         key = _check_key(embed, source, key)
@@ -262,9 +282,10 @@ def from_tensor(embed: Table, *, source: Tensor | str | Path, key: str | None = 
         step = max(1, _CHUNK_BYTES // (embed.embed_dim * embed.weight.element_size()))
         for start in range(rows.start, rows.stop if len(columns) else rows.start, step):
             stop = min(start + step, rows.stop)
+            own = within(rows, start, stop)
             with safe_open(source, framework="pt") as file:
                 part = file.get_slice(key)[start:stop, columns.start : columns.stop]
-                embed.weight[start - rows.start : stop - rows.start] = part
+                embed.weight[own] = part[as_slice(rows[own], start)]
 
 
 def _check_key(embed: Table, source: str | Path, key: str | None) -> str:

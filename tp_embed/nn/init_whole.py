@@ -13,6 +13,7 @@ from tp_embed.gang import FakeGang
 from tp_embed.gang.agreement import raise_together
 from tp_embed.nn.init import Table, agree_on_seed, zero_pad_row
 from tp_embed.parameter.sharded import local
+from tp_embed.partition import as_slice, within
 
 # Chunk size of the broadcast.
 _CHUNK_BYTES = 16 << 20
@@ -102,8 +103,5 @@ def _receive_block(embed: Table, whole: Table | None) -> None:
         else:
             part = weight.new_empty((last - first, embed.embed_dim), device=gang.device)
         gang.broadcast(part)
-        start, stop = max(first, rows.start), min(last, rows.stop)
-        if start < stop:
-            weight[start - rows.start : stop - rows.start] = part[
-                start - first : stop - first, columns.start : columns.stop
-            ]
+        own = within(rows, first, last)
+        weight[own] = part[as_slice(rows[own], first), as_slice(columns)]

@@ -45,7 +45,7 @@ from tp_embed.parameter.operations import (
     VECTOR,
 )
 from tp_embed.parameter.reductions import OF_GRADIENTS, REDUCTIONS, reduce_table
-from tp_embed.partition import Partition
+from tp_embed.partition import Partition, describe
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Shard:
     def table(self) -> str:
         own = self.partition.shard(self.gang.rank)
         axis = "columns" if self.dim else "rows"
-        return f"{axis} {own.start}:{own.stop} of {self.partition.size}, on {self.gang}"
+        return f"{axis} {describe(own)} of {self.partition.size}, on {self.gang}"
 
 
 def unguarded() -> AbstractContextManager[object]:
@@ -96,7 +96,7 @@ def check_block(weight: Tensor, gang: Gang, partition: Partition, dim: int) -> N
     """
     own = partition.shard(gang.rank)
     if gang.size > 1 and weight.size(dim) != len(own):
-        cut = f"{':, ' if dim else ''}{own.start}:{own.stop}"
+        cut = f"{':, ' if dim else ''}{describe(own)}"
         raise ValueError(
             f"The weight of a sharded table must be this rank's shard, "
             f"{Shard(gang, partition, dim).table}, but has the shape {tuple(weight.shape)} "

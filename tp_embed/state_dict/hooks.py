@@ -43,7 +43,8 @@ def hook_state_dict(
       communication; a rank may call ``state_dict()`` alone.
     - ``"dtensor"``: a :class:`~torch.distributed.tensor.DTensor` over the gang, which
       :mod:`torch.distributed.checkpoint` saves whole, and loads on any other gang. No
-      communication.
+      communication, except that a cyclic :class:`~tp_embed.RowWiseEmbedding` moves its rows into
+      blocks, and back when it is loaded, by an all-to-all of at most a shard.
 
     Loading takes a whole table, a DTensor, a ``ShardedTensor`` with a local shard that covers this
     rank's, or this rank's shard. Shapes are logical, without padding. Unexpected and missing keys

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
-from tp_embed.gang import Gang
 from tp_embed.gang.collectives import whole_table
+from tp_embed.gang.redistribute import redistribute
 from tp_embed.nn.head import ShardedLayer
+from tp_embed.partition import Partition, as_slice
 from tp_embed.state_dict.dtensors import DTensors, as_dtensor
 
 
@@ -39,8 +40,7 @@ def table_shape(layer: ShardedLayer) -> tuple[int, int]:
 
 def record_of(layer: ShardedLayer) -> dict[str, int]:
     """Returns which shard of the table this rank holds, as a state dict records it."""
-    gang: Gang = layer.gang
-    return {"dim": layer.shard_dim, "rank": gang.rank, "num_shards": gang.size}
+    return layer.shard_record()
 
 
 def gathered(
@@ -58,7 +58,11 @@ def own_block(layer: ShardedLayer, block: Tensor) -> Tensor:
 
 
 def distributed(layer: ShardedLayer, block: Tensor) -> Tensor:
-    """Returns ``block`` as a DTensor of the whole table."""
+    """Returns ``block`` as a DTensor of the whole table, which is cut into blocks: sends rows of a
+    cyclic table to the ranks of their blocks, at most the size of a shard."""
+    old = layer.partition
+    if old.cyclic and layer.gang.size > 1:
+        block = redistribute(block, old, Partition(old.size, old.num_shards), layer.gang)
     return as_dtensor(block, layer.shard_dim, table_shape(layer), layer.gang)
 
 
@@ -73,7 +77,12 @@ def cut_block(
     block = layer.partition.shard(layer.gang.rank)
     if isinstance(value, DTensor):
         value, is_whole = dtensors.on_this_rank(key, value, dim, shape, layer.gang)
-        return value.narrow(dim, block.start, len(block)) if is_whole else value  # type: ignore[no-any-return]
+        if is_whole:
+            return _cut(value, dim, block)
+        new = layer.partition
+        if new.cyclic and layer.gang.size > 1:
+            value = redistribute(value, Partition(new.size, new.num_shards), new, layer.gang)
+        return value  # type: ignore[no-any-return]
     if hasattr(value, "local_shards"):
         _check_shape(tuple(value.size()), shape)
         return _cut_shards(layer, value)
@@ -89,7 +98,11 @@ def cut_block(
             f"must have the shape {shape}, or {own} as the shard of rank {layer.gang.rank} of "
             f"{layer.gang.size}, but has {tuple(value.shape)} instead."
         )
-    return value.narrow(dim, block.start, len(block))  # type: ignore[no-any-return]
+    return _cut(value, dim, block)
+
+
+def _cut(whole: Tensor, dim: int, block: range) -> Tensor:
+    return whole[:, as_slice(block)] if dim else whole[as_slice(block)]
 
 
 def _check_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -100,7 +113,7 @@ def _check_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
 def _cut_shards(layer: ShardedLayer, value: Any) -> Tensor:
     """Cuts this rank's shard out of the local shards of a ``ShardedTensor``."""
     dim, own = layer.shard_dim, layer.partition.shard(layer.gang.rank)
-    for shard in value.local_shards():
+    for shard in value.local_shards() if own.step == 1 else ():
         start, size = shard.metadata.shard_offsets[dim], shard.metadata.shard_sizes[dim]
         is_whole_across = shard.metadata.shard_sizes[1 - dim] == layer.weight.shape[1 - dim]
         if start <= own.start and own.stop <= start + size and is_whole_across:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
+from tp_embed.partition import as_slice
+
 # As an optimizer takes them: Parameters or `(name, Parameter)` pairs, or groups of them.
 Groups = list[Any]
 
@@ -24,8 +26,7 @@ class Shard:
 
     def cut(self, whole: Tensor) -> Tensor:
         """Copies this block out of a tensor of the shape of the table."""
-        rows, columns = self.rows, self.columns
-        return whole[rows.start : rows.stop, columns.start : columns.stop].clone()
+        return whole[as_slice(self.rows), as_slice(self.columns)].clone()
 
 
 Shards = Mapping[Tensor, Shard]

@@ -1,0 +1,39 @@
+"""Moves rows of a table between the ranks of a gang."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tp_embed.gang import Gang
+from tp_embed.partition import Partition, as_slice, within
+
+
+def redistribute(block: Tensor, old: Partition, new: Partition, gang: Gang) -> Tensor:
+    """Moves rows of a table from the shards of one partition to those of another, by one
+    all-to-all. Drops rows beyond the size of ``new``, and returns no rows beyond that of ``old``.
+
+    :param block: the shard of this rank. *Shape:* :math:`(V_{rank},E)`.
+    """
+    own, wanted, device = old.shard(gang.rank), new.shard(gang.rank), block.device
+    sent = [_indices(own, new.shard(rank)) for rank in range(gang.size)]
+    places = [_indices(wanted, old.shard(rank)) for rank in range(gang.size)]
+    kept = torch.cat([block[as_slice(rows)] for rows in sent]).to(gang.device)
+    counts = [len(rows) for rows in places]
+    received = kept.new_empty(sum(counts), *block.shape[1:])
+    gang.all_to_all(received, kept, counts, [len(rows) for rows in sent])
+    output = torch.empty_like(received)
+    for rows, part in zip(places, received.split(counts), strict=True):
+        output[as_slice(rows)] = part
+    return output.to(device)
+
+
+def _indices(shard: range, other: range) -> range:
+    """Returns which items of ``shard`` are in ``other`` as well: two blocks, two cyclic shards over
+    as many ranks, or one of each."""
+    if other.step == 1:
+        return range(len(shard))[within(shard, other.start, other.stop)]
+    if shard.step == other.step:
+        return range(min(len(shard), len(other)) if shard.start == other.start else 0)
+    both = other[within(other, shard.start, shard.stop)]
+    return range(both.start - shard.start, both.stop - shard.start, both.step)
