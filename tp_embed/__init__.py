@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tp_embed.gang.process_group import ProcessGroupGang
     from tp_embed.nn.embedding import (
         Embedding,
+        RowWiseEmbedding,
         ShardedEmbedding,
         StandardEmbedding,
         VocabShardedEmbedding,
@@ -39,6 +40,7 @@ _MODULE_OF = {
     "ShardedEmbedding": "nn.embedding",
     "StandardEmbedding": "nn.embedding",
     "OutputHead": "nn.head",
+    "RowWiseEmbedding": "nn.embedding",
     "VocabShardedEmbedding": "nn.embedding",
     "blockwise": "nn.init",
     "clip_grad_norm_": "parameter.norms",
@@ -58,6 +60,7 @@ __all__ = [
     "Partition",
     "ProcessGroupGang",
     "ReduceOperation",
+    "RowWiseEmbedding",
     "ShardedEmbedding",
     "StandardEmbedding",
     "VocabShardedEmbedding",

@@ -107,6 +107,10 @@ class Gang(ABC):
     @abstractmethod
     def _create_gang(self, ranks: list[int], timeout: timedelta) -> Gang | None: ...
 
+    def world(self) -> Gang:
+        """Returns a gang of the same kind over all processes of the run. Sends nothing."""
+        return self
+
     @abstractmethod
     def as_process_group(self) -> ProcessGroup:
         """Returns the process group under this gang.

@@ -26,7 +26,7 @@ class Table(Protocol):
 
     def gradient_in_graph(self, grad: Tensor, ids: Tensor, valid: Tensor | None) -> Tensor: ...
 
-    def without_pad_row(self, block: Tensor) -> Tensor: ...
+    def transposed(self, block: Tensor) -> Tensor: ...
 
 
 class _Gang(Protocol):
@@ -193,7 +193,7 @@ def _save_for_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_to_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     table = _table(ctx.handle)
-    rows = look_up(table.without_pad_row(grad), *ctx.saved_tensors, ctx.shape, ctx.handle)
+    rows = look_up(table.transposed(grad), *ctx.saved_tensors, ctx.shape, ctx.handle)
     return rows, None, None, None, None
 
 

@@ -88,6 +88,9 @@ class ProcessGroupGang(Gang):
         )
         return type(self)(group, self._device)
 
+    def world(self) -> Gang:
+        return type(self)(None, self._device)
+
     def as_process_group(self) -> ProcessGroup:
         return self._group
 

@@ -3,6 +3,7 @@
 Every rank has the same ids, so each knows which rows the others need and who holds them: neither
 ids nor sizes are sent, and the row of a repeated id is sent once. There is one class per sharded
 dimension, columns or rows, and output: all ids for every rank, or a block of ids for each.
+:mod:`tp_embed.lookup.own_ids` is for ranks with ids of their own.
 
 Volumes are what one rank sends, in items, for N ids with U distinct ones (rank q needs :math:`N_q`
 ids with :math:`U_q` distinct ones), a gang of size P, and :math:`E_{rank}` of E columns. Without
@@ -35,7 +36,8 @@ _COLUMNS_WORTH_SHARE = 0.85
 
 @dataclass(frozen=True)
 class Place:
-    """The block of a V x E table that this rank of a gang holds, by ``partition`` along ``dim``."""
+    """The block of a V x E table that this rank of a gang holds, by ``partition`` along ``dim``.
+    ``rows`` are positions, see :meth:`position`."""
 
     gang: Gang
     partition: Partition
@@ -52,6 +54,10 @@ class Place:
     def num_columns(self) -> int:
         """E."""
         return self.partition.size if self.dim else len(self.columns)
+
+    def position(self, row: Any) -> Any:
+        """Returns the position of a row, or of a tensor of rows, see :meth:`Partition.position`."""
+        return row if self.dim else self.partition.position(row)
 
 
 class Staging(threading.local):
@@ -340,3 +346,23 @@ def _bounds(partition: Partition) -> list[int]:
 
 def _overlap(first: range, second: range) -> int:
     return max(0, min(first.stop, second.stop) - max(first.start, second.start))
+
+
+def no_sequence() -> ValueError:
+    """Returns the error for ids that have no dimension to split."""
+    return ValueError("`x` must have a dimension to split for `output='sequence'`, but has none.")
+
+
+def sequence_blocks(ids: Tensor, valid: Tensor | None, gang: Gang) -> list[Tensor]:
+    """Returns for each rank its contiguous block of positions along the last dimension, as indices
+    into the flat ids, without padding."""
+    if not ids.ndim:
+        raise no_sequence()
+    flat = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+    partition = Partition(ids.size(-1), gang.size)
+    blocks = []
+    for rank in range(gang.size):
+        own = partition.shard(rank)
+        block = flat[..., own.start : own.stop].flatten()
+        blocks.append(block if valid is None else block[valid.flatten()[block]])
+    return blocks

@@ -50,13 +50,13 @@ def sum_by_id(grad: Tensor, distinct: Distinct, columns: range) -> Tensor:
     return embedding_bag(order, grad, distinct.starts, mode="sum")
 
 
-def rows_to_sum(ids: Tensor, rows: range, pad_idx: int | None) -> Tensor:
+def rows_to_sum(ids: Tensor, rows: range, pad: int | None) -> Tensor:
     """Returns the row of a block for each id, or ``len(rows)`` for ids that get no gradient here,
     as :func:`sum_all` takes them. *Shape:* :math:`(N)`."""
     local = ids - rows.start
     unused = (local < 0) | (local >= len(rows))
-    if pad_idx is not None:
-        unused |= ids == pad_idx
+    if pad is not None:
+        unused |= ids == pad
     return local.masked_fill(unused, len(rows))
 
 
@@ -105,18 +105,28 @@ def as_sparse(rows: Tensor, sums: Tensor, num_rows: int) -> Tensor:
     )
 
 
-def check_sparse(weight: Tensor) -> None:
+def check_ddp(weight: Tensor, *, is_sparse: bool, has_own_ids: bool) -> None:
     """
+    :param has_own_ids: whether the gradient sums those of all ranks.
     :raises ValueError: ``DistributedDataParallel`` would treat the sparse gradient of ``weight`` as
-        dense.
+        dense, or average the gradients of different shards.
     """
-    if torch.is_grad_enabled() and is_exchanged_by_ddp(weight):
+    if not ((is_sparse or has_own_ids) and torch.is_grad_enabled() and is_exchanged_by_ddp(weight)):
+        return
+    if has_own_ids:
         raise ValueError(
-            "`sparse` must be False for a table behind `DistributedDataParallel`, which knows "
-            "sparse gradients of `torch.nn.Embedding` only, but is True instead. Pass "
-            "`sparse=False` to `shard_embeddings()` or to the class, or train with DeepSpeed at "
-            "ZeRO 0, which exchanges sparse gradients."
+            "`DistributedDataParallel` must not average the weight of a table whose ranks have ids "
+            "of their own and hold different rows, but would, and has overwritten the rows with "
+            "those of the first rank. Build the model again, and call `DistributedDataParallel."
+            "_set_params_and_buffers_to_ignore_for_model(model, [name_of_the_weight])` before it "
+            "is wrapped."
         )
+    raise ValueError(
+        "`sparse` must be False for a table behind `DistributedDataParallel`, which knows sparse "
+        "gradients of `torch.nn.Embedding` only, but is True instead. Pass `sparse=False` to "
+        "`shard_embeddings()` or to the class, or train with DeepSpeed at ZeRO 0, which exchanges "
+        "sparse gradients."
+    )
 
 
 def keep_coalesced(weight: Tensor) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
+
+from tp_embed.gang import Gang
+from tp_embed.gang.agreement import of_all_ranks
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
 _INTEGER_DTYPES = (
@@ -123,6 +126,21 @@ class IdCheck(LateCheck):
             if low >= 0 and high < num_embeddings:
                 return
         self._look(_RangeCheck(ids, num_embeddings, where), lag)
+
+
+def raise_together(ids: Tensor, num_embeddings: int, gang: Gang) -> NoReturn:
+    """Raises the error of the first rank that has an id out of range on all ranks of ``gang``.
+
+    :param ids: the ids of this rank, in range or not.
+    :raises IndexError: as :class:`IdCheck`.
+    """
+    own = None
+    try:
+        if ids.numel():
+            _RangeCheck(ids, num_embeddings, gang).report()
+    except IndexError as e:
+        own = str(e)
+    raise IndexError(next(filter(None, of_all_ranks(gang, own))))
 
 
 class _RangeCheck:

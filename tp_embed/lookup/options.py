@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -11,20 +11,23 @@ from tp_embed.lookup.exchange import Dedup
 from tp_embed.lookup.same_ids import check_interval
 
 Output = Literal["replicated", "sequence", "shard"]
+GradReduction = Literal["sum", "mean"]
 
 
 @dataclass(frozen=True, eq=False)
 class LookupOptions:
     """Options of the output and the gradient of a table; the keywords of
-    :class:`~tp_embed.ShardedEmbedding`."""
+    :class:`~tp_embed.ShardedEmbedding` and :class:`~tp_embed.RowWiseEmbedding`, whose output is
+    ``"own"``: the rows of each rank's own ids."""
 
-    output: Output = "replicated"
+    output: Output | Literal["own"] = "replicated"
     dedup: Dedup = "auto"
     sparse: bool = False
     reuse_grad: bool = False
     scale: float | Tensor | None = None
     train_rows: Tensor | None = None
     check_ids: int | None = None
+    grad_reduction: GradReduction = "sum"
 
     def __post_init__(self) -> None:
         """
@@ -48,14 +51,15 @@ class LookupOptions:
                 "instead."
             )
         check_interval(self.check_ids)
+        if self.grad_reduction not in get_args(GradReduction):
+            raise ValueError(
+                f"`grad_reduction` must be one of {get_args(GradReduction)}, but is "
+                f"{self.grad_reduction!r} instead."
+            )
 
     def of_whole(self) -> dict[str, Any]:
         """Returns the options of a table on one rank, as keywords."""
         return {name: getattr(self, name) for name in _OF_WHOLE}
-
-    def of_shard(self) -> dict[str, Any]:
-        """Returns all options, as keywords."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 _OF_WHOLE = ("sparse", "reuse_grad", "scale", "train_rows")

@@ -13,7 +13,6 @@ from torch.utils.weak import TensorWeakRef
 
 from tp_embed._torch_private import unsafe_view
 from tp_embed.batch_layout import BatchLayout
-from tp_embed.gang import Gang
 from tp_embed.gang.collectives import check_sendable, is_batched
 from tp_embed.gang.graph_ops import is_traced, register
 from tp_embed.gang.graph_ops import look_up as look_up_in_graph
@@ -28,11 +27,13 @@ from tp_embed.lookup.exchange import (
     RowsToAll,
     RowsToBlocks,
     Staging,
+    no_sequence,
+    sequence_blocks,
 )
 from tp_embed.lookup.gradient import (
     GradBuffer,
     as_sparse,
-    check_sparse,
+    check_ddp,
     keep_coalesced,
     rows_to_sum,
     sum_all,
@@ -40,6 +41,7 @@ from tp_embed.lookup.gradient import (
 )
 from tp_embed.lookup.ids import IdCheck, as_indices
 from tp_embed.lookup.options import LookupOptions
+from tp_embed.lookup.own_ids import OwnIds, RowsToOwn
 from tp_embed.lookup.same_ids import SameIds, check_interval
 from tp_embed.parameter.sharded import check_block, local, unguarded
 from tp_embed.partition import Partition
@@ -64,12 +66,16 @@ class Lookup:
     def __init__(
         self, place: Place, pad_idx: int | None, options: LookupOptions, name: str
     ) -> None:
-        self.place, self.pad_idx, self.name = place, pad_idx, name
+        self.place, self.name = place, name
+        self.pad_position = None if pad_idx is None else place.position(pad_idx)
         self.output, self.dedup, self.sparse = options.output, options.dedup, options.sparse
         self.staging = Staging()
         self.grad_buffer = GradBuffer() if options.reuse_grad else None
         self.id_check = IdCheck()
-        self.same_ids = SameIds(check_interval(options.check_ids))
+        is_own = options.output == "own" and place.gang.size > 1
+        self.same_ids = SameIds(0 if is_own else check_interval(options.check_ids))
+        self.own_ids = OwnIds(name) if is_own else None
+        self.mean = options.grad_reduction == "mean"
         self.handle = register(self)
 
     def compare(self, ids: Tensor, valid: Tensor | None) -> None:
@@ -91,11 +97,14 @@ class Lookup:
         without bumping their version counters."""
         return Request(ids, valid, self).gradient(grad, into=None)
 
-    def without_pad_row(self, block: Tensor) -> Tensor:
-        """Returns ``block`` with zeros in the pad row, which gets no gradient."""
-        if self.pad_idx is None or self.pad_idx not in self.place.rows:
+    def transposed(self, block: Tensor) -> Tensor:
+        """Returns the weight whose lookup gives the derivative of a gradient: ``block``, divided as
+        the gradient is, with zeros in the pad row, which gets no gradient."""
+        if self.mean:
+            block = block / self.place.gang.size
+        if self.pad_position is None or self.pad_position not in self.place.rows:
             return block
-        row = self.pad_idx - self.place.rows.start
+        row = self.pad_position - self.place.rows.start
         # Made on the device: copying an index from the host would synchronize with CUDA.
         return block.index_fill(0, torch.arange(row, row + 1, device=block.device), 0)
 
@@ -154,8 +163,8 @@ def _valid(ids: Tensor, layout: BatchLayout) -> Tensor | None:
 
 
 def _with_gradient(table: Lookup, weight: Tensor, ids: Tensor, valid: Tensor | None) -> Tensor:
+    check_ddp(weight, is_sparse=table.sparse, has_own_ids=table.own_ids is not None)
     if table.sparse:
-        check_sparse(weight)
         keep_coalesced(weight)
     return fetch(weight, ids, valid, table)
 
@@ -168,31 +177,24 @@ _outside_of_graph = torch.compiler.disable(
 class Request:
     """One lookup of a batch, in two steps without autograd.
 
-    :param ids: rows of the whole table, the same on every rank. *Shape:* any. *Dtype:* int32,
-        int64.
+    :param ids: rows of the whole table, the same on every rank unless the table is for ids of each
+        rank. *Shape:* any. *Dtype:* int32, int64.
     :param valid: false at padding; ``None`` for no padding. *Shape:* as ``ids``. *Dtype:* bool.
     :raises IndexError: an id is out of range.
     """
 
     def __init__(self, ids: Tensor, valid: Tensor | None, table: Lookup) -> None:
-        table.id_check(ids, table.place.num_rows, table.place.gang)
-        if ids.device.type != "cpu":  # Errors for ids out of range are raised later.
-            ids = ids.clamp(0, table.place.num_rows - 1)
-        gang, shape, blocks = table.place.gang, ids.shape, None
-        if table.output == "sequence" and gang.size > 1:
-            blocks = _sequence_blocks(ids, valid, gang)
-            own = Partition(shape[-1], gang.size).shard(gang.rank)
-            shape = torch.Size((*shape[:-1], len(own)))
-            valid = None if valid is None else valid[..., own.start : own.stop]
-        elif valid is not None:
-            ids = ids[valid]
-        ids = ids.flatten()
-        self._table, self._shape = table, shape
+        place, shape = table.place, ids.shape
+        own_ids = None if ids.is_meta else table.own_ids
+        self._table = table
+        self._exchange: Exchange | _OwnBlock
+        if own_ids is not None:
+            options = table.dedup, table.staging, own_ids, table.mean
+            self._exchange = RowsToOwn(place, ids, valid, *options)
+        else:
+            self._exchange, shape, valid = _same_on_all_ranks(ids, valid, table)
+        self._shape = shape
         self._kept = None if valid is None else valid.flatten().nonzero()[:, 0]
-        self._exchange: Exchange | _OwnBlock = _OwnBlock(ids)
-        if gang.size > 1 and table.output != "shard":
-            kind = _EXCHANGES[table.place.dim, blocks is not None]
-            self._exchange = kind(table.place, ids, blocks, table.dedup, table.staging)
 
     def rows(self, weight: Tensor) -> Tensor:
         """Returns the rows of the table this rank needs, in new memory, not as a view.
@@ -216,12 +218,35 @@ class Request:
 
         :param into: the buffer for a dense gradient; if ``None``, allocates new memory.
         """
-        if isinstance(self._exchange, (RowsToBlocks, ColumnsToBlocks)):
+        if isinstance(self._exchange, (RowsToBlocks, ColumnsToBlocks, RowsToOwn)):
             check_sendable(grad)
         grad = grad.reshape(self._shape.numel(), grad.size(-1))
         if self._kept is not None:
             grad = grad[self._kept]
         return _gradient(self._exchange.backward(grad), self._table, into)
+
+
+def _same_on_all_ranks(
+    ids: Tensor, valid: Tensor | None, table: Lookup
+) -> tuple[Exchange | _OwnBlock, torch.Size, Tensor | None]:
+    """Returns the exchange for ids that all ranks have, and the shape and the valid positions of
+    what this rank gets."""
+    place, gang, shape, blocks = table.place, table.place.gang, ids.shape, None
+    table.id_check(ids, place.num_rows, gang)
+    if ids.device.type != "cpu":  # Errors for ids out of range are raised later.
+        ids = ids.clamp(0, place.num_rows - 1)
+    if table.output == "sequence" and gang.size > 1:
+        blocks = sequence_blocks(ids, valid, gang)
+        own = Partition(shape[-1], gang.size).shard(gang.rank)
+        shape = torch.Size((*shape[:-1], len(own)))
+        valid = None if valid is None else valid[..., own.start : own.stop]
+    elif valid is not None:
+        ids = ids[valid]
+    ids = ids.flatten()
+    if gang.size == 1 or table.output in ("shard", "own"):
+        return _OwnBlock(ids), shape, valid
+    kind = _EXCHANGES[place.dim, blocks is not None]
+    return kind(place, ids, blocks, table.dedup, table.staging), shape, valid
 
 
 class _OwnBlock:
@@ -309,7 +334,7 @@ class _Fetch(_Saving):
         if in_dims[0] is not None:
             return _one_by_one(_Fetch, info, in_dims, inputs)
         if call.table.output == "sequence" and ids.ndim == 1:
-            raise _no_sequence()
+            raise no_sequence()
         # Batched ids of one table are one lookup.
         ids, valid = _batched(ids, in_dims[1], info), _batched(valid, in_dims[2], info)
         return fetch(weight, ids, valid, call.table), 0
@@ -324,7 +349,7 @@ class _SumById(_Saving):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         table = ctx.call.table
         ids, valid = ctx.saved_tensors
-        return fetch(table.without_pad_row(grad), ids, valid, table), None, None, None
+        return fetch(table.transposed(grad), ids, valid, table), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, grad: Tensor, *_: Any) -> Tensor:
@@ -357,12 +382,12 @@ def _gradient(returned: ReturnedGrads, table: Lookup, into: GradBuffer | None) -
     rows, columns = table.place.rows, returned.columns
     if returned.grad.device.type != "cpu" and not table.sparse and returned.distinct is None:
         grad = returned.grad[:, columns.start : columns.stop]
-        return sum_all(grad, rows_to_sum(returned.ids, rows, table.pad_idx), len(rows))
+        return sum_all(grad, rows_to_sum(returned.ids, rows, table.pad_position), len(rows))
     distinct = returned.distinct or find_distinct(returned.ids, returned.positions)
     if table.place.dim == 0:
         distinct = distinct.within(rows)
-    if table.pad_idx is not None:
-        distinct = distinct.without(table.pad_idx)
+    if table.pad_position is not None:
+        distinct = distinct.without(table.pad_position)
     sums = sum_by_id(returned.grad, distinct, columns)
     used = (distinct.ids - rows.start).long()
     if table.sparse:
@@ -370,22 +395,3 @@ def _gradient(returned: ReturnedGrads, table: Lookup, into: GradBuffer | None) -
     if into is not None and sums.device.type == "cpu" and not is_batched(sums):
         return into.fill(used, sums, len(rows))
     return sums.new_zeros(len(rows), sums.size(1)).index_copy_(0, used, sums)
-
-
-def _no_sequence() -> ValueError:
-    return ValueError("`x` must have a dimension to split for `output='sequence'`, but has none.")
-
-
-def _sequence_blocks(ids: Tensor, valid: Tensor | None, gang: Gang) -> list[Tensor]:
-    """Returns for each rank its contiguous block of positions along the last dimension, as indices
-    into the flat ids, without padding."""
-    if not ids.ndim:
-        raise _no_sequence()
-    flat = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
-    partition = Partition(ids.size(-1), gang.size)
-    blocks = []
-    for rank in range(gang.size):
-        own = partition.shard(rank)
-        block = flat[..., own.start : own.stop].flatten()
-        blocks.append(block if valid is None else block[valid.flatten()[block]])
-    return blocks

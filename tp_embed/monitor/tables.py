@@ -103,6 +103,7 @@ class Monitor:
         self._step = 0
         self._tables = watched_tables(model)
         self._gangs = gangs_of(model)
+        self._sharing = gangs_of(model, sharing_ids=True)
         if device is None:
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._all = _all_ranks(device)
@@ -164,7 +165,7 @@ class Monitor:
 
     def _tp_size(self) -> int:
         """Returns the number of ranks that share a batch."""
-        return max((gang.size for gang in self._gangs), default=1)
+        return max((gang.size for gang in self._sharing), default=1)
 
     def _loss_scale(self) -> float:
         """Returns the factor that gradients are scaled by."""

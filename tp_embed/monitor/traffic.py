@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from tp_embed.gang import Gang
+from tp_embed.nn.embedding import RowWiseEmbedding
 from tp_embed.nn.gang_layer import GangLayer
 
 
@@ -106,9 +107,14 @@ class Traffic:
             self._traffic[operation].seconds += start.elapsed_time(end) / 1000
 
 
-def gangs_of(model: Module) -> list[Gang]:
-    """Returns the gangs of the sharded layers of ``model``, without duplicates."""
+def gangs_of(model: Module, *, sharing_ids: bool = False) -> list[Gang]:
+    """Returns the gangs of the sharded layers of ``model``, without duplicates.
+
+    :param sharing_ids: whether to leave out gangs of tables whose ranks have ids of their own.
+    """
     layers = [module for module in model.modules() if isinstance(module, GangLayer)]
+    if sharing_ids:
+        layers = [layer for layer in layers if not isinstance(layer, RowWiseEmbedding)]
     return list({id(layer.gang): layer.gang for layer in layers}.values())
 
 

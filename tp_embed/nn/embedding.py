@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Self, final
+from typing import Any, Literal, Self, final, get_args
 
 import torch
 from torch import Tensor
@@ -14,14 +13,16 @@ from torch import Tensor
 from tp_embed.gang import FakeGang, Gang
 from tp_embed.gang.collectives import gather_table
 from tp_embed.lookup.exchange import Dedup
-from tp_embed.lookup.options import Output
+from tp_embed.lookup.options import GradReduction, Output
 from tp_embed.lookup.train_rows import Rows
 from tp_embed.nn.table import Embedding, InitFn, Table
 from tp_embed.parameter.sharded import local
+from tp_embed.partition import Partition, as_slice
 
 __all__ = [
     "Embedding",
     "InitFn",
+    "RowWiseEmbedding",
     "ShardedEmbedding",
     "StandardEmbedding",
     "VocabShardedEmbedding",
@@ -110,13 +111,17 @@ class _ShardedTable(Table):
         :param gang: the gang to shard it over.
         :param output: as in the constructor; ``dedup`` and ``check_ids`` likewise.
         """
+        return cls._cut(embed, gang, output=output, dedup=dedup, check_ids=check_ids)
+
+    @classmethod
+    def _cut(cls, embed: StandardEmbedding, gang: Gang, **options: Any) -> Self:
+        """:meth:`from_embedding`, with the ``options`` that a whole table doesn't have."""
         if not isinstance(embed, StandardEmbedding):
             raise TypeError(
                 f"`embed` must be a `StandardEmbedding`, but is a `{type(embed).__name__}` "
                 "instead. `shard_embeddings()` replaces the tables of other classes."
             )
         weight = embed.weight
-        options = replace(embed.options, output=output, dedup=dedup, check_ids=check_ids)
         sharded = cls(
             gang,
             embed.num_embeddings,
@@ -125,15 +130,15 @@ class _ShardedTable(Table):
             init_fn=embed.init_fn,
             device="meta",
             dtype=weight.dtype,
-            **options.of_shard(),
+            **embed.options.of_whole(),
+            **options,
         )
         sharded.requires_grad_(weight.requires_grad).train(embed.training)
         if weight.is_meta:
             return sharded
         sharded.to_empty(device=weight.device)
-        rows, columns = sharded.rows, sharded.columns
         with torch.no_grad():
-            sharded.weight.copy_(weight[rows.start : rows.stop, columns.start : columns.stop])
+            sharded.weight.copy_(weight[as_slice(sharded.rows), as_slice(sharded.columns)])
         return sharded
 
     def to_embedding(self, device: torch.device | str | None = None) -> StandardEmbedding:
@@ -238,3 +243,120 @@ class VocabShardedEmbedding(_ShardedTable):
 
     shard_dim = 0
     outputs = ("replicated", "sequence")
+
+
+Placement = Literal["block", "cyclic"]
+
+
+@final
+class RowWiseEmbedding(_ShardedTable):
+    """A :class:`StandardEmbedding` that is sharded along its vocabulary, over ranks that each look
+    up ids of their own: data-parallel ranks, or all processes of a run.
+
+    For tables that are too large for a tensor-parallel gang. It equals one table in one process
+    that looks up the ids of all ranks: the gradient is the sum over all ranks, or their mean.
+
+    A rank that looks up N ids with U distinct ones sends, for each other rank, in the forward 32
+    bytes, 4 bytes for each distinct id that this rank wants from it, and E items for each row that
+    it wants; in the backward, E items for each distinct id that this rank wants from it. With ids
+    that spread evenly over P ranks with U distinct ones each, that is (P-1)/P U E each way.
+    On an accelerator, each lookup waits for the counts. See :mod:`tp_embed.lookup.own_ids`.
+
+    All ranks must do the same lookups in the same order, a rank without ids with an empty tensor,
+    and all must run the backward: add ``0 * output.sum()`` to the loss of a rank that does not use
+    the output. The gradient is complete after the backward; nothing else may average it, so
+    ``DistributedDataParallel`` is refused.
+
+    ``num_embeddings``, ``pad_idx``, ``dtype``, ``sparse``, ``reuse_grad``, ``scale`` and
+    ``train_rows`` are documented in :class:`StandardEmbedding`, ``init_fn`` and ``device`` in
+    :class:`ShardedEmbedding`. The output head of a table needs another class.
+
+    :param gang: the gang to shard the table over, of any processes.
+    :param embed_dim: E, the size of each embedding.
+    :param placement: which rows a rank holds: ``"block"``: a contiguous block; ``"cyclic"``: every
+        P-th row, which spreads frequent rows if these are neighbours, as in most vocabularies.
+        Values, initial ones too, and whole tables do not depend on it.
+    :param grad_reduction: ``"sum"``: the gradient of the sum of the ranks' losses; ``"mean"``: of
+        their mean, as ``DistributedDataParallel`` and DeepSpeed average gradients. If several
+        tensor-parallel ranks have the same ids and output gradients, the mean counts each batch
+        once.
+    :param dedup: whether to send a row only once if several positions of a rank use it, and to sum
+        gradients per id before they are sent: ``True``, which ``"auto"`` means too, or ``False``.
+        Without it, gradients are summed on the owner alone, in the order of ranks and positions,
+        bit for bit as in one process.
+    :raises ValueError: a size is less than 1, ``pad_idx`` is not a row of the table, or an option
+        has an invalid value.
+    """
+
+    shard_dim = 0
+    outputs = ("own",)
+
+    def __init__(
+        self,
+        gang: Gang,
+        num_embeddings: int,
+        embed_dim: int,
+        pad_idx: int | None = None,
+        *,
+        init_fn: InitFn | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        placement: Placement = "block",
+        grad_reduction: GradReduction = "sum",
+        dedup: Dedup = "auto",
+        sparse: bool = False,
+        reuse_grad: bool = False,
+        scale: float | Tensor | None = None,
+        train_rows: Rows | None = None,
+    ) -> None:
+        if placement not in get_args(Placement):
+            raise ValueError(
+                f"`placement` must be one of {get_args(Placement)}, but is {placement!r} instead."
+            )
+        self._placement = placement  # The constructor of `Table` needs it for the partition.
+        super().__init__(
+            gang,
+            num_embeddings,
+            embed_dim,
+            pad_idx,
+            init_fn=init_fn,
+            device=device,
+            dtype=dtype,
+            output="own",
+            dedup=dedup,
+            sparse=sparse,
+            reuse_grad=reuse_grad,
+            scale=scale,
+            train_rows=train_rows,
+            check_ids=False,
+        )
+        self.grad_reduction = grad_reduction
+
+    @property
+    def placement(self) -> Placement:
+        """Which rows a rank holds."""
+        return self._placement
+
+    @property
+    def partition(self) -> Partition:
+        return Partition(self.num_embeddings, self.gang.size, cyclic=self._placement == "cyclic")
+
+    @classmethod
+    def from_embedding(  # type: ignore[override]
+        cls,
+        embed: StandardEmbedding,
+        gang: Gang,
+        *,
+        placement: Placement = "block",
+        grad_reduction: GradReduction = "sum",
+        dedup: Dedup = "auto",
+    ) -> Self:
+        """Shards ``embed`` over ``gang``. Sends nothing: each rank copies its rows out of its own
+        whole table, on the same device.
+
+        :param embed: the embedding to shard, the same on every rank.
+        :param gang: the gang to shard it over.
+        :param placement: as in the constructor; ``grad_reduction`` and ``dedup`` likewise.
+        """
+        options = {"placement": placement, "grad_reduction": grad_reduction, "dedup": dedup}
+        return cls._cut(embed, gang, **options)

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from tp_embed._torch_private import linear
 from tp_embed.gang.collectives import gather_columns, reduce_partial
 from tp_embed.nn.deferred import DeferredLogits
-from tp_embed.nn.embedding import ShardedEmbedding, VocabShardedEmbedding
+from tp_embed.nn.embedding import RowWiseEmbedding, ShardedEmbedding, VocabShardedEmbedding
 from tp_embed.nn.head_losses import HeadLosses
 from tp_embed.nn.local_logits import as_local_logits
 from tp_embed.nn.projection import product_dtypes
@@ -212,4 +212,4 @@ def _check_deterministic(deterministic: object, output: str) -> None:
 
 
 # All layers that hold a shard of a table.
-ShardedLayer = ShardedEmbedding | VocabShardedEmbedding | OutputHead
+ShardedLayer = ShardedEmbedding | VocabShardedEmbedding | RowWiseEmbedding | OutputHead

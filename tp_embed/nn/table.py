@@ -125,7 +125,7 @@ class Table(GangLayer, Embedding):
         init_fn: InitFn | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        output: Output = "replicated",
+        output: Output | Literal["own"] = "replicated",
         dedup: Dedup = "auto",
         sparse: bool = False,
         reuse_grad: bool = False,
@@ -159,11 +159,15 @@ class Table(GangLayer, Embedding):
         options, kind = self.options, type(self).__name__
         if options.output not in self.outputs:
             hint = "" if self.shard_dim else " `ShardedEmbedding` gives 'shard', its own columns."
+            if options.output == "own":
+                hint = " `RowWiseEmbedding` gives each rank the rows of its own ids."
             raise ValueError(
                 f"`output` must be one of {self.outputs} for a `{kind}`, "
                 f"but is {options.output!r} instead.{hint}"
             )
-        place = Place(self.gang, self.partition, self.shard_dim, self.rows, self.columns)
+        first = self.rows.start if self.shard_dim else self.partition.position(self.rows.start)
+        held = range(first, first + len(self.rows))
+        place = Place(self.gang, self.partition, self.shard_dim, held, self.columns)
         name = f"{kind}({self.num_embeddings}, {self.embed_dim}, {options.output!r})"
         self._lookup = Lookup(place, self.pad_idx, options, name)
 
@@ -178,6 +182,7 @@ class Table(GangLayer, Embedding):
     reuse_grad = _option("reuse_grad")
     scale = _option("scale")
     train_rows = _option("train_rows")
+    grad_reduction = _option("grad_reduction")
 
     @property
     def partition(self) -> Partition:
@@ -268,8 +273,10 @@ class Table(GangLayer, Embedding):
             parts.append(f"pad_idx={self.pad_idx}")
         if self.gang.size > 1:
             parts.append(self._shard_repr(self.shard_dim, self.partition))
-        if self.output != "replicated":
+        if self.output not in ("replicated", "own"):
             parts.append(f"output={self.output!r}")
+        if self.grad_reduction != "sum":
+            parts.append(f"grad_reduction={self.grad_reduction!r}")
         if self.dedup != "auto":
             parts.append(f"dedup={self.dedup}")
         if self.sparse:

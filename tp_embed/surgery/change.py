@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,13 +11,25 @@ from torch import Tensor, nn
 from torch.nn import Module, Parameter
 
 from tp_embed.gang import Gang
-from tp_embed.nn.embedding import ShardedEmbedding, StandardEmbedding, VocabShardedEmbedding
+from tp_embed.nn.embedding import (
+    RowWiseEmbedding,
+    ShardedEmbedding,
+    StandardEmbedding,
+    VocabShardedEmbedding,
+)
 from tp_embed.nn.head import OutputHead
 from tp_embed.surgery.carry import LostInit, carry_module, carry_parameter, retire
 from tp_embed.surgery.discovery import Place, TableGroup, output_scale
 from tp_embed.surgery.optimizer import Shard
 from tp_embed.surgery.options import ShardingOptions, Strategy
 from tp_embed.surgery.report import TableReport
+
+_Sharded = ShardedEmbedding | VocabShardedEmbedding | RowWiseEmbedding
+_KINDS: dict[str, Any] = {
+    "embed": ShardedEmbedding,
+    "vocab": VocabShardedEmbedding,
+    "world": RowWiseEmbedding,
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ class TableChange:
             retire(old, new, places[0].name)
         name, weight = self.group.names[0], self.group.weight
         if self.shard is not None:
-            carry_parameter(weight, self.shard, 0 if self.strategy == "vocab" else 1, name)
+            carry_parameter(weight, self.shard, 1 if self.strategy == "embed" else 0, name)
         if self.values is not None:
             with torch.no_grad(), gang.whole(weight, modified=True):
                 weight.copy_(self.values)
@@ -69,7 +81,7 @@ def make_change(
     shape = tuple(group.weight.shape)
     if strategy == "none":
         return TableChange(group, strategy, shape, values=_draw(group, gang, options))
-    first: ShardedEmbedding | VocabShardedEmbedding | None = None
+    first: _Sharded | None = None
     modules: list[tuple[Module, Module, list[Place]]] = []
     for embedding, places in group.embeddings.items():
         table = as_standard(embedding, shape, options, train_rows)
@@ -83,6 +95,7 @@ def make_change(
         table = as_standard(next(iter(group.heads)), shape, ShardingOptions(), train_rows)
         first = _shard(table, strategy, gang, ShardingOptions())
     for head, places in group.heads.items():
+        assert not isinstance(first, RowWiseEmbedding)  # The plan has checked it.
         new_head = OutputHead(
             first,
             bias=head.bias,
@@ -109,15 +122,14 @@ def _shard(
     gang: Gang,
     options: ShardingOptions,
     draw: bool = True,
-) -> ShardedEmbedding | VocabShardedEmbedding:
-    kind = VocabShardedEmbedding if strategy == "vocab" else ShardedEmbedding
-    lookup: dict[str, Any] = {
-        "output": options.output,
-        "dedup": options.dedup,
-        "check_ids": options.check_ids,
-    }
+) -> _Sharded:
+    kind = _KINDS[strategy]
+    names = ("placement", "grad_reduction") if strategy == "world" else ("output", "check_ids")
+    lookup = {name: getattr(options, name) for name in ("dedup", *names)}
+    new: _Sharded
     if options.init_fn is None or not draw:
-        return kind.from_embedding(table, gang, **lookup)
+        new = kind.from_embedding(table, gang, **lookup)
+        return new
     new = kind(
         gang,
         table.num_embeddings,
@@ -126,7 +138,8 @@ def _shard(
         init_fn=options.init_fn,
         device=table.weight.device,
         dtype=table.weight.dtype,
-        **replace(table.options, **lookup).of_shard(),
+        **table.options.of_whole(),
+        **lookup,
     )
     new.weight.requires_grad_(table.weight.requires_grad)
     return new

@@ -9,9 +9,9 @@ from torch.optim import Optimizer
 
 from tp_embed.gang import Gang
 from tp_embed.lookup.exchange import Dedup
-from tp_embed.lookup.options import Output
+from tp_embed.lookup.options import GradReduction, Output
 from tp_embed.lookup.train_rows import Rows
-from tp_embed.nn.embedding import InitFn
+from tp_embed.nn.embedding import InitFn, Placement
 from tp_embed.nn.head import Input
 from tp_embed.nn.tiled_values import Deterministic
 from tp_embed.surgery.optimizer import Groups
@@ -37,6 +37,9 @@ def shard_embeddings(
     check_ids: int | None = None,
     init_fn: InitFn | None = None,
     train_rows: Mapping[str, Rows] | None = None,
+    placement: Placement = "block",
+    grad_reduction: GradReduction = "sum",
+    world: Gang | None = None,
     optimizer: Optimizer | None = None,
     parameters: Groups | None = None,
 ) -> ShardingReport:
@@ -54,9 +57,10 @@ def shard_embeddings(
     :param model: the model. It is unchanged if an error is raised.
     :param gang: the tensor-parallel gang.
     :param strategy: ``"embed"`` shards the embedding dimension, ``"vocab"`` the vocabulary,
-        ``"none"`` leaves tables whole. ``"auto"`` uses ``"vocab"`` for tables tied to a head, whose
-        logits are then gathered and not summed, and ``"embed"``, which sends half as much, for
-        others.
+        ``"none"`` leaves tables whole. ``"world"`` shards the vocabulary over all processes, each
+        with ids of its own, see :class:`RowWiseEmbedding`. ``"auto"`` uses ``"vocab"`` for tables
+        tied to a head, whose logits are then gathered and not summed, and ``"embed"``, which sends
+        half as much, for others.
     :param rules: strategies by :mod:`fnmatch` patterns on table names; the first match counts:
         ``{"*.wpe": "none"}``. Embeddings that share a Parameter are one table with several names.
         The full name of an untied ``nn.Linear`` selects it as an output head.
@@ -81,6 +85,10 @@ def shard_embeddings(
         Untied heads keep their values.
     :param train_rows: the rows that get a gradient, by patterns on table names:
         ``{"*.embed_tokens": slice(32000, None)}``; see :class:`StandardEmbedding`.
+    :param placement: which rows a rank holds of tables with the strategy ``"world"``; see
+        :class:`RowWiseEmbedding`, ``grad_reduction`` likewise.
+    :param world: the gang for the strategy ``"world"``; if ``None``, all processes of the run. Its
+        ranks compare those tables too.
     :param optimizer: an optimizer over the Parameters of ``model``. Its Parameters are replaced,
         and its states cut to the shards.
     :param parameters: a list of Parameters or parameter groups; they are replaced in place.
@@ -108,12 +116,16 @@ def shard_embeddings(
         check_ids=check_ids,
         init_fn=init_fn,
         train_rows=train_rows,
+        placement=placement,
+        grad_reduction=grad_reduction,
     )
+    world = (world or gang.world()) if options.uses_world else None
     plan = agree_on_plan(
         model,
         gang,
         lambda facts: plan_sharding(
-            model, gang, options, optimizer=optimizer, parameters=parameters
+            model, gang, options, optimizer=optimizer, parameters=parameters, world=world
         ),
+        world,
     )
     return plan.apply()
