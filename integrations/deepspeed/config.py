@@ -20,7 +20,7 @@ from pydantic import (
 from tp_embed.lookup.options import Output
 from tp_embed.lookup.train_rows import Rows, read_rows
 from tp_embed.nn import init as init_functions
-from tp_embed.nn.embedding import InitFn
+from tp_embed.nn.embedding import InitFn, Placement
 from tp_embed.nn.head import Input
 from tp_embed.nn.init import is_blockwise
 from tp_embed.nn.tiled_values import Deterministic
@@ -75,6 +75,7 @@ class EmbedConfig(BaseModel):
     check_ids: bool | NonNegativeInt | None = None
     init: str | dict[str, Any] | None = None
     train_rows: dict[str, str | list[int]] = {}
+    placement: Placement = "block"
     watchdog: WatchdogConfig | None = None
 
     @field_validator("reuse_grad")
@@ -136,6 +137,8 @@ class EmbedConfig(BaseModel):
             check_ids=self.check_ids,
             init_fn=None if self.init is None else _init_function(self.init),
             train_rows=self.rows,
+            placement=self.placement,
+            grad_reduction="mean",  # As engines average gradients over data-parallel ranks.
         )
 
 

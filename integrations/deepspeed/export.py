@@ -118,8 +118,9 @@ def _check(engine: Any, parameters: Mapping[str, Parameter], dtype: torch.dtype 
     for name, param in parameters.items():
         if is_moe_param(param):
             raise ValueError(
-                f"`engine` must have a model without experts, which differ between ranks, but "
-                f"`{name}` belongs to an expert."
+                f"`engine` must have a model without Parameters that differ between data-parallel "
+                f"ranks, but `{name}` belongs to an expert, or to a table that is sharded over all "
+                "processes. Save such a table by `tp_embed.checkpoint.hook_state_dict()`."
             )
         if getattr(param, DS_TENSOR_MODEL_PARALLEL, False) and map_of(param) is None:
             raise ValueError(

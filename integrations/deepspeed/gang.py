@@ -79,6 +79,13 @@ class DeepSpeedGang(ProcessGroupGang):
         return gang
 
     @classmethod
+    def from_world(cls) -> Self:
+        """Returns a gang over all processes, for a :class:`~tp_embed.RowWiseEmbedding`. Initializes
+        torch.distributed if needed."""
+        deepspeed.init_distributed()
+        return cls._over(None)
+
+    @classmethod
     def from_mpu(cls, mpu: Any) -> Self:
         """Returns a gang over the tensor-parallel group of a Megatron-style model-parallel unit,
         such as ``megatron.core.mpu`` or the grid of a ``PipelineModule``.

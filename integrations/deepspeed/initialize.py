@@ -18,6 +18,7 @@ from .full_values import guard_full_values
 from .private import TORCH_DISTRIBUTED_DEFAULT_PORT, load_ds_config, merge_tp_model_init_into_config
 from .sharding import shard_model, start_watchdog
 from .timing import time_collectives
+from .world import keep_apart
 
 
 def initialize(
@@ -101,6 +102,7 @@ def _complete(engine: Any, report: ShardingReport, section: EmbedConfig) -> None
     check_sub_groups(engine)
     engine.tp_embed_report = report
     guard_full_values(engine.module, engine.optimizer)
+    keep_apart(engine)
     time_collectives(engine)
     engine.tp_embed_watchdog = start_watchdog(section)
 

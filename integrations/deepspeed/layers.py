@@ -15,6 +15,7 @@ from torch.nn import Module, Parameter
 from tp_embed.gang import Gang
 from tp_embed.gang.collectives import whole_table
 from tp_embed.nn.deferred import DeferredLogits
+from tp_embed.nn.embedding import RowWiseEmbedding
 from tp_embed.nn.head import ShardedLayer
 from tp_embed.parameter.sharded import local
 from tp_embed.partition import Partition
@@ -25,6 +26,7 @@ from .private import (
     TensorParallel_Layer,
     check_before_saving,
     describe,
+    mark_distinct,
     mark_replaced,
     pass_outputs,
 )
@@ -60,6 +62,10 @@ def register_layer(layer: Module, gang: Gang) -> None:
             f"but is a `{type(layer).__name__}` instead."
         )
     layer.replaced = True  # type: ignore[assignment]
+    if isinstance(layer, RowWiseEmbedding):
+        if gang.size > 1:
+            mark_distinct(layer.weight)
+        return
     weight, partition, dim = layer.weight, layer.partition, layer.shard_dim
     if hasattr(weight, DS_IS_REPLACED_MODULE):
         return  # Registered before, or by the embedding that shares it with a head.

@@ -7,6 +7,7 @@ private parts. ``tests/integrations/deepspeed/test_private.py`` names what anoth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -64,6 +65,10 @@ from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config as load_
 from deepspeed.runtime.tensor_parallel.init_utils import (
     merge_tp_model_init_into_config as merge_tp_model_init_into_config,
 )
+
+# The norm of the gradients that are the same on all data-parallel ranks, or are cut by tensor
+# parallelism: we would clip by another norm.
+from deepspeed.runtime.utils import clip_grad_norm_ as deepspeed_clip
 
 # Which outputs of modules have no tensors: see `pass_outputs()`.
 from deepspeed.runtime.zero import utils as zero_utils
@@ -142,6 +147,15 @@ def mark_replaced(
     }
     for name, value in attributes.items():
         setattr(parameter, name, value)
+
+
+def mark_distinct(parameter: Any) -> None:
+    """Marks a Parameter that differs between data-parallel ranks, as an expert does: the engine
+    would overwrite it with the first rank's. An engine that does not know it fails by the name of
+    its group when it reduces gradients."""
+    parameter.ds_optim_param = True
+    parameter.allreduce = False
+    parameter.group_name = "Build the engine by `tp_embed.integrations.deepspeed.initialize()`"
 
 
 def stage3_of(parameter: Any) -> Any:
@@ -233,6 +247,38 @@ def check_before_saving(check: Callable[[Any], None]) -> None:
             return gather(engine, *args, **kwargs)
 
         setattr(DeepSpeedEngine, name, checked)
+
+
+def without_reduction(engine: Any, parameters: Sequence[Parameter]) -> None:
+    """Leaves gradients out when the engine reduces gradients at ZeRO 0: it would average gradients
+    of different shards."""
+    find = engine._get_gradients_for_reduction
+
+    def find_others() -> Any:
+        hidden = [p for p in parameters if p.requires_grad]
+        for parameter in hidden:
+            parameter.requires_grad_(False)
+        try:
+            return find()
+        finally:
+            for parameter in hidden:
+                parameter.requires_grad_(True)
+
+    engine._get_gradients_for_reduction = find_others
+
+
+def replace_clipping(engine: Any, clip: Callable[[], None]) -> None:
+    """Replaces how the engine clips at ZeRO 0 in fp32: it would average the norms of shards over
+    data-parallel ranks."""
+    assert callable(engine.clip_fp32_gradients)
+    engine.clip_fp32_gradients = clip
+
+
+def norm_of_copies(parameters: Sequence[Parameter], mpu: Any) -> Tensor:
+    """Returns the norm of the gradients of Parameters that data-parallel ranks share, by which the
+    engine would clip."""
+    norm: Tensor = deepspeed_clip(parameters, max_norm=math.inf, mpu=mpu)
+    return norm
 
 
 def after_linking(optimizer: Any, action: Callable[[], None]) -> None:

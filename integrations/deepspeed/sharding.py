@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 
 from tp_embed.gang import FakeGang, Gang
 from tp_embed.gang.agreement import Facts
-from tp_embed.nn.embedding import ShardedEmbedding, VocabShardedEmbedding
+from tp_embed.nn.embedding import StandardEmbedding
 from tp_embed.nn.head import OutputHead
+from tp_embed.nn.table import Table
 from tp_embed.surgery.plan import ShardingPlan, agree_on_plan, plan_sharding
 from tp_embed.surgery.report import ShardingReport
 from tp_embed.watchdog import Watchdog
@@ -39,6 +40,7 @@ from .config import SECTION, EmbedConfig
 from .gang import DeepSpeedGang
 from .private import is_zero_param
 from .sequence import check_sequence_groups
+from .world import check_tables_of_all
 
 
 def shard_model(
@@ -66,6 +68,7 @@ def shard_model(
     autotp_size = (ds_config.get("tensor_parallel") or {}).get("autotp_size", 0)
     gang = _find_gang(model, autotp_size, mpu)
     dp_size = _dp_size(model, gang, mpu)
+    world = DeepSpeedGang.from_world() if section.options.uses_world else None
 
     def prepare(facts: Facts) -> ShardingPlan | None:
         facts[f"the section `{SECTION}`"] = section.model_dump()
@@ -73,7 +76,10 @@ def shard_model(
         if gang.size > 1:
             check_config(ds_config)
             check_sequence_groups(model, mpu, ds_config)
-        plan = _plan(model, gang, section, ds_config, optimizer, parameters)
+        plan = _plan(model, gang, section, ds_config, optimizer, parameters, world)
+        choices = [] if plan is None else plan.choices
+        owned = [group.names[0] for group, chosen in choices if chosen == "world"]
+        check_tables_of_all(model, owned, ds_config, mpu)
         if plan is not None:
             _check_plan(plan, section, ds_config, dp_size)
         elif section.fuse_loss:
@@ -85,7 +91,7 @@ def shard_model(
         check(gang)
         return plan
 
-    plan = agree_on_plan(model, gang, prepare)
+    plan = agree_on_plan(model, gang, prepare, world)
     report = ShardingReport(()) if plan is None else _apply(plan, section)
     if isinstance(model, PipelineModule):
         _check_stages(model, gang, ds_config, dp_size)
@@ -126,6 +132,7 @@ def _plan(
     ds_config: dict[str, Any],
     optimizer: Any,
     parameters: list[Any] | None,
+    world: Gang | None,
 ) -> ShardingPlan | None:
     """Returns ``None`` if the tables stay as they are."""
     if isinstance(model, PipelineModule):
@@ -146,6 +153,7 @@ def _plan(
         optimizer=optimizer if isinstance(optimizer, Optimizer) else None,
         parameters=parameters,
         leave=lambda tables: per_head_tables(model, ds_config, tables),
+        world=world,
     )
 
 
@@ -154,8 +162,8 @@ def _check_plan(
 ) -> None:
     check_choices(plan.model, ds_config, plan.choices, plan.left)
     check_empty_shards(plan.model, plan.gang, ds_config, plan.choices)
-    if plan.gang.size > 1:
-        check_optimizer_type(ds_config, plan.choices)
+    cut = [(group, chosen) for group, chosen in plan.choices if plan.gang_of(chosen).size > 1]
+    check_optimizer_type(ds_config, cut)
     _check_gradients(plan, ds_config, dp_size)
     heads = {head: chosen for group, chosen in plan.choices for head in group.heads}
     if section.fuse_loss:
@@ -216,9 +224,12 @@ def _check_gradients(plan: ShardingPlan, ds_config: dict[str, Any], dp_size: int
         check_reuse_grad(ds_config, dp_size)
 
 
-def _sharded_tables(model: Module) -> list[ShardedEmbedding | VocabShardedEmbedding]:
-    kinds = ShardedEmbedding, VocabShardedEmbedding
-    return [module for module in model.modules() if isinstance(module, kinds)]
+def _sharded_tables(model: Module) -> list[Table]:
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, Table) and not isinstance(module, StandardEmbedding)
+    ]
 
 
 def _is_out_of_reach(model: Module, gang: Gang) -> bool:

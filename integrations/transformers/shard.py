@@ -34,6 +34,12 @@ def shard_by_config(
     """
     deepspeed.init_distributed()
     ds_config, section = read_section(config, **keys)
+    if section.options.uses_world:
+        raise ValueError(
+            "`tp_embed.rules` must not have 'world' with the Trainer or Accelerate, whose engines "
+            "would average the shards. Build the engine by `tp_embed.integrations.deepspeed."
+            "initialize()`, or use 'vocab' or 'embed'."
+        )
 
     def check(gang: Gang) -> None:
         if gang.size > 1:
