@@ -21,7 +21,7 @@ nitpicky = True  # A role has to name something that exists: see `_resolve`.
 autodoc_default_options = {
     "members": True,
     "show-inheritance": True,
-    "inherited-members": "Module,ABC,BaseModel,BaseException,Enum,tuple",
+    "inherited-members": "Module,ABC,BaseModel,BaseException,Enum,Optimizer,tuple",
     # For `torch.compile`; users call none of them.
     "exclude-members": "rows_in_graph,gradient_in_graph,without_pad_row",
 }

@@ -24,6 +24,7 @@ PACKAGES = [
     "tp_embed.nn.loss",
     "tp_embed.nn.sequence",
     "tp_embed.nn.token_values",
+    "tp_embed.optim",
     "tp_embed.plan",
     "tp_embed.watchdog",
 ]

@@ -39,11 +39,12 @@ _MATRIX = _names(
 )
 _FAMILIES = "adafactor", "distributedmuon", "galore", "lamb", "lars", "lbfgs", "muon", "shampoo"
 
-# Elementwise optimizers outside torch, and wrappers of another optimizer, which is checked as well.
+# Elementwise optimizers outside torch, wrappers of another optimizer, which is checked as well, and
+# those of `tp_embed.optim`, which know how a table is sharded.
 _ELEMENTWISE_NAMES = _names(
     """
     acceleratedoptimizer adan deepspeedcpuadagrad deepspeedcpuadam deepspeedcpulion fusedadagrad
-    fusedadam fusedlion fusedsgd lion zeroredundancyoptimizer
+    fusedadam fusedlion fusedsgd lazyadam lion rowwiseadagrad rowwiseadam zeroredundancyoptimizer
     """
 )
 
