@@ -6,18 +6,21 @@ whole tables, and universal checkpoints merge and cut them.
 """
 
 from .checks import check_config
-from .config import EmbedConfig
+from .config import EmbedConfig, TableConfig
 from .export import export
 from .gang import DeepSpeedGang
 from .initialize import initialize
 from .resize import resize_vocab
 from .sequence import averages_over_sequence
+from .table_optimizers import TableOptimizers
 from .universal import to_universal
 from .universal_load import load_universal
 
 __all__ = [
     "DeepSpeedGang",
     "EmbedConfig",
+    "TableConfig",
+    "TableOptimizers",
     "averages_over_sequence",
     "check_config",
     "export",

@@ -7,6 +7,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any, Literal
 
+import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -15,7 +16,9 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
+from torch.nn import Parameter
 
 from tp_embed.lookup.options import Output
 from tp_embed.lookup.train_rows import Rows, read_rows
@@ -24,6 +27,7 @@ from tp_embed.nn.embedding import InitFn, Placement
 from tp_embed.nn.head import Input
 from tp_embed.nn.init import is_blockwise
 from tp_embed.nn.tiled_values import Deterministic
+from tp_embed.optim import LazyAdam, RowOptimizer, RowwiseAdagrad, RowwiseAdam
 from tp_embed.surgery.options import ShardingOptions, Strategy
 
 SECTION = "tp_embed"
@@ -38,6 +42,43 @@ class WatchdogConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     timeout: float = Field(ge=1)
+
+
+_OPTIMIZERS: dict[str, Any] = {
+    "lazy_adam": LazyAdam,
+    "rowwise_adagrad": RowwiseAdagrad,
+    "rowwise_adam": RowwiseAdam,
+}
+
+
+class TableConfig(BaseModel):
+    """The optimizer of a table that the engine's optimizer doesn't train; see
+    :mod:`tp_embed.optim`. Keys that are left out have the default of its class.
+
+    :param optimizer: ``"rowwise_adagrad"``, ``"rowwise_adam"`` or ``"lazy_adam"``.
+    :param lr: the learning rate; if ``None``, the engine's, with its schedule.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    optimizer: Literal["lazy_adam", "rowwise_adagrad", "rowwise_adam"]
+    lr: float | None = None
+    betas: list[float] | None = Field(default=None, min_length=2, max_length=2)
+    eps: float | None = None
+    weight_decay: float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> TableConfig:
+        if self.betas is not None and self.optimizer == "rowwise_adagrad":
+            raise ValueError("`betas` must be left out for 'rowwise_adagrad', which has none")
+        self.make(Parameter(torch.empty(0, 0)))
+        return self
+
+    def make(self, weight: Parameter) -> RowOptimizer:
+        """Makes the optimizer of ``weight``."""
+        given = self.model_dump(exclude={"optimizer"}, exclude_none=True)
+        made: RowOptimizer = _OPTIMIZERS[self.optimizer]([weight], **given)
+        return made
 
 
 class EmbedConfig(BaseModel):
@@ -55,6 +96,9 @@ class EmbedConfig(BaseModel):
     :param shard_logits: whether a model of transformers computes its loss from rank-local logits,
         see :func:`tp_embed.integrations.transformers.shard_logits`. Then ``outputs.logits`` are
         rank-local whenever labels are given.
+    :param tables: maps names of tables to optimizers of their own, whose work grows with the rows
+        in use and not with the table: ``{"*.ngram*": {"optimizer": "rowwise_adagrad"}}``. The
+        first pattern that matches counts. See :class:`TableConfig`.
     :param watchdog: ends all ranks if one goes missing after the engine is built; off by default.
     """
 
@@ -76,6 +120,7 @@ class EmbedConfig(BaseModel):
     init: str | dict[str, Any] | None = None
     train_rows: dict[str, str | list[int]] = {}
     placement: Placement = "block"
+    tables: dict[str, TableConfig] = {}
     watchdog: WatchdogConfig | None = None
 
     @field_validator("reuse_grad")
@@ -162,7 +207,11 @@ def _describe(error: Any) -> str:
     key = ".".join(str(part) for part in (SECTION, *error["loc"]))
     if error["type"] == "extra_forbidden":
         section, _, _ = key.rpartition(".")
-        model = EmbedConfig if section == SECTION else WatchdogConfig
+        models: dict[str, type[BaseModel]] = {
+            SECTION: EmbedConfig,
+            f"{SECTION}.watchdog": WatchdogConfig,
+        }
+        model = models.get(section, TableConfig)
         keys = ", ".join(sorted(model.model_fields))
         return f"`{key}` is not a key of the DeepSpeed config. The section `{section}` has {keys}."
     message = error["msg"].removeprefix("Value error, ")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import deepspeed
 import torch
@@ -36,6 +36,7 @@ from .private import (
     is_moe_param,
     persistent_buffers,
 )
+from .table_optimizers import own_tables_of
 
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
@@ -71,7 +72,7 @@ def export(
         name: torch.Size(logical_shape(param)).numel() * (dtype or param.dtype).itemsize
         for name, param in parameters.items()
     }
-    buffers = persistent_buffers(engine)
+    buffers = {n: b for n, b in persistent_buffers(engine).items() if not _is_own_table(b)}
     sizes.update({name: buffer.nbytes for name, buffer in buffers.items()})
     files = _plan(sizes, max_shard_size)
     on_rank_0 = partial(_on_rank_0, ProcessGroupGang(None, engine.device))
@@ -102,10 +103,16 @@ def _parameters(module: Module) -> dict[str, Parameter]:
     """Returns the Parameters by the names that transformers saves them under."""
     tied: Iterable[str] = getattr(module, "all_tied_weights_keys", None) or ()
     names: dict[Parameter, str] = {}
-    for name, param in module.named_parameters(remove_duplicate=False):
+    own = ((n, b) for n, b in module.named_buffers(remove_duplicate=False) if _is_own_table(b))
+    for name, param in (*module.named_parameters(remove_duplicate=False), *own):
         if param not in names or (names[param] in tied and name not in tied):
             names[param] = name
     return {name: param for param, name in names.items()}
+
+
+def _is_own_table(buffer: Tensor) -> TypeGuard[Parameter]:
+    """Returns whether ``buffer`` is a table with an optimizer of its own."""
+    return isinstance(buffer, Parameter)
 
 
 def _check(engine: Any, parameters: Mapping[str, Parameter], dtype: torch.dtype | None) -> None:
@@ -178,7 +185,7 @@ def _partitioned(engine: Any) -> Iterator[None]:
 
 def _gather(engine: Any, param: Parameter, dtype: torch.dtype | None) -> Tensor | None:
     """Returns the whole ``param`` on the CPU of rank 0, ``None`` elsewhere. All ranks call it."""
-    shard = _shard(param, dtype)
+    shard = _shard(engine, param, dtype)
     layout, group = map_of(param), bwc_tensor_model_parallel_group(engine.mpu)
     if layout is None or group is None:
         return shard.cpu() if dist.get_rank() == 0 else None
@@ -198,14 +205,20 @@ def _gather(engine: Any, param: Parameter, dtype: torch.dtype | None) -> Tensor 
 
 
 @torch.no_grad()
-def _shard(param: Parameter, dtype: torch.dtype | None) -> Tensor:
+def _shard(engine: Any, param: Parameter, dtype: torch.dtype | None) -> Tensor:
     """Returns this tensor-parallel rank's shard of ``param``, gathered over the data-parallel
     group."""
-    master = safe_get_full_fp32_param(param) if _wants_master(param, dtype) else None
+    master = _master(engine, param) if _wants_master(param, dtype) else None
     if master is not None:
         return local(master).reshape(local_shape(param)).contiguous()
     with deepspeed.zero.GatheredParameters([param]):
         return local(param).to(dtype or param.dtype, copy=True).contiguous()
+
+
+def _master(engine: Any, param: Parameter) -> Tensor | None:
+    own = own_tables_of(engine)
+    found: Tensor | None = safe_get_full_fp32_param(param)
+    return own.optimizer_of(param).master(param) if own is not None and param in own else found
 
 
 def _on_rank_0(world: Gang, action: Callable[[], Any]) -> Any:

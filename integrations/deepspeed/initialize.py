@@ -15,8 +15,10 @@ from tp_embed.surgery.report import ShardingReport
 from .checks import check_made_optimizer, check_sub_groups
 from .config import EmbedConfig, read_section
 from .full_values import guard_full_values
+from .own_tables import OwnTable
 from .private import TORCH_DISTRIBUTED_DEFAULT_PORT, load_ds_config, merge_tp_model_init_into_config
 from .sharding import shard_model, start_watchdog
+from .table_optimizers import TableOptimizers
 from .timing import time_collectives
 from .world import keep_apart
 
@@ -45,8 +47,9 @@ def initialize(
     The gang is AutoTP's group, or else the one of ``mpu``; without either, or with DeepSpeed's
     ``parallel_state_sp``, which has sequence groups only, tables stay whole. Logs a report,
     ``engine.tp_embed_report``. The watchdog, if the section has one, is
-    ``engine.tp_embed_watchdog``. An existing optimizer and its parameter groups get the new
-    Parameters, in place.
+    ``engine.tp_embed_watchdog``; tables with an optimizer of their own are trained by
+    ``engine.tp_embed_tables``, a :class:`TableOptimizers`. An existing optimizer and its groups get
+    the new Parameters, in place.
 
     All ranks must call it. They compare their sections, tables, and torch seeds.
 
@@ -68,6 +71,7 @@ def initialize(
 
     # The config key for `mesh_param`.
     sizes = {} if mesh_param is None else {"sequence_parallel_size": mesh_param[1]}
+    own_tables: list[OwnTable] = []
     report = shard_model(
         model,
         ds_config | sizes,
@@ -75,6 +79,7 @@ def initialize(
         mpu=mpu,
         optimizer=optimizer,
         parameters=model_parameters,
+        own_tables=own_tables,
     )
 
     items = deepspeed.initialize(
@@ -94,6 +99,8 @@ def initialize(
     if optimizer is not None:
         check_made_optimizer(items[0])
     _complete(items[0], report, section)
+    if own_tables:
+        items[0].tp_embed_tables = TableOptimizers(items[0], own_tables)
     return cast(tuple[Any, Any, Any, Any], items)
 
 

@@ -36,13 +36,14 @@ for _layer in get_args(ShardedLayer):
 pass_outputs(DeferredLogits)  # Their hidden states come from other modules.
 
 
-def _refuse_whole(engine: Any) -> None:
+def _refuse_whole(engine: Any, method: str) -> None:
     """Refuses to gather a whole model where DeepSpeed would take one rank's shards of tables for
-    it: it gathers them only with AutoTP at ZeRO 3."""
-    if engine.zero_optimization_stage() == 3 and engine.autotp_size() > 1:
-        return
-    layers = (layer for layer in engine.module.modules() if isinstance(layer, ShardedLayer))
-    if any(layer.gang.size > 1 for layer in layers):
+    it: it gathers them with AutoTP, in some methods, and never tables that it does not train."""
+    kinds = (*get_args(ShardedLayer), RowWiseEmbedding)
+    layers = [m for m in engine.module.modules() if isinstance(m, kinds) and m.gang.size > 1]
+    consolidates = method == "_consolidated_16bit_state_dict"
+    gathers = engine.autotp_size() > 1 and (engine.zero_optimization_stage() == 3 or consolidates)
+    if any(not gathers or m.is_apart or isinstance(m, RowWiseEmbedding) for m in layers):
         raise ValueError(
             "`tp_embed.integrations.deepspeed.export()` must save the whole model of this engine, "
             "since DeepSpeed would save the shards of one rank as whole tables. Call "

@@ -15,6 +15,7 @@ from tp_embed.monitor.tables import Monitor, Writer
 
 from .layout import has_mixed_up_masters
 from .private import bwc_tensor_model_parallel_world_size, local_gradient, loss_scale, wrap_step
+from .table_optimizers import own_tables_of
 from .timing import time_collectives
 
 
@@ -108,6 +109,9 @@ class EngineMonitor(Monitor):
         return int(self._engine.global_samples)
 
     def _gradient(self, parameter: Parameter) -> tuple[Tensor | None, int]:
+        own = own_tables_of(self._engine)
+        if own is not None and parameter in own:
+            return own.gradients().get(parameter), 1
         return local_gradient(parameter)
 
     def _tp_size(self) -> int:

@@ -14,6 +14,7 @@ from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
@@ -66,9 +67,9 @@ from deepspeed.runtime.tensor_parallel.init_utils import (
     merge_tp_model_init_into_config as merge_tp_model_init_into_config,
 )
 
-# The norm of the gradients that are the same on all data-parallel ranks, or are cut by tensor
-# parallelism: we would clip by another norm.
-from deepspeed.runtime.utils import clip_grad_norm_ as deepspeed_clip
+# Norms of gradients, over tensor-parallel ranks and groups of Parameters: tables that the engine
+# does not clip would not count, and we would clip by another norm.
+from deepspeed.runtime.utils import clip_grad_norm_, combine_grad_norm_groups
 
 # Which outputs of modules have no tensors: see `pass_outputs()`.
 from deepspeed.runtime.zero import utils as zero_utils
@@ -235,15 +236,19 @@ def wrap_step(engine: Any, wrap: Callable[[Callable[..., None]], Callable[..., N
     return unwrap
 
 
-def check_before_saving(check: Callable[[Any], None]) -> None:
-    """Calls ``check(engine)`` before an engine gathers a whole model, for `save_16bit_model()` or
-    Accelerate's `get_state_dict()`: without AutoTP, and with it at ZeRO 0 to 2, it holds shards."""
-    for name in ("save_16bit_model", "_zero3_consolidated_16bit_state_dict"):
+def check_before_saving(check: Callable[[Any, str], None]) -> None:
+    """Calls ``check(engine, method)`` before an engine gathers a whole model, for itself or for
+    Accelerate's `get_state_dict()`: where it can't gather tables, it would take shards for them."""
+    for name in (
+        "save_16bit_model",
+        "_consolidated_16bit_state_dict",
+        "_zero3_consolidated_16bit_state_dict",
+    ):
         gather = getattr(DeepSpeedEngine, name)
 
         @wraps(gather)
         def checked(engine: Any, *args: Any, gather: Any = gather, **kwargs: Any) -> Any:
-            check(engine)
+            check(engine, gather.__name__)
             return gather(engine, *args, **kwargs)
 
         setattr(DeepSpeedEngine, name, checked)
@@ -277,8 +282,58 @@ def replace_clipping(engine: Any, clip: Callable[[], None]) -> None:
 def norm_of_copies(parameters: Sequence[Parameter], mpu: Any) -> Tensor:
     """Returns the norm of the gradients of Parameters that data-parallel ranks share, by which the
     engine would clip."""
-    norm: Tensor = deepspeed_clip(parameters, max_norm=math.inf, mpu=mpu)
+    norm: Tensor = clip_grad_norm_(parameters, max_norm=math.inf, mpu=mpu)
     return norm
+
+
+def join_norm(engine: Any, own: Callable[[], Tensor], note: Callable[[Tensor], None]) -> None:
+    """Adds ``own()``, the norm of gradients that DeepSpeed's optimizer does not have, to the norm
+    that the engine clips by and looks for overflows in, and passes ``note`` the result: all others
+    would be clipped by a wrong norm.
+
+    :raises ValueError: the engine's optimizer computes its norm in another way.
+    """
+    optimizer = engine.optimizer
+
+    def joined(norms: list[Tensor]) -> Tensor:
+        norm = own()
+        norm = norm.to(device=norms[0].device, dtype=norms[0].dtype)
+        note(combine_grad_norm_groups([*norms, norm]))
+        return norm
+
+    if hasattr(optimizer, "scaled_global_norm"):  # ZeRO 1 and 2
+        scaled_global_norm = optimizer.scaled_global_norm
+
+        def total_norm(*args: Any, **kwargs: Any) -> Tensor:
+            norm = scaled_global_norm(*args, **kwargs)
+            total: Tensor = combine_grad_norm_groups([norm, joined([norm])])
+            return total
+
+        optimizer.scaled_global_norm = total_norm
+    elif hasattr(optimizer, "_get_norm_groups"):  # ZeRO 3
+        get_norm_groups = optimizer._get_norm_groups
+
+        def norms() -> list[Tensor]:
+            groups = get_norm_groups()
+            return [*groups, joined(groups)]
+
+        optimizer._get_norm_groups = norms
+    elif engine.zero_optimization_stage() == 0 and optimizer is engine.basic_optimizer:
+
+        def clip() -> None:
+            counted = Parameter(torch.empty(1, device=engine.device))
+            counted.grad = own().view(1).to(counted)
+            parameters = [*engine.module.parameters(), counted]
+            note(clip_grad_norm_(parameters, engine.gradient_clipping(), mpu=engine.mpu))
+
+        engine.clip_fp32_gradients = clip
+    else:
+        raise ValueError(
+            "The engine's optimizer must be ZeRO's, or at ZeRO 0 one in fp32, for tables with an "
+            f"optimizer of their own, but is `{type(optimizer).__name__}` instead, whose norm of "
+            "gradients can't take them in. Set `zero_optimization.stage` to 1, 2 or 3 for bf16 and "
+            "fp16, and with bf16 leave out `data_types.grad_accum_dtype` or set the stage to 2."
+        )
 
 
 def after_linking(optimizer: Any, action: Callable[[], None]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from tp_embed.nn.head import OutputHead
 from tp_embed.nn.table import Table
 from tp_embed.surgery.plan import ShardingPlan, agree_on_plan, plan_sharding
 from tp_embed.surgery.report import ShardingReport
+from tp_embed.surgery.strategies import Choices
 from tp_embed.watchdog import Watchdog
 
 from .autotp import NOTE, per_head_tables
@@ -38,6 +39,7 @@ from .checks import (
 )
 from .config import SECTION, EmbedConfig
 from .gang import DeepSpeedGang
+from .own_tables import OwnTable, check_own_tables, find_own_tables, set_apart
 from .private import is_zero_param
 from .sequence import check_sequence_groups
 from .world import check_tables_of_all
@@ -52,6 +54,7 @@ def shard_model(
     optimizer: Any = None,
     parameters: Any = None,
     check: Callable[[Gang], None] = lambda gang: None,
+    own_tables: list[OwnTable] | None = None,
 ) -> ShardingReport:
     """Shards the tables of ``model`` by ``section``, for an engine of ``ds_config``.
 
@@ -62,6 +65,8 @@ def shard_model(
     :param optimizer: gets the new Parameters, unless it is a function that builds an optimizer.
     :param parameters: Parameters or groups for a later optimizer; updated in place.
     :param check: may refuse the model too; called before anything changes.
+    :param own_tables: gets the tables with an optimizer of their own, for the engine; ``None`` if
+        the caller cannot train them.
     :raises ValueError: as :func:`initialize`.
     :raises GangError: the ranks of a gang disagree.
     """
@@ -77,9 +82,11 @@ def shard_model(
             check_config(ds_config)
             check_sequence_groups(model, mpu, ds_config)
         plan = _plan(model, gang, section, ds_config, optimizer, parameters, world)
+        if section.tables:
+            check_own_tables(ds_config, plan is not None and own_tables is not None)
         choices = [] if plan is None else plan.choices
         owned = [group.names[0] for group, chosen in choices if chosen == "world"]
-        check_tables_of_all(model, owned, ds_config, mpu)
+        check_tables_of_all(model, owned, ds_config, mpu, has_own=bool(section.tables))
         if plan is not None:
             _check_plan(plan, section, ds_config, dp_size)
         elif section.fuse_loss:
@@ -92,7 +99,12 @@ def shard_model(
         return plan
 
     plan = agree_on_plan(model, gang, prepare, world)
-    report = ShardingReport(()) if plan is None else _apply(plan, section)
+    report = ShardingReport(())
+    if plan is not None:
+        own = find_own_tables(model, plan.choices, section)
+        report = _apply(plan, section)
+        if own_tables is not None:
+            own_tables += set_apart(model, own, ds_config, gang.device, (optimizer, parameters))
     if isinstance(model, PipelineModule):
         _check_stages(model, gang, ds_config, dp_size)
     log_dist(f"tp_embed over {gang}:\n{report}", ranks=[0])
@@ -161,10 +173,12 @@ def _check_plan(
     plan: ShardingPlan, section: EmbedConfig, ds_config: dict[str, Any], dp_size: int
 ) -> None:
     check_choices(plan.model, ds_config, plan.choices, plan.left)
-    check_empty_shards(plan.model, plan.gang, ds_config, plan.choices)
-    cut = [(group, chosen) for group, chosen in plan.choices if plan.gang_of(chosen).size > 1]
+    own = {name for names in find_own_tables(plan.model, plan.choices, section) for name in names}
+    engine_trains = [(group, chosen) for group, chosen in plan.choices if group.names[0] not in own]
+    check_empty_shards(plan.model, plan.gang, ds_config, engine_trains)
+    cut = [(group, chosen) for group, chosen in engine_trains if plan.gang_of(chosen).size > 1]
     check_optimizer_type(ds_config, cut)
-    _check_gradients(plan, ds_config, dp_size)
+    _check_gradients(plan, engine_trains, own, ds_config, dp_size)
     heads = {head: chosen for group, chosen in plan.choices for head in group.heads}
     if section.fuse_loss:
         from tp_embed.integrations.transformers import fusible_model  # An optional dependency.
@@ -205,16 +219,23 @@ def _apply(plan: ShardingPlan, section: EmbedConfig) -> ShardingReport:
     )
 
 
-def _check_gradients(plan: ShardingPlan, ds_config: dict[str, Any], dp_size: int) -> None:
+def _check_gradients(
+    plan: ShardingPlan,
+    choices: Choices,
+    own: Collection[str],
+    ds_config: dict[str, Any],
+    dp_size: int,
+) -> None:
     """Checks that the engine supports the gradients of the tables, including tables that are
-    sharded already."""
-    sharded = _sharded_tables(plan.model)
+    sharded already, but not the ``own`` ones, with an optimizer of their own."""
+    modules = dict(plan.model.named_modules())
+    sharded = _sharded_tables(module for name, module in modules.items() if name not in own)
 
     def is_asked(option: str) -> bool:
         wanted = getattr(plan.options, option)
         return any(getattr(table, option) for table in sharded) or any(
             getattr(table, option, False) if wanted is None or chosen == "none" else wanted
-            for group, chosen in plan.choices
+            for group, chosen in choices
             for table in group.embeddings
         )
 
@@ -224,12 +245,9 @@ def _check_gradients(plan: ShardingPlan, ds_config: dict[str, Any], dp_size: int
         check_reuse_grad(ds_config, dp_size)
 
 
-def _sharded_tables(model: Module) -> list[Table]:
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, Table) and not isinstance(module, StandardEmbedding)
-    ]
+def _sharded_tables(modules: Iterable[Module]) -> list[Table]:
+    tables = (module for module in modules if isinstance(module, Table))
+    return [table for table in tables if not isinstance(table, StandardEmbedding)]
 
 
 def _is_out_of_reach(model: Module, gang: Gang) -> bool:
@@ -245,7 +263,7 @@ def _check_stages(
     sharded and that the engine supports their gradients."""
     modules = dict(model.named_modules())
     own = [name for name, m in modules.items() if isinstance(m, nn.Embedding) and gang.size > 1]
-    own_reuse = any(table.reuse_grad for table in _sharded_tables(model))
+    own_reuse = any(table.reuse_grad for table in _sharded_tables(model.modules()))
     of_all: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_all, (own, own_reuse))
     tables = sorted({name for names, _ in of_all for name in names})

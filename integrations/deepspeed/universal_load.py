@@ -33,6 +33,7 @@ from .private import (
     persistent_buffers,
     universal_mode,
 )
+from .table_optimizers import own_tables_of, refuse_universal
 from .universal_format import find_universal, load, read_step, read_tensor
 
 
@@ -62,6 +63,8 @@ def load_universal(
     :raises FileNotFoundError: the checkpoint does not exist.
     :raises ValueError: the checkpoint does not fit the model or the optimizer. Nothing has changed.
     """
+    if own_tables_of(engine) is not None:
+        raise refuse_universal()
     directory = Path(directory)
     universal = find_universal(directory, tag)
     if isinstance(engine.module, PipelineModule):

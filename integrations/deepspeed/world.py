@@ -40,11 +40,17 @@ def tables_of_all(model: Module) -> dict[str, RowWiseEmbedding]:
 
 
 def check_tables_of_all(
-    model: Module, names: Iterable[str], ds_config: Mapping[str, Any], mpu: Any
+    model: Module,
+    names: Iterable[str],
+    ds_config: Mapping[str, Any],
+    mpu: Any,
+    *,
+    has_own: bool,
 ) -> None:
     """Checks the tables of ``model`` with ids of their own on each rank, and marks their weights.
 
     :param names: the names of tables that will be sharded so.
+    :param has_own: whether any table has an optimizer of its own.
     :raises ValueError: the engine would train them wrongly.
     """
     made = tables_of_all(model)
@@ -55,6 +61,12 @@ def check_tables_of_all(
         raise ValueError(
             f"The tables {names} must not be sharded over all processes in a `PipelineModule`, "
             "since its stages do not all look up ids. Use a `VocabShardedEmbedding`."
+        )
+    if has_own:
+        raise ValueError(
+            "`tp_embed.tables` must be left out for a model with tables that are sharded over all "
+            f"processes, {names}, which the engine's optimizer trains. Leave it out, or use "
+            '"vocab" or "embed" in `tp_embed.rules`.'
         )
     asked = {name: (ds_config.get(name) or {}).get("enabled") for name in _PRECISIONS}
     asked["zero_optimization.stage"] = (ds_config.get("zero_optimization") or {}).get("stage", 0)

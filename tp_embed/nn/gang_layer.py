@@ -121,9 +121,23 @@ class GangLayer(Module):
     def __prepare_scriptable__(self) -> Self:
         raise _unsupported(self, "torch.jit.script")
 
+    def set_apart(self) -> None:
+        """Makes ``weight`` a buffer, so that code that trains or partitions ``parameters()`` leaves
+        it alone. It stays the same Parameter, in the state dict too, and gets gradients."""
+        self.register_buffer("weight", self._parameters.pop("weight"))
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether :meth:`set_apart` has been called."""
+        return "weight" in self._buffers
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        apart = self._buffers.pop("weight", None)
         # Return a plain tensor, which can become a Parameter and be swapped with one.
         super()._apply(lambda tensor: local(fn(tensor)), recurse)
+        if apart is not None:
+            apart.data = local(fn(apart))
+            self._buffers["weight"] = apart
         self._adopt()  # `fn` may have replaced Parameters, as `to_empty()` does.
         return self
 

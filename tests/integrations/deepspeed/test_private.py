@@ -27,9 +27,11 @@ DOCUMENTED = {
 ATTRIBUTES = {
     "_TENSOR_MODEL_PARALLEL_GROUP": "deepspeed.utils.groups",
     "_config": "deepspeed.runtime.engine",
+    "_consolidated_16bit_state_dict": "deepspeed.runtime.engine",
     "_dp_group": "deepspeed.utils.mixed_precision_linkage",
     "_get_buffer_names": "deepspeed.runtime.engine",
     "_get_gradients_for_reduction": "deepspeed.runtime.engine",
+    "_get_norm_groups": "deepspeed.runtime.zero.stage3",
     "_get_optimizer_loss_scale": "deepspeed.runtime.engine",
     "_hp_mapping": "deepspeed.utils.mixed_precision_linkage",
     "_index_in_param_group": "deepspeed.utils.mixed_precision_linkage",
@@ -50,6 +52,7 @@ ATTRIBUTES = {
     "get_lp_grad_fragment": "deepspeed.utils.tensor_fragment",
     "load_universal_checkpoint": "deepspeed.runtime.config",
     "lp_fragment_address": "deepspeed.utils.tensor_fragment",
+    "scaled_global_norm": "deepspeed.runtime.zero.stage_1_and_2",
     "torch_autocast_z0_gradscaler": "deepspeed.runtime.engine",
 }
 

@@ -17,6 +17,7 @@ from ...files.derived import Cast
 from . import zero0
 from .files import (
     STRUCTURE,
+    TABLE_STATES,
     ModelFile,
     Saved,
     array_of,
@@ -48,6 +49,12 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     """Joins the model and optimizer files of all ranks of one tag."""
     saved = open_tag(find_tag(path, options.tag), options)
     model = saved.models[0][0]
+    if TABLE_STATES in model.state:
+        raise CheckpointError(
+            f"`{model.file.path}` must have no tables with an optimizer of their own "
+            "(`tp_embed.tables`), whose shards and states can't be converted yet, but has some. "
+            "Write the whole model by `tp_embed.integrations.deepspeed.export()`."
+        )
     names = _names(model)
     buffers = frozenset(name for name in names.own if name in model.buffers)
     optimizers, notes = _optimizers(saved, names, options)
