@@ -296,8 +296,7 @@ def join_norm(engine: Any, own: Callable[[], Tensor], note: Callable[[Tensor], N
     optimizer = engine.optimizer
 
     def joined(norms: list[Tensor]) -> Tensor:
-        norm = own()
-        norm = norm.to(device=norms[0].device, dtype=norms[0].dtype)
+        norm = own().to(torch.as_tensor(norms[0]))  # With offloading, norms may be on the CPU.
         note(combine_grad_norm_groups([*norms, norm]))
         return norm
 
