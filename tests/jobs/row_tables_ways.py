@@ -28,11 +28,13 @@ AUTOTP: dict[str, Any] = {
 
 
 def ways_to_build() -> dict[str, Any]:
-    """AutoTP with an optimizer of the user, with groups, and a model of `deepspeed.zero.Init`."""
+    """AutoTP with an optimizer of the user, with groups, offloaded, and a model of
+    `deepspeed.zero.Init`."""
     seen: dict[str, Any] = {}
     table: dict[str, Any] = {"optimizer": "rowwise_adagrad", "lr": 0.3, "weight_decay": DECAY}
     ids = batches(groups.get_data_parallel_rank())
-    for stage, way in ((0, "optimizer"), (1, "groups"), (2, "optimizer"), (3, "zero.Init")):
+    ways = [(0, "optimizer"), (1, "groups"), (2, "optimizer"), (3, "zero.Init")]
+    for stage, way in [*ways, (2, "offload"), (3, "offload")]:
         ds_config = config(stage, table) | AUTOTP
         options: dict[str, Any] = {}
         if way == "zero.Init":
@@ -44,6 +46,9 @@ def ways_to_build() -> dict[str, Any]:
         if way == "optimizer":
             del ds_config["optimizer"]
             options["optimizer"] = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+        elif way == "offload":
+            ds_config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+            ds_config["zero_force_ds_cpu_optimizer"] = False
         elif way == "groups":
             named = list(model.named_parameters())
             options["model_parameters"] = [
