@@ -54,7 +54,14 @@ def test_modules_have_the_private_name(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["_backward_hooks", "_coalesced_", "_indices", "_post_accumulate_grad_hooks", "_version"],
+    [
+        "_backward_hooks",
+        "_coalesced_",
+        "_indices",
+        "_post_accumulate_grad_hooks",
+        "_values",
+        "_version",
+    ],
 )
 def test_tensors_have_the_private_name(name):
     assert name in of_objects(PRIVATE), "Take it out of this test."

@@ -158,6 +158,12 @@ def mark_coalesced(sparse: Tensor) -> None:
         sparse._coalesced_(True)
 
 
+def parts_of_sparse(sparse: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the rows and values of a row-sparse tensor that may repeat rows: coalescing would sum
+    them in an order that changes."""
+    return sparse._indices()[0], sparse._values()
+
+
 def metadata_of(state_dict: Any) -> dict[str, dict[str, Any]]:
     """Returns the metadata of a state dict, by module: saved shards couldn't be identified."""
     metadata: dict[str, dict[str, Any]] | None = getattr(state_dict, "_metadata", None)

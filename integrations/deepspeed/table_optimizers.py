@@ -140,7 +140,7 @@ class TableOptimizers:
         by_gang: dict[Gang, list[Tensor]] = {}
         for table in self._tables:
             grad = grads.get(table.weight)
-            values = torch.zeros(0) if grad is None else grad._values()
+            values = torch.zeros(0) if grad is None else grad.values()
             by_gang.setdefault(table.gang, []).append(values)
         norms = [
             norm.to(self._engine.device, torch.float32)
@@ -172,7 +172,7 @@ class TableOptimizers:
         if clip > 0.0:
             factor = (clip / (self._total_norm / scale + 1e-6)).clamp(max=1.0) / scale
         for grad in grads.values():
-            grad._values().mul_(factor.to(grad._values()))
+            grad.values().mul_(factor.to(grad.values()))
         for table in self._tables:
             if table.follows:
                 table.optimizer.param_groups[0]["lr"] = rate

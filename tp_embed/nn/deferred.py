@@ -98,7 +98,7 @@ class DeferredLogits(metaclass=_Kind):
         self._head, self._x = head, x
         # In a tuple, where ZeRO 3 does not find it: else it would gather it for the whole model.
         self._weight = head.weight, _changes_of(head.weight)
-        self._version = _changes_of(x)
+        self._changes = _changes_of(x)
         # An optimizer's step may follow a backward; DeepSpeed's leaves no version.
         self._was_backward: list[bool] = []
         if x.requires_grad and torch.is_grad_enabled():
@@ -115,12 +115,12 @@ class DeferredLogits(metaclass=_Kind):
         new._head, new._weight, new.dtype = self._head, self._weight, self.dtype
         new._was_backward = self._was_backward
         new._x = self._x if x is None else x
-        new._version = _changes_of(new._x)
+        new._changes = _changes_of(new._x)
         new._applied = self._applied._replace(**values)
         return new
 
     def _check_unchanged(self) -> None:
-        if self._was_backward or _changes_of(self._x) != self._version:
+        if self._was_backward or _changes_of(self._x) != self._changes:
             _refuse_late()
 
     def _loss(self, target: Tensor, options: dict[str, Any]) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tp_embed._torch_private import parts_of_sparse
 from tp_embed.lookup.distinct import find_distinct
 from tp_embed.lookup.gradient import sum_by_id
 from tp_embed.optim.masters import State, read_all, read_rows, write_rows
@@ -223,7 +224,7 @@ def rows_of(grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
             f"is {grad.layout} of the shape {tuple(grad.shape)} instead. Make the table with "
             "`sparse=True`, or use an optimizer of `torch.optim`."
         )
-    rows, values = grad._indices()[0], grad._values()
+    rows, values = parts_of_sparse(grad)
     values = values.to(torch.promote_types(weight.dtype, torch.float32))
     if grad.is_coalesced():
         return rows, values
