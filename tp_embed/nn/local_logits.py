@@ -71,7 +71,9 @@ def as_local_logits(logits: Tensor) -> Tensor:
 
 
 def local_values(logits: Tensor) -> Tensor:
-    """Returns ``logits`` as a plain tensor."""
+    """Returns ``logits`` as a plain tensor. Tensors of graphs and transforms stay as they are."""
+    if not isinstance(logits, LocalLogits):
+        return logits
     with unguarded():
         return logits.as_subclass(Tensor)
 
