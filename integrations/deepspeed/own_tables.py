@@ -99,7 +99,10 @@ def find_own_tables(
     for group, chosen in choices:
         problem = None
         if chosen == "none":
-            problem = "must be sharded by 'embed' or 'vocab', but stays whole. Change its strategy"
+            problem = (
+                "must be sharded by 'embed', 'vocab' or 'world', but stays whole. Change its "
+                "strategy"
+            )
         elif group.heads or not group.embeddings:
             problem = (
                 "must have no output head, whose gradient is dense, but has one. Untie the head"

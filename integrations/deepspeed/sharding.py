@@ -86,7 +86,8 @@ def shard_model(
             check_own_tables(ds_config, plan is not None and own_tables is not None)
         choices = [] if plan is None else plan.choices
         owned = [group.names[0] for group, chosen in choices if chosen == "world"]
-        check_tables_of_all(model, owned, ds_config, mpu, has_own=bool(section.tables))
+        own = {name for names in find_own_tables(model, choices, section) for name in names}
+        check_tables_of_all(model, owned, own, ds_config, mpu)
         if plan is not None:
             _check_plan(plan, section, ds_config, dp_size)
         elif section.fuse_loss:

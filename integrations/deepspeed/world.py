@@ -10,7 +10,7 @@ out where it averages over ranks, and counts them once in norms.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from functools import wraps
 from typing import Any
@@ -42,31 +42,36 @@ def tables_of_all(model: Module) -> dict[str, RowWiseEmbedding]:
 def check_tables_of_all(
     model: Module,
     names: Iterable[str],
+    own: Collection[str],
     ds_config: Mapping[str, Any],
     mpu: Any,
-    *,
-    has_own: bool,
 ) -> None:
     """Checks the tables of ``model`` with ids of their own on each rank, and marks their weights.
 
     :param names: the names of tables that will be sharded so.
-    :param has_own: whether any table has an optimizer of its own.
+    :param own: the names of tables with an optimizer of their own, which the engine leaves alone.
     :raises ValueError: the engine would train them wrongly.
     """
     made = tables_of_all(model)
-    names = [*names, *made]
+    for name, table in made.items():
+        if table.grad_reduction != "mean" or table.gang.size != dist.get_world_size():
+            raise ValueError(
+                f"The table '{name}' must have `grad_reduction='mean'`, as an engine averages "
+                f"gradients, and a gang of all {dist.get_world_size()} processes, but has "
+                f"{table.grad_reduction!r} and {table.gang.size}. Use `DeepSpeedGang.from_world()`."
+            )
+    names = [name for name in (*names, *made) if name not in own]
     if not names:
         return
+    if own:
+        raise ValueError(
+            f"The tables {names}, which are sharded over all processes, must have an optimizer of "
+            f"their own, too, where {sorted(own)} have one. Name them in `tp_embed.tables`."
+        )
     if isinstance(model, PipelineModule):
         raise ValueError(
             f"The tables {names} must not be sharded over all processes in a `PipelineModule`, "
             "since its stages do not all look up ids. Use a `VocabShardedEmbedding`."
-        )
-    if has_own:
-        raise ValueError(
-            "`tp_embed.tables` must be left out for a model with tables that are sharded over all "
-            f"processes, {names}, which the engine's optimizer trains. Leave it out, or use "
-            '"vocab" or "embed" in `tp_embed.rules`.'
         )
     asked = {name: (ds_config.get(name) or {}).get("enabled") for name in _PRECISIONS}
     asked["zero_optimization.stage"] = (ds_config.get("zero_optimization") or {}).get("stage", 0)
@@ -77,15 +82,10 @@ def check_tables_of_all(
             "An engine must be at ZeRO 0, in fp32 and without sequence parallelism for tables that "
             f"are sharded over all processes, {names}, but has {found}: DeepSpeed would partition "
             "or average shards over ranks that hold different ones. Set `zero_optimization.stage` "
-            'to 0, or use "vocab" or "embed" in `tp_embed.rules`.'
+            "to 0, give them an optimizer of their own in `tp_embed.tables`, or another strategy "
+            "in `tp_embed.rules`."
         )
-    for name, table in made.items():
-        if table.grad_reduction != "mean" or table.gang.size != dist.get_world_size():
-            raise ValueError(
-                f"The table '{name}' must have `grad_reduction='mean'`, as an engine averages "
-                f"gradients, and a gang of all {dist.get_world_size()} processes, but has "
-                f"{table.grad_reduction!r} and {table.gang.size}. Use `DeepSpeedGang.from_world()`."
-            )
+    for table in made.values():
         mark_distinct(table.weight)
 
 

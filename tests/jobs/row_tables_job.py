@@ -25,6 +25,8 @@ CASES = [
     for stage in range(4)
     for i, layout in enumerate(LAYOUTS)
 ]
+CASES += [(0, "dp4", "lazy_adam", "world"), (1, "tp2dp2", "rowwise_adagrad", "world")]
+CASES += [(2, "dp4", "rowwise_adam", "world"), (3, "tp2dp2", "lazy_adam", "world")]
 
 
 class Model(nn.Module):
@@ -121,6 +123,8 @@ def resume(mpus: dict[str, Any], out: Path, stage: int, half: str | None) -> dic
         more["bf16"] = {"enabled": True}
     elif half == "fp16":
         more["fp16"] = {"enabled": True, "initial_scale_power": 8}
+    elif half == "world":  # In fp32.
+        more["strategy"] = "world"
     ds_config = config(stage, {"optimizer": "rowwise_adam", "weight_decay": DECAY}, **more)
     ids = batches(replica_of(mpus[layout]))
     engine = make(layout, ds_config, mpus)
@@ -173,7 +177,7 @@ def main(out: Path) -> None:
     get_accelerator().is_fp16_supported = lambda: True
     mpus = {name: mpu_over(ranks) for name, ranks in LAYOUTS.items()}
     seen: dict[str, Any] = {f"{each}": case(mpus, *each) for each in CASES}
-    for stage, half in [(0, None), (1, "bf16"), (2, "fp16"), (3, "bf16")]:
+    for stage, half in [(0, None), (1, "bf16"), (2, "fp16"), (3, "bf16"), (3, "world")]:
         seen[f"resume {stage} {half}"] = resume(mpus, out, stage, half)
     for stage in (1, 2, 3):
         seen[f"overflow {stage}"] = overflow(mpus, stage)

@@ -79,6 +79,7 @@ def test_trains_as_one_process(seen, case):
         (1, "bf16", "torch.bfloat16"),
         (2, "fp16", "torch.float16"),
         (3, "bf16", "torch.bfloat16"),
+        (3, "world", "torch.float32"),
     ],
 )
 def test_resumes_from_a_checkpoint(seen, stage, half, dtype):

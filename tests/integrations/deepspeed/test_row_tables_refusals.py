@@ -47,7 +47,10 @@ def refused(gang, cases):
 
 CASES = [
     ({"tables": {"tied": ADAGRAD}}, "'tied' must have no output head, .* Untie the head, or take"),
-    ({"tables": {"whole": ADAGRAD}}, "'whole' must be sharded by 'embed' or 'vocab', but stays"),
+    (
+        {"tables": {"whole": ADAGRAD}},
+        "'whole' must be sharded by 'embed', 'vocab' or 'world', but stays",
+    ),
     ({"tables": {"frozen": ADAGRAD}}, "'frozen' must require a gradient, but is frozen"),
     ({"tables": {"none*": ADAGRAD}}, r"must match names of tables, but 'none\*' matches none of"),
     ({"tables": {"plain": ADAGRAD}, "own": False}, "must be left out for a `PipelineModule`"),
