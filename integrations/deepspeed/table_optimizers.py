@@ -246,7 +246,7 @@ class TableOptimizers:
         if state is None or state.keys() != self.optimizers.keys():
             raise ValueError(
                 "The checkpoint must have the states of the optimizers of "
-                f"{sorted(self.optimizers)}, but has those of {sorted(state or {})}. Use the "
+                f"{sorted(self.optimizers)}, but has states of {sorted(state or {})}. Use the "
                 "same `tp_embed.tables`, or pass `load_optimizer_states=False`."
             )
         for name, optimizer in self.optimizers.items():

@@ -120,7 +120,7 @@ def _with_whole_tables(
     method: Callable[..., Any], engine: Any, tables: list[RowWiseEmbedding]
 ) -> Callable[..., Any]:
     """Returns a method of ``engine`` whose checkpoints hold these tables, and their optimizer
-    states, whole: DeepSpeed would save those of the first data-parallel rank."""
+    states, whole: DeepSpeed would save the first data-parallel rank's shards."""
 
     @wraps(method)
     def with_whole_tables(*args: Any, **kwargs: Any) -> Any:

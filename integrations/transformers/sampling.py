@@ -57,7 +57,7 @@ def fit_generations(args: Any, gang: Gang) -> None:
     data-parallel ranks. TRL counts all processes, and compares completions in groups of
     ``num_generations`` rows of all of them, but the ranks of a gang have the same rows.
 
-    :param args: of a Trainer; others than those of TRL's GRPO and RLOO are left alone.
+    :param args: of a Trainer; does nothing unless they are for TRL's GRPO or RLOO.
     :raises ValueError: groups or statistics would hold copies of the same completions, or the
         trainer would read shards as tables.
     """

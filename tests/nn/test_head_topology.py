@@ -1,5 +1,5 @@
 """Values and gradients of a head with ``deterministic="topology"``: the same bits at every size of
-the gang and for both ways of sharding, and those of torch on all logits."""
+the gang and for both ways of sharding, and equal torch's on all logits."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def check_same(pool, sizes, *args):
                 assert found == expected, (kind, size)
 
 
-# Tiles of which several are in a shard, and that are in several shards.
+# Small tiles, several in a shard, and large ones, each in several shards.
 @pytest.mark.parametrize("tile", [4, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_are_the_same_at_every_size(pool, dtype, tile):
@@ -173,7 +173,7 @@ def test_errors_are_those_of_fp32(dtype):
 
 
 def of_own_positions(gang, kind):
-    """Hidden states of this rank's positions give the same bits as those of all positions."""
+    """Hidden states of this rank's positions give the same bits as all positions at once."""
     tiles._TILE = 4
     _, bias, x = problem(11, torch.float32, 6)[0]
     table, target = problem(11, torch.float32, 6)[0][0], torch.arange(10).view(2, 5)
@@ -204,7 +204,7 @@ def test_positions_of_each_rank(pool, kind):
 def sums_in_any_order(gang):
     torch.manual_seed(0)
     terms = torch.randn(64, 7, 5) * torch.exp(8 * torch.randn(64, 7, 1))
-    terms[3:60:4] *= 2.0**-30  # Of which some bits are lost.
+    terms[3:60:4] *= 2.0**-30  # Loses some bits.
     bound = terms.abs().amax(-1).sum(0)
     sums = tiles.ExactSums(bound, 5)
     for term in terms[torch.randperm(64)][gang.rank :: gang.size]:
