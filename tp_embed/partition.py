@@ -113,3 +113,8 @@ def auto_strategy(
     if tied:
         return "vocab" if by_rows <= _SIZE_TOLERANCE * by_columns else "embed"
     return "embed" if by_columns <= _SIZE_TOLERANCE * by_rows else "vocab"
+
+
+def overlap(first: range, second: range) -> int:
+    """Returns how many items two blocks share."""
+    return max(0, min(first.stop, second.stop) - max(first.start, second.start))

@@ -217,8 +217,10 @@ def _shard(engine: Any, param: Parameter, dtype: torch.dtype | None) -> Tensor:
 
 def _master(engine: Any, param: Parameter) -> Tensor | None:
     own = own_tables_of(engine)
+    if own is not None and param in own:
+        return own.optimizer_of(param).master(param)
     found: Tensor | None = safe_get_full_fp32_param(param)
-    return own.optimizer_of(param).master(param) if own is not None and param in own else found
+    return found
 
 
 def _on_rank_0(world: Gang, action: Callable[[], Any]) -> Any:

@@ -10,8 +10,8 @@ from tp_embed.partition import Partition, as_slice, within
 
 
 def redistribute(block: Tensor, old: Partition, new: Partition, gang: Gang) -> Tensor:
-    """Moves rows of a table from the shards of one partition to those of another, by one
-    all-to-all. Drops rows beyond the size of ``new``, and returns no rows beyond that of ``old``.
+    """Moves rows of a table from the shards of one partition to the shards of another, by one
+    all-to-all. Drops rows beyond the size of ``new``. Rows beyond the size of ``old`` are missing.
 
     :param block: the shard of this rank. *Shape:* :math:`(V_{rank},E)`.
     """

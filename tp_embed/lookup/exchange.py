@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tp_embed.gang import Gang
 from tp_embed.lookup.distinct import Distinct, find_distinct
-from tp_embed.partition import Partition
+from tp_embed.partition import Partition, overlap
 
 Dedup = Literal["auto"] | bool
 
@@ -267,8 +267,8 @@ class RowsToAll(_ToAll):
         ends = [0, *accumulate(counts)]
         held = [range(*pair) for pair in pairwise(ends)]
         parts = [even.shard(r) for r in range(self.gang.size)]
-        sent = [_overlap(held[rank], part) for part in parts]
-        received = [_overlap(of, parts[rank]) for of in held]
+        sent = [overlap(held[rank], part) for part in parts]
+        received = [overlap(of, parts[rank]) for of in held]
         part = rows[parts[rank].start : parts[rank].stop]
         self.gang.all_to_all(part, own, received, sent)
         return part, [len(part) for part in parts]
@@ -342,10 +342,6 @@ def _rows_or_zeros(weight: Tensor, ids: Tensor, rows: range) -> Tensor:
 def _bounds(partition: Partition) -> list[int]:
     """Returns where each block starts, and where the last one ends."""
     return [0, *accumulate(partition.sizes)]
-
-
-def _overlap(first: range, second: range) -> int:
-    return max(0, min(first.stop, second.stop) - max(first.start, second.start))
 
 
 def no_sequence() -> ValueError:

@@ -107,7 +107,7 @@ def as_sparse(rows: Tensor, sums: Tensor, num_rows: int) -> Tensor:
 
 def check_ddp(weight: Tensor, *, is_sparse: bool, has_own_ids: bool) -> None:
     """
-    :param has_own_ids: whether the gradient sums those of all ranks.
+    :param has_own_ids: whether each rank looks up ids of its own.
     :raises ValueError: ``DistributedDataParallel`` would treat the sparse gradient of ``weight`` as
         dense, or average the gradients of different shards.
     """

@@ -148,7 +148,7 @@ def _again(side: Tiles, tile: int, tokens: slice, kept: Sequence[Tensor]) -> Ten
 
 
 class Gradients:
-    """The gradients of hidden states, weight and bias, from those of logits.
+    """Backpropagates gradients of logits to hidden states, weight and bias.
 
     :param weight: this rank's shard.
     :param dtype: of the gradient of the weight.
@@ -207,7 +207,7 @@ class Gradients:
         return None if self._memory is None else self._memory.dtype
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Returns the whole gradients, except for the weight's, of which each rank has its shard.
+        """Returns the whole gradients, except for the weight's: each rank has its shard.
 
         Sends what :meth:`Tiling.fetch` does, and V numbers for the bias.
         """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tp_embed.gang import Gang, ReduceOperation
-from tp_embed.partition import Partition
+from tp_embed.partition import Partition, overlap
 
 # The number of classes of a tile. Sums over tiles take less time for large tiles. Small ones are
 # shared out more evenly.
@@ -112,7 +112,7 @@ class Tiling:
         return memory, tiles
 
     def give_back(self, memory: Tensor, tiles: list[Tensor]) -> Tensor:
-        """Returns the gradient of the weight, from those of the tiles. Sends what :meth:`fetch`
+        """Returns the gradient of the weight, from the tiles' gradients. Sends what :meth:`fetch`
         receives."""
         if self.shard_dim and self.gang.size > 1:
             return self._recut_back(memory)
@@ -140,8 +140,8 @@ class Tiling:
         sent, received = [], []
         for other in range(self.gang.size):
             of_other, is_other = self.partition.shard(other), other != rank
-            sent.append(_overlap(own, self.rows_of(other)) * is_other)
-            received.append(_overlap(of_other, self.rows) * is_other)
+            sent.append(overlap(own, self.rows_of(other)) * is_other)
+            received.append(overlap(of_other, self.rows) * is_other)
         return sent, received
 
     def _recut(self, weight: Tensor) -> Tensor:
@@ -189,10 +189,6 @@ def aligned(tensor: Tensor) -> Tensor:
 def is_aligned(tensor: Tensor) -> bool:
     """Returns whether products of ``tensor`` can't depend on where in memory it is."""
     return tensor.data_ptr() % _ALIGNMENT == 0
-
-
-def _overlap(a: range, b: range) -> int:
-    return max(0, min(a.stop, b.stop) - max(a.start, b.start))
 
 
 class ExactSums:

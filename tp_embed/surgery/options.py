@@ -44,11 +44,9 @@ class ShardingOptions:
 
     def facts(self) -> dict[str, object]:
         """Returns the options that must be the same on every rank of the gang."""
-        names = "output", "head_input", "head_deterministic", "dedup", "sparse", "reuse_grad"
+        names = "output head_input head_deterministic dedup sparse reuse_grad placement"
         return {
-            **{
-                f"`{name}`": getattr(self, name) for name in (*names, "placement", "grad_reduction")
-            },
+            **{f"`{name}`": getattr(self, name) for name in f"{names} grad_reduction".split()},
             "`check_ids`": check_interval(self.check_ids),
             "whether there is an `init_fn`": self.init_fn is not None,
         }
