@@ -48,15 +48,15 @@ $(FUSED_ADAM): $(READY)
 
 # Most of their time tests wait for ranks, so two files at a time take little more than one.
 test: $(FUSED_ADAM) ## Run the tests, WORKERS=2, ARGS='-k parity'
-	pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 nightly: $(FUSED_ADAM) ## Run the wide tests: all families of models, 2,500 random programs, damaged checkpoints
-	pytest --numprocesses $(WORKERS) --dist loadfile -m nightly $(ARGS)
+	pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m nightly $(ARGS)
 
 # Ranks, launchers and commands count too: each process writes a file, and `combine` joins them.
 coverage: $(FUSED_ADAM) ## Run the tests and show the lines that no process ran, ARGS='tests/gang'
 	rm -f .coverage .coverage.*
-	coverage run -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS); \
+	coverage run -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS); \
 	  status=$$?; coverage combine --quiet && coverage report && exit $$status
 
 # The machine may reach no package index: any torch on it will do that sees a GPU.

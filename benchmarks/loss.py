@@ -35,6 +35,7 @@ from tp_embed import OutputHead, VocabShardedEmbedding
 from tp_embed.integrations.deepspeed import DeepSpeedGang
 from tp_embed.nn.init import normal
 from tp_embed.nn.loss import cross_entropy
+from tp_embed.parameter.sharded import ShardedParameter
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 PEER = "DeepSpeed's `vocab_parallel_linear_cross_entropy`"
@@ -52,7 +53,7 @@ def ways(embed: VocabShardedEmbedding) -> dict[str, Loss]:
     def by_deepspeed(x: Tensor, target: Tensor) -> Tensor:
         loss: Tensor = vocab_parallel_linear_cross_entropy(
             x,
-            embed.weight.to_local(),  # type: ignore[attr-defined]
+            embed.weight.to_local() if isinstance(embed.weight, ShardedParameter) else embed.weight,
             target,
             tp_group=gang.as_process_group(),
             vocab_start_index=embed.rows.start,

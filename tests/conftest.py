@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,21 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("tp_embed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts files. First come those that start programs on several hosts, then others that start
+    programs, since they wait most of their time; then those with most tests, so that workers end
+    at about the same time."""
+    counts = Counter(item.path for item in items)
+
+    def order(item: pytest.Item) -> tuple[bool, bool, int]:
+        module = item.getparent(pytest.Module)
+        names = vars(module.obj).values() if module else ()
+        uses = {getattr(value, "__module__", None) for value in names}
+        return "hosts" not in uses, not uses & {"hosts", "launch", "forks"}, -counts[item.path]
+
+    items.sort(key=order)
 
 
 @pytest.fixture(scope="session")
