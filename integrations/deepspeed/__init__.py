@@ -10,6 +10,7 @@ from .config import EmbedConfig, TableConfig
 from .export import export
 from .gang import DeepSpeedGang
 from .initialize import initialize
+from .install import install, uninstall
 from .resize import resize_vocab
 from .sequence import averages_over_sequence
 from .table_optimizers import TableOptimizers
@@ -25,7 +26,9 @@ __all__ = [
     "check_config",
     "export",
     "initialize",
+    "install",
     "load_universal",
     "resize_vocab",
     "to_universal",
+    "uninstall",
 ]

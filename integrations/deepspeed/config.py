@@ -187,6 +187,9 @@ class EmbedConfig(BaseModel):
         )
 
 
+_GATHER = "stage3_gather_16bit_weights_on_model_save"
+
+
 def read_section(config: Mapping[str, Any], **keys: Any) -> tuple[dict[str, Any], EmbedConfig]:
     """Splits a config into DeepSpeed's part and our section.
 
@@ -201,6 +204,15 @@ def read_section(config: Mapping[str, Any], **keys: Any) -> tuple[dict[str, Any]
         return rest, EmbedConfig.model_validate(section)
     except ValidationError as e:
         raise ValueError("\n".join(map(_describe, e.errors()))) from None
+
+
+def gather_when_saving(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns ``config`` with engines that gather whole models when they save them, unless it says
+    otherwise."""
+    zero = dict(config.get("zero_optimization") or {})
+    if zero.get(_GATHER, "auto") == "auto":
+        zero[_GATHER] = True
+    return {**config, "zero_optimization": zero}
 
 
 def _describe(error: Any) -> str:

@@ -7,6 +7,7 @@ private parts. ``tests/integrations/deepspeed/test_private.py`` names what anoth
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -252,6 +253,21 @@ def check_before_saving(check: Callable[[Any, str], None]) -> None:
             return gather(engine, *args, **kwargs)
 
         setattr(DeepSpeedEngine, name, checked)
+
+
+def check_before_building(check: Callable[[Any, Any], None]) -> None:
+    """Calls ``check(model, config)`` when an engine is made: a section of the config that only we
+    read would be ignored."""
+    build = DeepSpeedEngine.__init__
+    signature = inspect.signature(build)
+
+    @wraps(build)
+    def checked(*args: Any, **kwargs: Any) -> None:
+        given = signature.bind(*args, **kwargs).arguments
+        check(given.get("model"), given.get("config"))
+        build(*args, **kwargs)
+
+    DeepSpeedEngine.__init__ = checked
 
 
 def without_reduction(engine: Any, parameters: Sequence[Parameter]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,9 @@ from .own_tables import OwnTable, check_own_tables, find_own_tables, set_apart
 from .private import is_zero_param
 from .sequence import check_sequence_groups
 from .world import check_tables_of_all
+
+# The models that a section of a DeepSpeed config was applied to.
+sharded_by_section: WeakSet[Module] = WeakSet()
 
 
 def shard_model(
@@ -108,6 +112,7 @@ def shard_model(
             own_tables += set_apart(model, own, ds_config, gang.device, (optimizer, parameters))
     if isinstance(model, PipelineModule):
         _check_stages(model, gang, ds_config, dp_size)
+    sharded_by_section.add(model)
     log_dist(f"tp_embed over {gang}:\n{report}", ranks=[0])
     return report
 

@@ -10,13 +10,11 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from tp_embed.gang import Gang
-from tp_embed.integrations.deepspeed.config import read_section
+from tp_embed.integrations.deepspeed.config import gather_when_saving, read_section
 from tp_embed.integrations.deepspeed.private import PartitionType, get_tensor_parallel_config
 from tp_embed.integrations.deepspeed.sharding import shard_model
 from tp_embed.surgery.optimizer import Groups
 from tp_embed.surgery.report import ShardingReport
-
-_GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 
 def shard_by_config(
@@ -48,9 +46,7 @@ def shard_by_config(
     report = shard_model(
         model, ds_config, section, optimizer=optimizer, parameters=parameters, check=check
     )
-    zero = config.setdefault("zero_optimization", {})
-    if zero.get(_GATHER, "auto") == "auto":
-        zero[_GATHER] = True
+    config.update(gather_when_saving(config))
     return report
 
 

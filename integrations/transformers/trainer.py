@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, trainer
 from transformers.utils import logging
 
-from tp_embed.integrations.deepspeed.config import read_section
+from tp_embed.integrations.deepspeed.config import SECTION, read_section
 from tp_embed.integrations.deepspeed.full_values import guard_full_values
 from tp_embed.integrations.deepspeed.sharding import start_watchdog
 from tp_embed.surgery.report import ShardingReport
@@ -93,3 +93,29 @@ class ShardTables(TrainerCallback):
         if self.watchdog is None:
             _, section = read_section(args.hf_deepspeed_config.config)
             self.watchdog = start_watchdog(section)
+
+
+class _ShardTablesIfAsked(ShardTables):
+    """Does nothing where there is no section ``"tp_embed"``."""
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if _has_section(args):
+            super().on_init_end(args, state, control, **kwargs)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if _has_section(args):
+            super().on_train_begin(args, state, control, **kwargs)
+
+
+def _has_section(args: Any) -> bool:
+    config = getattr(args, "hf_deepspeed_config", None)
+    return config is not None and SECTION in config.config
+
+
+def shard_by_default(is_wanted: bool) -> None:
+    """Gives each Trainer that is made from now on a :class:`ShardTables`, which acts if its
+    DeepSpeed config has a section ``"tp_embed"``, or no longer does so."""
+    defaults = trainer.DEFAULT_CALLBACKS
+    defaults[:] = [callback for callback in defaults if callback is not _ShardTablesIfAsked]
+    if is_wanted:
+        defaults.append(_ShardTablesIfAsked)
