@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,8 @@ def staged(
     :param overwrite: replace an existing ``output`` atomically.
     :raises FileExistsError: ``output`` exists and is not an empty directory.
     :raises CheckpointError: another process is writing to ``output``, the partial output belongs
-        to other work, the disk is full, or permission is missing.
+        to other work, its name is taken, ``output`` is a device or a mount point, the disk is full,
+        or permission is missing.
     """
     output = output.resolve()
     check_free(output, overwrite)
@@ -121,6 +122,7 @@ def staged(
     with _explained(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with _locked(partial, output):
+            check_free(output, overwrite)  # Another process may have written it meanwhile.
             _begin(partial, json.dumps(request, sort_keys=True), resume)
             try:
                 with ThreadPoolExecutor(1) as pool:
@@ -134,9 +136,9 @@ def staged(
             except KeyboardInterrupt:
                 raise
             except BaseException:
-                shutil.rmtree(partial)
+                _remove(partial)
                 raise
-            shutil.rmtree(partial)
+            _remove(partial)
             _sync_one(output.parent)
 
 
@@ -144,7 +146,19 @@ def check_free(output: Path, overwrite: bool = False) -> None:
     """Checks that ``output`` is free.
 
     :raises FileExistsError: it exists, is no empty directory, and ``overwrite`` is false.
+    :raises CheckpointError: it can't be replaced.
     """
+    if os.path.lexists(output) and not (output.is_file() or output.is_dir()):
+        kind = "a link to nothing" if output.is_symlink() else "a device, pipe or socket"
+        raise CheckpointError(
+            f"`{output}` must be new, a file or a directory, but is {kind}, which is never "
+            "replaced. Choose another name."
+        )
+    if os.path.ismount(output):
+        raise CheckpointError(
+            f"`{output}` must be a name that can be replaced, but is the root of a mounted file "
+            f"system. Write into it: `{output / 'NAME'}`."
+        )
     is_free = not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir()))
     if not is_free and not overwrite:
         raise FileExistsError(
@@ -187,9 +201,7 @@ def _begin(partial: Path, request: str, resume: bool) -> None:
     # The request, the files, and what was written; the last line may be cut off.
     lines = journal.read_text().split("\n")[:-1] if journal.exists() else []
     if not resume or len(lines) < 2:
-        for entry in partial.iterdir():
-            if entry.name != "lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        _empty(partial)
         journal.write_text(request + "\n")
         _sync_one(journal)
     elif lines[0] != request:
@@ -210,17 +222,69 @@ def _inode(path: Path) -> int | None:
 
 @contextmanager
 def _locked(partial: Path, output: Path) -> Iterator[None]:
-    """Locks ``output`` against other writers."""
-    partial.mkdir(exist_ok=True)
-    with (partial / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise CheckpointError(
-                f"`{output}` must be written by one process, but another is writing it. Wait for "
-                "it, or end it."
-            ) from e
+    """Makes the directory ``partial`` if there is none, and locks ``output`` against other
+    writers."""
+    file = None
+    while file is None:
+        with suppress(FileNotFoundError):  # Another process has just removed it.
+            _check_ours(partial, output)
+            with suppress(FileExistsError):
+                os.mkdir(partial)
+            file = _lock(partial / "lock", output)
+    try:
         yield
+    finally:
+        os.close(file)
+
+
+def _check_ours(partial: Path, output: Path) -> None:
+    """Checks that nobody else has a file, link or directory at ``partial``, which is emptied."""
+    found = "a link or a file"
+    if partial.is_dir() and not partial.is_symlink():
+        names = set(os.listdir(partial))
+        strange = names - {"lock", "journal", output.name}
+        if not strange and (not names or "lock" in names):
+            return
+        found = f"a directory with {sorted(strange or names)[:5]}"
+    elif not os.path.lexists(partial):
+        return
+    raise CheckpointError(
+        f"`{partial}` must be free for the output in progress, or left by an earlier run, but is "
+        f"{found}. Move it, or choose another output."
+    )
+
+
+def _lock(path: Path, output: Path) -> int | None:
+    """Returns a locked file, or ``None`` if the process that wrote here before has removed it."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file), path.lstat()):
+            kept, file = file, -1
+            return kept
+    except BlockingIOError as e:
+        raise CheckpointError(
+            f"`{output}` must be written by one process, but another is writing it. Wait for "
+            "it, or end it."
+        ) from e
+    finally:
+        if file >= 0:
+            os.close(file)
+    return None
+
+
+def _remove(partial: Path) -> None:
+    """Removes the directory, the lock last: until then no other process may write here."""
+    _empty(partial)
+    (partial / "lock").unlink()
+    with suppress(OSError):  # Another process has locked it.
+        partial.rmdir()
+
+
+def _empty(partial: Path) -> None:
+    for entry in partial.iterdir():
+        if entry.name != "lock":
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _publish(path: Path, output: Path) -> None:
@@ -268,6 +332,7 @@ def _explained(output: Path) -> Iterator[None]:
             errno.EDQUOT: "must have space for it, but your quota is used up. Free some",
             errno.EACCES: "must be open to you for writing, but is not. Change who may write there",
             errno.EPERM: "must be open to you for writing, but is not. Change who may write there",
+            errno.EBUSY: "must let its name be replaced, but is in use there. Choose another name",
             errno.EROFS: "must be writable, but is mounted read-only. Choose another place",
         }
         if e.errno not in reasons or isinstance(e, FileExistsError):
