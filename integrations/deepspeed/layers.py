@@ -17,6 +17,7 @@ from tp_embed.gang.collectives import whole_table
 from tp_embed.nn.deferred import DeferredLogits
 from tp_embed.nn.embedding import RowWiseEmbedding
 from tp_embed.nn.head import ShardedLayer
+from tp_embed.nn.late_calls import ENGINES
 from tp_embed.parameter.sharded import local
 from tp_embed.partition import Partition
 
@@ -34,6 +35,7 @@ from .private import (
 for _layer in get_args(ShardedLayer):
     TensorParallel_Layer.register(_layer)
 pass_outputs(DeferredLogits)  # Their hidden states come from other modules.
+ENGINES.add("deepspeed")
 
 
 def _refuse_whole(engine: Any, method: str) -> None:

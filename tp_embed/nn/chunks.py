@@ -20,8 +20,8 @@ from tp_embed.nn.token_loss import check_soft_cap, widened
 from tp_embed.parameter.sharded import unguarded
 from tp_embed.partition import Partition
 
-# As in the module of the loss.
-_CHUNK_BYTES = 32 << 20
+# The least memory for logits: with less, products are slower.
+_CHUNK_BYTES = 8 << 20
 
 _ALONE: Gang = FakeGang("cpu")  # Size 1: sends nothing.
 
@@ -268,8 +268,10 @@ class Gradients:
             if sums.dtype != logits.dtype:
                 sums = torch.zeros_like(sums, dtype=logits.dtype)
         add_gradients(logits, self.source.x, weight, row_blocks(weight), self.x, sums)
-        if self.weight is not None and sums is not None and sums.dtype != self.weight.dtype:
-            self.weight[rows] = self._scaled(sums)
+        if self.weight is not None and sums is not None:
+            sums = self._scaled(sums)
+            if sums.dtype != self.weight.dtype:
+                self.weight[rows] = sums
 
     def results(self) -> tuple[Tensor | None, ...]:
         x = None if self.x is None else self._scaled(self.x).to(self.dtype)

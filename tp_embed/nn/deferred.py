@@ -11,8 +11,10 @@ from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from tp_embed._torch_private import version
+from tp_embed.nn.late_calls import Modes, only_engine_hooks
 
 __all__ = ["DeferredLogits", "DeferredLogitsError"]
 
@@ -97,7 +99,8 @@ class DeferredLogits(metaclass=_Kind):
         """
         self._head, self._x = head, x
         # In a tuple, where ZeRO 3 does not find it: else it would gather it for the whole model.
-        self._weight = head.weight, _changes_of(head.weight)
+        self._weight = head.weight, _changes_of(head.weight), head.weight.requires_grad
+        self._modes = Modes.of(x)
         self._changes = _changes_of(x)
         # An optimizer's step may follow a backward; DeepSpeed's leaves no version.
         self._was_backward: list[bool] = []
@@ -113,6 +116,7 @@ class DeferredLogits(metaclass=_Kind):
         self._check_unchanged()
         new = object.__new__(DeferredLogits)
         new._head, new._weight, new.dtype = self._head, self._weight, self.dtype
+        new._modes = self._modes
         new._was_backward = self._was_backward
         new._x = self._x if x is None else x
         new._changes = _changes_of(new._x)
@@ -129,13 +133,15 @@ class DeferredLogits(metaclass=_Kind):
         head = self._head
 
         def compute(x: Tensor) -> Tensor:
-            weight, version = self._weight
-            if head.weight is not weight or _changes_of(weight) != version:
+            weight, version, is_trained = self._weight
+            is_same = head.weight is weight and _changes_of(weight) == version
+            if not is_same or weight.requires_grad != is_trained:
                 _refuse_late()
             return head.loss(x, target, **options, **self._applied.options(head))
 
         self._check_unchanged()
-        loss: Tensor = head(self._x, compute=compute)
+        with self._modes.restored(), only_engine_hooks(cast(Module, head)):
+            loss: Tensor = head(self._x, compute=compute)
         return loss
 
     @property
@@ -324,8 +330,8 @@ def _refuse(name: str) -> NoReturn:
 
 def _refuse_late() -> NoReturn:
     raise DeferredLogitsError(
-        "Deferred logits must be used before `backward()`, and before their hidden states or the "
-        f"weight of their head change, but are used after that. {_FIX}"
+        "Deferred logits must be used before `backward()`, and before their hidden states, the "
+        f"weight of their head or its `requires_grad` change, but are used after that. {_FIX}"
     )
 
 

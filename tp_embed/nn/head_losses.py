@@ -120,8 +120,8 @@ class HeadLosses(GangLayer):
         """Computes the log-probability of each target, from the logits divided by ``temperature``,
         without holding all logits.
 
-        As all of these functions, computes logits of a chunk of tokens at a time, in as much memory
-        as :meth:`loss`, and again in the backward. Sends a few fp32 numbers per token, in one
+        As all of these functions, computes logits of a chunk of tokens at a time, 8 MiB or as many
+        as ``x`` has items, and again in the backward. Sends a few fp32 numbers per token, in one
         all-gather; here 2 + K, (P-1) (2 + K) 4 N bytes. The backward sends as much as the backward
         of :meth:`forward`. Sharded along the embedding dimension, both also all-reduce all N V
         logits, chunk by chunk. Second derivatives, transforms of :mod:`torch.func` and graphs hold
@@ -261,14 +261,15 @@ class HeadLosses(GangLayer):
         if ours != theirs:
             raise ValueError(
                 f"`teacher_head` must be cut like this head, {ours}, but is {theirs} instead. "
-                "Shard both by the same strategy over the same gang."
+                "Shard both by the same strategy over the same gang, with the same `input`."
             )
 
     def _cut(self) -> str:
-        """Describes which classes and ranks it is cut over."""
+        """Describes which classes and ranks it is cut over, and which positions it takes."""
         axis = "the embedding dimension" if self.shard_dim else "the vocabulary"
         ranks = getattr(self.gang, "global_ranks", f"{self.gang.size} ranks")
-        return f"{self.out_features} classes along {axis} over {ranks} as rank {self.gang.rank}"
+        cut = f"{self.out_features} classes along {axis} over {ranks} as rank {self.gang.rank}"
+        return f"{cut}, for {self.input} hidden states"
 
     def _inputs(self, x: Tensor, length: int | None, tiled: bool = False) -> Tensor:
         """Returns the hidden states that the product takes: of all positions, this rank's columns

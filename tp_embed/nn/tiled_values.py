@@ -116,7 +116,8 @@ class _Values(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _check_once(grad)
         heads, function, num_inputs = ctx.context
-        inputs, saved = ctx.saved_tensors[:num_inputs], ctx.saved_tensors[num_inputs:]
+        tensors = ctx.saved_tensors  # Read once: checkpointing unpacks them only once.
+        inputs, saved = tensors[:num_inputs], tensors[num_inputs:]
         function = function.with_tensors(*inputs[3 * len(heads) :])
         sides = _sides(heads, inputs)
         gradients = _gradients(sides[0], inputs, ctx.needs_input_grad)

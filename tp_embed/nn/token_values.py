@@ -81,7 +81,8 @@ class _TokenValues(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         heads, function, num_inputs = ctx.context
-        inputs, saved = ctx.saved_tensors[:num_inputs], ctx.saved_tensors[num_inputs:]
+        tensors = ctx.saved_tensors  # Read once: checkpointing unpacks them only once.
+        inputs, saved = tensors[:num_inputs], tensors[num_inputs:]
         function = function.with_tensors(*inputs[3 * len(heads) :])
         needs, nothing = ctx.needs_input_grad[:3], [None] * (len(ctx.needs_input_grad) - 3)
         sources = _sources(heads, inputs)

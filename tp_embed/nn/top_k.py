@@ -79,7 +79,9 @@ def merged_top_k(values: Tensor, ids: Tensor, k: int, gang: Gang) -> tuple[Tenso
     ranks = Partition(gang.size * values.size(1), gang.size)
     values = gather_columns(values, gang, ranks)
     ids = gather_columns(ids, gang, ranks)
-    # The ids ascend, and the sort is stable.
+    # Of equal values the lowest id comes first; padding, whose id is none, comes last.
+    ids, order = ids.sort(dim=-1, stable=True)
+    values = values.gather(1, order)
     values, order = values.sort(dim=-1, descending=True, stable=True)
     return values[:, :k].contiguous(), ids.gather(1, order)[:, :k].contiguous()
 
