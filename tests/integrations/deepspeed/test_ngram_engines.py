@@ -1,0 +1,83 @@
+"""Compares engines of models with n-gram and per-layer tables, over two ranks, with one process of
+plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ngram_job as job
+from forks import run_script
+from tp_embed.lookup.gradient import as_sparse
+from tp_embed.optim import RowwiseAdagrad, RowwiseAdam
+
+OPTIMIZERS = {"rowwise_adagrad": RowwiseAdagrad, "rowwise_adam": RowwiseAdam}
+KINDS = {
+    "embed": "ShardedEmbedding",
+    "vocab": "VocabShardedEmbedding",
+    "world": "RowWiseEmbedding",
+}
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    out = tmp_path_factory.mktemp("ngram")
+    run_script(job.__file__, out, ranks=2)
+    return [torch.load(out / f"seen{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def train_alone(name, optimizer):
+    """AdamW, or for the large table its own optimizer, on the rows with a gradient."""
+    model = job.build(name)
+    table = model.get_submodule(job.TABLES[name]).weight
+    trained = [p for p in model.parameters() if p is not table or optimizer is None]
+    others = torch.optim.AdamW(trained, lr=job.LR, weight_decay=0.01)
+    own = optimizer and OPTIMIZERS[optimizer]([table], lr=job.TABLE_LR)
+    replicas = range(1 if name in job.SPECS else 2)
+    losses, norms = [], []
+    for ids in zip(*map(job.batches, replicas), strict=True):
+        model.zero_grad()
+        loss = torch.stack([model(input_ids=i, labels=i)["loss"] for i in ids]).mean()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), job.CLIP).item())
+        others.step()
+        if own:
+            used = table.grad.abs().sum(dim=1).nonzero()[:, 0]
+            own.step(grads={table: as_sparse(used, table.grad[used], len(table))})
+        losses.append(loss.item())
+    return losses, norms
+
+
+@pytest.mark.parametrize("case", job.CASES, ids=str)
+def test_trains_as_one_process(seen, case):
+    name, stage, strategy, optimizer = case
+    losses, norms = train_alone(name, optimizer)
+    assert min(norms) > job.CLIP
+    assert losses[0] != losses[-1]
+    for rank in seen:
+        found = rank[f"{case}"]
+        assert found["kind"] == KINDS[strategy]
+        assert found["losses"] == pytest.approx(losses, rel=1e-5)
+        if stage:
+            assert found["norms"] == pytest.approx(norms, rel=1e-4)
+
+
+def test_the_config_cuts_other_layers(seen):
+    """So that tables are not all that is compared."""
+    for case in job.CASES:
+        cut = seen[0][f"{case}"]["cut"]
+        if case[0] == "ours":
+            assert cut == []
+        elif case[0] == "qwen":
+            assert "model.layers.1.mlp.shared_expert.down_proj" in cut
+            assert "model.layers.0.linear_attn.out_proj" in cut
+        else:
+            assert "model.layers.1.self_attn.o_proj" in cut
+            assert "model.layers.1.mlp.down_proj" in cut
+        assert ("model.layers.0.mlp.down_proj" in cut) == (case[0] == "gemma4")
+
+
+def test_deepspeed_rejects_the_plans_of_transformers(seen):
+    """If one is accepted some day, the docs can leave out its `partition_config`."""
+    for name in ("qwen", "gemma4"):
+        assert "unsupported partition style(s)" in seen[0]["rejected"][name]
