@@ -189,9 +189,7 @@ class LongCat(nn.Module):
 
     def forward(self, ids):
         rows, total, first = self.hashing.rows(ids), self.word(ids), 0
-        for head, (table, projection) in enumerate(
-            zip(self.tables, self.projections, strict=True)
-        ):
+        for head, (table, projection) in enumerate(zip(self.tables, self.projections, strict=True)):
             total = total + projection(table(rows[..., head] - first))
             first += table.num_embeddings
         return total / (1 + len(self.tables))

@@ -39,9 +39,7 @@ def qwen(ngram_size=3, heads=2, base=50, layer=0, seed=1234):
     with torch.no_grad():
         table = theirs.ngram_embedding.weight
         table.copy_(torch.arange(len(table)).unsqueeze(1))
-    ours = XorHash(
-        V, base, max_ngram=ngram_size, heads=heads, layer=layer, seed=seed, boundary=EOS
-    )
+    ours = XorHash(V, base, max_ngram=ngram_size, heads=heads, layer=layer, seed=seed, boundary=EOS)
     return config, theirs, ours
 
 
@@ -95,9 +93,7 @@ def test_rows_of_engram():
     """Multipliers of NumPy, another size for each n, distinct primes in all layers, and documents
     that run into each other."""
     bound = np.iinfo(np.int64).max // V // 2
-    for layer, sizes in enumerate(
-        [((11, 13), (17, 19), (23, 29)), ((31, 37), (41, 43), (47, 53))]
-    ):
+    for layer, sizes in enumerate([((11, 13), (17, 19), (23, 29)), ((31, 37), (41, 43), (47, 53))]):
         drawn = np.random.default_rng(10007 * layer).integers(0, bound, size=4) * 2 + 1
         ours = XorHash(
             V, [10, 14, 20], max_ngram=4, heads=2, layer=layer, multipliers=drawn, fill=3
