@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,17 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from corpus import Corpus, load
-from tp_embed import NGramAverage, NGramEmbedding, XorHash
+from tp_embed import NGramEmbedding, NGramGate, XorHash
 from tp_embed.integrations.deepspeed import initialize
 from tp_embed.monitor.charts import line_charts, save
+from tp_embed.nn.init import normal
 
-BATCH, LENGTH, HIDDEN, EMBED = 8, 128, 96, 24
+BATCH, LENGTH, HIDDEN, EMBED, RATE = 8, 128, 96, 24, 3e-3
 
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": BATCH,
     "gradient_clipping": 1.0,
-    "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "torch_adam": True}},
+    "optimizer": {"type": "AdamW", "params": {"lr": RATE, "torch_adam": True}},
     "zero_optimization": {"stage": 1},
 }
 TABLE: dict[str, Any] = {
@@ -54,10 +56,12 @@ class LanguageModel(nn.Module):
             use_cache=False,
         )
         self.llama = LlamaForCausalLM(config)
-        self.ngram: NGramAverage | None = None
+        self.ngram: NGramGate | None = None
         if rows:
             hashing = XorHash(vocab_size, rows, heads=2, boundary=end)
-            self.ngram = NGramAverage(NGramEmbedding(hashing, EMBED), HIDDEN)
+            # Small values, since most n-grams of a new text have a row that has not been trained.
+            table = NGramEmbedding(hashing, EMBED, init_fn=partial(normal, std=0.02))
+            self.ngram = NGramGate(table, HIDDEN)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
         x = self.llama.get_input_embeddings()(input_ids)
@@ -74,8 +78,9 @@ def train(corpus: Corpus, end: int, rows: int, steps: int) -> tuple[list[int], l
     """
     torch.manual_seed(0)
     model = LanguageModel(corpus.vocab_size, end, rows)
-    warmup = {"warmup_num_steps": max(2, steps // 10), "total_num_steps": steps + 1}
-    scheduler = {"type": "WarmupDecayLR", "params": {**warmup, "warmup_type": "linear"}}
+    rates = {"warmup_max_lr": RATE, "warmup_type": "linear"}
+    lengths = {"warmup_num_steps": max(2, steps // 10), "total_num_steps": steps + 1}
+    scheduler = {"type": "WarmupDecayLR", "params": {**rates, **lengths}}
     section = {"tp_embed": TABLE} if rows else {}
     engine, *_ = initialize(model=model, config={**CONFIG, "scheduler": scheduler, **section})
     name = f"with {4 * rows} rows" if rows else "without the table"
@@ -96,7 +101,7 @@ def train(corpus: Corpus, end: int, rows: int, steps: int) -> tuple[list[int], l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rows", type=int, default=100_000, help="of each head of the table")
     parser.add_argument("--vocab-size", type=int, default=2000)
     parser.add_argument("--max-bytes", type=int, default=8_000_000, help="of text")

@@ -86,7 +86,7 @@ class Averaging(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets)}
 
 
-def qwen() -> nn.Module:
+def qwen() -> Any:
     return Qwen4ExpForCausalLM(
         Qwen4ExpTextConfig(
             **SIZES,
@@ -113,7 +113,7 @@ def qwen() -> nn.Module:
     )
 
 
-def gemma3n() -> nn.Module:
+def gemma3n() -> Any:
     return Gemma3nForCausalLM(
         Gemma3nTextConfig(
             **PER_LAYER,
@@ -124,7 +124,7 @@ def gemma3n() -> nn.Module:
     )
 
 
-def gemma4() -> nn.Module:
+def gemma4() -> Any:
     return Gemma4ForCausalLM(Gemma4TextConfig(**PER_LAYER, global_head_dim=16))
 
 
@@ -223,7 +223,7 @@ def _is_cut(module: nn.Module) -> bool:
 
 
 def by_the_plan(name: str) -> str | float:
-    """What DeepSpeed says of the plan of transformers, without tables of ours, or the first loss."""
+    """What DeepSpeed says of the plan of transformers without our tables, or the first loss."""
     ds_config = config(name, 1, "embed", None)
     del ds_config["tensor_parallel"]["partition_config"], ds_config["tp_embed"]
     try:

@@ -4,6 +4,7 @@ with plain torch."""
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -92,7 +93,8 @@ def batch(rank, length=9):
 def sharded_gate(gang, strategy):
     made = gate()
     cut = NGramEmbedding(hash_of(), WIDTH, gang, strategy=strategy, pad_to_multiple_of=128)
-    cut.table = type(cut.table).from_embedding(made.ngrams.table, gang)
+    kind: Any = type(cut.table)
+    cut.table = kind.from_embedding(made.ngrams.table, gang)
     made.ngrams = cut
     return made
 
@@ -176,8 +178,8 @@ def test_layers_have_hashes_of_their_own():
 
 
 class LongCat(nn.Module):
-    """LongCat-Flash-Lite's embedding of n-grams, by its formula: a table and a matrix for each head,
-    and the mean with the embeddings of tokens."""
+    """LongCat-Flash-Lite's embedding of n-grams, by its formula: a table and a matrix for each
+    head, and the mean with the embeddings of tokens."""
 
     def __init__(self, hashing):
         super().__init__()
@@ -281,7 +283,7 @@ def test_average_trains_as_by_the_formula(pool, size, strategy):
     for found in results:
         close(found["table"], table)
         close(found["decoded"], found["again"])
-        assert size == 1 and strategy != "world" or found["kind"] == KINDS[strategy]
+        assert (size == 1 and strategy != "world") or found["kind"] == KINDS[strategy]
 
 
 def look_up_bad_ids(gang, strategy):

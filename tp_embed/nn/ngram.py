@@ -30,10 +30,10 @@ class NGramEmbedding(Module):
     """Embeds the n-grams that end at each token: looks up a row for each head of ``hashing`` in one
     table, :attr:`table`, and returns them side by side.
 
-    The table is whole, or sharded over ``gang``; the results are the same. A whole one can be sharded
-    later as any other, by :func:`tp_embed.shard_embeddings` or by the section of a DeepSpeed config,
-    ``{"rules": {"*ngram*": "world"}}`` if the module is called ``ngram``. What is sent is that of
-    its class, for N = S H ids.
+    The table is whole, or sharded over ``gang``; the results are the same. A whole one can be
+    sharded later like any other, by :func:`tp_embed.shard_embeddings` or by the section of a
+    DeepSpeed config, ``{"rules": {"*ngram*": "world"}}`` if the module is called ``ngram``. A
+    lookup sends what the table's class sends, for H ids per token.
 
     :param hashing: says which rows n-grams have.
     :param embed_dim: E, the size of a row.
@@ -93,8 +93,8 @@ class NGramEmbedding(Module):
         output = getattr(self.table, "output", "replicated")
         if output not in ("replicated", "own"):
             raise ValueError(
-                "`output` must be 'replicated' for the table of an `NGramEmbedding`, whose ids have "
-                f"the heads as their last dimension, but is {output!r} instead. Give the table the "
+                "`output` must be 'replicated' for the table of an `NGramEmbedding`, whose last "
+                f"dimension of ids are the heads, but is {output!r} instead. Give the table the "
                 "rule 'world' or 'none', or leave out `output`."
             )
         try:
@@ -112,7 +112,7 @@ class NGramEmbedding(Module):
 
 
 class NGramAverage(Module):
-    """Averages each token's hidden state with its n-grams, each projected by a matrix of its own, as
+    """Averages each token's hidden state with its n-grams, each projected by its head's matrix, as
     `LongCat-Flash-Lite <https://arxiv.org/abs/2601.21204>`_ does with the embeddings of tokens:
     :math:`(x + \\sum_h W_h e_h) / (1 + H)`.
 
@@ -155,15 +155,15 @@ class NGramAverage(Module):
 
 
 class NGramGate(Module):
-    """Adds the n-grams of each token to its hidden state as far as that asks for them, and then those
-    of the tokens before by a short convolution, as DeepSeek's `Engram
-    <https://arxiv.org/abs/2601.07372>`_ and Qwen4-Exp do.
+    """Adds the n-grams of each token to its hidden state, weighted by a gate that depends on both,
+    as DeepSeek's `Engram <https://arxiv.org/abs/2601.07372>`_ and Qwen4-Exp do.
 
-    A gate for each token is the sigmoid of a signed square root of the scaled product of its
-    normalized hidden state and a normalized projection of its n-grams. It multiplies another
-    projection of these, v. The new hidden state is :math:`x + v + silu(conv(norm(v)))`. The
-    convolution is over ``kernel_size`` tokens, each as far apart as the largest n, channel by channel.
-    Its weight is zero at first. It reaches across the ends of documents, as published.
+    The gate is the sigmoid of s, where :math:`s |s|` is the product of the normalized hidden state
+    and a normalized projection of the n-grams, divided by the square root of ``hidden_size``. It
+    multiplies another projection of the n-grams. With the result v, the new hidden state is
+    :math:`x + v + silu(conv(norm(v)))`. The convolution is causal and channel by channel, over
+    ``kernel_size`` tokens that are as far apart as the largest n. Its weight is zero at first. It
+    reaches across the ends of documents, as published.
 
     With several residual streams, hidden states are those of all streams side by side; each has its
     own gate.

@@ -139,15 +139,15 @@ class NGramHash(ABC):
 
 
 class XorHash(NGramHash):
-    r"""The hash function of DeepSeek's `Engram <https://arxiv.org/abs/2601.07372>`_ and of Qwen4-Exp:
-    :math:`(t_0 m_0 \oplus t_1 m_1 \oplus \ldots) \bmod p`, where :math:`t_i` is the token i
-    positions before, :math:`m_i` an odd number, and p a prime, another one for each head.
+    r"""The hash function of `Engram <https://arxiv.org/abs/2601.07372>`_, from DeepSeek, and of
+    Qwen4-Exp: :math:`(t_0 m_0 \oplus t_1 m_1 \oplus \ldots) \bmod p`, where :math:`t_i` is the
+    token i positions before, :math:`m_i` an odd number, and p a prime, another one for each head.
 
     The primes are the first ones from ``base_size``. Several layers with tables of their own have
     distinct primes and multipliers: give them ``layer`` 0, 1, ...
 
-    :param vocab_size: the number of token ids. Engram first maps tokens that differ in case, accents
-        or spaces to one id; do so before, and give the number of such ids.
+    :param vocab_size: the number of token ids. Engram first maps tokens that differ only in case,
+        accents or spaces to one id; do so before, and give the number of such ids.
     :param base_size: the least number of rows of a head, or one for each n.
     :param max_ngram: the largest n.
     :param heads: the number of heads for each n.
