@@ -24,7 +24,7 @@ from engines_job import mpu_over
 from tp_embed import NGramAverage, NGramEmbedding, RollingHash
 from tp_embed.integrations.deepspeed import initialize
 
-V, EOS, STEPS, CLIP, LR, EPS, TABLE_LR = 53, 2, 4, 0.1, 0.02, 1e-3, 0.1
+V, EOS, STEPS, CLIP, LR, EPS, TABLE_LR = 53, 2, 4, 0.1, 0.005, 1e-3, 0.05
 
 SIZES: dict[str, Any] = {
     "vocab_size": V,
@@ -38,6 +38,9 @@ SIZES: dict[str, Any] = {
 }
 PER_LAYER: dict[str, Any] = {
     **SIZES,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
     "intermediate_size": 48,
     "vocab_size_per_layer_input": V,
     "hidden_size_per_layer_input": 8,
@@ -117,9 +120,8 @@ def gemma3n() -> Any:
     return Gemma3nForCausalLM(
         Gemma3nTextConfig(
             **PER_LAYER,
-            num_kv_shared_layers=0,
             laurel_rank=4,
-            activation_sparsity_pattern=[0.5, 0.0],
+            activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
         )
     )
 

