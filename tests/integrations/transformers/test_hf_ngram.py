@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -69,7 +71,8 @@ def directory(tmp_path_factory):
     [(2, "vocab"), (3, "vocab"), (3, "cyclic"), (4, "cyclic"), (4, "embed"), (4, "vocab")],
 )
 def test_loads_generates_and_saves(pool, directory, name, size, strategy):
-    logits, tokens = answers(type(job.build(name)).from_pretrained(directory / name))
+    model_class: Any = type(job.build(name))
+    logits, tokens = answers(model_class.from_pretrained(directory / name))
     kind = KINDS[strategy]
     for found_kind, *found in pool(size, load, name, strategy, directory):
         assert found_kind == kind
