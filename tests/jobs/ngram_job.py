@@ -1,4 +1,4 @@
-"""Run by the `deepspeed` launcher on two ranks for test_ngram_engines.py: engines of models with
+"""Run by the `deepspeed` launcher on four ranks for test_ngram_engines.py: engines of models with
 n-gram and per-layer tables. Saves what was seen, by rank."""
 
 from __future__ import annotations
@@ -172,6 +172,11 @@ def build(name: str) -> nn.Module:
     return model
 
 
+def replicas(name: str) -> int:
+    """The number of data-parallel ranks: by AutoTP, two ranks share a batch."""
+    return 2 if name in SPECS else 4
+
+
 def batches(replica: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(replica)
     ids = torch.randint(3, V, (STEPS, 2, 12), generator=generator)
@@ -202,7 +207,7 @@ def case(mpu: Any, name: str, *options: Any) -> dict[str, Any]:
     mpu = None if name in SPECS else mpu
     engine, *_ = initialize(model=build(name), config=config(name, *options), mpu=mpu)
     losses, norms = [], []
-    for ids in batches(0 if mpu is None else dist.get_rank()):
+    for ids in batches(dist.get_rank() // (4 // replicas(name))):
         loss = engine(input_ids=ids, labels=ids)["loss"]
         engine.backward(loss)
         engine.step()
@@ -239,8 +244,8 @@ def by_the_plan(name: str) -> str | float:
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed()
-    replicas = mpu_over([[0], [1]])
-    seen: dict[str, Any] = {f"{each}": case(replicas, *each) for each in CASES}
+    alone = mpu_over([[rank] for rank in range(4)])
+    seen: dict[str, Any] = {f"{each}": case(alone, *each) for each in CASES}
     seen["by the plan"] = {name: by_the_plan(name) for name in SPECS}
     torch.save(seen, out / f"seen{dist.get_rank()}.pt")
 

@@ -125,7 +125,7 @@ def close(found, expected):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_equals_the_layer_of_transformers(pool, size, strategy):
     """Outputs and gradients, with padding and without; with the strategy "world" each rank has a
     batch of its own."""
@@ -258,7 +258,7 @@ KINDS = dict(
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_average_trains_as_by_the_formula(pool, size, strategy):
     results = pool(size, train_average, strategy)
     alone = longcat()
@@ -299,7 +299,7 @@ def look_up_bad_ids(gang, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_ids_out_of_range_raise_on_all_ranks(pool, size, strategy):
     for message in pool(size, look_up_bad_ids, strategy):
         assert "All token ids must be in [0, 41) (`vocab_size` of the hash)" in message
