@@ -152,9 +152,10 @@ def test_equals_the_layer_of_transformers(pool, size, strategy):
             table.grad = added if table.grad is None else table.grad + added
     whole = torch.full_like(table, torch.nan)
     for found in results:
-        whole[torch.tensor(found["rows"]).unsqueeze(1), torch.tensor(found["columns"])] = found[
-            "table"
-        ]
+        rows, columns = (
+            torch.tensor(found[name], dtype=torch.long) for name in ("rows", "columns")
+        )
+        whole[rows.unsqueeze(1), columns] = found["table"]
     close(whole, table.grad)
 
 
