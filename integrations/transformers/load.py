@@ -186,8 +186,8 @@ def _loading(base: Any, gang: Gang, sharding: dict[str, Any], meeting: _Meeting)
 
 
 def _join_rows(model: Any, state: dict[str, Any], mapping: Iterable[Any]) -> None:
-    """Joins what the files hold of a table in several tensors of rows, as those of Qwen4-Exp do, if
-    each rank holds rows of it: transformers would cut each tensor, and join what it has cut."""
+    """Joins tables that the files hold in several tensors of rows, as for Qwen4-Exp, if each rank
+    holds rows: transformers would cut each tensor by itself and join the cuts."""
     tables = [key for key, layer in sharded_layers(model) if layer.shard_dim == 0]
     for converter in mapping:
         operations = converter.operations if isinstance(converter, WeightConverter) else []

@@ -47,7 +47,7 @@ def config():
 
 
 def theirs(layer=0):
-    """The layer of transformers with random weights, those of the convolution too."""
+    """The layer of transformers with random weights, in the convolution too."""
     torch.manual_seed(0)
     made = Qwen4ExpTextPLELayer(config(), 0, layer)
     with torch.no_grad():

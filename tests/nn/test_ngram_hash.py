@@ -15,7 +15,7 @@ V, EOS = 41, 7
 
 
 def draw(*shape, high=V, seed=0):
-    """Ids, a fifth of which end a document."""
+    """Ids that end a document one time in five."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(high, shape, generator=generator)
     return ids.masked_fill(torch.rand(shape, generator=generator) < 0.2, EOS)
@@ -194,6 +194,8 @@ def test_sizes_of_the_published_model():
         (lambda: XorHash(V, 0, fill=0), r"`base_size` must be a positive number"),
         (lambda: XorHash(V, [50], fill=0), r"or 2 of them, one for each n up to 3"),
         (lambda: XorHash(V, 50, fill=0, multipliers=[1]), r"`multipliers` must have 3 numbers"),
+        (lambda: RollingHash(V, -1, heads=2), r"each with at least one row"),
+        (lambda: RollingHash(V, 1 << 56), r"`base_size` must be so small that hashes fit"),
         (lambda: RollingHash(V, 50, heads=0), r"`sizes` must have at least one head"),
         (lambda: RollingHash(V, 50, max_ngram=1), r"`sizes` must have at least one head"),
     ],

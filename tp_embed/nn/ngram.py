@@ -85,10 +85,11 @@ class NGramEmbedding(Module):
         :param cache: has the tokens before ``ids``, in step-by-step decoding; updated.
         :param positions: the position of each token within its document, for documents that are
             packed without the hash's boundary. *Shape:* as ``ids``, or broadcastable to it.
-        :returns: the rows of all heads, those of the smallest n first. *Shape:* :math:`(*,S,H E)`.
+        :returns: the rows of all heads side by side, beginning with n = 2. *Shape:*
+            :math:`(*,S,H E)`.
         :raises IndexError: an id is outside ``[0, vocab_size)`` of the hash. All ranks raise; on an
             accelerator, up to two calls later.
-        :raises ValueError: the table was sharded with another output than that of all positions.
+        :raises ValueError: the table was sharded with an ``output`` other than "replicated".
         """
         output = getattr(self.table, "output", "replicated")
         if output not in ("replicated", "own"):
@@ -165,8 +166,8 @@ class NGramGate(Module):
     ``kernel_size`` tokens that are as far apart as the largest n. Its weight is zero at first. It
     reaches across the ends of documents, as published.
 
-    With several residual streams, hidden states are those of all streams side by side; each has its
-    own gate.
+    With several residual streams, ``x`` has the hidden states of all streams side by side, and each
+    stream has a gate.
 
     :param ngrams: embeds the n-grams.
     :param hidden_size: the size of the hidden state of a stream.

@@ -1,4 +1,4 @@
-"""Published hash functions of token n-grams, which say in which rows of a table an n-gram is."""
+"""Published hash functions that map token n-grams to rows of a table."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tp_embed.lookup.ids import as_indices
 
 @dataclass
 class NGramCache:
-    """What a layer needs of the tokens before, to decode step by step. Starts empty; each call that
-    is given it updates it.
+    """Keeps what a layer needs to know about earlier tokens, to decode step by step. Starts empty;
+    each call that it is passed to updates it.
 
     :param ids: the last ids. *Shape:* :math:`(*,C)`, where C is less than the largest n.
     :param values: the last inputs of the convolution of an :class:`~tp_embed.nn.ngram.NGramGate`.
@@ -53,11 +53,11 @@ class NGramHash(ABC):
                     f"`{name}` must be a token id in [0, {vocab_size}) (vocab_size), but is "
                     f"{value} instead."
                 )
-        if not sizes or not all(sizes):
+        if not sizes or not all(sizes) or min(map(min, sizes)) < 1:
             raise ValueError(
-                "`sizes` must have at least one head for each n from 2, but is "
-                f"{[list(heads) for heads in sizes]} instead. Use `max_ngram` of 2 or more and "
-                "`heads` of 1 or more."
+                "`sizes` must have at least one head for each n from 2, each with at least one "
+                f"row, but is {[list(heads) for heads in sizes]} instead. Use `max_ngram` of 2 or "
+                "more, and `heads` of 1 or more."
             )
         self.vocab_size, self.boundary, self.fill = vocab_size, boundary, fill
         self.sizes = tuple(map(tuple, sizes))
@@ -69,7 +69,7 @@ class NGramHash(ABC):
 
     @property
     def num_heads(self) -> int:
-        """H, the number of rows for each token: that of the heads of all n."""
+        """H, the number of heads, and of rows for each token."""
         return sum(map(len, self.sizes))
 
     @property
@@ -84,7 +84,7 @@ class NGramHash(ABC):
         accelerator.
 
         :param ids: the token ids. *Shape:* :math:`(*,S)`. *Dtype:* any integer.
-        :param cache: has the tokens before ``ids``; updated.
+        :param cache: holds the tokens before ``ids``; updated.
         :param positions: the position of each token within its document, for documents that are
             packed without ``boundary``. *Shape:* as ``ids``, or broadcastable to it.
         :returns: the rows, or -1 for a token outside ``[0, vocab_size)``. *Shape:*
@@ -109,8 +109,8 @@ class NGramHash(ABC):
         return rows.masked_fill_(bad.unsqueeze(-1), -1)
 
     def _ages(self, history: Tensor) -> Tensor:
-        """Returns how many tokens of the same document are before each. *Shape:* :math:`(S)`, or as
-        ``history``."""
+        """Returns how many tokens of its document come before each token. *Shape:* :math:`(S)`, or
+        as ``history``."""
         length = history.size(-1)
         places = torch.arange(length, device=history.device)
         if self.boundary is None or not length:
@@ -130,7 +130,7 @@ class NGramHash(ABC):
     def _hashes(self, tokens: list[Tensor]) -> Iterator[Tensor]:
         """Yields the rows within each head.
 
-        :param tokens: the tokens, those one before, and so on; see :meth:`rows`.
+        :param tokens: the tokens, the tokens one position before, and so on.
         """
 
     def __repr__(self) -> str:
@@ -175,7 +175,7 @@ class XorHash(NGramHash):
             if boundary is None:
                 raise ValueError(
                     "`fill` must be given without a `boundary`: the id that stands for tokens "
-                    "before the first one, such as that of padding."
+                    "before the first one, such as the padding id."
                 )
             fill = boundary
         orders = max(0, max_ngram - 1)
@@ -213,7 +213,7 @@ class RollingHash(NGramHash):
     The heads have ``base_size`` + 1, + 3, + 5, ... rows.
 
     :param vocab_size: V, the number of token ids.
-    :param base_size: what the heads have, at least; a multiple of V as published.
+    :param base_size: one less than the rows of the first head; a multiple of V as published.
     :param max_ngram: the largest n.
     :param heads: the number of heads for each n.
     :param boundary: as in :class:`NGramHash`.
@@ -231,6 +231,12 @@ class RollingHash(NGramHash):
         firsts = range(0, heads * (max_ngram - 1), max(1, heads))
         sizes = [[base_size + 2 * (first + i) + 1 for i in range(heads)] for first in firsts]
         super().__init__(vocab_size, sizes, boundary=boundary)
+        if max_ngram * vocab_size * max(map(max, sizes)) >= 1 << 63:
+            raise ValueError(
+                f"`base_size` must be so small that hashes fit into 64 bits, but is {base_size} "
+                f"with {vocab_size} token ids (vocab_size) and n up to {max_ngram} instead. Use a "
+                "smaller one."
+            )
 
     def _hashes(self, tokens: list[Tensor]) -> Iterator[Tensor]:
         for n, heads in enumerate(self.sizes, start=2):

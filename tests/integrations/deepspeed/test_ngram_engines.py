@@ -82,8 +82,8 @@ def test_the_config_cuts_other_layers(seen):
 
 
 def test_why_there_is_a_partition_config(seen):
-    """If DeepSpeed learns these plans some day, the docs can leave it out. That of Gemma 3n cuts
-    layers that need the mean of all columns."""
+    """If DeepSpeed learns these plans some day, the docs can leave it out. The plan of Gemma 3n
+    cuts layers that need the mean of all columns."""
     found = seen[0]["by the plan"]
     for name in ("qwen", "gemma4"):
         assert "unsupported partition style(s)" in found[name]
