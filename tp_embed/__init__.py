@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     )
     from tp_embed.nn.head import OutputHead
     from tp_embed.nn.init import blockwise, init_scaled_embedding
+    from tp_embed.nn.ngram import NGramAverage, NGramEmbedding, NGramGate
+    from tp_embed.nn.ngram_hash import NGramCache, NGramHash, RollingHash, XorHash
     from tp_embed.parameter.norms import clip_grad_norm_, get_total_norm
     from tp_embed.partition import Partition
     from tp_embed.surgery.carry import shardwise
@@ -34,14 +36,21 @@ _MODULE_OF = {
     "FakeGang": "gang.fake",
     "Gang": "gang.base",
     "GangError": "gang.base",
+    "NGramAverage": "nn.ngram",
+    "NGramCache": "nn.ngram_hash",
+    "NGramEmbedding": "nn.ngram",
+    "NGramGate": "nn.ngram",
+    "NGramHash": "nn.ngram_hash",
     "Partition": "partition",
     "ProcessGroupGang": "gang.process_group",
     "ReduceOperation": "gang.base",
+    "RollingHash": "nn.ngram_hash",
     "ShardedEmbedding": "nn.embedding",
     "StandardEmbedding": "nn.embedding",
     "OutputHead": "nn.head",
     "RowWiseEmbedding": "nn.embedding",
     "VocabShardedEmbedding": "nn.embedding",
+    "XorHash": "nn.ngram_hash",
     "blockwise": "nn.init",
     "clip_grad_norm_": "parameter.norms",
     "get_total_norm": "parameter.norms",
@@ -56,14 +65,21 @@ __all__ = [
     "FakeGang",
     "Gang",
     "GangError",
+    "NGramAverage",
+    "NGramCache",
+    "NGramEmbedding",
+    "NGramGate",
+    "NGramHash",
     "OutputHead",
     "Partition",
     "ProcessGroupGang",
     "ReduceOperation",
+    "RollingHash",
     "RowWiseEmbedding",
     "ShardedEmbedding",
     "StandardEmbedding",
     "VocabShardedEmbedding",
+    "XorHash",
     "blockwise",
     "clip_grad_norm_",
     "get_total_norm",
