@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from tp_embed.gang import FakeGang, Gang
 from tp_embed.gang.agreement import of_all_ranks
 
 
-def as_dtensor(block: Tensor, dim: int, shape: tuple[int, int], gang: Gang) -> Tensor:
+def as_dtensor(block: Tensor, dim: int, shape: tuple[int, ...], gang: Gang) -> Tensor:
     """Wraps this rank's ``block`` of a table of ``shape``. No communication, no copy."""
     tensor: Tensor = DTensor.from_local(
         block,
@@ -29,7 +30,7 @@ def as_dtensor(block: Tensor, dim: int, shape: tuple[int, int], gang: Gang) -> T
         [Shard(dim)],
         run_check=False,
         shape=torch.Size(shape),
-        stride=(shape[1], 1),
+        stride=tuple(prod(shape[i + 1 :]) for i in range(len(shape))),
     )
     return tensor
 
@@ -84,7 +85,7 @@ class DTensors:
                 self._layouts[key] = [Layout.received(layouts.get(key)) for layouts in all_layouts]
 
     def on_this_rank(
-        self, key: str, value: DTensor, dim: int, shape: tuple[int, int], gang: Gang
+        self, key: str, value: DTensor, dim: int, shape: tuple[int, ...], gang: Gang
     ) -> tuple[Tensor, bool]:
         """Returns the table at ``key``, or this rank's block of it. Gathers only if needed.
 
@@ -104,7 +105,7 @@ class DTensors:
         _check_same_mesh(layouts, members)
         return value.full_tensor(), True
 
-    def _checked(self, key: str, shape: tuple[int, int]) -> list[Layout]:
+    def _checked(self, key: str, shape: tuple[int, ...]) -> list[Layout]:
         """Returns the layout that each rank of the gang sees, after checking that they agree."""
         layouts = [layout for layout in self._layouts[key] if layout is not None]
         cuts = [layout and (layout.shape, layout.placements) for layout in self._layouts[key]]
