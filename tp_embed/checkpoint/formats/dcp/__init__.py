@@ -31,9 +31,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contents import WEIGHT, Checkpoint, Key, Optimizer, Output, ReadOptions, Target
+from ...contents import (
+    DECAY,
+    WEIGHT,
+    Checkpoint,
+    Key,
+    Optimizer,
+    Output,
+    ReadOptions,
+    Target,
+    fits,
+)
 from ...errors import CheckpointError, shown
 from ...files.arrays import Array
+from ...files.derived import Held
 from ..pt import BUFFERS, MODEL_KEYS, OPTIMIZER_KEYS, STEP_KEYS
 from . import metadata
 from .files import Files, Layout
@@ -183,7 +194,12 @@ class _Reader:
             for what, item in self._state_dict(own, name).items():
                 if what == "step":
                     steps[name] = self._number(f"the step of {name}", item)
-                elif not isinstance(item, TensorItem) or item.shape != shapes[name]:
+                elif what == DECAY and isinstance(item, BytesItem):
+                    value = self._number(f"{what} of {name}", item)
+                    tensors[Key(name, DECAY)] = Held(torch.tensor(value, dtype=torch.float64))
+                elif not isinstance(item, TensorItem) or not fits(
+                    Key(name, str(what)), item.shape, shapes[name]
+                ):
                     self._notes.append(
                         f"`{what}` of `{name}` in the optimizer has another shape and was left out"
                     )
