@@ -72,7 +72,7 @@ def export(
         name: torch.Size(logical_shape(param)).numel() * (dtype or param.dtype).itemsize
         for name, param in parameters.items()
     }
-    buffers = {n: b for n, b in persistent_buffers(engine).items() if not _is_own_table(b)}
+    buffers = persistent_buffers(engine)
     sizes.update({name: buffer.nbytes for name, buffer in buffers.items()})
     files = _plan(sizes, max_shard_size)
     on_rank_0 = partial(_on_rank_0, ProcessGroupGang(None, engine.device))

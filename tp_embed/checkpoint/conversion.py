@@ -25,7 +25,7 @@ from .contents import (
 from .cuts import Cut, Rule, find_rule
 from .errors import CheckpointError
 from .files.arrays import Array, part
-from .files.derived import Cast
+from .files.derived import Cast, values_of
 from .formats import Format
 
 MAX_RANKS = 65_536
@@ -118,9 +118,15 @@ def _carried(
     drops."""
     tensors: dict[Key, Array] = {}
     buffers = set(checkpoint.buffers)
+    apart = checkpoint.apart if request.read.with_optimizer else frozenset()
     for name in checkpoint.names:
         weight, master = (checkpoint.tensors.get(Key(name, state)) for state in (WEIGHT, MASTER))
         best = _either(master, weight)
+        if name in checkpoint.apart:
+            weight = best = _table(checkpoint, name, request.dtype)
+        if name in apart:
+            tensors[Key(name)] = best
+            continue
         if target.MAIN == WEIGHT or name in buffers or not best.dtype.is_floating_point:
             if target.MAIN == MASTER:
                 buffers.add(name)  # The format has no other place for it.
@@ -139,6 +145,12 @@ def _carried(
         key: array for key, array in checkpoint.tensors.items() if key.state not in (WEIGHT, MASTER)
     }
     dropped = []
+    for name in apart:
+        dtype = tensors[Key(name)].dtype
+        if dtype != checkpoint.tensors[Key(name)].dtype:
+            states = {key: a for key, a in states.items() if key not in _fp32_values(name)}
+            if dtype != torch.float32 and target.HAS_OPTIMIZER:
+                dropped.append(f"the fp32 values of `{name}`, which has another dtype now")
     optimizer = checkpoint.optimizer if request.read.with_optimizer else None
     if not request.read.with_optimizer:
         tensors = {
@@ -174,6 +186,20 @@ def _carried(
     )
 
 
+def _fp32_values(name: str) -> tuple[Key, Key]:
+    """Returns the keys of the states that an optimizer of :mod:`tp_embed.optim` adds to a table in
+    fp16 or bf16."""
+    return Key(name, "master"), Key(name, "remainder")
+
+
+def _table(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None) -> Array:
+    """Returns a table with an optimizer of its own, cast from its fp32 values if there are some."""
+    weight = checkpoint.tensors[Key(name)]
+    if dtype is None or dtype == weight.dtype:
+        return weight
+    return _cast(name, values_of(weight, *map(checkpoint.tensors.get, _fp32_values(name))), dtype)
+
+
 def _weight(
     name: str, weight: Array | None, master: Array | None, dtype: torch.dtype | None
 ) -> Array:
@@ -207,7 +233,7 @@ def without_padding(
     tensors = dict(checkpoint.tensors)
     heads = {f"{name.removesuffix('.weight')}.bias" for name in tables} & set(checkpoint.names)
     for key, array in checkpoint.tensors.items():
-        if key.name in tables | heads and array.shape[0] != vocab_size:
+        if key.name in tables | heads and array.shape[:1] not in ((), (vocab_size,)):
             if array.shape[0] < vocab_size:
                 raise CheckpointError(
                     f"`--vocab-size` must be at most {array.shape[0]}, the number of rows of "
@@ -239,7 +265,7 @@ def _cuts(
             cuts[name] = rule.cut(name, shape, tp_size)
         elif name in checkpoint.cuts:
             cuts[name] = known and _resized(known, shape[known.dim]).over(tp_size)
-        elif name in tables:
+        elif name in tables | checkpoint.apart:
             cuts[name] = Cut.even(DIMS["vocab"], (shape[0],), tp_size)
         elif tp_size == 1 or not shape:
             cuts[name] = None

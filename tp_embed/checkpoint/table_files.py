@@ -30,7 +30,7 @@ from tp_embed.partition import Partition
 from .contents import DECAY, ROW_OPTIMIZER, WEIGHT, Checkpoint, ReadOptions, parse_dtype
 from .errors import CheckpointError
 from .files.arrays import CHUNK_BYTES, Array, Index
-from .files.derived import Widened
+from .files.derived import values_of
 from .formats.dcp import metadata, read
 from .formats.dcp.files import Files, Layout
 from .formats.dcp.metadata import Chunk, Item, Keys, Place, TensorItem
@@ -258,6 +258,12 @@ def load_tables(
     """
 
     def load() -> None:
+        if not directory.is_dir():
+            raise CheckpointError(
+                f"There must be a directory `{directory}`, with the tables that have an optimizer "
+                "of their own, but there is none. Use the same `tp_embed.tables` as the engine "
+                "that was saved."
+            )
         saved = read(directory, ReadOptions())
         _check(directory, saved, tables, with_states)
         for table in tables:
@@ -305,8 +311,9 @@ def _load(table: SavedTable, saved: Checkpoint, with_states: bool) -> None:
     weight, optimizer = local(table.layer.weight), table.optimizer
     steps = saved.optimizer.steps if saved.optimizer and with_states else {}
     is_same = arrays[WEIGHT].dtype == weight.dtype
+    best = values_of(arrays[WEIGHT], arrays.get("master"), arrays.get("remainder"))
     if is_same or name not in steps:
-        source = arrays[WEIGHT] if is_same else values_of(arrays)
+        source = arrays[WEIGHT] if is_same else best
         for part, values in _blocks(table, source, weight):
             weight[part] = values.to(weight.dtype)
     if not with_states:
@@ -329,16 +336,7 @@ def _load(table: SavedTable, saved: Checkpoint, with_states: bool) -> None:
             for part, values in _blocks(table, array, state[key]):
                 state[key][part] = values
     if not is_same:
-        _load_cast(table, weight, state, values_of(arrays))
-
-
-def values_of(arrays: Mapping[str, Array]) -> Array:
-    """Returns the values of a table at the best precision that its states have."""
-    if "master" in arrays:
-        return arrays["master"]
-    if "remainder" in arrays:
-        return Widened(arrays[WEIGHT], arrays["remainder"])
-    return arrays[WEIGHT]
+        _load_cast(table, weight, state, best)
 
 
 def _load_cast(table: SavedTable, weight: Tensor, state: dict[str, Any], array: Array) -> None:

@@ -115,6 +115,14 @@ class Widened(Array):
         raise NotImplementedError("A weight in bf16 can't be written through its fp32 values.")
 
 
+def values_of(weight: Array, master: Array | None, remainder: Array | None) -> Array:
+    """Returns the values of a table at the best precision of what an optimizer of
+    :mod:`tp_embed.optim` keeps."""
+    if remainder is not None:
+        return Widened(weight, remainder)
+    return weight if master is None else master
+
+
 @final
 class NoNan(Array):
     """``array``, read-only, without NaNs.

@@ -1,0 +1,123 @@
+"""Checkpoints of engines whose tables have an optimizer of their own: from two ranks to three, by
+the engine and by universal checkpoints, and converted to other formats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import row_checkpoints_job as job
+from forks import run_script
+from tp_embed.checkpoint import ReadOptions, Request, convert, differences, read
+from tp_embed.integrations.deepspeed import to_universal
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    out = tmp_path_factory.mktemp("row_checkpoints")
+    run_script(job.__file__, out, "save", ranks=2)
+    for name in {saved for saved, is_universal, _ in job.LOADED.values() if is_universal}:
+        to_universal(out / name, out / f"{name} universal")
+    return out
+
+
+@pytest.fixture(scope="module")
+def saved(out):
+    return [torch.load(out / f"save{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def loaded(out):
+    run_script(job.__file__, out, "load", ranks=3)
+    return [torch.load(out / f"load{rank}.pt", weights_only=True) for rank in range(3)]
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert found[key].dtype == value.dtype, key
+            assert torch.equal(found[key], value), key
+        else:
+            assert found[key] == value, key
+
+
+@pytest.mark.parametrize("name", job.LOADED)
+def test_three_ranks_load_what_two_have_saved(saved, loaded, name):
+    source, _, case = job.LOADED[name]
+    expected = saved[0][source]
+    for rank in loaded:
+        assert_same(rank[name]["state"], expected["state"])
+        assert rank[name]["mine"] == 3
+        if case[1] == "tp":  # The same batches.
+            rel = 1e-5 if case[-1] == "fp32" else 2e-2
+            assert rank[name]["losses"] == pytest.approx(expected["on"], rel=rel)
+
+
+def test_each_rank_saves_a_part_and_deepspeed_none(out, saved):
+    for name, (stage, *_) in job.SAVED.items():
+        tag = out / name / (out / name / "latest").read_text()
+        sizes = [file.stat().st_size for file in (tag / "tp_embed_tables").glob("__[01]_*")]
+        assert len(sizes) == 2
+        for file in tag.glob("*model_states.pt"):
+            state = torch.load(file, weights_only=False)
+            assert "ngram.weight" not in state["module"]
+            assert state["global_steps"] == len(job.batches(0)), stage
+
+
+def test_a_failure_leaves_the_latest_checkpoint(out, saved):
+    assert "FileExistsError" in saved[0]["failed"]
+    assert "Saving tables failed on rank 0" in saved[1]["failed"]
+    assert (out / "embed" / "latest").read_text() != "next"
+
+
+def test_loads_weights_alone_and_refuses_another_optimizer(saved):
+    for rank in saved:
+        state = rank["weights"]
+        assert torch.equal(state["weight"], rank["copies"]["state"]["weight"])
+        assert state.keys() == {"weight", "group"}
+        assert "must be a `LazyAdam`, but in" in rank["other"]
+
+
+def arrays(path, name="ngram.weight"):
+    found = read(path, ReadOptions())
+    return {key.state: array.load() for key, array in found.tensors.items() if key.name == name}
+
+
+@pytest.mark.parametrize("name", job.SAVED)
+@pytest.mark.parametrize("to", ["universal", "dcp", "deepspeed", "tp-embed", "pt"])
+def test_conversions_keep_the_states(out, saved, tmp_path, name, to):
+    suffix = ".pt" if to == "pt" else ""
+    request = Request(to=to, tp_size=3, zero_stage=2, dp_size=2)
+    if to in ("pt", "dcp"):
+        request = Request(to=to)
+    work = convert(out / name, tmp_path / f"one{suffix}", request, verify=True)
+    assert not [note for note in work.source.notes if "ngram" in note]
+    expected = saved[0][name]["state"]
+    found = arrays(tmp_path / f"one{suffix}")
+    for key, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(found.pop(key), value), key
+    assert found.pop("decay").item() == expected["decay"]
+    assert not found
+    # And back.
+    stage = job.SAVED[name][0]
+    back = Request(to="deepspeed", tp_size=work.source.tp_size, zero_stage=stage)
+    convert(tmp_path / f"one{suffix}", tmp_path / "two", back, verify=True)
+    both = [read(path, ReadOptions()) for path in (out / name, tmp_path / "two")]
+    assert list(differences(*both)) == []
+
+
+@pytest.mark.parametrize("name", job.SAVED)
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_to_hugging_face(out, saved, tmp_path, name, dtype):
+    work = convert(out / name, tmp_path / "hf", Request(to="hf", dtype=dtype))
+    expected = saved[0][name]["state"]
+    table = arrays(tmp_path / "hf")["weight"]
+    values = expected["weight"]
+    if dtype is not None and "remainder" in expected:
+        high = values.view(torch.int16).int() * (1 << 16)
+        values = (high + expected["remainder"]).view(torch.float32)
+    assert torch.equal(table, values)
+    (dropped,) = [what for what in work.dropped if "optimizer" in what]
+    assert "row_decay" in dropped

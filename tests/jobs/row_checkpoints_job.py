@@ -1,0 +1,119 @@
+"""Run by the `deepspeed` launcher for test_row_checkpoints.py: engines whose table has an optimizer
+of its own are saved on two ranks, and loaded on three. Saves what was seen, by rank.
+
+    deepspeed row_checkpoints_job.py OUT save|load
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engines_job import mpu_over
+from row_tables_job import DECAY, batches, config, make, replica_of, train
+from tp_embed.checkpoint import hook_state_dict
+from tp_embed.integrations.deepspeed import load_universal
+
+# ZeRO stage, layout, optimizer, strategy, placement and dtype.
+Case = tuple[int, str, str, str, str, str]
+SAVED: dict[str, Case] = {
+    "all ranks": (0, "dp", "rowwise_adam", "world", "block", "fp32"),
+    "copies": (0, "dp", "rowwise_adagrad", "vocab", "block", "fp32"),
+    "vocab": (1, "tp", "rowwise_adagrad", "vocab", "block", "bf16"),
+    "cyclic": (2, "dp", "rowwise_adam", "world", "cyclic", "bf16"),
+    "embed": (3, "tp", "rowwise_adam", "embed", "block", "fp32"),
+}
+# What is loaded, how, and into which engine.
+LOADED: dict[str, tuple[str, bool, Case]] = {
+    "all ranks": ("all ranks", False, (0, "dp", "rowwise_adam", "world", "cyclic", "fp32")),
+    "copies": ("copies", False, (0, "dp", "rowwise_adagrad", "world", "block", "fp32")),
+    "vocab": ("vocab", True, (2, "tp", "rowwise_adagrad", "embed", "block", "bf16")),
+    "cyclic": ("cyclic", True, (3, "dp", "rowwise_adam", "world", "block", "bf16")),
+    "embed": ("embed", True, (1, "tp", "rowwise_adam", "vocab", "block", "fp32")),
+    "embed, ZeRO 0": ("embed", True, (0, "tp", "rowwise_adam", "world", "cyclic", "fp32")),
+}
+
+
+def engine_of(case: Case, mpus: dict[str, Any]) -> Any:
+    stage, layout, kind, strategy, placement, dtype = case
+    table = {"optimizer": kind, "weight_decay": DECAY}
+    more: dict[str, Any] = {} if dtype == "fp32" else {dtype: {"enabled": True}}
+    ds_config = config(stage, table, strategy=strategy, **more)
+    ds_config["tp_embed"]["placement"] = placement
+    return make(layout, ds_config, mpus)
+
+
+def state_of(engine: Any) -> dict[str, Any]:
+    """The whole table, and the whole states of its optimizer."""
+    module, optimizer = engine.module, engine.tp_embed_tables.optimizers["ngram"]
+    with hook_state_dict(module, optimizer=optimizer):
+        table: Tensor = module.state_dict()["ngram.weight"]
+        state = optimizer.state_dict()["state"].get(0, {})
+    group = {key: v for key, v in optimizer.param_groups[0].items() if key != "params"}
+    return copy.deepcopy({"weight": table, **state, "group": group})
+
+
+def ids_of(mpus: dict[str, Any], case: Case) -> Tensor:
+    return batches(replica_of(mpus[case[1]]))
+
+
+def save(out: Path, mpus: dict[str, Any]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for name, case in SAVED.items():
+        engine = engine_of(case, mpus)
+        ids = ids_of(mpus, case)
+        train(engine, ids)
+        engine.save_checkpoint(str(out / name), client_state={"mine": 3})
+        seen[name] = {"state": state_of(engine), "on": train(engine, ids)["losses"]}
+    # A directory that can't be written, in the engine that was saved last.
+    (out / name / "next").mkdir(exist_ok=True)
+    (out / name / "next" / "tp_embed_tables").touch()
+    dist.barrier()
+    try:
+        engine.save_checkpoint(str(out / name), tag="next")
+    except Exception as e:
+        seen["failed"] = f"{type(e).__name__}: {e}"
+    # Without states, and with another optimizer.
+    weights = engine_of(SAVED["copies"], mpus)
+    weights.load_checkpoint(str(out / "copies"), load_optimizer_states=False)
+    seen["weights"] = state_of(weights)
+    other = engine_of((0, "dp", "lazy_adam", "vocab", "block", "fp32"), mpus)
+    try:
+        other.load_checkpoint(str(out / "copies"))
+    except ValueError as e:
+        seen["other"] = str(e)
+    return seen
+
+
+def load(out: Path, mpus: dict[str, Any]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for name, (saved, is_universal, case) in LOADED.items():
+        engine = engine_of(case, mpus)
+        if is_universal:
+            _, client = load_universal(engine, out / f"{saved} universal")
+        else:
+            _, client = engine.load_checkpoint(str(out / saved))
+        state = state_of(engine)
+        losses = train(engine, ids_of(mpus, case))["losses"]
+        seen[name] = {"state": state, "losses": losses, "mine": client["mine"]}
+    return seen
+
+
+def main(out: Path, phase: str) -> None:
+    torch.set_num_threads(1)
+    deepspeed.init_distributed()
+    ranks = list(range(dist.get_world_size()))
+    mpus = {"tp": mpu_over([ranks]), "dp": mpu_over([[rank] for rank in ranks])}
+    seen = (save if phase == "save" else load)(out, mpus)
+    torch.save(seen, out / f"{phase}{dist.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
