@@ -8,7 +8,8 @@ import torch
 
 import row_checkpoints_job as job
 from forks import run_script
-from tp_embed.checkpoint import ReadOptions, Request, convert, differences, read
+from row_tables_job import STEPS
+from tp_embed.checkpoint import ReadOptions, Request, Rule, convert, differences, read
 from tp_embed.integrations.deepspeed import to_universal
 
 
@@ -55,14 +56,14 @@ def test_three_ranks_load_what_two_have_saved(saved, loaded, name):
 
 
 def test_each_rank_saves_a_part_and_deepspeed_none(out, saved):
-    for name, (stage, *_) in job.SAVED.items():
+    for name in job.SAVED:
         tag = out / name / (out / name / "latest").read_text()
         sizes = [file.stat().st_size for file in (tag / "tp_embed_tables").glob("__[01]_*")]
         assert len(sizes) == 2
         for file in tag.glob("*model_states.pt"):
             state = torch.load(file, weights_only=False)
             assert "ngram.weight" not in state["module"]
-            assert state["global_steps"] == len(job.batches(0)), stage
+            assert state["global_steps"] == STEPS
 
 
 def test_a_failure_leaves_the_latest_checkpoint(out, saved):
@@ -84,28 +85,40 @@ def arrays(path, name="ngram.weight"):
     return {key.state: array.load() for key, array in found.tensors.items() if key.name == name}
 
 
+# For sources that do not say it.
+RULES = ReadOptions(rules=(Rule.parse("ngram.weight=vocab"), Rule.parse("*=replicated")))
+
+
 @pytest.mark.parametrize("name", job.SAVED)
 @pytest.mark.parametrize("to", ["universal", "dcp", "deepspeed", "tp-embed", "pt"])
 def test_conversions_keep_the_states(out, saved, tmp_path, name, to):
-    suffix = ".pt" if to == "pt" else ""
-    request = Request(to=to, tp_size=3, zero_stage=2, dp_size=2)
-    if to in ("pt", "dcp"):
-        request = Request(to=to)
-    work = convert(out / name, tmp_path / f"one{suffix}", request, verify=True)
+    one = tmp_path / ("one.pt" if to == "pt" else "one")
+    size = {} if to in ("pt", "dcp") else {"tp_size": 3}
+    parallel = {"zero_stage": 2, "dp_size": 2} if to == "deepspeed" else {}
+    work = convert(out / name, one, Request(to=to, read=RULES, **size, **parallel), verify=True)
     assert not [note for note in work.source.notes if "ngram" in note]
     expected = saved[0][name]["state"]
-    found = arrays(tmp_path / f"one{suffix}")
+    found = arrays(one)
     for key, value in expected.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(found.pop(key), value), key
     assert found.pop("decay").item() == expected["decay"]
     assert not found
-    # And back.
-    stage = job.SAVED[name][0]
-    back = Request(to="deepspeed", tp_size=work.source.tp_size, zero_stage=stage)
-    convert(tmp_path / f"one{suffix}", tmp_path / "two", back, verify=True)
+    stage, *_, half = job.SAVED[name]
+    dtype = torch.bfloat16 if to == "universal" and half == "bf16" else None  # It has fp32 only.
+    back = Request(to="deepspeed", tp_size=2, zero_stage=stage, dtype=dtype, read=RULES)
+    convert(one, tmp_path / "two", back, verify=True)
     both = [read(path, ReadOptions()) for path in (out / name, tmp_path / "two")]
-    assert list(differences(*both)) == []
+    assert [str(each) for each in differences(*both)] == []
+
+
+def test_cut_along_the_columns(out, saved, tmp_path):
+    request = Request(to="tp-embed", tp_size=3, dim="embed", read=RULES)
+    convert(out / "vocab", tmp_path / "one", request, verify=True)
+    expected = saved[0]["vocab"]["state"]
+    found = arrays(tmp_path / "one")
+    for key in ("weight", "sum", "row_decay"):
+        assert torch.equal(found[key], expected[key])
 
 
 @pytest.mark.parametrize("name", job.SAVED)
