@@ -95,7 +95,7 @@ DELETE = object()
 DEEP = json.loads("[" * 900 + "]" * 900)
 BAD = [
     (("format",), "other", "must be of the format `tp-embed`"),
-    (("version",), 2, "must have version 1 .* but has 2 instead. Update"),
+    (("version",), 3, "must have version 2 .* but has 3 instead. Update"),
     (("version",), True, "with a version"),
     (("version",), DELETE, "with a version"),
     (("more",), 1, "an object with the keys"),

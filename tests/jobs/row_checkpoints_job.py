@@ -19,7 +19,7 @@ from torch import Tensor
 from engines_job import mpu_over
 from row_tables_job import DECAY, batches, config, make, replica_of, train
 from tp_embed.checkpoint import hook_state_dict
-from tp_embed.integrations.deepspeed import load_universal
+from tp_embed.integrations.deepspeed import export, load_universal
 
 # ZeRO stage, layout, optimizer, strategy, placement and dtype.
 Case = tuple[int, str, str, str, str, str]
@@ -71,7 +71,10 @@ def save(out: Path, mpus: dict[str, Any]) -> dict[str, Any]:
         ids = ids_of(mpus, case)
         train(engine, ids)
         engine.save_checkpoint(str(out / name), client_state={"mine": 3})
-        seen[name] = {"state": state_of(engine), "on": train(engine, ids)["losses"]}
+        state = state_of(engine)
+        export(engine, out / f"{name} exported")
+        export(engine, out / f"{name} in fp32", dtype=torch.float32)
+        seen[name] = {"state": state, "on": train(engine, ids)["losses"]}
     # A directory that can't be written, in the engine that was saved last.
     (out / name / "next").mkdir(exist_ok=True)
     (out / name / "next" / "tp_embed_tables").touch()

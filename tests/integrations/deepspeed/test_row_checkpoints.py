@@ -121,16 +121,26 @@ def test_cut_along_the_columns(out, saved, tmp_path):
         assert torch.equal(found[key], expected[key])
 
 
+def fp32_values(state):
+    if "remainder" not in state:
+        return state["weight"]
+    high = state["weight"].view(torch.int16).int() * (1 << 16)
+    return (high + state["remainder"]).view(torch.float32)
+
+
+@pytest.mark.parametrize("name", job.SAVED)
+def test_exports_whole_tables(out, saved, name):
+    state = saved[0][name]["state"]
+    assert torch.equal(arrays(out / f"{name} exported")["weight"], state["weight"])
+    assert torch.equal(arrays(out / f"{name} in fp32")["weight"], fp32_values(state))
+
+
 @pytest.mark.parametrize("name", job.SAVED)
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 def test_to_hugging_face(out, saved, tmp_path, name, dtype):
     work = convert(out / name, tmp_path / "hf", Request(to="hf", dtype=dtype))
-    expected = saved[0][name]["state"]
-    table = arrays(tmp_path / "hf")["weight"]
-    values = expected["weight"]
-    if dtype is not None and "remainder" in expected:
-        high = values.view(torch.int16).int() * (1 << 16)
-        values = (high + expected["remainder"]).view(torch.float32)
-    assert torch.equal(table, values)
+    state = saved[0][name]["state"]
+    expected = state["weight"] if dtype is None else fp32_values(state)
+    assert torch.equal(arrays(tmp_path / "hf")["weight"], expected)
     (dropped,) = [what for what in work.dropped if "optimizer" in what]
     assert "row_decay" in dropped
