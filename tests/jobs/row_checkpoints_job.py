@@ -29,24 +29,28 @@ SAVED: dict[str, Case] = {
     "vocab": (1, "tp", "rowwise_adagrad", "vocab", "block", "bf16"),
     "cyclic": (2, "dp", "rowwise_adam", "world", "cyclic", "bf16"),
     "embed": (3, "tp", "rowwise_adam", "embed", "block", "fp32"),
+    "ZeRO 3": (3, "dp", "lazy_adam", "world", "cyclic", "bf16"),
 }
 # What is loaded, how, and into which engine.
-LOADED: dict[str, tuple[str, bool, Case]] = {
-    "all ranks": ("all ranks", False, (0, "dp", "rowwise_adam", "world", "cyclic", "fp32")),
-    "copies": ("copies", False, (0, "dp", "rowwise_adagrad", "world", "block", "fp32")),
-    "vocab": ("vocab", True, (2, "tp", "rowwise_adagrad", "embed", "block", "bf16")),
-    "cyclic": ("cyclic", True, (3, "dp", "rowwise_adam", "world", "block", "bf16")),
-    "embed": ("embed", True, (1, "tp", "rowwise_adam", "vocab", "block", "fp32")),
-    "embed, ZeRO 0": ("embed", True, (0, "tp", "rowwise_adam", "world", "cyclic", "fp32")),
+LOADED: dict[str, tuple[str, str, Case]] = {
+    # First: DeepSpeed keeps an `mpu` for all later engines.
+    "config": ("ZeRO 3", "config", (2, "plain", "lazy_adam", "vocab", "block", "bf16")),
+    "all ranks": ("all ranks", "engine", (0, "dp", "rowwise_adam", "world", "cyclic", "fp32")),
+    "copies": ("copies", "engine", (0, "dp", "rowwise_adagrad", "world", "block", "fp32")),
+    "vocab": ("vocab", "universal", (2, "tp", "rowwise_adagrad", "embed", "block", "bf16")),
+    "cyclic": ("cyclic", "universal", (3, "dp", "rowwise_adam", "world", "block", "bf16")),
+    "embed": ("embed", "universal", (1, "tp", "rowwise_adam", "vocab", "block", "fp32")),
+    "embed, ZeRO 0": ("embed", "universal", (0, "tp", "rowwise_adam", "world", "cyclic", "fp32")),
 }
 
 
-def engine_of(case: Case, mpus: dict[str, Any]) -> Any:
+def engine_of(case: Case, mpus: dict[str, Any], *, loads_universal: bool = False) -> Any:
     stage, layout, kind, strategy, placement, dtype = case
     table = {"optimizer": kind, "weight_decay": DECAY}
     more: dict[str, Any] = {} if dtype == "fp32" else {dtype: {"enabled": True}}
     ds_config = config(stage, table, strategy=strategy, **more)
     ds_config["tp_embed"]["placement"] = placement
+    ds_config["checkpoint"] = {"load_universal": loads_universal}
     return make(layout, ds_config, mpus)
 
 
@@ -61,7 +65,8 @@ def state_of(engine: Any) -> dict[str, Any]:
 
 
 def ids_of(mpus: dict[str, Any], case: Case) -> Tensor:
-    return batches(replica_of(mpus[case[1]]))
+    mpu = mpus[case[1]]
+    return batches(dist.get_rank() if mpu is None else replica_of(mpu))
 
 
 def save(out: Path, mpus: dict[str, Any]) -> dict[str, Any]:
@@ -84,9 +89,10 @@ def save(out: Path, mpus: dict[str, Any]) -> dict[str, Any]:
     except Exception as e:
         seen["failed"] = f"{type(e).__name__}: {e}"
     # Without states, and with another optimizer.
-    weights = engine_of(SAVED["copies"], mpus)
-    weights.load_checkpoint(str(out / "copies"), load_optimizer_states=False)
-    seen["weights"] = state_of(weights)
+    for name in ("copies", "ZeRO 3"):
+        weights = engine_of(SAVED[name], mpus)
+        weights.load_checkpoint(str(out / name), load_optimizer_states=False)
+        seen[f"weights of {name}"] = state_of(weights)
     other = engine_of((0, "dp", "lazy_adam", "vocab", "block", "fp32"), mpus)
     try:
         other.load_checkpoint(str(out / "copies"))
@@ -97,12 +103,13 @@ def save(out: Path, mpus: dict[str, Any]) -> dict[str, Any]:
 
 def load(out: Path, mpus: dict[str, Any]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
-    for name, (saved, is_universal, case) in LOADED.items():
-        engine = engine_of(case, mpus)
-        if is_universal:
+    for name, (saved, way, case) in LOADED.items():
+        engine = engine_of(case, mpus, loads_universal=way == "config")
+        if way == "universal":
             _, client = load_universal(engine, out / f"{saved} universal")
         else:
-            _, client = engine.load_checkpoint(str(out / saved))
+            folder = saved if way == "engine" else f"{saved} universal"
+            _, client = engine.load_checkpoint(str(out / folder))
         state = state_of(engine)
         losses = train(engine, ids_of(mpus, case))["losses"]
         seen[name] = {"state": state, "losses": losses, "mine": client["mine"]}
@@ -113,7 +120,8 @@ def main(out: Path, phase: str) -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed()
     ranks = list(range(dist.get_world_size()))
-    mpus = {"tp": mpu_over([ranks]), "dp": mpu_over([[rank] for rank in ranks])}
+    mpus: dict[str, Any] = {"plain": None, "tp": mpu_over([ranks])}
+    mpus["dp"] = mpu_over([[rank] for rank in ranks])
     seen = (save if phase == "save" else load)(out, mpus)
     torch.save(seen, out / f"{phase}{dist.get_rank()}.pt")
 

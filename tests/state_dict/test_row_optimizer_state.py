@@ -16,6 +16,7 @@ from tp_embed.checkpoint import CheckpointError, ReadOptions, hook_state_dict, r
 from tp_embed.checkpoint.contents import ROW_STATES
 from tp_embed.checkpoint.table_files import SavedTable, load_tables, save_tables
 from tp_embed.optim import LazyAdam, RowwiseAdagrad, RowwiseAdam
+from tp_embed.parameter.sharded import local
 
 V, E, LR = 13, 6, 0.1
 KINDS: dict[str, Any] = {
@@ -210,6 +211,30 @@ def test_loads_other_dtypes_and_refuses_other_tables(pool, tmp_path):
         assert "must be a `LazyAdam`, but" in kind
         assert "must have the shape (14, 6), but in" in shape
         assert "own, ['other'], but has ['embed.weight']" in names
+
+
+def shared(gang, path):
+    """A table of two names, and a table of a gang that has no rows of it."""
+    model, optimizer = build(gang, "vocab", "rowwise_adagrad", "float32")
+    train(model, optimizer, 2)
+    small = VocabShardedEmbedding(gang, 2, E, sparse=True)
+    its = LazyAdam([small.weight])
+    tables = [SavedTable(["two.weight", "one.weight"], model.embed, optimizer)]
+    tables += [SavedTable(["small.weight"], small, its)]
+    save_tables(path, tables, gang)
+    saved = read(path, ReadOptions())
+    assert len(saved.ties) == 1
+    assert {*saved.names, *saved.ties} == {"one.weight", "two.weight", "small.weight"}
+    expected = local(small.weight).clone()
+    with torch.no_grad():
+        local(small.weight).zero_()
+    load_tables(path, tables, gang)
+    assert torch.equal(local(small.weight), expected)
+
+
+def test_shared_tables_and_empty_shards(pool, tmp_path):
+    for size in (1, 3):
+        pool(size, shared, tmp_path / str(size))
 
 
 def fresh(gang, path):

@@ -116,19 +116,15 @@ def _carried(
 ) -> tuple[Checkpoint, list[str]]:
     """Returns the part of ``checkpoint`` that the format can hold, cast for it, and lists what it
     drops."""
+    checkpoint, dropped = _with_cast_tables(checkpoint, target, request)
     tensors: dict[Key, Array] = {}
     buffers = set(checkpoint.buffers)
     apart = checkpoint.apart if request.read.with_optimizer else frozenset()
     for name in checkpoint.names:
         weight, master = (checkpoint.tensors.get(Key(name, state)) for state in (WEIGHT, MASTER))
         best = _either(master, weight)
-        if name in checkpoint.apart:
-            weight = best = _table(checkpoint, name, request.dtype)
-        if name in apart:
-            tensors[Key(name)] = best
-            continue
-        if target.MAIN == WEIGHT or name in buffers or not best.dtype.is_floating_point:
-            if target.MAIN == MASTER:
+        if target.MAIN == WEIGHT or name in buffers | apart or not best.dtype.is_floating_point:
+            if target.MAIN == MASTER and name not in apart:
                 buffers.add(name)  # The format has no other place for it.
             main = _weight(name, weight, master, request.dtype)
             tensors[Key(name)] = main
@@ -144,13 +140,6 @@ def _carried(
     states = {
         key: array for key, array in checkpoint.tensors.items() if key.state not in (WEIGHT, MASTER)
     }
-    dropped = []
-    for name in apart:
-        dtype = tensors[Key(name)].dtype
-        if dtype != checkpoint.tensors[Key(name)].dtype:
-            states = {key: a for key, a in states.items() if key not in _fp32_values(name)}
-            if dtype != torch.float32 and target.HAS_OPTIMIZER:
-                dropped.append(f"the fp32 values of `{name}`, which has another dtype now")
     optimizer = checkpoint.optimizer if request.read.with_optimizer else None
     if not request.read.with_optimizer:
         tensors = {
@@ -186,18 +175,21 @@ def _carried(
     )
 
 
-def _fp32_values(name: str) -> tuple[Key, Key]:
-    """Returns the keys of the states that an optimizer of :mod:`tp_embed.optim` adds to a table in
-    fp16 or bf16."""
-    return Key(name, "master"), Key(name, "remainder")
-
-
-def _table(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None) -> Array:
-    """Returns a table with an optimizer of its own, cast from its fp32 values if there are some."""
-    weight = checkpoint.tensors[Key(name)]
-    if dtype is None or dtype == weight.dtype:
-        return weight
-    return _cast(name, values_of(weight, *map(checkpoint.tensors.get, _fp32_values(name))), dtype)
+def _with_cast_tables(
+    checkpoint: Checkpoint, target: Format, request: Request
+) -> tuple[Checkpoint, list[str]]:
+    """Casts tables with an optimizer of their own, from their fp32 values if there are some. Lists
+    what it drops."""
+    tensors, dropped = dict(checkpoint.tensors), []
+    for name in sorted(checkpoint.apart):
+        weight = tensors[Key(name)]
+        if request.dtype in (None, weight.dtype):
+            continue
+        master, remainder = (tensors.pop(Key(name, s), None) for s in ("master", "remainder"))
+        tensors[Key(name)] = _cast(name, values_of(weight, master, remainder), request.dtype)
+        if request.dtype != torch.float32 and target.HAS_OPTIMIZER:
+            dropped.append(f"the fp32 values of `{name}`, which has another dtype now")
+    return replace(checkpoint, tensors=tensors), dropped
 
 
 def _weight(

@@ -17,7 +17,7 @@ from tp_embed.integrations.deepspeed import to_universal
 def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("row_checkpoints")
     run_script(job.__file__, out, "save", ranks=2)
-    for name in {saved for saved, is_universal, _ in job.LOADED.values() if is_universal}:
+    for name in {saved for saved, way, _ in job.LOADED.values() if way != "engine"}:
         to_universal(out / name, out / f"{name} universal")
     return out
 
@@ -74,9 +74,10 @@ def test_a_failure_leaves_the_latest_checkpoint(out, saved):
 
 def test_loads_weights_alone_and_refuses_another_optimizer(saved):
     for rank in saved:
-        state = rank["weights"]
-        assert torch.equal(state["weight"], rank["copies"]["state"]["weight"])
-        assert state.keys() == {"weight", "group"}
+        for name in ("copies", "ZeRO 3"):
+            state = rank[f"weights of {name}"]
+            assert torch.equal(state["weight"], rank[name]["state"]["weight"])
+            assert state.keys() == {"weight", "group"}
         assert "must be a `LazyAdam`, but in" in rank["other"]
 
 
@@ -110,6 +111,19 @@ def test_conversions_keep_the_states(out, saved, tmp_path, name, to):
     convert(one, tmp_path / "two", back, verify=True)
     both = [read(path, ReadOptions()) for path in (out / name, tmp_path / "two")]
     assert [str(each) for each in differences(*both)] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_another_dtype(out, saved, tmp_path, dtype):
+    work = convert(out / "cyclic", tmp_path / "one", Request(to="dcp", dtype=dtype), verify=True)
+    state = saved[0]["cyclic"]["state"]
+    found = arrays(tmp_path / "one")
+    assert torch.equal(found["weight"], fp32_values(state).to(dtype))
+    assert torch.equal(found["exp_avg"], state["exp_avg"])
+    assert not {"master", "remainder"} & found.keys()
+    dropped = [what for what in work.dropped if "ngram" in what]
+    expected = ["the fp32 values of `ngram.weight`, which has another dtype now"]
+    assert dropped == ([] if dtype == torch.float32 else expected)
 
 
 def test_cut_along_the_columns(out, saved, tmp_path):
