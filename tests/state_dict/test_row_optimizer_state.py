@@ -175,6 +175,27 @@ def test_resharding(pool, tmp_path, how, kind, dtype):
     pool(1, load, ["vocab", "cyclic"], kind, dtype, tmp_path)
 
 
+def exchange(gang, kind, dtype):
+    """DTensors of one cut, loaded into a model of the other."""
+    for old in CUTS:
+        model, optimizer = build(gang, old, kind, dtype)
+        train(model, optimizer, 2)
+        with hook_state_dict(model, "dtensor", optimizer=optimizer):
+            table, state = model.state_dict(), optimizer.state_dict()
+        for new in CUTS:
+            other, of_other = build(gang, new, kind, dtype)
+            with hook_state_dict(other, optimizer=of_other):
+                other.load_state_dict(table)
+                of_other.load_state_dict(state)
+            assert_same(states(other, of_other), states(model, optimizer))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(("kind", "dtype"), CASES)
+def test_dtensors_of_another_cut(pool, size, kind, dtype):
+    pool(size, exchange, kind, dtype)
+
+
 def load_otherwise(gang, path):
     """In another dtype, with another optimizer, without states, and what is refused."""
     expected = torch.load(path / "whole.pt")
@@ -200,6 +221,15 @@ def load_otherwise(gang, path):
         except CheckpointError as e:
             refused.append(str(e))
     load_tables(path / "files", saved_table(model, optimizer), gang, with_states=False)
+    gang.barrier()
+    if gang.rank == 0:  # As after a save that was killed.
+        (path / "files" / ".metadata").rename(path / "files" / "metadata")
+    gang.barrier()
+    for folder in ("files", "none"):
+        try:
+            load_tables(path / folder, saved_table(model, optimizer), gang)
+        except CheckpointError as e:
+            refused.append(str(e))
     assert torch.equal(states(model, optimizer)[0], expected[0])
     return refused
 
@@ -207,10 +237,12 @@ def load_otherwise(gang, path):
 def test_loads_other_dtypes_and_refuses_other_tables(pool, tmp_path):
     pool(2, save, "block", "rowwise_adam", "bfloat16", tmp_path)
     for refused in pool(3, load_otherwise, tmp_path):
-        kind, shape, names = refused
+        kind, shape, names, killed, missing = refused
         assert "must be a `LazyAdam`, but" in kind
         assert "must have the shape (14, 6), but in" in shape
         assert "own, ['other'], but has ['embed.weight']" in names
+        assert "must hold `.metadata`, but does not. Saving was not finished" in killed
+        assert "There must be a directory" in missing
 
 
 def shared(gang, path):

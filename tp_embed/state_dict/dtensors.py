@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from tp_embed._torch_private import AsyncCollectiveTensor
 from tp_embed.gang import FakeGang, Gang
 from tp_embed.gang.agreement import of_all_ranks
+from tp_embed.gang.redistribute import sendable
 
 
 def as_dtensor(block: Tensor, dim: int, shape: tuple[int, ...], gang: Gang) -> Tensor:
@@ -103,7 +104,7 @@ class DTensors:
         if is_cut_alike and placements == (repr(Shard(dim)),):
             return _arrived(value.to_local()), False
         _check_same_mesh(layouts, members)
-        return value.full_tensor(), True
+        return _whole(value), True
 
     def _checked(self, key: str, shape: tuple[int, ...]) -> list[Layout]:
         """Returns the layout that each rank of the gang sees, after checking that they agree."""
@@ -141,6 +142,20 @@ def _global_ranks(gang: Gang) -> list[int]:
     if isinstance(gang, FakeGang):  # Beyond one rank, its members don't exist.
         return [dist.get_rank()] if gang.size == 1 else []
     return dist.get_process_group_ranks(gang.as_process_group())
+
+
+def _whole(value: DTensor) -> Tensor:
+    """Gathers ``value``."""
+    sent = DTensor.from_local(
+        sendable(value.to_local()),
+        value.device_mesh,
+        value.placements,
+        run_check=False,
+        shape=value.shape,
+        stride=value.stride(),
+    )
+    whole: Tensor = sent.full_tensor()
+    return whole.view(value.dtype)
 
 
 def _arrived(tensor: Any) -> Tensor:
