@@ -12,7 +12,14 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from tp_embed import RowWiseEmbedding, ShardedEmbedding, StandardEmbedding, VocabShardedEmbedding
-from tp_embed.checkpoint import CheckpointError, ReadOptions, hook_state_dict, read
+from tp_embed.checkpoint import (
+    CheckpointError,
+    ReadOptions,
+    Request,
+    convert,
+    hook_state_dict,
+    read,
+)
 from tp_embed.checkpoint.contents import ROW_STATES
 from tp_embed.checkpoint.table_files import SavedTable, load_tables, save_tables
 from tp_embed.optim import LazyAdam, RowwiseAdagrad, RowwiseAdam
@@ -173,6 +180,34 @@ def test_resharding(pool, tmp_path, how, kind, dtype):
     pool(3, load, CUTS, kind, dtype, tmp_path)
     pool(2, load, [each for each in CUTS if each != how], kind, dtype, tmp_path)
     pool(1, load, ["vocab", "cyclic"], kind, dtype, tmp_path)
+    model, optimizer = build(None, "", kind, dtype)  # By torch alone.
+    optimizer.init_state()
+    table, state = get_state_dict(model, optimizer)
+    both = {"model": table, "optimizer": state}
+    dcp.load(both, checkpoint_id=tmp_path / "files", no_dist=True)
+    set_state_dict(model, optimizer, model_state_dict=table, optim_state_dict=state)
+    assert_same(states(model, optimizer), torch.load(tmp_path / "whole.pt"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_plain_torch(kind, tmp_path):
+    model, _ = build(None, "", kind, "bfloat16")
+    optimizer = KINDS[kind](model.named_parameters(), lr=LR, weight_decay=0.2)
+    train(model, optimizer, 2)
+    both = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(both, tmp_path / "one.pt")
+    convert(tmp_path / "one.pt", tmp_path / "two", Request(to="dcp"), verify=True)
+    other, _ = build(None, "", kind, "bfloat16")
+    of_other = KINDS[kind](other.named_parameters(), lr=LR, weight_decay=0.2)
+    of_other.init_state()
+    table, state = get_state_dict(other, of_other)
+    saved = {"model": table, "optimizer": state}
+    dcp.load(saved, checkpoint_id=tmp_path / "two", no_dist=True)
+    set_state_dict(other, of_other, model_state_dict=table, optim_state_dict=state)
+    assert torch.equal(other.embed.weight, model.embed.weight)
+    for key, value in optimizer.state[model.embed.weight].items():
+        found = of_other.state[other.embed.weight][key]
+        assert torch.equal(torch.as_tensor(found), torch.as_tensor(value)), key
 
 
 def exchange(gang, kind, dtype):

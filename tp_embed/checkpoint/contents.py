@@ -23,6 +23,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 # the one that is a number.
 ROW_STATES = frozenset(("sum", "exp_avg_sq", "row_decay"))
 DECAY = "decay"
+# What they keep for tables in fp16, and in bf16.
+FP32_STATES = ("master", "remainder")
 # The entry of a param group with the class of such an optimizer.
 ROW_OPTIMIZER = "row_optimizer"
 

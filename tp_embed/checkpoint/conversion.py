@@ -13,6 +13,7 @@ import torch
 from . import formats
 from .choices import DIMS, Dim, NanPolicy
 from .contents import (
+    FP32_STATES,
     MASTER,
     WEIGHT,
     Checkpoint,
@@ -185,7 +186,7 @@ def _with_cast_tables(
         weight = tensors[Key(name)]
         if request.dtype in (None, weight.dtype):
             continue
-        master, remainder = (tensors.pop(Key(name, s), None) for s in ("master", "remainder"))
+        master, remainder = (tensors.pop(Key(name, s), None) for s in FP32_STATES)
         tensors[Key(name)] = _cast(name, values_of(weight, master, remainder), request.dtype)
         if request.dtype != torch.float32 and target.HAS_OPTIMIZER:
             dropped.append(f"the fp32 values of `{name}`, which has another dtype now")

@@ -27,7 +27,15 @@ from tp_embed.optim.masters import prepare, write_rows
 from tp_embed.parameter.sharded import local
 from tp_embed.partition import Partition
 
-from .contents import DECAY, ROW_OPTIMIZER, WEIGHT, Checkpoint, ReadOptions, parse_dtype
+from .contents import (
+    DECAY,
+    FP32_STATES,
+    ROW_OPTIMIZER,
+    WEIGHT,
+    Checkpoint,
+    ReadOptions,
+    parse_dtype,
+)
 from .errors import CheckpointError
 from .files.arrays import CHUNK_BYTES, Array, Index
 from .files.derived import values_of
@@ -231,8 +239,7 @@ def _finish(
             if table.state:
                 items["optimizer", "state", name, "step"] = layout.value(table.state["step"])
             if DECAY in table.state:
-                decay = torch.tensor(table.state[DECAY], dtype=torch.float64)
-                items["optimizer", "state", name, DECAY] = layout.tensor(decay)
+                items["optimizer", "state", name, DECAY] = layout.value(table.state[DECAY])
             group = table.optimizer.param_groups[0]
             rate = {"lr": float(group["lr"]), ROW_OPTIMIZER: type(table.optimizer).__name__}
             names = {"params": [name], "param_names": [name]}
@@ -311,7 +318,7 @@ def _load(table: SavedTable, saved: Checkpoint, with_states: bool) -> None:
     weight, optimizer = local(table.layer.weight), table.optimizer
     steps = saved.optimizer.steps if saved.optimizer and with_states else {}
     is_same = arrays[WEIGHT].dtype == weight.dtype
-    best = values_of(arrays[WEIGHT], arrays.get("master"), arrays.get("remainder"))
+    best = values_of(arrays[WEIGHT], *map(arrays.get, FP32_STATES))
     if is_same or name not in steps:
         source = arrays[WEIGHT] if is_same else best
         for part, values in _blocks(table, source, weight):
@@ -331,7 +338,7 @@ def _load(table: SavedTable, saved: Checkpoint, with_states: bool) -> None:
     for key, array in arrays.items():
         if key == DECAY:
             state[key] = float(array.load())
-        elif key != WEIGHT and (is_same or key not in ("master", "remainder")):
+        elif key != WEIGHT and (is_same or key not in FP32_STATES):
             state[key] = _tensor(table, key, array, old.get(key))
             for part, values in _blocks(table, array, state[key]):
                 state[key][part] = values

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from ...contents import (
     DECAY,
+    FP32_STATES,
     WEIGHT,
     Checkpoint,
     Key,
@@ -41,6 +42,7 @@ from ...contents import (
     ReadOptions,
     Target,
     fits,
+    is_row_wise,
 )
 from ...errors import CheckpointError, shown
 from ...files.arrays import Array
@@ -321,7 +323,7 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
         flat = {".".join(map(str, keys)): keys for keys in items}
         metadata.write(found, {name: items[keys] for name, keys in flat.items()}, flat)
     arrays = read(path, ReadOptions()).tensors
-    return Output({key: arrays[key] for key in checkpoint.tensors})
+    return Output({key: arrays[key] for key in checkpoint.tensors if key.state != DECAY})
 
 
 def _content(checkpoint: Checkpoint) -> dict[Keys, Any]:
@@ -338,14 +340,30 @@ def _content(checkpoint: Checkpoint) -> dict[Keys, Any]:
         return content
     for key, array in checkpoint.tensors.items():
         if key.state != WEIGHT:
-            content["optimizer", "state", key.name, key.state] = array
+            value = float(array.load()) if key.state == DECAY else array
+            content["optimizer", "state", key.name, key.state] = value
+    counts_in_int = _with_row_optimizers(checkpoint)
     for name, step in checkpoint.optimizer.steps.items():
-        content["optimizer", "state", name, "step"] = torch.tensor(step, dtype=torch.float32)
+        # As the optimizers keep it: torch loads each as it was saved.
+        count = int(step) if name in counts_in_int else torch.tensor(step, dtype=torch.float32)
+        content["optimizer", "state", name, "step"] = count
     for index, group in enumerate(checkpoint.optimizer.groups):
         # Optimizers made with `model.named_parameters()` expect `param_names`.
         for what, value in {**group, "param_names": group["params"]}.items():
             content["optimizer", "param_groups", index, what] = value
     return content
+
+
+def _with_row_optimizers(checkpoint: Checkpoint) -> set[str]:
+    """Returns the names of tables with an optimizer of :mod:`tp_embed.optim`, as far as their
+    states show it."""
+    own = {
+        key.name
+        for key, array in checkpoint.tensors.items()
+        if key.state in (DECAY, *FP32_STATES)
+        or is_row_wise(key, array.shape, checkpoint.shape(key.name))
+    }
+    return own | checkpoint.apart
 
 
 def _tree(path: Path, items: Mapping[str, Item], nesting: Mapping[str, Keys]) -> Tree:
