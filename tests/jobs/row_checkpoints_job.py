@@ -39,6 +39,7 @@ LOADED: dict[str, tuple[str, str, Case]] = {
     "copies": ("copies", "engine", (0, "dp", "rowwise_adagrad", "world", "block", "fp32")),
     "vocab": ("vocab", "universal", (2, "tp", "rowwise_adagrad", "embed", "block", "bf16")),
     "cyclic": ("cyclic", "universal", (3, "dp", "rowwise_adam", "world", "block", "bf16")),
+    "converted": ("cyclic", "converted", (2, "dp", "rowwise_adam", "world", "block", "bf16")),
     "embed": ("embed", "universal", (1, "tp", "rowwise_adam", "vocab", "block", "fp32")),
     "embed, ZeRO 0": ("embed", "universal", (0, "tp", "rowwise_adam", "world", "cyclic", "fp32")),
 }
@@ -108,7 +109,7 @@ def load(out: Path, mpus: dict[str, Any]) -> dict[str, Any]:
         if way == "universal":
             _, client = load_universal(engine, out / f"{saved} universal")
         else:
-            folder = saved if way == "engine" else f"{saved} universal"
+            folder = {"engine": saved, "config": f"{saved} universal"}.get(way, f"{saved} {way}")
             _, client = engine.load_checkpoint(str(out / folder))
         state = state_of(engine)
         losses = train(engine, ids_of(mpus, case))["losses"]

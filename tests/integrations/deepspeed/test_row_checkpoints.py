@@ -17,8 +17,10 @@ from tp_embed.integrations.deepspeed import to_universal
 def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("row_checkpoints")
     run_script(job.__file__, out, "save", ranks=2)
-    for name in {saved for saved, way, _ in job.LOADED.values() if way != "engine"}:
+    for name in {saved for saved, way, _ in job.LOADED.values() if way in ("universal", "config")}:
         to_universal(out / name, out / f"{name} universal")
+    request = Request(to="deepspeed", zero_stage=2, dp_size=3)
+    convert(out / "cyclic", out / "cyclic converted", request)
     return out
 
 
