@@ -11,7 +11,8 @@ from typing import Any
 from torch.nn import Module
 
 from tp_embed.checkpoint.formats.apart import DIRECTORY
-from tp_embed.checkpoint.table_files import SavedTable, load_tables, save_tables
+from tp_embed.checkpoint.table_files import SavedTable, save_tables
+from tp_embed.checkpoint.table_loading import load_tables
 from tp_embed.gang.process_group import ProcessGroupGang
 
 from .own_tables import OwnTable

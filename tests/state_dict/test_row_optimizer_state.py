@@ -21,7 +21,8 @@ from tp_embed.checkpoint import (
     read,
 )
 from tp_embed.checkpoint.contents import ROW_STATES
-from tp_embed.checkpoint.table_files import SavedTable, load_tables, save_tables
+from tp_embed.checkpoint.table_files import SavedTable, save_tables
+from tp_embed.checkpoint.table_loading import load_tables
 from tp_embed.optim import LazyAdam, RowwiseAdagrad, RowwiseAdam
 from tp_embed.parameter.sharded import local
 

@@ -1,5 +1,5 @@
-"""Saves and loads tables with the states of their optimizers, by all ranks together, in a directory
-of ``torch.distributed.checkpoint``.
+"""Saves tables with the states of their optimizers, by all ranks together, in a directory of
+``torch.distributed.checkpoint``.
 
 Each rank writes its own files, block by block: what it alone holds, and of copies a part. Tables in
 the files are whole, and a row-wise state of a table that is sharded along its embedding dimension
@@ -23,23 +23,17 @@ from tp_embed.gang.agreement import of_all_ranks, raise_together
 from tp_embed.gang.redistribute import move_rows
 from tp_embed.nn.table import Table
 from tp_embed.optim import RowOptimizer
-from tp_embed.optim.masters import prepare, write_rows
+from tp_embed.optim.masters import prepare
 from tp_embed.parameter.sharded import local
 from tp_embed.partition import Partition
 
 from .contents import (
     DECAY,
-    FP32_STATES,
     ROW_OPTIMIZER,
-    WEIGHT,
-    Checkpoint,
-    ReadOptions,
     parse_dtype,
 )
-from .errors import CheckpointError
 from .files.arrays import CHUNK_BYTES, Array, Index
-from .files.derived import values_of
-from .formats.dcp import metadata, read
+from .formats.dcp import metadata
 from .formats.dcp.files import Files, Layout
 from .formats.dcp.metadata import Chunk, Item, Keys, Place, TensorItem
 
@@ -249,131 +243,3 @@ def _finish(
     metadata.write(
         directory / metadata.NAME, {key: items[path] for key, path in flat.items()}, flat
     )
-
-
-def load_tables(
-    directory: Path, tables: Sequence[SavedTable], world: Gang, *, with_states: bool = True
-) -> None:
-    """Loads ``tables``, and with ``with_states`` the states and hyperparameters of their
-    optimizers, from the output of :func:`save_tables` on any number of ranks. Each rank reads its
-    own rows, block by block; of a cyclic table it reads all rows and keeps its own.
-
-    All ranks of ``world`` must call it. They send nothing, but learn if another has failed.
-
-    :raises CheckpointError: a file is missing or damaged, or tables, sizes or optimizers differ; a
-        :class:`GangError` on other ranks. If they differ, nothing has changed.
-    """
-
-    def load() -> None:
-        if not directory.is_dir():
-            raise CheckpointError(
-                f"There must be a directory `{directory}`, with the tables that have an optimizer "
-                "of their own, but there is none. Use the same `tp_embed.tables` as the engine "
-                "that was saved."
-            )
-        saved = read(directory, ReadOptions())
-        _check(directory, saved, tables, with_states)
-        for table in tables:
-            _load(table, saved, with_states)
-
-    raise_together(world, load, "Loading tables")
-
-
-def _check(
-    directory: Path, saved: Checkpoint, tables: Sequence[SavedTable], with_states: bool
-) -> None:
-    own = {table.names[0] for table in tables}
-    found = {saved.ties.get(name, name) for name in saved.names}
-    if {saved.ties.get(name, name) for name in own} != found:
-        raise CheckpointError(
-            f"`{directory}` must have the tables with an optimizer of their own, {sorted(own)}, "
-            f"but has {sorted(found)}. Use the same `tp_embed.tables`."
-        )
-    groups = _groups(saved)
-    for table in tables:
-        name = saved.ties.get(table.names[0], table.names[0])
-        if saved.shape(name) != table.shape:
-            raise CheckpointError(
-                f"`{name}` must have the shape {table.shape}, but in `{directory}` it has "
-                f"{saved.shape(name)}. Build the model that was saved."
-            )
-        kind, own_kind = groups[name].get(ROW_OPTIMIZER), type(table.optimizer).__name__
-        if with_states and kind != own_kind:
-            raise CheckpointError(
-                f"The optimizer of `{name}` must be a `{own_kind}`, but in `{directory}` it is a "
-                f"`{kind}`. Use the same `tp_embed.tables`, or load without optimizer states: "
-                "`load_optimizer_states=False`."
-            )
-
-
-def _groups(saved: Checkpoint) -> dict[str, Mapping[str, Any]]:
-    groups = saved.optimizer.groups if saved.optimizer else ()
-    return {name: group for group in groups for name in group["params"]}
-
-
-@torch.no_grad()
-def _load(table: SavedTable, saved: Checkpoint, with_states: bool) -> None:
-    name = saved.ties.get(table.names[0], table.names[0])
-    arrays = {key.state: array for key, array in saved.tensors.items() if key.name == name}
-    weight, optimizer = local(table.layer.weight), table.optimizer
-    steps = saved.optimizer.steps if saved.optimizer and with_states else {}
-    is_same = arrays[WEIGHT].dtype == weight.dtype
-    best = values_of(arrays[WEIGHT], *map(arrays.get, FP32_STATES))
-    if is_same or name not in steps:
-        source = arrays[WEIGHT] if is_same else best
-        for part, values in _blocks(table, source, weight):
-            weight[part] = values.to(weight.dtype)
-    if not with_states:
-        optimizer.refresh()
-        return
-    group = dict(_groups(saved)[name])
-    for key in ("params", "param_names", ROW_OPTIMIZER):
-        group.pop(key, None)
-    optimizer.param_groups[0].update(group)
-    old = optimizer.state.pop(table.layer.weight, {})
-    if name not in steps:
-        return
-    state = optimizer.state[table.layer.weight]
-    state["step"] = int(steps[name])
-    for key, array in arrays.items():
-        if key == DECAY:
-            state[key] = float(array.load())
-        elif key != WEIGHT and (is_same or key not in FP32_STATES):
-            state[key] = _tensor(table, key, array, old.get(key))
-            for part, values in _blocks(table, array, state[key]):
-                state[key][part] = values
-    if not is_same:
-        _load_cast(table, weight, state, best)
-
-
-def _load_cast(table: SavedTable, weight: Tensor, state: dict[str, Any], array: Array) -> None:
-    """Loads values that were saved in another dtype than the weight's."""
-    prepare(weight, state)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    for part, values in _blocks(table, array, weight):
-        rows = torch.arange(part.start, part.stop, device=weight.device)
-        write_rows(weight, state, rows, values.to(weight.device, dtype))
-
-
-def _tensor(table: SavedTable, key: str, array: Array, old: Any) -> Tensor:
-    """Returns a tensor for this rank's part of a state, the ``old`` one if it fits."""
-    weight = local(table.layer.weight)
-    tail = table.optimizer.row_states.get(key, tuple(weight.shape[1:]))
-    if isinstance(old, Tensor) and (*old.shape[1:], old.dtype) == (*tail, array.dtype):
-        return old
-    return weight.new_empty((len(weight), *tail), dtype=array.dtype)
-
-
-def _blocks(table: SavedTable, array: Array, to: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yields this rank's rows of ``array`` in blocks, with their places in ``to``."""
-    rows, columns = table.layer.rows, table.layer.columns
-    is_cut = to.dim() == 2 and to.shape[1] != array.shape[1]
-    place = (columns.start if is_cut else 0,) * (to.dim() - 1)
-    row_bytes = max(1, prod(to.shape[1:]) * array.dtype.itemsize)
-    count = max(1, CHUNK_BYTES // row_bytes // rows.step)
-    for first in range(0, len(rows), count):
-        part = rows[first : first + count]
-        size = part[-1] + 1 - part[0]
-        values = torch.empty((size, *to.shape[1:]), dtype=array.dtype)
-        array.read((part[0], *place), values)
-        yield slice(first, first + len(part)), values[:: rows.step]
