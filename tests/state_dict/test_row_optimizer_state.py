@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import resource
 from typing import Any
 
 import pytest
@@ -11,7 +12,13 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from tp_embed import RowWiseEmbedding, ShardedEmbedding, StandardEmbedding, VocabShardedEmbedding
+from tp_embed import (
+    GangError,
+    RowWiseEmbedding,
+    ShardedEmbedding,
+    StandardEmbedding,
+    VocabShardedEmbedding,
+)
 from tp_embed.checkpoint import (
     CheckpointError,
     ReadOptions,
@@ -316,6 +323,34 @@ def fresh(gang, path):
 
 def test_before_the_first_step(pool, tmp_path):
     pool(2, fresh, tmp_path / "files")
+
+
+def on_a_full_disk(gang, how, path):
+    """The last rank can write 4 KB only."""
+    model, optimizer = build(gang, how, "rowwise_adam", "float32")
+    train(model, optimizer, 1)
+    save_tables(path, saved_table(model, optimizer), gang)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if gang.rank == gang.size - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        save_tables(path, saved_table(model, optimizer), gang)
+    except (OSError, GangError) as e:
+        return f"{type(e).__name__}: {e}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return ""
+
+
+@pytest.mark.parametrize("how", ["block", "cyclic"])
+def test_a_full_disk(pool, tmp_path, how):
+    """All ranks raise, and what is there is no checkpoint."""
+    *others, last = pool(3, on_a_full_disk, how, tmp_path)
+    assert "File too large" in last
+    for error in others:
+        assert "GangError: Saving tables failed on rank 2" in error
+    with pytest.raises(CheckpointError, match=r"must hold `\.metadata`"):
+        read(tmp_path, ReadOptions(), "dcp")
 
 
 def copies(gang, path):
