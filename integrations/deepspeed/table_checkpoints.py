@@ -12,7 +12,7 @@ from torch.nn import Module
 
 from tp_embed.checkpoint.formats.apart import DIRECTORY
 from tp_embed.checkpoint.table_files import SavedTable, save_tables
-from tp_embed.checkpoint.table_loading import load_tables
+from tp_embed.checkpoint.table_loading import TableLoader
 from tp_embed.gang.process_group import ProcessGroupGang
 
 from .own_tables import OwnTable
@@ -55,7 +55,10 @@ class TableCheckpoints:
 
         :param with_states: whether to load the states of the optimizers.
         """
-        load_tables(tag / DIRECTORY, self._tables, self._world, with_states=with_states)
+        self._open(tag, with_states).load()
+
+    def _open(self, tag: Path, with_states: bool) -> TableLoader:
+        return TableLoader(tag / DIRECTORY, self._tables, self._world, with_states=with_states)
 
     def _saving(self, save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(save_checkpoint)
@@ -80,6 +83,10 @@ class TableCheckpoints:
             *args: Any,
             **kwargs: Any,
         ) -> Any:
+            found = find_tag(self._engine, load_dir, tag)
+            with_states = load_optimizer_states and not load_module_only
+            # Before anything changes.
+            loader = None if found is None else self._open(found, with_states)
             with self._left_out():
                 path, client_state = load_checkpoint(
                     load_dir,
@@ -91,9 +98,8 @@ class TableCheckpoints:
                     *args,
                     **kwargs,
                 )
-            if path is not None:
-                with_states = load_optimizer_states and not load_module_only
-                self.load(Path(path).parent, with_states=with_states)
+            if loader is not None:
+                loader.load()
             return path, client_state
 
         return load
@@ -121,3 +127,33 @@ class TableCheckpoints:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def find_tag(engine: Any, directory: Any, tag: Any) -> Path | None:
+    """Returns the directory that ``engine.load_checkpoint(directory, tag)`` reads; ``None`` if
+    there is none, which the engine reports."""
+    if tag is None:
+        name = "latest_universal" if engine.load_universal_checkpoint() else "latest"
+        latest = Path(directory, name)
+        tag = latest.read_text().strip() if latest.is_file() else ""
+    found = Path(directory, str(tag))
+    return found if str(tag) and found.is_dir() else None
+
+
+def refuse_tables(engine: Any) -> None:
+    """Makes an engine without tables of this kind refuse checkpoints that have some: it would lack
+    them, or with ``load_module_strict=False`` leave them out."""
+    load_checkpoint = engine.load_checkpoint
+
+    @wraps(load_checkpoint)
+    def load(load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        found = find_tag(engine, load_dir, tag)
+        if found is not None and (found / DIRECTORY).is_dir():
+            raise ValueError(
+                f"`{found}` must have no tables with an optimizer of their own, since the engine "
+                f"has none, but has a directory `{DIRECTORY}`. Name them in `tp_embed.tables`, as "
+                "the engine that was saved, or load the weights by `tp-embed convert --to hf`."
+            )
+        return load_checkpoint(load_dir, tag, *args, **kwargs)
+
+    engine.load_checkpoint = load

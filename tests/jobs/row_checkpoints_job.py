@@ -95,10 +95,19 @@ def save(out: Path, mpus: dict[str, Any]) -> dict[str, Any]:
         weights.load_checkpoint(str(out / name), load_optimizer_states=False)
         seen[f"weights of {name}"] = state_of(weights)
     other = engine_of((0, "dp", "lazy_adam", "vocab", "block", "fp32"), mpus)
+    before = other.module.mix.weight.detach().clone()
     try:
         other.load_checkpoint(str(out / "copies"))
     except ValueError as e:
         seen["other"] = str(e)
+    seen["unchanged"] = torch.equal(before, other.module.mix.weight)
+    ds_config = config(0, {})
+    ds_config["tp_embed"].pop("tables")
+    without = make("dp", ds_config, mpus)
+    try:
+        without.load_checkpoint(str(out / "copies"), load_module_strict=False)
+    except ValueError as e:
+        seen["without"] = str(e)
     return seen
 
 

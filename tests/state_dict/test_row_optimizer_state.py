@@ -29,7 +29,7 @@ from tp_embed.checkpoint import (
 )
 from tp_embed.checkpoint.contents import ROW_STATES
 from tp_embed.checkpoint.table_files import SavedTable, save_tables
-from tp_embed.checkpoint.table_loading import load_tables
+from tp_embed.checkpoint.table_loading import TableLoader
 from tp_embed.optim import LazyAdam, RowwiseAdagrad, RowwiseAdam
 from tp_embed.parameter.sharded import local
 
@@ -124,6 +124,10 @@ def close(found, expected):
         elif key != "remainder":
             assert state[key] == value
     assert groups == expected[2]
+
+
+def load_tables(*args, **options):
+    TableLoader(*args, **options).load()
 
 
 def saved_table(model, optimizer):

@@ -66,8 +66,8 @@ class SavedTable:
 class _Part:
     """What this rank writes of a tensor: a box of ``size`` at ``start`` of the whole of ``shape``.
 
-    :param rows: the rows of the table that the ranks of ``gang`` write, if they hold others: then
-        rows are sent.
+    :param held: the rows of the table that each rank of ``gang`` holds.
+    :param wanted: the rows that each rank writes; if these are others, rows are sent.
     """
 
     path: Keys

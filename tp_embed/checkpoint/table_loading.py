@@ -25,88 +25,61 @@ from .files.derived import values_of
 from .formats.dcp import read
 from .table_files import SavedTable
 
+_WHAT = "Loading tables"
 
-def load_tables(
-    directory: Path, tables: Sequence[SavedTable], world: Gang, *, with_states: bool = True
-) -> None:
-    """Loads ``tables``, and with ``with_states`` the states and hyperparameters of their
-    optimizers, from the output of :func:`~tp_embed.checkpoint.table_files.save_tables` on any
-    number of ranks. Each rank reads its own rows, block by block; of a cyclic table it reads some
-    neighbours and sends each to its rank.
 
-    All ranks of ``world`` must call it.
+class TableLoader:
+    """Opens the output of :func:`~tp_embed.checkpoint.table_files.save_tables`, and checks that it
+    fits ``tables``. All ranks of ``world`` must make it, and load, together.
 
+    :param with_states: whether to load the states and hyperparameters of the optimizers too.
     :raises CheckpointError: a file is missing or damaged, or tables, sizes or optimizers differ; a
-        :class:`GangError` on other ranks. If they differ, nothing has changed.
+        :class:`GangError` on other ranks.
     """
 
-    def find() -> Checkpoint:
-        if not directory.is_dir():
-            raise CheckpointError(
-                f"There must be a directory `{directory}`, with the tables that have an optimizer "
-                "of their own, but there is none. Use the same `tp_embed.tables` as the engine "
-                "that was saved."
-            )
-        saved = read(directory, ReadOptions())
-        _check(directory, saved, tables, with_states)
-        return saved
-
-    what = "Loading tables"
-    saved = raise_together(world, find, what)
-    loader = _Loader(saved)
-    for table in tables:
-        loader.load(table, with_states)
-    raise_together(world, loader.check, what)
-
-
-def _check(
-    directory: Path, saved: Checkpoint, tables: Sequence[SavedTable], with_states: bool
-) -> None:
-    own = {table.names[0] for table in tables}
-    found = {saved.ties.get(name, name) for name in saved.names}
-    if {saved.ties.get(name, name) for name in own} != found:
-        raise CheckpointError(
-            f"`{directory}` must have the tables with an optimizer of their own, {sorted(own)}, "
-            f"but has {sorted(found)}. Use the same `tp_embed.tables`."
-        )
-    groups = _groups(saved)
-    for table in tables:
-        name = saved.ties.get(table.names[0], table.names[0])
-        if saved.shape(name) != table.shape:
-            raise CheckpointError(
-                f"`{name}` must have the shape {table.shape}, but in `{directory}` it has "
-                f"{saved.shape(name)}. Build the model that was saved."
-            )
-        kind, own_kind = groups[name].get(ROW_OPTIMIZER), type(table.optimizer).__name__
-        if with_states and kind != own_kind:
-            raise CheckpointError(
-                f"The optimizer of `{name}` must be a `{own_kind}`, but in `{directory}` it is a "
-                f"`{kind}`. Use the same `tp_embed.tables`, or load without optimizer states: "
-                "`load_optimizer_states=False`."
-            )
-
-
-def _groups(saved: Checkpoint) -> dict[str, Mapping[str, Any]]:
-    groups = saved.optimizer.groups if saved.optimizer else ()
-    return {name: group for group in groups for name in group["params"]}
-
-
-class _Loader:
-    """Loads tables one by one. Keeps the first failure to read: other ranks may be waiting for rows
-    of this one."""
-
-    def __init__(self, saved: Checkpoint) -> None:
-        self._saved = saved
+    def __init__(
+        self,
+        directory: Path,
+        tables: Sequence[SavedTable],
+        world: Gang,
+        *,
+        with_states: bool = True,
+    ) -> None:
+        self._tables, self._world, self._with_states = tables, world, with_states
+        # The first failure to read: other ranks may be waiting for rows of this one.
         self._failure: Exception | None = None
 
-    def check(self) -> None:
-        """Raises the failure, if there was one."""
-        if self._failure is not None:
-            raise self._failure
+        def find() -> Checkpoint:
+            if not directory.is_dir():
+                raise CheckpointError(
+                    f"There must be a directory `{directory}`, with the tables that have an "
+                    "optimizer of their own, but there is none. Use the same `tp_embed.tables` as "
+                    "the engine that was saved."
+                )
+            saved = read(directory, ReadOptions())
+            _check(directory, saved, tables, with_states)
+            return saved
+
+        self._saved = raise_together(world, find, _WHAT)
+
+    def load(self) -> None:
+        """Loads the tables. Each rank reads its own rows, block by block; of a cyclic table it
+        reads some neighbours and sends each to its rank.
+
+        :raises CheckpointError: a file is damaged; a :class:`GangError` on other ranks.
+        """
+        for table in self._tables:
+            self._load(table)
+
+        def check() -> None:
+            if self._failure is not None:
+                raise self._failure
+
+        raise_together(self._world, check, _WHAT)
 
     @torch.no_grad()
-    def load(self, table: SavedTable, with_states: bool) -> None:
-        saved, optimizer = self._saved, table.optimizer
+    def _load(self, table: SavedTable) -> None:
+        saved, optimizer, with_states = self._saved, table.optimizer, self._with_states
         name = saved.ties.get(table.names[0], table.names[0])
         arrays = {key.state: array for key, array in saved.tensors.items() if key.name == name}
         weight = local(table.layer.weight)
@@ -183,6 +156,38 @@ class _Loader:
             wanted = [shard[own] for shard, own in zip(shards, places, strict=True)]
             values = move_rows(read(held[gang.rank]), held, wanted, gang)
             yield places[gang.rank], values
+
+
+def _check(
+    directory: Path, saved: Checkpoint, tables: Sequence[SavedTable], with_states: bool
+) -> None:
+    own = {table.names[0] for table in tables}
+    found = {saved.ties.get(name, name) for name in saved.names}
+    if {saved.ties.get(name, name) for name in own} != found:
+        raise CheckpointError(
+            f"`{directory}` must have the tables with an optimizer of their own, {sorted(own)}, "
+            f"but has {sorted(found)}. Use the same `tp_embed.tables`."
+        )
+    groups = _groups(saved)
+    for table in tables:
+        name = saved.ties.get(table.names[0], table.names[0])
+        if saved.shape(name) != table.shape:
+            raise CheckpointError(
+                f"`{name}` must have the shape {table.shape}, but in `{directory}` it has "
+                f"{saved.shape(name)}. Build the model that was saved."
+            )
+        kind, own_kind = groups[name].get(ROW_OPTIMIZER), type(table.optimizer).__name__
+        if with_states and kind != own_kind:
+            raise CheckpointError(
+                f"The optimizer of `{name}` must be a `{own_kind}`, but in `{directory}` it is a "
+                f"`{kind}`. Use the same `tp_embed.tables`, or load without optimizer states: "
+                "`load_optimizer_states=False`."
+            )
+
+
+def _groups(saved: Checkpoint) -> dict[str, Mapping[str, Any]]:
+    groups = saved.optimizer.groups if saved.optimizer else ()
+    return {name: group for group in groups for name in group["params"]}
 
 
 def _tensor(table: SavedTable, key: str, array: Array, old: Any) -> Tensor:

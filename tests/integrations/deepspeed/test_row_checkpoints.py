@@ -74,13 +74,15 @@ def test_a_failure_leaves_the_latest_checkpoint(out, saved):
     assert (out / "embed" / "latest").read_text() != "next"
 
 
-def test_loads_weights_alone_and_refuses_another_optimizer(saved):
+def test_loads_weights_alone_and_refuses_other_engines(saved):
     for rank in saved:
         for name in ("copies", "ZeRO 3"):
             state = rank[f"weights of {name}"]
             assert torch.equal(state["weight"], rank[name]["state"]["weight"])
             assert state.keys() == {"weight", "group"}
         assert "must be a `LazyAdam`, but in" in rank["other"]
+        assert rank["unchanged"]
+        assert "must have no tables with an optimizer of their own, since" in rank["without"]
 
 
 def arrays(path, name="ngram.weight"):

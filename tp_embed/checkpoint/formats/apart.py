@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ..contents import Arrays, Checkpoint, Optimizer, Output, ReadOptions, Target
+from ..contents import ROW_OPTIMIZER, Arrays, Checkpoint, Optimizer, Output, ReadOptions, Target
 from ..errors import CheckpointError
 from . import dcp
 
@@ -58,7 +58,7 @@ def lay_out_apart(
         return Output(dict(lay_out_rest(checkpoint)[1]))
     parts, tensors = [], checkpoint.tensors
     for is_apart in (False, True):
-        groups = tuple(g for g in optimizer.groups if (g["params"][0] in apart) == is_apart)
+        groups = tuple(g for g in optimizer.groups if (ROW_OPTIMIZER in g) == is_apart)
         steps = {n: step for n, step in optimizer.steps.items() if (n in apart) == is_apart}
         parts.append(
             replace(
