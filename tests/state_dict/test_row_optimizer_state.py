@@ -186,12 +186,13 @@ def load(gang, hows, kind, dtype, path):
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
 @pytest.mark.parametrize("how", CUTS)
 def test_resharding(pool, tmp_path, how, kind, dtype):
-    """From 2 ranks to 3, 1 and 2, to each cut and placement, bit for bit."""
+    """From 2 ranks to 3, 1, 2 and 4, to each cut and placement, bit for bit."""
     found = pool(2, save, how, kind, dtype, tmp_path)[0]
     close(found, states(*of_one_process(kind, dtype)))
     pool(3, load, CUTS, kind, dtype, tmp_path)
     pool(2, load, [each for each in CUTS if each != how], kind, dtype, tmp_path)
     pool(1, load, ["vocab", "cyclic"], kind, dtype, tmp_path)
+    pool(4, load, ["embed", "cyclic"], kind, dtype, tmp_path)
     model, optimizer = build(None, "", kind, dtype)  # By torch alone.
     optimizer.init_state()
     table, state = get_state_dict(model, optimizer)
@@ -235,6 +236,20 @@ def exchange(gang, kind, dtype):
                 other.load_state_dict(table)
                 of_other.load_state_dict(state)
             assert_same(states(other, of_other), states(model, optimizer))
+        with hook_state_dict(model, "sharded", optimizer=optimizer):
+            table, state = model.state_dict(), copy.deepcopy(optimizer.state_dict())
+        other, of_other = build(gang, old, kind, dtype)
+        with hook_state_dict(other, "sharded", optimizer=of_other):
+            other.load_state_dict(table)
+            of_other.load_state_dict(state)
+        assert_same(states(other, of_other), states(model, optimizer))
+        if gang.size > 1:
+            state["tp_embed_shard"][0]["rank"] = (gang.rank + 1) % gang.size
+            with (
+                pytest.raises(ValueError, match="must be whole or this rank's shard"),
+                hook_state_dict(other, "sharded", optimizer=of_other),
+            ):
+                of_other.load_state_dict(state)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
