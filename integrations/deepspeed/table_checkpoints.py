@@ -47,6 +47,9 @@ class TableCheckpoints:
             )
             for table, copy in zip(tables, copies, strict=True)
         ]
+        if not tables:
+            refuse_tables(engine)
+            return
         engine.save_checkpoint = self._saving(engine.save_checkpoint)
         engine.load_checkpoint = self._loading(engine.load_checkpoint)
 
@@ -55,7 +58,8 @@ class TableCheckpoints:
 
         :param with_states: whether to load the states of the optimizers.
         """
-        self._open(tag, with_states).load()
+        if self._tables:
+            self._open(tag, with_states).load()
 
     def _open(self, tag: Path, with_states: bool) -> TableLoader:
         return TableLoader(tag / DIRECTORY, self._tables, self._world, with_states=with_states)

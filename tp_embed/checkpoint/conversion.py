@@ -138,9 +138,7 @@ def _carried(
             )
         else:
             tensors[Key(name, MASTER)] = _cast(name, best, torch.float32)
-    states = {
-        key: array for key, array in checkpoint.tensors.items() if key.state not in (WEIGHT, MASTER)
-    }
+    states = {k: a for k, a in checkpoint.tensors.items() if k.state not in (WEIGHT, MASTER)}
     optimizer = checkpoint.optimizer if request.read.with_optimizer else None
     if not request.read.with_optimizer:
         tensors = {
