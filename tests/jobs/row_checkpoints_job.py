@@ -83,7 +83,7 @@ def save(out: Path, mpus: dict[str, Any]) -> dict[str, Any]:
         seen[name] = {"state": state, "on": train(engine, ids)["losses"]}
     # A directory that can't be written, in the engine that was saved last.
     (out / name / "next").mkdir(exist_ok=True)
-    (out / name / "next" / "tp_embed_tables").touch()
+    (out / name / "next" / "tp_embed_own_tables").touch()
     dist.barrier()
     try:
         engine.save_checkpoint(str(out / name), tag="next")

@@ -60,7 +60,7 @@ def test_three_ranks_load_what_two_have_saved(saved, loaded, name):
 def test_each_rank_saves_a_part_and_deepspeed_none(out, saved):
     for name in job.SAVED:
         tag = out / name / (out / name / "latest").read_text()
-        sizes = [file.stat().st_size for file in (tag / "tp_embed_tables").glob("__[01]_*")]
+        sizes = [file.stat().st_size for file in (tag / "tp_embed_own_tables").glob("__[01]_*")]
         assert len(sizes) == 2
         for file in tag.glob("*model_states.pt"):
             state = torch.load(file, weights_only=False)

@@ -15,7 +15,7 @@ from ..contents import ROW_OPTIMIZER, Arrays, Checkpoint, Optimizer, Output, Rea
 from ..errors import CheckpointError
 from . import dcp
 
-DIRECTORY = "tp_embed_tables"
+DIRECTORY = "tp_embed_own_tables"
 
 
 def with_tables(rest: Checkpoint, tag: Path, options: ReadOptions) -> Checkpoint:
