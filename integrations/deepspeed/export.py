@@ -11,22 +11,26 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from deepspeed.utils import safe_get_full_fp32_param
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from tp_embed.checkpoint.files import safetensors_file
+from tp_embed.checkpoint.files.arrays import CHUNK_BYTES, Array
 from tp_embed.checkpoint.staging import staged
 from tp_embed.gang import Gang
 from tp_embed.gang.agreement import raise_together
 from tp_embed.gang.process_group import ProcessGroupGang
+from tp_embed.gang.redistribute import move_rows
+from tp_embed.nn.embedding import RowWiseEmbedding
 from tp_embed.parameter.sharded import local
 
 from .layout import has_mixed_up_masters, local_shape, logical_shape, map_of
@@ -53,8 +57,8 @@ def export(
     ``config.json``. Tied weights are written once.
 
     All ranks of the engine must call it. Gathers one Parameter at a time: over the data-parallel
-    group if ZeRO partitions it, then by sends from its tensor-parallel group to rank 0. Rank 0
-    writes, and holds the Parameters of one file.
+    group if ZeRO partitions it, then by sends from its tensor-parallel group to rank 0, which
+    writes it. A table that is sharded over all processes is gathered in blocks of 16 MiB.
 
     :param directory: the directory to write, on the file system of rank 0.
     :param dtype: the dtype to write; ``None`` keeps the dtypes of the Parameters. With
@@ -68,25 +72,25 @@ def export(
     module = engine.module
     parameters = _parameters(module)
     _check(engine, parameters, dtype)
-    sizes = {
-        name: torch.Size(logical_shape(param)).numel() * (dtype or param.dtype).itemsize
+    tables, buffers = _tables_of_all(module), persistent_buffers(engine)
+    layout = {
+        name: (_shape(param, tables.get(param)), dtype or param.dtype)
         for name, param in parameters.items()
     }
-    buffers = {n: b for n, b in persistent_buffers(engine).items() if not _is_own_table(b)}
-    sizes.update({name: buffer.nbytes for name, buffer in buffers.items()})
+    layout |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in buffers.items()}
+    sizes = {name: prod(shape) * kind.itemsize for name, (shape, kind) in layout.items()}
     files = _plan(sizes, max_shard_size)
     on_rank_0 = partial(_on_rank_0, ProcessGroupGang(None, engine.device))
 
     with _partitioned(engine), ExitStack() as stack:
         folder = on_rank_0(lambda: stack.enter_context(_staged_directory(directory)))
-        for file, names in files.items():
-            tensors: dict[str, Any] = {}
-            for name in names:
-                if name in buffers:
-                    tensors[name] = buffers[name].detach().cpu().clone()
-                else:
-                    tensors[name] = _gather(engine, parameters[name], dtype)
-            on_rank_0(partial(_write_tensors, folder, file, tensors))
+        arrays = on_rank_0(lambda: _lay_out(folder, files, layout))
+        for name in layout:
+            blocks: Iterable[tuple[int, Tensor | None]] = [(0, buffers.get(name))]
+            if name in parameters:
+                blocks = _blocks(engine, parameters[name], tables.get(parameters[name]), dtype)
+            for first, values in blocks:
+                on_rank_0(partial(_write, arrays, name, first, values))
         on_rank_0(partial(_write_index, folder, files, sizes))
         on_rank_0(partial(_write_config, folder, module, dtype))
         on_rank_0(stack.close)
@@ -122,12 +126,12 @@ def _check(engine: Any, parameters: Mapping[str, Parameter], dtype: torch.dtype 
         raise ValueError(
             "`engine` must have a model without pipeline stages, but has a `PipelineModule`."
         )
+    tables = _tables_of_all(engine.module)
     for name, param in parameters.items():
-        if is_moe_param(param):
+        if is_moe_param(param) and param not in tables:
             raise ValueError(
                 f"`engine` must have a model without Parameters that differ between data-parallel "
-                f"ranks, but `{name}` belongs to an expert, or to a table that is sharded over all "
-                "processes. Save such a table by `tp_embed.checkpoint.hook_state_dict()`."
+                f"ranks, but `{name}` belongs to an expert."
             )
         if getattr(param, DS_TENSOR_MODEL_PARALLEL, False) and map_of(param) is None:
             raise ValueError(
@@ -183,6 +187,37 @@ def _partitioned(engine: Any) -> Iterator[None]:
         engine.optimizer.checkpoint_event_epilogue()
 
 
+def _tables_of_all(module: Module) -> dict[Tensor, RowWiseEmbedding]:
+    """Returns the tables that are sharded over other ranks than the tensor-parallel ones."""
+    layers = (layer for layer in module.modules() if isinstance(layer, RowWiseEmbedding))
+    return {layer.weight: layer for layer in layers if layer.gang.size > 1}
+
+
+def _shape(param: Parameter, table: RowWiseEmbedding | None) -> tuple[int, ...]:
+    """Returns the shape of the whole Parameter."""
+    return logical_shape(param) if table is None else (table.num_embeddings, table.embed_dim)
+
+
+def _blocks(
+    engine: Any, param: Parameter, table: RowWiseEmbedding | None, dtype: torch.dtype | None
+) -> Iterator[tuple[int, Tensor | None]]:
+    """Yields the whole ``param`` on rank 0, in blocks of rows, each with its first row; ``None``
+    elsewhere. All ranks must take all blocks."""
+    if table is None:
+        yield 0, _gather(engine, param, dtype)
+        return
+    master = _master(engine, param) if _wants_master(param, dtype) else None
+    shard, gang = local(param if master is None else master), cast(ProcessGroupGang, table.gang)
+    held = [table.partition.shard(rank) for rank in range(gang.size)]
+    rows = range(table.num_embeddings)
+    count = max(1, CHUNK_BYTES // max(1, shard.size(1) * shard.element_size()))
+    for first in rows[::count]:
+        block = rows[first : first + count]
+        wanted = [block if rank == 0 else block[:0] for rank in gang.global_ranks]
+        values = move_rows(shard, held, wanted, gang)
+        yield first, values.to(dtype or param.dtype) if dist.get_rank() == 0 else None
+
+
 def _gather(engine: Any, param: Parameter, dtype: torch.dtype | None) -> Tensor | None:
     """Returns the whole ``param`` on the CPU of rank 0, ``None`` elsewhere. All ranks call it."""
     shard = _shard(engine, param, dtype)
@@ -228,12 +263,26 @@ def _on_rank_0(world: Gang, action: Callable[[], Any]) -> Any:
     return raise_together(world, lambda: action() if world.rank == 0 else None, "The export")
 
 
-def _write_tensors(folder: Path, file: str, tensors: dict[str, Tensor]) -> None:
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        folder / file,
-        metadata={"format": "pt"},
-    )
+def _lay_out(
+    folder: Path,
+    files: Mapping[str, list[str]],
+    layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+) -> dict[str, Array]:
+    """Makes the files, with space for all tensors."""
+    arrays: dict[str, Array] = {}
+    for file, names in files.items():
+        # So that each is aligned to its element size.
+        own = sorted(names, key=lambda name: -layout[name][1].itemsize)
+        tensors = {name: layout[name] for name in own}
+        arrays |= safetensors_file.lay_out(folder / file, tensors, {"format": "pt"})
+    return arrays
+
+
+def _write(arrays: Mapping[str, Array], name: str, first: int, values: Tensor | None) -> None:
+    assert values is not None  # On rank 0.
+    array = arrays[name]
+    start = (first, *(0 for _ in array.shape[1:])) if array.shape else ()
+    array.write(start, values.detach().cpu())
 
 
 def _write_index(folder: Path, files: Mapping[str, list[str]], sizes: Mapping[str, int]) -> None:

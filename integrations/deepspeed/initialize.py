@@ -18,6 +18,7 @@ from .full_values import guard_full_values
 from .own_tables import OwnTable
 from .private import TORCH_DISTRIBUTED_DEFAULT_PORT, load_ds_config, merge_tp_model_init_into_config
 from .sharding import shard_model, start_watchdog
+from .table_checkpoints import refuse_tables
 from .table_optimizers import TableOptimizers
 from .timing import time_collectives
 from .world import keep_apart
@@ -101,6 +102,8 @@ def initialize(
     _complete(items[0], report, section)
     if own_tables:
         items[0].tp_embed_tables = TableOptimizers(items[0], own_tables)
+    else:
+        refuse_tables(items[0])
     return cast(tuple[Any, Any, Any, Any], items)
 
 

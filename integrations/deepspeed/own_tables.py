@@ -1,7 +1,7 @@
 """Tables with an optimizer of their own: finds them, and takes them out of a model's Parameters.
 
 DeepSpeed trains, reduces and, at ZeRO 3, partitions whatever is in ``parameters()``. Such a table
-becomes a buffer, which DeepSpeed keeps on each rank as it is, and saves with the model.
+becomes a buffer, which DeepSpeed keeps on each rank as it is.
 """
 
 from __future__ import annotations
@@ -68,6 +68,11 @@ def check_own_tables(config: Mapping[str, Any], is_supported: bool) -> None:
         raise ValueError(
             "`zero_optimization.compute_grad_norm` must be true with `tp_embed.tables`, whose "
             "overflows are found by their norm, but is false instead. Leave it out."
+        )
+    if (config.get("checkpoint") or {}).get("use_node_local_storage") is True:
+        raise ValueError(
+            "`checkpoint.use_node_local_storage` must be false with `tp_embed.tables`, of which "
+            "each rank saves a part, but is true instead. Save to a directory that all nodes share."
         )
     for key, found in (
         ("zero_optimization.zenflow", zero.get("zenflow")),

@@ -209,8 +209,10 @@ def local_gradient(parameter: Any) -> tuple[Tensor | None, int]:
 
 
 def persistent_buffers(engine: Any) -> dict[str, Tensor]:
-    """Returns the buffers that the engine saves: we would export and load others as well."""
-    buffers = dict(engine.module.named_buffers())
+    """Returns the buffers that the engine saves, without tables that are set apart: we would export
+    and load others as well."""
+    named = engine.module.named_buffers()
+    buffers = {name: buffer for name, buffer in named if not isinstance(buffer, Parameter)}
     return {name: buffers[name] for name in engine._get_buffer_names() if name in buffers}
 
 

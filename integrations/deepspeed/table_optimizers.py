@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tp_embed.checkpoint.formats.deepspeed.files import TABLE_STATES
 from tp_embed.gang import Gang
 from tp_embed.gang.process_group import ProcessGroupGang
 from tp_embed.lookup.gradient import as_sparse, keep_coalesced
@@ -20,6 +19,7 @@ from tp_embed.parameter.sharded import local, unguarded
 
 from .own_tables import OwnTable
 from .private import join_norm, loss_scale, wrap_step
+from .table_checkpoints import TableCheckpoints
 
 
 class TableOptimizers:
@@ -57,7 +57,9 @@ class TableOptimizers:
             table.weight.register_post_accumulate_grad_hook(self._collect)
         join_norm(engine, lambda: self._own_norm, self._note_norm)
         wrap_step(engine, self._with_tables)
-        self._wrap_checkpoints()
+        size = self._replicas.size
+        copies = [(self._replicas.rank, size) if c else (0, 1) for c in self._copied.values()]
+        self.checkpoints = TableCheckpoints(engine, self._tables, copies)
         self._wrap_zero_grad()
 
     def __contains__(self, weight: object) -> bool:
@@ -188,70 +190,6 @@ class TableOptimizers:
 
         self._engine.zero_grad = zero_all
 
-    def _wrap_checkpoints(self) -> None:
-        engine = self._engine
-        save_checkpoint, load_checkpoint = engine.save_checkpoint, engine.load_checkpoint
-
-        def save(
-            save_dir: Any, tag: Any = None, client_state: Any = None, *args: Any, **kwargs: Any
-        ) -> Any:
-            self._check_saving()
-            state = {name: made.state_dict() for name, made in self.optimizers.items()}
-            client_state = {**(client_state or {}), TABLE_STATES: state}
-            return save_checkpoint(save_dir, tag, client_state, *args, **kwargs)
-
-        def load(
-            load_dir: Any,
-            tag: Any = None,
-            load_module_strict: bool = True,
-            load_optimizer_states: bool = True,
-            load_lr_scheduler_states: bool = True,
-            load_module_only: bool = False,
-            *args: Any,
-            **kwargs: Any,
-        ) -> Any:
-            if engine.load_universal_checkpoint():
-                raise refuse_universal()
-            path, client_state = load_checkpoint(
-                load_dir,
-                tag,
-                load_module_strict,
-                load_optimizer_states,
-                load_lr_scheduler_states,
-                load_module_only,
-                *args,
-                **kwargs,
-            )
-            if path is not None:
-                state = client_state.pop(TABLE_STATES, None)
-                self._load(state, load_optimizer_states and not load_module_only)
-            return path, client_state
-
-        engine.save_checkpoint, engine.load_checkpoint = save, load
-
-    def _check_saving(self) -> None:
-        cut = [name for name, is_copied in self._copied.items() if not is_copied]
-        if cut and self._replicas.size > 1 and self._engine.zero_optimization_stage() < 3:
-            raise ValueError(
-                "`zero_optimization.stage` must be 3 to save tables that are sharded over "
-                f"data-parallel ranks, {cut}, but is {self._engine.zero_optimization_stage()}: "
-                "there DeepSpeed saves the model of the first data-parallel rank."
-            )
-
-    def _load(self, state: dict[str, Any] | None, is_wanted: bool) -> None:
-        if not is_wanted:
-            for optimizer in self.optimizers.values():
-                optimizer.refresh()
-            return
-        if state is None or state.keys() != self.optimizers.keys():
-            raise ValueError(
-                "The checkpoint must have the states of the optimizers of "
-                f"{sorted(self.optimizers)}, but has states of {sorted(state or {})}. Use the "
-                "same `tp_embed.tables`, or pass `load_optimizer_states=False`."
-            )
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state[name])
-
 
 def own_tables_of(engine: Any) -> TableOptimizers | None:
     """Returns the optimizers of the engine's tables that have their own, if there are any."""
@@ -270,13 +208,4 @@ def _sum(grads: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
     return sum_rows(
         torch.cat([no_rows, *(rows for rows, _ in parts)]),
         torch.cat([no_values, *(values for _, values in parts)]),
-    )
-
-
-def refuse_universal() -> ValueError:
-    """Returns the error for universal checkpoints of these tables."""
-    return ValueError(
-        "Tables with an optimizer of their own, `tp_embed.tables`, are not part of universal "
-        "checkpoints yet. Use `engine.save_checkpoint()` and `engine.load_checkpoint()` without "
-        "`checkpoint.load_universal`, with the same tensor-parallel size."
     )

@@ -33,7 +33,7 @@ from .private import (
     persistent_buffers,
     universal_mode,
 )
-from .table_optimizers import own_tables_of, refuse_universal
+from .table_optimizers import own_tables_of
 from .universal_format import find_universal, load, read_step, read_tensor
 
 
@@ -63,8 +63,6 @@ def load_universal(
     :raises FileNotFoundError: the checkpoint does not exist.
     :raises ValueError: the checkpoint does not fit the model or the optimizer. Nothing has changed.
     """
-    if own_tables_of(engine) is not None:
-        raise refuse_universal()
     directory = Path(directory)
     universal = find_universal(directory, tag)
     if isinstance(engine.module, PipelineModule):
@@ -107,6 +105,9 @@ def load_universal(
         )
     if stage == 3:
         _mend_zero3(optimizer, param_groups)
+    own = own_tables_of(engine)
+    if own is not None and stage == 0:  # At other stages, the engine's method has loaded them.
+        own.checkpoints.load(universal)
     return path, client_state
 
 

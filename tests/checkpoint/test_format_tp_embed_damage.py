@@ -95,7 +95,7 @@ DELETE = object()
 DEEP = json.loads("[" * 900 + "]" * 900)
 BAD = [
     (("format",), "other", "must be of the format `tp-embed`"),
-    (("version",), 2, "must have version 1 .* but has 2 instead. Update"),
+    (("version",), 3, "must have version 2 .* but has 3 instead. Update"),
     (("version",), True, "with a version"),
     (("version",), DELETE, "with a version"),
     (("more",), 1, "an object with the keys"),
@@ -133,6 +133,9 @@ BAD = [
     (("tensors", "norm.bias", "dtypes", "a/b"), "float32", "`weight` or `fp32`"),
     (("tensors", "norm.bias", "partition"), None, "must be a dimension and ranges"),
     (("tensors", "norm.bias", "partition"), "cut", "must be a dimension and ranges"),
+    (("tensors", "norm.bias", "shapes"), {"weight": [1]}, "for states by row, or numbers"),
+    (("tensors", "norm.bias", "shapes"), {"decay": []}, "for states by row, or numbers"),
+    (("tensors", "norm.bias", "shapes"), [], "must be an object"),
     ((*PART, "dim"), 2, "must be a dimension and ranges"),
     ((*PART, "dim"), -1, "must be a dimension and ranges"),
     ((*PART, "dim"), True, "must be ranges"),

@@ -177,7 +177,14 @@ def main(out: Path) -> None:
     get_accelerator().is_fp16_supported = lambda: True
     mpus = {name: mpu_over(ranks) for name, ranks in LAYOUTS.items()}
     seen: dict[str, Any] = {f"{each}": case(mpus, *each) for each in CASES}
-    for stage, half in [(0, None), (1, "bf16"), (2, "fp16"), (3, "bf16"), (3, "world")]:
+    for stage, half in [
+        (0, None),
+        (1, "bf16"),
+        (2, "fp16"),
+        (3, "bf16"),
+        (3, "world"),
+        (1, "world"),
+    ]:
         seen[f"resume {stage} {half}"] = resume(mpus, out, stage, half)
     for stage in (1, 2, 3):
         seen[f"overflow {stage}"] = overflow(mpus, stage)

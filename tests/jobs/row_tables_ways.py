@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from row_tables_job import DECAY, batches, build, config, train
 from tp_embed.checkpoint import hook_state_dict
 from tp_embed.gang.collectives import whole_table
-from tp_embed.integrations.deepspeed import export, initialize, load_universal
+from tp_embed.integrations.deepspeed import export, initialize
 from tp_embed.integrations.deepspeed.monitor import EngineMonitor
 
 AUTOTP: dict[str, Any] = {
@@ -88,9 +88,7 @@ def whole_models(out: Path, stage: int) -> dict[str, Any]:
     engine.backward(engine(ids[0, 0]))
     engine.zero_grad()
     refused = []
-    (out / "universal").mkdir(exist_ok=True)
     for action in (
-        lambda: load_universal(engine, out / "universal"),
         lambda: engine.save_16bit_model(str(out)),
         lambda: engine._consolidated_16bit_state_dict(),
     ):

@@ -10,11 +10,12 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 
 from engines_job import LR, STEPS, batches, config, mpu_over, step
 from tp_embed import Gang, RowWiseEmbedding, StandardEmbedding
-from tp_embed.integrations.deepspeed import DeepSpeedGang, initialize
+from tp_embed.integrations.deepspeed import DeepSpeedGang, export, initialize
 from tp_embed.integrations.transformers.shard import shard_by_config
 
 V, E, BUCKETS, CLIP = 23, 8, 50, 0.3
@@ -125,6 +126,7 @@ def resumed(mpu: Any, out: Path) -> dict[str, Any]:
     engine = engine_of(mpu, "cyclic")
     losses = [step(engine, ids[0])]
     engine.save_checkpoint(str(out / "run"), tag="first")
+    export(engine, out / "exported")
     losses += [step(engine, batch) for batch in ids[1:]]
     again = engine_of(mpu, "block")
     again.load_checkpoint(str(out / "run"), tag="first")
@@ -133,6 +135,8 @@ def resumed(mpu: Any, out: Path) -> dict[str, Any]:
         "losses": losses,
         "again": [step(again, batch) for batch in ids[1:]],
         "shape": tuple(file["module"]["ngram.weight"].shape),
+        "saved": file["module"]["ngram.weight"],
+        "exported": load_file(out / "exported" / "model.safetensors")["ngram.weight"],
     }
 
 

@@ -9,7 +9,7 @@ import torch
 from test_row_optimizers import DECAY, KINDS, LR, E, V, batches, train, whole_table
 
 from tp_embed.optim import RowwiseAdagrad, RowwiseAdam
-from tp_embed.optim.masters import _join, _remainder
+from tp_embed.optim.masters import _remainder, join
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -20,7 +20,7 @@ def test_a_bf16_number_and_the_remainder_are_an_fp32_number():
     values = bits.view(torch.float32)
     values = values[values.isfinite() & (values.abs() < 3e38)]
     is_tie = (values.view(torch.int32) & 0xFFFF) == 0x8000
-    found = _join(values.bfloat16(), _remainder(values))
+    found = join(values.bfloat16(), _remainder(values))
     assert torch.equal(found[~is_tie], values[~is_tie])
 
 
@@ -29,7 +29,7 @@ def test_a_bf16_number_and_the_remainder_are_an_fp32_number():
 def test_halfway_between_two_bf16_numbers(upper, sign):
     """Where bf16 rounds down, one unit in the last place is missing; elsewhere nothing is."""
     values = torch.tensor([upper << 16 | 0x8000], dtype=torch.int32).view(torch.float32) * sign
-    off = _join(values.bfloat16(), _remainder(values)).view(torch.int32) - values.view(torch.int32)
+    off = join(values.bfloat16(), _remainder(values)).view(torch.int32) - values.view(torch.int32)
     assert off.item() == (-1 if upper % 2 == 0 else 0)
 
 

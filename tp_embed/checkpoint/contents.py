@@ -19,6 +19,15 @@ WEIGHT = "weight"  # the model's own; buffers too
 MASTER = "fp32"  # the optimizer's copy of a 16-bit weight
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
+# States of the optimizers of `tp_embed.optim` that can have one value for each row of a table, and
+# the one that is a number.
+ROW_STATES = frozenset(("sum", "exp_avg_sq", "row_decay"))
+DECAY = "decay"
+# What they keep for tables in fp16, and in bf16.
+FP32_STATES = ("master", "remainder")
+# The entry of a param group with the class of such an optimizer.
+ROW_OPTIMIZER = "row_optimizer"
+
 
 class Key(NamedTuple):
     """Identifies a tensor of a checkpoint: the name of a Parameter or buffer, and its state."""
@@ -94,7 +103,32 @@ class Checkpoint:
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {key.name: array.shape for key, array in self.tensors.items()}
+        return {
+            key.name: array.shape
+            for key, array in self.tensors.items()
+            if key.state in (WEIGHT, MASTER)
+        }
+
+    @cached_property
+    def apart(self) -> frozenset[str]:
+        """The names of tables with an optimizer of :mod:`tp_embed.optim` each."""
+        groups = self.optimizer.groups if self.optimizer else ()
+        return frozenset(
+            name for group in groups if ROW_OPTIMIZER in group for name in group["params"]
+        )
+
+
+def is_row_wise(key: Key, shape: Sequence[int], table: Sequence[int]) -> bool:
+    """Returns whether a state of ``shape`` has one value for each row of ``table``, a shape."""
+    rows = tuple(table[:1])
+    is_fit = len(table) == 2 and tuple(shape) in (rows, (*rows, 1))
+    return is_fit and key.state in ROW_STATES and tuple(shape) != tuple(table)
+
+
+def fits(key: Key, shape: Sequence[int], whole: Sequence[int]) -> bool:
+    """Returns whether a state of a Parameter of the shape ``whole`` can have ``shape``."""
+    is_number = key.state == DECAY and not shape
+    return tuple(shape) == tuple(whole) or is_number or is_row_wise(key, shape, whole)
 
 
 def tables_of(checkpoint: Checkpoint, rules: Sequence[Rule]) -> frozenset[str]:

@@ -13,6 +13,7 @@ import torch
 from . import formats
 from .choices import DIMS, Dim, NanPolicy
 from .contents import (
+    FP32_STATES,
     MASTER,
     WEIGHT,
     Checkpoint,
@@ -25,7 +26,7 @@ from .contents import (
 from .cuts import Cut, Rule, find_rule
 from .errors import CheckpointError
 from .files.arrays import Array, part
-from .files.derived import Cast
+from .files.derived import Cast, values_of
 from .formats import Format
 
 MAX_RANKS = 65_536
@@ -116,13 +117,15 @@ def _carried(
 ) -> tuple[Checkpoint, list[str]]:
     """Returns the part of ``checkpoint`` that the format can hold, cast for it, and lists what it
     drops."""
+    checkpoint, dropped = _with_cast_tables(checkpoint, target, request)
     tensors: dict[Key, Array] = {}
     buffers = set(checkpoint.buffers)
+    apart = checkpoint.apart if request.read.with_optimizer else frozenset()
     for name in checkpoint.names:
         weight, master = (checkpoint.tensors.get(Key(name, state)) for state in (WEIGHT, MASTER))
         best = _either(master, weight)
-        if target.MAIN == WEIGHT or name in buffers or not best.dtype.is_floating_point:
-            if target.MAIN == MASTER:
+        if target.MAIN == WEIGHT or name in buffers | apart or not best.dtype.is_floating_point:
+            if target.MAIN == MASTER and name not in apart:
                 buffers.add(name)  # The format has no other place for it.
             main = _weight(name, weight, master, request.dtype)
             tensors[Key(name)] = main
@@ -135,10 +138,7 @@ def _carried(
             )
         else:
             tensors[Key(name, MASTER)] = _cast(name, best, torch.float32)
-    states = {
-        key: array for key, array in checkpoint.tensors.items() if key.state not in (WEIGHT, MASTER)
-    }
-    dropped = []
+    states = {k: a for k, a in checkpoint.tensors.items() if k.state not in (WEIGHT, MASTER)}
     optimizer = checkpoint.optimizer if request.read.with_optimizer else None
     if not request.read.with_optimizer:
         tensors = {
@@ -174,6 +174,23 @@ def _carried(
     )
 
 
+def _with_cast_tables(
+    checkpoint: Checkpoint, target: Format, request: Request
+) -> tuple[Checkpoint, list[str]]:
+    """Casts tables with an optimizer of their own, from their fp32 values if there are some. Lists
+    what it drops."""
+    tensors, dropped = dict(checkpoint.tensors), []
+    for name in sorted(checkpoint.apart):
+        weight = tensors[Key(name)]
+        if request.dtype in (None, weight.dtype):
+            continue
+        master, remainder = (tensors.pop(Key(name, s), None) for s in FP32_STATES)
+        tensors[Key(name)] = _cast(name, values_of(weight, master, remainder), request.dtype)
+        if request.dtype != torch.float32 and target.HAS_OPTIMIZER:
+            dropped.append(f"the fp32 values of `{name}`, which has another dtype now")
+    return replace(checkpoint, tensors=tensors), dropped
+
+
 def _weight(
     name: str, weight: Array | None, master: Array | None, dtype: torch.dtype | None
 ) -> Array:
@@ -207,7 +224,7 @@ def without_padding(
     tensors = dict(checkpoint.tensors)
     heads = {f"{name.removesuffix('.weight')}.bias" for name in tables} & set(checkpoint.names)
     for key, array in checkpoint.tensors.items():
-        if key.name in tables | heads and array.shape[0] != vocab_size:
+        if key.name in tables | heads and array.shape[:1] not in ((), (vocab_size,)):
             if array.shape[0] < vocab_size:
                 raise CheckpointError(
                     f"`--vocab-size` must be at most {array.shape[0]}, the number of rows of "
@@ -239,7 +256,7 @@ def _cuts(
             cuts[name] = rule.cut(name, shape, tp_size)
         elif name in checkpoint.cuts:
             cuts[name] = known and _resized(known, shape[known.dim]).over(tp_size)
-        elif name in tables:
+        elif name in tables | checkpoint.apart:
             cuts[name] = Cut.even(DIMS["vocab"], (shape[0],), tp_size)
         elif tp_size == 1 or not shape:
             cuts[name] = None

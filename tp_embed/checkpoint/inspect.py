@@ -13,7 +13,7 @@ from .files.arrays import Array
 
 def describe(checkpoint: Checkpoint, rules: tuple[Rule, ...] = ()) -> dict[str, Any]:
     """Returns the report of ``tp-embed inspect``."""
-    tables = tables_of(checkpoint, rules)
+    tables = tables_of(checkpoint, rules) | checkpoint.apart
     optimizer = checkpoint.optimizer
     return {
         "format": checkpoint.format,
@@ -32,6 +32,7 @@ def describe(checkpoint: Checkpoint, rules: tuple[Rule, ...] = ()) -> dict[str, 
 def describe_plan(work: Plan) -> dict[str, Any]:
     """Describes what a conversion writes."""
     checkpoint, target = work.checkpoint, work.target
+    tables = target.tables | checkpoint.apart
     return {
         "source": str(work.source.path),
         "source_format": work.source.format,
@@ -39,7 +40,7 @@ def describe_plan(work: Plan) -> dict[str, Any]:
         "step": checkpoint.step,
         "tp_size": target.tp_size,
         "bytes": checkpoint.nbytes,
-        "tensors": _tensors(checkpoint, target.cuts, target.tp_size, target.tables),
+        "tensors": _tensors(checkpoint, target.cuts, target.tp_size, tables),
         "ties": dict(checkpoint.ties),
         "dropped": list(work.dropped),
         "notes": list(work.source.notes),

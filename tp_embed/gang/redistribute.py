@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,17 +17,34 @@ def redistribute(block: Tensor, old: Partition, new: Partition, gang: Gang) -> T
 
     :param block: the shard of this rank. *Shape:* :math:`(V_{rank},E)`.
     """
-    own, wanted, device = old.shard(gang.rank), new.shard(gang.rank), block.device
-    sent = [_indices(own, new.shard(rank)) for rank in range(gang.size)]
-    places = [_indices(wanted, old.shard(rank)) for rank in range(gang.size)]
+    ranks = range(gang.size)
+    return move_rows(block, list(map(old.shard, ranks)), list(map(new.shard, ranks)), gang)
+
+
+def move_rows(block: Tensor, held: Sequence[range], wanted: Sequence[range], gang: Gang) -> Tensor:
+    """Moves rows of a table between the ranks of a gang, by one all-to-all.
+
+    :param block: the rows ``held[rank]`` of this rank, of any dtype. *Shape:* :math:`(N,*)`.
+    :param held: the rows of each rank: a part of its block or of its cyclic shard.
+    :param wanted: the rows that each rank gets, likewise.
+    :returns: the rows ``wanted[rank]``, without those that no rank holds.
+    """
+    own, mine = held[gang.rank], wanted[gang.rank]
+    sent = [_indices(own, rows) for rows in wanted]
+    places = [_indices(mine, rows) for rows in held]
     kept = torch.cat([block[as_slice(rows)] for rows in sent]).to(gang.device)
     counts = [len(rows) for rows in places]
     received = kept.new_empty(sum(counts), *block.shape[1:])
-    gang.all_to_all(received, kept, counts, [len(rows) for rows in sent])
+    gang.all_to_all(sendable(received), sendable(kept), counts, [len(rows) for rows in sent])
     output = torch.empty_like(received)
     for rows, part in zip(places, received.split(counts), strict=True):
         output[as_slice(rows)] = part
-    return output.to(device)
+    return output.to(block.device)
+
+
+def sendable(tensor: Tensor) -> Tensor:
+    """Returns a view of ``tensor`` that gloo and NCCL send: they know no int16."""
+    return tensor.view(torch.float16) if tensor.dtype == torch.int16 else tensor
 
 
 def _indices(shard: range, other: range) -> range:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class RowwiseAdagrad(RowOptimizer):
     """
 
     is_row_wise = True
+    row_states: ClassVar = {"sum": (), "row_decay": ()}
 
     def __init__(
         self,

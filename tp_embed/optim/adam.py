@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -72,6 +72,7 @@ class RowwiseAdam(_Adam):
     """
 
     is_row_wise = True
+    row_states: ClassVar = {"exp_avg_sq": (1,), "row_decay": ()}
 
 
 @final

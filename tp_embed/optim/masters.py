@@ -17,22 +17,27 @@ State = dict[str, Any]
 _HALF = 1 << 16
 
 
+def prepare(weight: Tensor, state: State) -> None:
+    """Adds the fp32 values of a weight in bf16 or fp16 to ``state``, unless it has them."""
+    if weight.dtype == torch.float16 and "master" not in state:
+        state["master"] = weight.float()
+    elif weight.dtype == torch.bfloat16 and "remainder" not in state:
+        state["remainder"] = torch.zeros_like(weight, dtype=torch.int16)
+
+
 def read_rows(weight: Tensor, state: State, rows: Tensor) -> Tensor:
     """Returns a copy of some rows, in fp32 for weights in bf16 and fp16.
 
     :param state: the optimizer's state of ``weight``; gets what :func:`write_rows` needs.
     """
+    prepare(weight, state)
     if weight.dtype == torch.float16:
-        if "master" not in state:
-            state["master"] = weight.float()
         master: Tensor = state["master"]
         return master.index_select(0, rows)
     values = weight.index_select(0, rows)
     if weight.dtype != torch.bfloat16:
         return values
-    if "remainder" not in state:
-        state["remainder"] = torch.zeros_like(weight, dtype=torch.int16)
-    return _join(values, state["remainder"].index_select(0, rows))
+    return join(values, state["remainder"].index_select(0, rows))
 
 
 def write_rows(weight: Tensor, state: State, rows: Tensor, values: Tensor) -> None:
@@ -51,11 +56,12 @@ def read_all(weight: Tensor, state: State) -> Tensor:
         master: Tensor = state["master"]
         return master
     if "remainder" in state:
-        return _join(weight, state["remainder"])
+        return join(weight, state["remainder"])
     return weight.float() if weight.dtype.itemsize < 4 else weight
 
 
-def _join(high: Tensor, low: Tensor) -> Tensor:
+def join(high: Tensor, low: Tensor) -> Tensor:
+    """Returns the fp32 values of weights in bf16 and their remainders."""
     return (high.view(torch.int16).int().mul_(_HALF)).add_(low).view(torch.float32)
 
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from tp_embed._torch_private import parts_of_sparse
 from tp_embed.lookup.distinct import find_distinct
 from tp_embed.lookup.gradient import sum_by_id
-from tp_embed.optim.masters import State, read_all, read_rows, write_rows
+from tp_embed.optim.masters import State, prepare, read_all, read_rows, write_rows
 from tp_embed.parameter.sharded import ShardedParameter, local
 
 # The rows that a step on the CPU updates at a time, and that `decay_all()` copies.
@@ -48,10 +48,12 @@ class RowOptimizer(Optimizer):
     :raises ValueError: a hyperparameter is out of range, or a Parameter is not a matrix.
     :raises TypeError: the dtype of a Parameter is none of fp16, bf16, fp32 and fp64.
 
-    ``is_row_wise`` says whether a class uses the mean of squares of each row of the gradient.
+    ``is_row_wise`` says whether a class uses the mean of squares of each row of the gradient, and
+    ``row_states`` which states have one value for each row, with their shape after the rows.
     """
 
     is_row_wise: ClassVar[bool]
+    row_states: ClassVar[Mapping[str, tuple[int, ...]]] = {"row_decay": ()}
 
     def __init__(
         self, params: Any, *, lr: float | Tensor, eps: float, weight_decay: float, **defaults: Any
@@ -105,11 +107,10 @@ class RowOptimizer(Optimizer):
         weight, state = local(parameter), self.state[parameter]
         rows, grad = rows_of(grad, weight)
         squares = mean_square(grad, parameter) if self.is_row_wise else None
-        if "step" not in state:
-            state["step"] = 0
-            self._init_state(state, weight, grad.dtype)
+        self._ensure_state(group, weight, state)
         state["step"] += 1
-        self._count_decay(group, weight, state)
+        if "decay" in state:
+            state["decay"] += math.log1p(-_decay(group))
         # On the CPU, rows that are written must still be in its cache.
         size = _CACHED if weight.device.type == "cpu" else max(len(rows), 1)
         for start in range(0, len(rows), size):
@@ -140,20 +141,25 @@ class RowOptimizer(Optimizer):
         :param square: the mean of squares of each row of the gradient, if ``is_row_wise``.
         """
 
-    def _count_decay(self, group: dict[str, Any], weight: Tensor, state: State) -> None:
-        """Adds the weight decay of this step to the state: the sum of the logarithms of all
-        factors, next to how much of it each row has had."""
-        decay = float(group["lr"]) * group["weight_decay"]
-        if decay >= 1.0:
-            raise ValueError(
-                f"`lr * weight_decay` must be less than 1, but is {decay} instead. Weight decay is "
-                "decoupled and multiplies weights by 1 - lr * weight_decay."
-            )
-        if decay and "decay" not in state:
+    def _ensure_state(self, group: dict[str, Any], weight: Tensor, state: State) -> None:
+        """Adds the states that a step needs and that are missing. For weight decay these are the
+        sum of the logarithms of all its factors, and how much of it each row has had."""
+        if "step" not in state:
+            state["step"] = 0
+            self._init_state(state, weight, torch.promote_types(weight.dtype, torch.float32))
+        if _decay(group) and "decay" not in state:
             state["decay"] = 0.0
             state["row_decay"] = weight.new_zeros(len(weight), dtype=torch.float64)
-        if decay:
-            state["decay"] += math.log1p(-decay)
+
+    @torch.no_grad()
+    def init_state(self) -> None:
+        """Makes the states that are missing, as if before a first step, so that a checkpoint can be
+        loaded into them."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                weight, state = local(parameter), self.state[parameter]
+                self._ensure_state(group, weight, state)
+                prepare(weight, state)
 
     @torch.no_grad()
     def decay_all(self) -> None:
@@ -202,6 +208,17 @@ class RowOptimizer(Optimizer):
             for name, value in loaded["state"].get(key, {}).items():
                 if isinstance(value, Tensor):
                     self.state[parameter][name] = value.to(parameter.device)
+
+
+def _decay(group: Mapping[str, Any]) -> float:
+    """Returns by how much weight decay shrinks weights in a step."""
+    decay = float(group["lr"]) * float(group["weight_decay"])
+    if decay >= 1.0:
+        raise ValueError(
+            f"`lr * weight_decay` must be less than 1, but is {decay} instead. Weight decay is "
+            "decoupled and multiplies weights by 1 - lr * weight_decay."
+        )
+    return decay
 
 
 def _catch_up(state: State, rows: Tensor, values: Tensor) -> None:

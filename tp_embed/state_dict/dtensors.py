@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from torch.distributed.tensor import DTensor, Shard
 from tp_embed._torch_private import AsyncCollectiveTensor
 from tp_embed.gang import FakeGang, Gang
 from tp_embed.gang.agreement import of_all_ranks
+from tp_embed.gang.redistribute import sendable
 
 
-def as_dtensor(block: Tensor, dim: int, shape: tuple[int, int], gang: Gang) -> Tensor:
+def as_dtensor(block: Tensor, dim: int, shape: tuple[int, ...], gang: Gang) -> Tensor:
     """Wraps this rank's ``block`` of a table of ``shape``. No communication, no copy."""
     tensor: Tensor = DTensor.from_local(
         block,
@@ -29,7 +31,7 @@ def as_dtensor(block: Tensor, dim: int, shape: tuple[int, int], gang: Gang) -> T
         [Shard(dim)],
         run_check=False,
         shape=torch.Size(shape),
-        stride=(shape[1], 1),
+        stride=tuple(prod(shape[i + 1 :]) for i in range(len(shape))),
     )
     return tensor
 
@@ -84,7 +86,7 @@ class DTensors:
                 self._layouts[key] = [Layout.received(layouts.get(key)) for layouts in all_layouts]
 
     def on_this_rank(
-        self, key: str, value: DTensor, dim: int, shape: tuple[int, int], gang: Gang
+        self, key: str, value: DTensor, dim: int, shape: tuple[int, ...], gang: Gang
     ) -> tuple[Tensor, bool]:
         """Returns the table at ``key``, or this rank's block of it. Gathers only if needed.
 
@@ -102,9 +104,9 @@ class DTensors:
         if is_cut_alike and placements == (repr(Shard(dim)),):
             return _arrived(value.to_local()), False
         _check_same_mesh(layouts, members)
-        return value.full_tensor(), True
+        return _whole(value), True
 
-    def _checked(self, key: str, shape: tuple[int, int]) -> list[Layout]:
+    def _checked(self, key: str, shape: tuple[int, ...]) -> list[Layout]:
         """Returns the layout that each rank of the gang sees, after checking that they agree."""
         layouts = [layout for layout in self._layouts[key] if layout is not None]
         cuts = [layout and (layout.shape, layout.placements) for layout in self._layouts[key]]
@@ -140,6 +142,20 @@ def _global_ranks(gang: Gang) -> list[int]:
     if isinstance(gang, FakeGang):  # Beyond one rank, its members don't exist.
         return [dist.get_rank()] if gang.size == 1 else []
     return dist.get_process_group_ranks(gang.as_process_group())
+
+
+def _whole(value: DTensor) -> Tensor:
+    """Gathers ``value``."""
+    sent = DTensor.from_local(
+        sendable(value.to_local()),
+        value.device_mesh,
+        value.placements,
+        run_check=False,
+        shape=value.shape,
+        stride=value.stride(),
+    )
+    whole: Tensor = sent.full_tensor()
+    return whole.view(value.dtype)
 
 
 def _arrived(tensor: Any) -> Tensor:

@@ -34,7 +34,8 @@ def hook_state_dict(
 ) -> Iterator[None]:
     """In this context ``model.state_dict()`` returns sharded tables in the form ``mode``, and
     ``model.load_state_dict()`` takes them in any form. The same holds for ``optimizer``: its states
-    of the shape of a shard, such as moments, take the form of their table.
+    of the shape of a shard, such as moments, take the form of their table, and so do the states of
+    :mod:`tp_embed.optim` with one value for each row.
 
     - ``"full"``: the whole table, on the device of its shard. All ranks of the gang must call
       ``state_dict()``, which sends (P-1) times the largest shard of each table. See

@@ -3,7 +3,7 @@ the tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
@@ -17,9 +17,11 @@ from torch.optim import Optimizer
 
 from tp_embed.nn.gang_layer import SHARD_RECORD
 from tp_embed.nn.head import ShardedLayer
+from tp_embed.optim import RowOptimizer
 from tp_embed.state_dict.dtensors import DTensors
 from tp_embed.state_dict.shards import (
     EXPORTS,
+    ROW_EXPORTS,
     cut_block,
     is_partitioned,
     layers_of,
@@ -35,7 +37,7 @@ def hook_optimizers(
 ) -> Iterator[None]:
     """Hooks the optimizers as documented in :func:`tp_embed.checkpoint.hook_state_dict`."""
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    own = set(model.parameters())
+    own = {*model.parameters(), *(layer.weight for _, layer in layers_of(model))}
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -49,6 +51,9 @@ def hook_optimizers(
             )
     hooks = _Hooks(model, mode)
     with ExitStack() as stack:
+        for optimizer in optimizers:
+            if mode == "dtensor" and isinstance(optimizer, RowOptimizer):
+                optimizer.init_state()  # torch would make it by a step with dense gradients.
         if mode != "sharded":
             stack.enter_context(_refused(hooks, optimizers))
         for optimizer in optimizers:
@@ -97,10 +102,11 @@ class _Hooks:
                 i: record for i, record in records.items() if _is_cut(found[i])
             }
             return
+        rows = _row_states(optimizer)
         for i, table in found.items():  # Check all before sending any.
-            _check_states(state_dict["state"][i], *table)
+            _check_states(state_dict["state"][i], *table, rows)
         for i, (_, layer) in found.items():
-            state_dict["state"][i] = _exported(state_dict["state"][i], layer, self._mode)
+            state_dict["state"][i] = _exported(state_dict["state"][i], layer, self._mode, rows)
 
     def before_load(self, optimizer: Optimizer, state_dict: _State) -> _State | None:
         keys = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
@@ -111,13 +117,14 @@ class _Hooks:
         pairs = zip(keys, parameters, strict=True)
         found = {key: tables[p] for key, p in pairs if p in tables and key in state}
         records = state_dict.get(SHARD_RECORD, {})
+        rows = _row_states(optimizer)
         dtensors: dict[str, tuple[DTensor, Any]] = {}
         for key, (name, layer) in found.items():
             for path, value in _tensors(state[key], name):
                 if isinstance(value, DTensor):
                     dtensors[path] = value, layer.gang
         errors: list[str] = []
-        load = partial(_loaded, dtensors=DTensors(dtensors), errors=errors)
+        load = partial(_loaded, rows=rows, dtensors=DTensors(dtensors), errors=errors)
         for key, (name, layer) in found.items():
             state[key] = _mapped(state[key], name, partial(load, layer, records.get(key)))
         if errors:
@@ -137,6 +144,16 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
 
 
+def _row_states(optimizer: Optimizer) -> Mapping[str, tuple[int, ...]]:
+    """Returns the states with one value for each row, with their shape after the rows."""
+    return optimizer.row_states if isinstance(optimizer, RowOptimizer) else {}
+
+
+def _name_of(path: str) -> str:
+    """Returns the name of the state at ``path``."""
+    return path.rpartition(".")[2]
+
+
 def _is_cut(table: tuple[str, ShardedLayer]) -> bool:
     return table[1].gang.size > 1
 
@@ -146,8 +163,12 @@ def _is_number(value: Tensor) -> bool:
     return value.shape in ((), (1,))
 
 
-def _check_states(state: Any, name: str, layer: ShardedLayer) -> None:
+def _check_states(
+    state: Any, name: str, layer: ShardedLayer, rows: Mapping[str, tuple[int, ...]]
+) -> None:
     for path, value in _tensors(state, name):
+        if _name_of(path) in rows:
+            continue
         if value.shape != layer.weight.shape and not _is_number(value) and layer.gang.size > 1:
             raise ValueError(
                 "The optimizer must keep states of the shape of a sharded table, or single "
@@ -157,8 +178,12 @@ def _check_states(state: Any, name: str, layer: ShardedLayer) -> None:
             )
 
 
-def _exported(state: Any, layer: ShardedLayer, mode: str) -> Any:
+def _exported(
+    state: Any, layer: ShardedLayer, mode: str, rows: Mapping[str, tuple[int, ...]]
+) -> Any:
     def export(path: str, value: Tensor) -> Tensor:
+        if _name_of(path) in rows:
+            return ROW_EXPORTS[mode](layer, value)
         return EXPORTS[mode](layer, value) if value.shape == layer.weight.shape else value
 
     return _mapped(state, "", export)
@@ -170,15 +195,18 @@ def _loaded(
     path: str,
     value: Tensor,
     *,
+    rows: Mapping[str, tuple[int, ...]],
     dtensors: DTensors,
     errors: list[str],
 ) -> Tensor:
     """Returns this rank's block of ``value``, in its own memory."""
     is_whole = layer.gang.size == 1 and not isinstance(value, DTensor)
-    if is_whole or _is_number(value) or record == record_of(layer):
+    tail = rows.get(_name_of(path))
+    is_number = tail is None and _is_number(value)
+    if is_whole or is_number or record == record_of(layer):
         return value
     try:
-        block = cut_block(layer, path, value, dtensors, record)
+        block = cut_block(layer, path, value, dtensors, record, tail)
     except ValueError as e:
         errors.append(f"`{path}` {e}")
         return value

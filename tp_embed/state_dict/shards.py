@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
 from tp_embed.gang.collectives import whole_table
-from tp_embed.gang.redistribute import redistribute
+from tp_embed.gang.redistribute import redistribute, sendable
 from tp_embed.nn.head import ShardedLayer
 from tp_embed.partition import Partition, as_slice
 from tp_embed.state_dict.dtensors import DTensors, as_dtensor
@@ -49,7 +49,8 @@ def gathered(
     """Gathers the whole table from each rank's ``block``, of the shape of ``layer.weight``."""
     if layer.gang.size == 1:
         return block if device is None else block.to(device)
-    return whole_table(block, layer.shard_dim, layer.gang, layer.partition, device)
+    whole = whole_table(sendable(block), layer.shard_dim, layer.gang, layer.partition, device)
+    return whole.view(block.dtype)
 
 
 def own_block(layer: ShardedLayer, block: Tensor) -> Tensor:
@@ -63,20 +64,53 @@ def distributed(layer: ShardedLayer, block: Tensor) -> Tensor:
     old = layer.partition
     if old.cyclic and layer.gang.size > 1:
         block = redistribute(block, old, Partition(old.size, old.num_shards), layer.gang)
-    return as_dtensor(block, layer.shard_dim, table_shape(layer), layer.gang)
+    size = layer.partition.size
+    shape = (len(block), size) if layer.shard_dim else (size, *block.shape[1:])
+    return as_dtensor(block, layer.shard_dim, shape, layer.gang)
 
 
+def gathered_rows(layer: ShardedLayer, values: Tensor) -> Tensor:
+    """Gathers values by row, of the shape (V_rank,) or (V_rank, 1). Of a table that is sharded
+    along its embedding dimension each rank has all of them."""
+    if layer.shard_dim == 1 or layer.gang.size == 1:
+        return values
+    whole = gathered(layer, values.view(len(values), 1))
+    return whole.view(-1, *values.shape[1:])
+
+
+def distributed_rows(layer: ShardedLayer, values: Tensor) -> Tensor:
+    """Does :func:`distributed` for values by row."""
+    if layer.shard_dim == 1 or layer.gang.size == 1:
+        return values
+    return distributed(layer, values)
+
+
+ROW_EXPORTS = {"full": gathered_rows, "dtensor": distributed_rows}
 EXPORTS = {"full": gathered, "sharded": own_block, "dtensor": distributed}
 
 
 def cut_block(
-    layer: ShardedLayer, key: str, value: Any, dtensors: DTensors, record: object
+    layer: ShardedLayer,
+    key: str,
+    value: Any,
+    dtensors: DTensors,
+    record: object,
+    tail: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """Cuts this rank's shard out of ``value``, in any form that a state dict holds at ``key``."""
-    own, shape, dim = tuple(layer.weight.shape), table_shape(layer), layer.shard_dim
-    block = layer.partition.shard(layer.gang.rank)
+    """Cuts this rank's shard out of ``value``, in any form that a state dict holds at ``key``.
+
+    :param tail: the shape of ``value`` after the rows, if it has one value for each row; ``None``
+        if it has the shape of the table.
+    """
+    own: tuple[int, ...] = tuple(layer.weight.shape)
+    shape: tuple[int, ...] = table_shape(layer)
+    dim, block = layer.shard_dim, layer.partition.shard(layer.gang.rank)
+    if tail is not None:
+        own, shape = (own[0], *tail), (shape[0], *tail)
+        if dim == 1:  # Each rank has all rows.
+            block, dim = range(shape[0]), 0
     if isinstance(value, DTensor):
-        value, is_whole = dtensors.on_this_rank(key, value, dim, shape, layer.gang)
+        value, is_whole = dtensors.on_this_rank(key, value, layer.shard_dim, shape, layer.gang)
         if is_whole:
             return _cut(value, dim, block)
         new = layer.partition

@@ -66,6 +66,10 @@ CASES = [
         r"`zero_optimization\.compute_grad_norm` must be true",
     ),
     (
+        {"tables": {"plain": ADAGRAD}, "checkpoint": {"use_node_local_storage": True}},
+        "`checkpoint.use_node_local_storage` must be false",
+    ),
+    (
         {"tables": {"plain": ADAGRAD}, "torch_autocast": {"enabled": True}},
         "`torch_autocast` must be left out",
     ),

@@ -46,6 +46,7 @@ def test_resumes_from_a_checkpoint_by_another_placement(seen):
         assert found["losses"] == pytest.approx(job.alone(2), rel=2e-6)
         assert found["again"] == found["losses"][1:]
         assert found["shape"] == (job.BUCKETS, job.E)
+        assert torch.equal(found["exported"], found["saved"])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Arrays that wrap others: several copies, a cast, a check for NaNs."""
+"""Arrays that wrap others: several copies, a cast, a check for NaNs, and values in memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import final
 
 import torch
 from torch import Tensor
+
+from tp_embed.optim.masters import join
 
 from ..errors import CheckpointError
 from .arrays import Array, Index, same_bits
@@ -76,6 +78,49 @@ class Cast(Array):
 
     def write(self, start: Index, values: Tensor) -> None:
         self._array.write(start, values.to(self._array.dtype))
+
+
+@final
+class Held(Array):
+    """A tensor in memory, read-only."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__(values.shape, values.dtype)
+        self._values = values
+
+    def read(self, start: Index, out: Tensor) -> None:
+        box = tuple(slice(i, i + n) for i, n in zip(start, out.shape, strict=True))
+        out.copy_(self._values[box])
+
+    def write(self, start: Index, values: Tensor) -> None:
+        raise NotImplementedError("Values in memory are read-only.")
+
+
+@final
+class Widened(Array):
+    """The fp32 values of a weight in bf16 and the remainders that an optimizer of
+    :mod:`tp_embed.optim` keeps, read-only."""
+
+    def __init__(self, weight: Array, remainder: Array) -> None:
+        super().__init__(weight.shape, torch.float32)
+        self._weight, self._remainder = weight, remainder
+
+    def read(self, start: Index, out: Tensor) -> None:
+        parts = [torch.empty(out.shape, dtype=a.dtype) for a in (self._weight, self._remainder)]
+        for array, part in zip((self._weight, self._remainder), parts, strict=True):
+            array.read(start, part)
+        out.copy_(join(*parts))
+
+    def write(self, start: Index, values: Tensor) -> None:
+        raise NotImplementedError("A weight in bf16 can't be written through its fp32 values.")
+
+
+def values_of(weight: Array, master: Array | None, remainder: Array | None) -> Array:
+    """Returns the values of a table at the best precision of what an optimizer of
+    :mod:`tp_embed.optim` keeps."""
+    if remainder is not None:
+        return Widened(weight, remainder)
+    return weight if master is None else master
 
 
 @final

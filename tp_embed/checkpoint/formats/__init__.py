@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from ..choices import FORMATS as FORMATS
-from ..contents import MASTER, MOMENTS, WEIGHT, Checkpoint, Key, Output, ReadOptions, Target
+from ..contents import (
+    MASTER,
+    MOMENTS,
+    WEIGHT,
+    Checkpoint,
+    Key,
+    Output,
+    ReadOptions,
+    Target,
+    fits,
+)
 from ..errors import CheckpointError
 
 
@@ -93,7 +103,7 @@ def _drop_odd_states(checkpoint: Checkpoint) -> Checkpoint:
     odd = [
         key
         for key, array in checkpoint.tensors.items()
-        if key.state not in known and shapes.get(key.name, array.shape) != array.shape
+        if key.state not in known and not fits(key, array.shape, shapes.get(key.name, array.shape))
     ]
     if not odd:
         return checkpoint
@@ -122,7 +132,7 @@ def _check(checkpoint: Checkpoint) -> None:
                 f"The optimizer states in `{path}` must belong to Parameters of the model, but "
                 f"`{key}` does not."
             )
-        if array.shape != main.shape:
+        if not fits(key, array.shape, main.shape):
             raise CheckpointError(
                 f"`{key}` in `{path}` must have the shape of its Parameter, {main.shape}, but has "
                 f"{array.shape}."

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contents import WEIGHT, Checkpoint, Key, Optimizer, Output, ReadOptions, Target
+from ..contents import DECAY, WEIGHT, Checkpoint, Key, Optimizer, Output, ReadOptions, Target
 from ..errors import CheckpointError, shown
 from ..files.arrays import Array
+from ..files.derived import Held
 from ..files.torch_file import TorchFile, placeholder
 from ..files.torch_file import lay_out as lay_out_file
 
@@ -141,6 +142,8 @@ def read_optimizer(
                 steps[by_index[index]] = file.number("A `step`", value)
             elif isinstance(value, Tensor):
                 tensors[Key(by_index[index], key)] = file.array(value)
+            elif key == DECAY and isinstance(value, float):
+                tensors[Key(by_index[index], key)] = Held(torch.tensor(value, dtype=torch.float64))
             else:
                 name = f"`{shown(key)}` of `{by_index[index]}` in the optimizer"
                 notes.append(f"{name} is no tensor and was left out: {shown(value)}")

@@ -31,9 +31,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contents import WEIGHT, Checkpoint, Key, Optimizer, Output, ReadOptions, Target
+from ...contents import (
+    DECAY,
+    FP32_STATES,
+    WEIGHT,
+    Checkpoint,
+    Key,
+    Optimizer,
+    Output,
+    ReadOptions,
+    Target,
+    fits,
+    is_row_wise,
+)
 from ...errors import CheckpointError, shown
 from ...files.arrays import Array
+from ...files.derived import Held
 from ..pt import BUFFERS, MODEL_KEYS, OPTIMIZER_KEYS, STEP_KEYS
 from . import metadata
 from .files import Files, Layout
@@ -183,7 +196,12 @@ class _Reader:
             for what, item in self._state_dict(own, name).items():
                 if what == "step":
                     steps[name] = self._number(f"the step of {name}", item)
-                elif not isinstance(item, TensorItem) or item.shape != shapes[name]:
+                elif what == DECAY and isinstance(item, BytesItem):
+                    value = self._number(f"{what} of {name}", item)
+                    tensors[Key(name, DECAY)] = Held(torch.tensor(value, dtype=torch.float64))
+                elif not isinstance(item, TensorItem) or not fits(
+                    Key(name, str(what)), item.shape, shapes[name]
+                ):
                     self._notes.append(
                         f"`{what}` of `{name}` in the optimizer has another shape and was left out"
                     )
@@ -305,7 +323,7 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
         flat = {".".join(map(str, keys)): keys for keys in items}
         metadata.write(found, {name: items[keys] for name, keys in flat.items()}, flat)
     arrays = read(path, ReadOptions()).tensors
-    return Output({key: arrays[key] for key in checkpoint.tensors})
+    return Output({key: arrays[key] for key in checkpoint.tensors if key.state != DECAY})
 
 
 def _content(checkpoint: Checkpoint) -> dict[Keys, Any]:
@@ -322,14 +340,30 @@ def _content(checkpoint: Checkpoint) -> dict[Keys, Any]:
         return content
     for key, array in checkpoint.tensors.items():
         if key.state != WEIGHT:
-            content["optimizer", "state", key.name, key.state] = array
+            value = float(array.load()) if key.state == DECAY else array
+            content["optimizer", "state", key.name, key.state] = value
+    counts_in_int = _with_row_optimizers(checkpoint)
     for name, step in checkpoint.optimizer.steps.items():
-        content["optimizer", "state", name, "step"] = torch.tensor(step, dtype=torch.float32)
+        # As the optimizers keep it: torch loads each as it was saved.
+        count = int(step) if name in counts_in_int else torch.tensor(step, dtype=torch.float32)
+        content["optimizer", "state", name, "step"] = count
     for index, group in enumerate(checkpoint.optimizer.groups):
         # Optimizers made with `model.named_parameters()` expect `param_names`.
         for what, value in {**group, "param_names": group["params"]}.items():
             content["optimizer", "param_groups", index, what] = value
     return content
+
+
+def _with_row_optimizers(checkpoint: Checkpoint) -> set[str]:
+    """Returns the names of tables with an optimizer of :mod:`tp_embed.optim`, as far as their
+    states show it."""
+    own = {
+        key.name
+        for key, array in checkpoint.tensors.items()
+        if key.state in (DECAY, *FP32_STATES)
+        or is_row_wise(key, array.shape, checkpoint.shape(key.name))
+    }
+    return own | checkpoint.apart
 
 
 def _tree(path: Path, items: Mapping[str, Item], nesting: Mapping[str, Keys]) -> Tree:

@@ -161,14 +161,17 @@ class Files:
 
 
 class Layout:
-    """New files in a directory, with space for chunks of tensors. A context manager."""
+    """New files in a directory, with space for chunks of tensors. A context manager.
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    :param rank: the rank that writes the files, for their names.
+    """
+
+    def __init__(self, directory: Path, rank: int = 0) -> None:
+        self._directory, self._rank = directory, rank
         self._count = 0
         self._end = _FILE_BYTES  # The first write opens a file.
         self._file: io.BufferedWriter | None = None
-        self._archive = directory / "archive.layout"
+        self._archive = directory / f"archive{rank}.layout"
         self._ends: dict[tuple[Index, torch.dtype], tuple[bytes, bytes]] = {}
 
     def __enter__(self) -> Layout:
@@ -218,8 +221,9 @@ class Layout:
         if self._end >= _FILE_BYTES or self._file is None:
             if self._file is not None:
                 self._file.close()
-            # Torch's names for files of rank 0.
-            self._file = (self._directory / f"__0_{self._count}.distcp").open("wb")
+            # Torch's names.
+            name = f"__{self._rank}_{self._count}.distcp"
+            self._file = (self._directory / name).open("wb")
             self._count, self._end = self._count + 1, 0
         self._file.seek(self._end)
         self._file.write(head)

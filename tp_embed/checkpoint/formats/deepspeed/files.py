@@ -47,8 +47,6 @@ STRUCTURE = frozenset(
         "ds_version",
     )
 )
-# The states of the optimizers of tables that DeepSpeed does not train.
-TABLE_STATES = "tp_embed_tables"
 # Keys that are kept from ZeRO's optimizers and other wrappers around torch's optimizer. The loss
 # scale is not: it is an object, and an engine has its own.
 SCALARS = ("clip_grad",)

@@ -14,10 +14,10 @@ from ...contents import MASTER, Checkpoint, Key, Optimizer, ReadOptions
 from ...errors import CheckpointError, shown
 from ...files.arrays import Array, Span, View, same_bits
 from ...files.derived import Cast
+from ..apart import with_tables
 from . import zero0
 from .files import (
     STRUCTURE,
-    TABLE_STATES,
     ModelFile,
     Saved,
     array_of,
@@ -49,12 +49,6 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     """Joins the model and optimizer files of all ranks of one tag."""
     saved = open_tag(find_tag(path, options.tag), options)
     model = saved.models[0][0]
-    if TABLE_STATES in model.state:
-        raise CheckpointError(
-            f"`{model.file.path}` must have no tables with an optimizer of their own "
-            "(`tp_embed.tables`), whose shards and states can't be converted yet, but has some. "
-            "Write the whole model by `tp_embed.integrations.deepspeed.export()`."
-        )
     names = _names(model)
     buffers = frozenset(name for name in names.own if name in model.buffers)
     optimizers, notes = _optimizers(saved, names, options)
@@ -80,7 +74,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     if names.unknown:
         notes.append(f"{names.unknown} were left out: the checkpoint has no values for them")
     step = model.state.get("global_steps")
-    return Checkpoint(
+    held = Checkpoint(
         format="deepspeed",
         path=path,
         tensors=tensors,
@@ -94,6 +88,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
         notes=tuple(notes),
         files=saved.paths,
     )
+    return with_tables(held, saved.directory, options)
 
 
 def _names(model: ModelFile) -> _Names:

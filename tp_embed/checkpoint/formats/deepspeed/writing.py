@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from ...contents import MASTER, Checkpoint, Output, Target
+from ...contents import MASTER, Arrays, Checkpoint, Output, Target
 from ...cuts import join
 from ...errors import CheckpointError
+from ..apart import lay_out_apart
 from .cut_info import write_info
 from .model_states import check_plain, lay_out_model
 from .optim_states import lay_out_optimizers
@@ -26,6 +27,10 @@ from .trained import Trained, find_trained
 def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
     """Lays out the files, see :class:`~tp_embed.checkpoint.formats.Format`. ZeRO 3 stores no weight
     that has an fp32 copy: an engine casts the copy."""
+    return lay_out_apart(checkpoint, target, lambda rest: _lay_out(rest, target, path))
+
+
+def _lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> tuple[Path, Arrays]:
     trained = find_trained(checkpoint, is_flat=target.zero_stage > 0)
     _check(target, trained)
     info = write_info(
@@ -48,13 +53,11 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
             lay_out_optimizers(shards, places)
         found.append(places.arrays())
     (path / "latest").write_text(directory.name)
-    return Output(
-        {
-            key: join(str(key), target.cuts[key.name], [arrays[key] for arrays in found])
-            for key in checkpoint.tensors
-            if all(key in arrays for arrays in found)
-        }
-    )
+    return directory, {
+        key: join(str(key), target.cuts[key.name], [arrays[key] for arrays in found])
+        for key in checkpoint.tensors
+        if all(key in arrays for arrays in found)
+    }
 
 
 def _check(target: Target, trained: Trained) -> None:

@@ -5,19 +5,28 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 
-from ...contents import MASTER, WEIGHT, Checkpoint, Key, Optimizer, Target, parse_dtype
+from ...contents import (
+    MASTER,
+    WEIGHT,
+    Checkpoint,
+    Key,
+    Optimizer,
+    Target,
+    fits,
+    parse_dtype,
+)
 from ...cuts import Cut, join
 from ...errors import CheckpointError
 from ...files.arrays import Array, Index
 from ...files.plain_values import damaged, from_json, to_json
 
 FORMAT = "tp-embed"
-VERSION = 1
+VERSION = 2
 
 _KEYS = {"format", "version", "tp_size", "step", "tensors", "ties", "optimizer", "extra"}
 
@@ -31,6 +40,8 @@ class Entry:
 
     :param is_known: the cut is known. With one rank it can be unknown.
     :param dtypes: the dtype of each state.
+    :param shapes: the shapes of states that differ from ``shape``: one value for each row, or one
+        number.
     """
 
     shape: Index
@@ -38,17 +49,26 @@ class Entry:
     cut: Cut | None
     is_known: bool
     dtypes: Mapping[str, torch.dtype]
+    shapes: Mapping[str, Index] = field(default_factory=dict)
 
-    def shard_shape(self, rank: int) -> Index:
-        return self.shape if self.cut is None else self.cut.shard_shape(self.shape, rank)
+    def cut_of(self, state: str) -> Cut | None:
+        """Returns how a state is cut. With a cut along the columns, each rank has all rows."""
+        is_whole = state in self.shapes and (self.cut is None or self.cut.dim > 0)
+        return None if is_whole or self.shapes.get(state) == () else self.cut
+
+    def shard_shape(self, state: str, rank: int) -> Index:
+        shape, cut = self.shapes.get(state, self.shape), self.cut_of(state)
+        return shape if cut is None else cut.shard_shape(shape, rank)
 
     def to_json(self) -> dict[str, Any]:
         whole = "replicated" if self.is_known else None
+        shapes = {state: list(shape) for state, shape in self.shapes.items()}
         return {
             "shape": list(self.shape),
             "dtypes": {state: str(d).removeprefix("torch.") for state, d in self.dtypes.items()},
             "buffer": self.is_buffer,
             "partition": whole if self.cut is None else self.cut.to_json(),
+            **({"shapes": shapes} if shapes else {}),
         }
 
     @classmethod
@@ -58,10 +78,11 @@ class Entry:
                 pass
             case _:
                 raise damaged(what, "an object with a shape, dtypes and so on", value)
-        _check_keys(what, value, {"shape", "dtypes", "buffer", "partition"})
+        _check_keys(what, value, {"shape", "dtypes", "buffer", "partition"}, {"shapes"})
         if not (WEIGHT in dtypes or MASTER in dtypes) or any("/" in state for state in dtypes):
             raise damaged(f"dtypes of {what}", "given for its `weight` or `fp32`", dtypes)
         partition, whole = rest["partition"], _shape(what, shape)
+        shapes = _shapes(what, rest.get("shapes", {}), dtypes, whole)
         is_whole = partition == "replicated" or (partition is None and tp_size == 1)
         return cls(
             whole,
@@ -69,6 +90,7 @@ class Entry:
             None if is_whole else _cut(what, partition, whole, tp_size),
             partition is not None,
             {state: parse_dtype(str(dtype)) for state, dtype in dtypes.items()},
+            shapes,
         )
 
 
@@ -87,7 +109,7 @@ class Manifest:
         """Returns the shapes and dtypes of a rank's tensors by key. Sorts larger elements first, as
         the package ``safetensors`` does, so that each tensor is aligned to its element size."""
         layout = {
-            _file_key(name, state): (entry.shard_shape(rank), dtype)
+            _file_key(name, state): (entry.shard_shape(state, rank), dtype)
             for name, entry in self.entries.items()
             for state, dtype in entry.dtypes.items()
         }
@@ -96,7 +118,7 @@ class Manifest:
     def join(self, ranks: Sequence[Mapping[str, Array]]) -> dict[Key, Array]:
         """Joins the arrays of the ranks' files to whole tensors."""
         return {
-            key: join(str(key), entry.cut, [arrays[in_file] for arrays in ranks])
+            key: join(str(key), entry.cut_of(key.state), [arrays[in_file] for arrays in ranks])
             for name, entry in self.entries.items()
             for key in (Key(name, state) for state in entry.dtypes)
             for in_file in [_file_key(*key)]
@@ -150,7 +172,7 @@ def manifest_json(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
         states.setdefault(key.name, {})[key.state] = array
     tensors = {}
     for name, arrays in states.items():
-        shape, cut = next(iter(arrays.values())).shape, target.cuts[name]
+        shape, cut = checkpoint.shape(name), target.cuts[name]
         # With one rank everything is whole, even if the source does not say how to cut it.
         is_known = cut is not None or target.tp_size > 1 or name in checkpoint.cuts or not shape
         tensors[name] = Entry(
@@ -159,6 +181,7 @@ def manifest_json(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
             cut,
             is_known,
             {state: array.dtype for state, array in arrays.items()},
+            {state: array.shape for state, array in arrays.items() if array.shape != shape},
         ).to_json()
     optimizer = None
     if checkpoint.optimizer is not None:
@@ -171,7 +194,8 @@ def manifest_json(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
         }
     return {
         "format": FORMAT,
-        "version": VERSION,
+        # Without `shapes`, older versions can read it.
+        "version": VERSION if any("shapes" in entry for entry in tensors.values()) else 1,
         "tp_size": target.tp_size,
         "step": checkpoint.step,
         "tensors": tensors,
@@ -251,6 +275,17 @@ def _shape(what: str, value: Any) -> Index:
     ):
         raise damaged(f"the shape of {what}", "a list of sizes", value)
     return tuple(value)
+
+
+def _shapes(what: str, value: Any, dtypes: Any, whole: Index) -> dict[str, Index]:
+    """Parses the shapes of states that are not of the shape of the table."""
+    if not isinstance(value, dict):
+        raise damaged(f"`shapes` of {what}", "an object", value)
+    shapes = {state: _shape(f"`{state}` of {what}", shape) for state, shape in value.items()}
+    for state, shape in shapes.items():
+        if state not in dtypes or not fits(Key("", state), shape, whole):
+            raise damaged(f"`shapes` of {what}", "for states by row, or numbers", value)
+    return shapes
 
 
 def _check_keys(

@@ -24,6 +24,7 @@ from ...errors import CheckpointError
 from ...files.arrays import Array
 from ...files.derived import Copies
 from ...files.torch_file import TorchFile
+from ..apart import with_tables
 from ..deepspeed.files import ModelFile, Saved, array_of, expect
 from ..deepspeed.fragments import frozen_shard
 from ..deepspeed.layout import Layout
@@ -101,7 +102,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
         groups, more = read_groups(saved_optimizer, model, names, trained)
         optimizer, notes = Optimizer(groups, steps), [*notes, *more]
         tensors = _in_order(chain(*(group["params"] for group in groups)), tensors)
-    return Checkpoint(
+    held = Checkpoint(
         format=NAME,
         path=path,
         tensors=tensors,
@@ -118,6 +119,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
             *files_of_parameters(directory),
         ),
     )
+    return with_tables(held, directory, options)
 
 
 def _entries(directory: Path, model: ModelFile) -> dict[str, Path]:

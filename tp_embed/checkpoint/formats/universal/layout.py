@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from ...contents import MASTER, MOMENTS, WEIGHT, Checkpoint, Key, Output, Target
+from ...contents import MASTER, MOMENTS, WEIGHT, Arrays, Checkpoint, Key, Output, Target
 from ...cuts import join
 from ...errors import CheckpointError
 from ...files.arrays import Array
 from ...files.derived import Copies
 from ...files.torch_file import lay_out as lay_out_file
 from ...files.torch_file import placeholder
+from ..apart import lay_out_apart
 from ..deepspeed.cut_info import write_info
 from ..deepspeed.files import SCALARS, STRUCTURE
 from ..deepspeed.shards import DS_VERSION, step_of
@@ -36,6 +37,10 @@ _MAX_NAME_BYTES = 255
 
 def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
     """Lays out one file for each tensor and state, and the model files of the ranks."""
+    return lay_out_apart(checkpoint, target, lambda rest: _lay_out(rest, target, path))
+
+
+def _lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> tuple[Path, Arrays]:
     _check(checkpoint)
     steps = _steps(checkpoint)
     step = step_of(checkpoint)
@@ -63,7 +68,7 @@ def lay_out(checkpoint: Checkpoint, target: Target, path: Path) -> Output:
             lay_out_file(state_file(parameter_directory(directory, name), STEP), value)
     arrays |= _lay_out_ranks(checkpoint, target, directory, {"global_steps": step, **info})
     (path / LATEST).write_text(tag)
-    return Output({key: arrays[key] for key in checkpoint.tensors})
+    return directory, {key: arrays[key] for key in checkpoint.tensors}
 
 
 def _check(checkpoint: Checkpoint) -> None:
