@@ -51,7 +51,9 @@ class Way:
 
 DENSE = Way("dense, fused AdamW")
 WHOLE = Way("`nn.Embedding` on each rank, dense, fused AdamW", nn.Embedding)
-OWN = [Way(f"`{name}`", optimizer=name) for name in ("rowwise_adagrad", "rowwise_adam", "lazy_adam")]
+OWN = [
+    Way(f"`{name}`", optimizer=name) for name in ("rowwise_adagrad", "rowwise_adam", "lazy_adam")
+]
 WORLD = Way('`rowwise_adagrad`, `"world"`', RowWiseEmbedding, "rowwise_adagrad")
 # The first is the one that others are compared with. All of a line are in memory at once.
 COMPARISONS = {"sharded": [DENSE, *OWN, WORLD], "whole": [WHOLE, WORLD]}
@@ -219,6 +221,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="the page to write the figures into")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     deepspeed.init_distributed()
     parts = []
     for dtype in args.dtypes:
