@@ -141,14 +141,13 @@ _DEFAULTS: Mapping[str, Any] = {
 
 def _with_config(given: Mapping[str, Any]) -> dict[str, Any]:
     """Adds what the DeepSpeed config says to the options, and then the defaults."""
-    config = given["config"]
-    if config is None:
-        if given["table"] is not None:
-            raise WrongUsageError("--table must come with --config, but does not.")
-        config = {}
-    elif isinstance(config, str):
+    config, found = given["config"], {}
+    if isinstance(config, str):
         config = read_engine_config(Path(config))
-    found = options_of(config, given["table"]) if config else {}
+    if config is not None:
+        found = options_of(config, given["table"])
+    elif given["table"] is not None:
+        raise WrongUsageError("--table must come with --config, but does not.")
     flags = ("shard_logits", "fuse_loss", "sparse", "table_decay")
     chosen = {k: v for k, v in given.items() if v is not None and (v or k not in flags)}
     return {**dict.fromkeys(given), **_DEFAULTS, **found, **chosen}

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 
 from tp_embed.command import CommandError, WrongUsageError
 
-from .setup import MOMENTS, TableOptimizer
+from .setup import MOMENTS, Strategy, TableOptimizer
 
 # All keys of the section, since a misspelt one would plan for something else.
 KEYS = (
@@ -94,13 +94,17 @@ def _optimizer(config: Mapping[str, Any]) -> str | None:
 def _of_table(section: Mapping[str, Any], table: str | None) -> dict[str, Any]:
     rules, tables = section.get("rules") or {}, section.get("tables") or {}
     patterns = list(dict.fromkeys((*rules, *tables)))
-    if table is None and len(patterns) > 1:
+    if table is None and patterns and patterns != list(tables)[:1]:
         raise WrongUsageError(
             "--table must be the name of the table in the model, such as model.embed_tokens, since "
             f"`tp_embed` of the config has the patterns {patterns}."
         )
     name = table or next(iter(patterns), "")
-    strategy = _first_match(rules, name) or section.get("strategy")
+    strategy = _first_match(rules, name) or section.get("strategy", "auto")
+    if strategy not in (known := ("auto", *get_args(Strategy))):
+        raise WrongUsageError(
+            f"The strategy of {name!r} must be one of {known}, but is {strategy!r} in the config."
+        )
     own = _first_match(tables, name)
     if own is None:
         return {"strategy": strategy}
