@@ -113,13 +113,6 @@ def test_resumed_run_continues_exactly(whole_run, directory):
             "deepspeed=zero3",
         ],
         ["+embedding.tables={model.embed_tokens:{optimizer:lazy_adam}}"],
-        [
-            "+embedding.rules={model.embed_tokens:world}",
-            "+embedding.tables={model.embed_tokens:{optimizer:rowwise_adagrad,lr:0.05}}",
-            "embedding.placement=cyclic",
-            "deepspeed=zero3",
-            "tp_size=1",
-        ],
     ],
 )
 def test_torchrun_and_other_choices_work(directory, choices):

@@ -98,9 +98,9 @@ def initialize(
     )
     if optimizer is not None:
         check_made_optimizer(items[0])
-    _complete(items[0], report, section)
     if own_tables:
         items[0].tp_embed_tables = TableOptimizers(items[0], own_tables)
+    _complete(items[0], report, section)
     return cast(tuple[Any, Any, Any, Any], items)
 
 

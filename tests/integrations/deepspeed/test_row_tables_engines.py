@@ -12,6 +12,7 @@ from tp_embed.integrations.deepspeed import to_universal
 from tp_embed.integrations.deepspeed.config import read_section
 from tp_embed.lookup.gradient import as_sparse
 from tp_embed.optim import LazyAdam, RowwiseAdagrad, RowwiseAdam
+from tp_embed.partition import Partition
 
 KINDS = {"lazy_adam": LazyAdam, "rowwise_adagrad": RowwiseAdagrad, "rowwise_adam": RowwiseAdam}
 REPLICAS = {"tp2dp2": 2, "tp4": 1, "dp4": 4}
@@ -70,6 +71,33 @@ def test_trains_as_one_process(seen, case):
             assert found["norms"] == pytest.approx(norms, rel=1e-5)
         torch.testing.assert_close(found["table"], model.ngram.weight, rtol=1e-4, atol=2e-5)
         torch.testing.assert_close(found["mix"], model.mix.weight, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", job.CASES)
+def test_monitors_count_the_rows_that_a_step_updates(seen, case):
+    model, rows = job.build(), []
+    all_ids = torch.stack([job.batches(i) for i in range(REPLICAS[case[1]])], dim=1)
+    for ids in all_ids:
+        used = torch.stack([model.pairs(row) for row in ids.flatten(0, 1)]).unique()
+        rows.append({"ngram": (used != model.ngram.padding_idx).sum().item()})
+    assert len({row["ngram"] for row in rows}) > 1
+    assert seen[0][f"{case}"]["updated"] == rows
+    assert seen[1][f"{case}"]["updated"] == []
+
+
+def test_monitors_count_the_exchange_of_gradients(seen):
+    model, shards = job.build(), Partition(job.W, 2)
+    for way in seen[0]["ways"]:
+        of_ranks = [rank["ways"][way] for rank in seen]
+        for number, found in enumerate(of_ranks):
+            shard, ids, sent = shards.shard(number % 2), job.batches(number // 2), 0
+            for step in ids:
+                used = torch.stack([model.pairs(row) for row in step]).unique().tolist()
+                rows = [row for row in used if row in shard and row != model.ngram.padding_idx]
+                sent += 8 + len(rows) * (4 * job.E + 8)
+            assert found["sent"][0] == sent
+        total = sum(sum(found["sent"]) for found in of_ranks) / 4
+        assert of_ranks[0]["monitored bytes"] == pytest.approx(total)
 
 
 @pytest.mark.parametrize(
