@@ -30,13 +30,13 @@ def seen(out):
     return [torch.load(out / f"seen{rank}.pt", weights_only=True) for rank in range(4)]
 
 
-def train_alone(layout, kind, rates, table_rates):
+def train_alone(replicas, kind, rates, table_rates):
     """Dense gradients, one norm over all, AdamW, and the table's optimizer on the rows in use."""
     model = job.build()
     others = [p for p in model.parameters() if p is not model.ngram.weight]
     optimizer = torch.optim.AdamW(others)
     own = KINDS[kind]([model.ngram.weight], weight_decay=job.DECAY)
-    all_ids = torch.stack([job.batches(i) for i in range(REPLICAS[layout])], dim=1)
+    all_ids = torch.stack([job.batches(i) for i in range(replicas)], dim=1)
     losses, norms, own_norms = [], [], []
     for ids, rate, table_rate in zip(all_ids, rates, table_rates, strict=True):
         model.zero_grad()
@@ -64,7 +64,7 @@ def test_trains_as_one_process(seen, case):
         rates = found["rates"]
         assert rates[0] != rates[-1]
         table_rates = [0.3] * len(rates) if stage % 2 else rates
-        losses, norms, _, model = train_alone(layout, kind, rates, table_rates)
+        losses, norms, _, model = train_alone(REPLICAS[layout], kind, rates, table_rates)
         assert min(norms) > job.CLIP  # So that all gradients are clipped.
         assert found["losses"] == pytest.approx(losses, rel=1e-5)
         if stage:
@@ -142,7 +142,7 @@ def test_ways_to_build_an_engine(seen):
         for found in seen_by["ways"].values():
             rates = found["rates"]
             table_rates = [0.3] * len(rates)
-            losses, _, norms, _ = train_alone("tp2dp2", "rowwise_adagrad", rates, table_rates)
+            losses, _, norms, _ = train_alone(2, "rowwise_adagrad", rates, table_rates)
             assert found["losses"] == pytest.approx(losses, rel=1e-5)
             assert found["monitored"] == ([] if rank else pytest.approx(norms, rel=1e-5))
 
