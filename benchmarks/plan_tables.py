@@ -62,7 +62,8 @@ class Model(nn.Module):
         self.scale = nn.Parameter(torch.ones(setup.embed_dim))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return (self.table(ids) * self.scale).sum()
+        total: Tensor = (self.table(ids) * self.scale).sum()
+        return total
 
 
 def ids_of(setup: Setup, micro_batch: int) -> Tensor:

@@ -67,7 +67,8 @@ class Model(nn.Module):
         self.scale = nn.Parameter(torch.full((dim,), 1 / dim, dtype=dtype))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return (self.table(ids) * self.scale).sum(dtype=torch.float32)
+        total: Tensor = (self.table(ids) * self.scale).sum(dtype=torch.float32)
+        return total
 
 
 class Unit:
@@ -145,12 +146,12 @@ class Engine:
         """Returns the bytes of states of all ranks, for a parameter of the table."""
         total = torch.tensor(sum(state.nbytes for state in self.states()))
         dist.all_reduce(total)
-        return total.item() / self.size
+        return float(total.item() / self.size)
 
 
 def make_table(way: Way, unit: Unit, rows: int, dim: int, dtype: torch.dtype) -> nn.Module:
     if way.kind is nn.Embedding:
-        table = nn.utils.skip_init(nn.Embedding, rows, dim, dtype=dtype)
+        table: nn.Embedding = nn.utils.skip_init(nn.Embedding, rows, dim, dtype=dtype)
         nn.init.ones_(table.weight)
         return table
     options: dict[str, Any] = {"init_fn": partial(constant, value=1.0), "dtype": dtype}

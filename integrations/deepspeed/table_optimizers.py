@@ -11,15 +11,16 @@ from torch import Tensor
 
 from tp_embed.checkpoint.formats.deepspeed.files import TABLE_STATES
 from tp_embed.gang import Gang
+from tp_embed.gang.process_group import ProcessGroupGang
 from tp_embed.lookup.gradient import as_sparse, keep_coalesced
 from tp_embed.optim import RowOptimizer
 from tp_embed.optim.rows import rows_of, sum_rows
 from tp_embed.parameter.norms import whole_norms
 from tp_embed.parameter.sharded import local, unguarded
 
-from .gang import DeepSpeedGang
 from .own_tables import OwnTable
 from .private import join_norm, loss_scale, wrap_step
+from .timing import log_collective
 
 
 class TableOptimizers:
@@ -42,7 +43,7 @@ class TableOptimizers:
     """
 
     optimizers: dict[str, RowOptimizer]
-    replicas: DeepSpeedGang
+    replicas: ProcessGroupGang
 
     def __init__(self, engine: Any, tables: Iterable[OwnTable]) -> None:
         self._engine, self._tables = engine, list(tables)
@@ -51,7 +52,8 @@ class TableOptimizers:
         self._collected: dict[Tensor, list[Tensor]] = {}
         self._own_norm = self._total_norm = torch.zeros(())
         self._check()
-        self.replicas = DeepSpeedGang(engine.seq_data_parallel_group, engine.device)
+        self.replicas = ProcessGroupGang(engine.seq_data_parallel_group, engine.device)
+        self.replicas.register_collective_hook(log_collective)
         self._copied = {table.name: self._is_copied(table) for table in self._tables}
         for table in self._tables:
             if self._copied[table.name]:  # DeepSpeed does so for Parameters.
