@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.distributed._tools.mem_tracker import MemTracker
 
 import plan_tables as benchmark
 from forks import run_script
@@ -94,6 +95,32 @@ def test_lookups_send_what_is_planned(pool, size):
         assert auto_dedup(setup, "world")
 
 
+def needed(gang, setup, dedup):
+    """The most bytes of a lookup beside its Parameter."""
+    sizes = setup.vocab_size, setup.embed_dim
+    table = RowWiseEmbedding(gang, *sizes, placement=setup.placement, dedup=dedup)
+    ids, tracker = ids_of(setup), MemTracker()
+    with tracker:
+        table(ids)
+    (found,) = tracker.get_tracker_snapshot("peak").values()
+    by_kind = {str(kind).split(".")[-1]: nbytes for kind, nbytes in found.items()}
+    return by_kind["Total"] - by_kind["PARAM"]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_lookups_need_what_is_planned(pool, size):
+    large = {"vocab_size": 480, "embed_dim": 1024, "tokens": 96}
+    for setup in (
+        setup_of(size, **large),
+        setup_of(size, "cyclic", unique_share=0.5, **large),
+        setup_of(size, owner_share=0.75, **large),
+    ):
+        for dedup in (True, False):
+            most = max(pool(size, needed, setup, dedup))
+            planned = cost(setup, "world", dedup=dedup).exchange
+            assert 0 <= most - planned <= 8 * (size + 12) * setup.tokens, (setup, dedup)
+
+
 def test_a_placement_decides_what_the_busiest_rank_holds():
     even, block, cyclic = (
         cost(setup_of(4, placement, owner_share=share), "world", dedup=True)
@@ -119,8 +146,8 @@ def test_distinct_ids_of_several_batches():
     assert distinct_of_batches(setup, 4) == round(zipf_distinct(100_000, 8192))
     given = Setup(100_000, 8, tokens=2048, unique_share=0.23)
     # What a BPE of 32k makes of Python's source: 0.14 of 8k tokens, 0.08 of 32k.
-    assert distinct_of_batches(given, 4) / 8192 == pytest.approx(0.14, abs=0.05)
-    assert distinct_of_batches(given, 16) / 32768 == pytest.approx(0.08, abs=0.05)
+    assert 0.14 < distinct_of_batches(given, 4) / 8192 < 1.3 * 0.14
+    assert 0.08 < distinct_of_batches(given, 16) / 32768 < 1.7 * 0.08
     assert distinct_of_batches(Setup(100, 8, tokens=64, unique_share=1.0), 4) == 100
     assert distinct_of_batches(Setup(100, 8, tokens=1, unique_share=1.0), 4) == 4
 

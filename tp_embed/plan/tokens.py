@@ -21,7 +21,7 @@ def distinct(setup: Setup) -> int:
 
 def distinct_of_batches(setup: Setup, count: int) -> int:
     """Returns the number of distinct tokens of ``count`` micro-batches: by Zipf's law, or by Heaps'
-    law from the share of one."""
+    law from the share of one, which is too many for text: 1.3 times for 4 batches, 1.7 for 16."""
     tokens = count * setup.tokens
     if count == 1:
         return distinct(setup)
