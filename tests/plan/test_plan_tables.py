@@ -13,7 +13,7 @@ import plan_tables as benchmark
 from forks import run_script
 from launch import ROOT
 from plan_models import DTYPES
-from tp_embed import RowWiseEmbedding
+from tp_embed import RowWiseEmbedding, cli
 from tp_embed.partition import Partition
 from tp_embed.plan import Setup, cost, costs
 from tp_embed.plan.lookups import auto_dedup
@@ -129,6 +129,15 @@ def test_a_placement_decides_what_the_busiest_rank_holds():
     assert cyclic == even
     assert (block.rows, even.rows) == (24, 6)
     assert block.sent > 2 * even.sent
+
+
+@pytest.mark.parametrize(("placement", "idle"), [("block", 1), ("cyclic", 0)])
+def test_ranks_without_rows_are_named(capsys, placement, idle):
+    table = ("--vocab-size", "6", "--embed-dim", "2", "--no-head", "--dp", "4", "--dtype", "fp32")
+    given = ("--strategy", "world", "--placement", placement, "--zero-stage", "0")
+    assert cli.main(["plan", *table, *given]) == 0
+    warned = "1 of 4 ranks hold no part of the table." in capsys.readouterr().err
+    assert warned == bool(idle)
 
 
 def test_the_first_block_holds_most_rows_of_zipf():

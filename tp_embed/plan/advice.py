@@ -62,10 +62,12 @@ def warnings_of(
         yield f"{name} needs {need:.2f} GiB at the peak of a step, but only {have} are available."
     if chosen.strategy != "none":
         length = setup.embed_dim if chosen.strategy == "embed" else setup.vocab_size
-        ranks, cyclic = sharers(setup, chosen.strategy), setup.placement == "cyclic"
-        sizes = Partition(length, ranks, cyclic and chosen.strategy == "world").sizes
-        if idle := sizes.count(0):
-            yield f"{idle} of {ranks} ranks hold no part of the table."
+        ranks = sharers(setup, chosen.strategy)
+        holders = -(-length // Partition(length, ranks).block)
+        if chosen.strategy == "world" and setup.placement == "cyclic":
+            holders = min(length, ranks)
+        if holders < ranks:
+            yield f"{ranks - holders} of {ranks} ranks hold no part of the table."
     if network is None:
         return
     if network.crosses_nodes(setup, "tp"):
