@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tp_embed import RowWiseEmbedding, ShardedEmbedding, StandardEmbedding, VocabShardedEmbedding
-from tp_embed.monitor import Monitor
+from tp_embed.monitor import Monitor, write_report
 from tp_embed.optim import RowwiseAdagrad
 
 V, E, STEPS = 29, 6, 3
@@ -55,3 +55,16 @@ def test_counts_each_row_of_the_table_once(pool, name, size):
 
 def test_a_dense_gradient_updates_all_rows(pool):
     assert [rows for rows, _ in pool(4, updated, "vocab", False, 2)[0]] == [{}] * STEPS
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_page_draws_them(tmp_path, sparse):
+    table = nn.Embedding(V, E, sparse=sparse)
+    model, optimizer = nn.Sequential(table), torch.optim.SGD([table.weight], lr=0.1)
+    monitor = Monitor(model, optimizer, every=1, directory=tmp_path)
+    for ids in batches(0):
+        model(ids).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    monitor.close()
+    assert ("Rows that a step updates" in write_report(tmp_path).read_text()) == sparse
