@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--dim", type=int, default=160)
     parser.add_argument("--ids", type=int, default=1 << 14)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--compare", nargs="*", default=list(COMPARISONS), choices=COMPARISONS)
     parser.add_argument("--grow", type=int, nargs="*", default=[500_000, 2_000_000, 8_000_000])
