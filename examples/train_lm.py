@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
@@ -29,10 +28,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from corpus import Corpus, load
 from tp_embed import shard_embeddings
-from tp_embed.integrations.deepspeed import DeepSpeedGang, export
+from tp_embed.integrations.deepspeed import DeepSpeedGang, export, initialize
 from tp_embed.integrations.deepspeed.monitor import EngineMonitor
 from tp_embed.integrations.hydra import main as hydra_main
-from tp_embed.integrations.hydra import register_schemas, shard_options
+from tp_embed.integrations.hydra import register_schemas, shard_options, table_options
 from tp_embed.integrations.transformers import fuse_loss, shard_logits
 from tp_embed.monitor import write_report
 from tp_embed.monitor.charts import line_charts, save
@@ -53,16 +52,18 @@ def main(config: DictConfig) -> None:
 
     corpus = load_corpus(config.data, say)
     model = AutoModelForCausalLM.from_config(make_model_config(config.model, corpus.vocab_size))
-    report = shard_embeddings(model, gang, **shard_options(config))
+    # An engine averages gradients over data-parallel ranks.
+    report = shard_embeddings(model, gang, **shard_options(config), grad_reduction="mean")
     if config.head.shard_logits:
         shard_logits(model)
     if config.head.fuse_loss.value:
         fuse_loss(model, in_evaluation=config.head.fuse_loss.value == "always")
     say(str(report))
 
-    engine, *_ = deepspeed.initialize(
-        model=model, config=OmegaConf.to_container(config.deepspeed, resolve=True)
-    )
+    ds_config: Any = OmegaConf.to_container(config.deepspeed, resolve=True)
+    # The tables are sharded already.
+    ds_config["tp_embed"] = {"strategy": "none", "tables": table_options(config)}
+    engine, *_ = initialize(model=model, config=ds_config)
     metrics = Metrics(run_dir / "metrics.csv")
     checkpoints = Checkpoints(run_dir / "checkpoints")
     first_step = 0

@@ -112,6 +112,7 @@ def test_resumed_run_continues_exactly(whole_run, directory):
             "model.tie_word_embeddings=true",
             "deepspeed=zero3",
         ],
+        ["+embedding.tables={model.embed_tokens:{optimizer:lazy_adam}}"],
     ],
 )
 def test_torchrun_and_other_choices_work(directory, choices):

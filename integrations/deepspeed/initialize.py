@@ -99,11 +99,11 @@ def initialize(
     )
     if optimizer is not None:
         check_made_optimizer(items[0])
-    _complete(items[0], report, section)
     if own_tables:
         items[0].tp_embed_tables = TableOptimizers(items[0], own_tables)
     else:
         refuse_tables(items[0])
+    _complete(items[0], report, section)
     return cast(tuple[Any, Any, Any, Any], items)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
+from tp_embed.gang import Gang
 from tp_embed.monitor.tables import Monitor, Writer
 
 from .layout import has_mixed_up_masters
@@ -113,6 +114,10 @@ class EngineMonitor(Monitor):
         if own is not None and parameter in own:
             return own.gradients().get(parameter), 1
         return local_gradient(parameter)
+
+    def _more_gangs(self) -> Sequence[Gang]:
+        own = own_tables_of(self._engine)
+        return () if own is None else (own.replicas,)
 
     def _tp_size(self) -> int:
         return _tp_size(self._engine)  # Tables may be whole where other layers are cut.

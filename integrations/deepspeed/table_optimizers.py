@@ -20,6 +20,7 @@ from tp_embed.parameter.sharded import local, unguarded
 from .own_tables import OwnTable
 from .private import join_norm, loss_scale, wrap_step
 from .table_checkpoints import TableCheckpoints
+from .timing import log_collective
 
 
 class TableOptimizers:
@@ -37,9 +38,12 @@ class TableOptimizers:
 
     :param optimizers: the optimizers by the names of tables. Set the learning rate of one that was
         given ``lr`` in its ``param_groups``; others follow the engine.
+
+    ``replicas`` is the gang of data-parallel ranks, which exchange gradients over it.
     """
 
     optimizers: dict[str, RowOptimizer]
+    replicas: ProcessGroupGang
 
     def __init__(self, engine: Any, tables: Iterable[OwnTable]) -> None:
         self._engine, self._tables = engine, list(tables)
@@ -48,17 +52,18 @@ class TableOptimizers:
         self._collected: dict[Tensor, list[Tensor]] = {}
         self._own_norm = self._total_norm = torch.zeros(())
         self._check()
-        self._replicas = ProcessGroupGang(engine.seq_data_parallel_group, engine.device)
+        self.replicas = ProcessGroupGang(engine.seq_data_parallel_group, engine.device)
+        self.replicas.register_collective_hook(log_collective)
         self._copied = {table.name: self._is_copied(table) for table in self._tables}
         for table in self._tables:
             if self._copied[table.name]:  # DeepSpeed does so for Parameters.
-                self._replicas.broadcast(local(table.weight))
+                self.replicas.broadcast(local(table.weight))
             keep_coalesced(table.weight)
             table.weight.register_post_accumulate_grad_hook(self._collect)
         join_norm(engine, lambda: self._own_norm, self._note_norm)
         wrap_step(engine, self._with_tables)
-        size = self._replicas.size
-        copies = [(self._replicas.rank, size) if c else (0, 1) for c in self._copied.values()]
+        size = self.replicas.size
+        copies = [(self.replicas.rank, size) if c else (0, 1) for c in self._copied.values()]
         self.checkpoints = TableCheckpoints(engine, self._tables, copies)
         self._wrap_zero_grad()
 
@@ -87,7 +92,7 @@ class TableOptimizers:
     def _is_copied(self, table: OwnTable) -> bool:
         """Returns whether data-parallel ranks have copies of the same shard. Otherwise the table is
         sharded over them, and its gradient is averaged already."""
-        replicas = set(self._replicas.global_ranks) - {dist.get_rank()}
+        replicas = set(self.replicas.global_ranks) - {dist.get_rank()}
         return replicas.isdisjoint(getattr(table.gang, "global_ranks", ()))
 
     def _collect(self, weight: Tensor) -> None:
@@ -119,7 +124,7 @@ class TableOptimizers:
         return self._grads
 
     def _average(self, table: OwnTable) -> Tensor | None:
-        weight, replicas = local(table.weight), self._replicas
+        weight, replicas = local(table.weight), self.replicas
         grads = self._collected.pop(table.weight, [])
         rows, values = _sum(grads, weight)
         if replicas.size > 1 and self._copied[table.name]:

@@ -69,6 +69,7 @@ def time_collectives(engine: Any) -> None:
         finally:
             timers(name).stop()
 
-    engine.tp_embed_timers = [
-        gang.register_collective_hook(measure) for gang in gangs_of(engine.module)
-    ]
+    gangs = gangs_of(engine.module)
+    if own_tables := vars(engine).get("tp_embed_tables"):
+        gangs.append(own_tables.replicas)
+    engine.tp_embed_timers = [gang.register_collective_hook(measure) for gang in gangs]

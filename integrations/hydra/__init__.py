@@ -2,7 +2,7 @@
 that a launcher starts on several ranks."""
 
 from .app import main, strip_local_rank
-from .options import shard_options
+from .options import shard_options, table_options
 from .registration import register_schemas
 
-__all__ = ["main", "register_schemas", "shard_options", "strip_local_rank"]
+__all__ = ["main", "register_schemas", "shard_options", "strip_local_rank", "table_options"]

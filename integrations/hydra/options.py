@@ -21,6 +21,7 @@ def shard_options(config: DictConfig) -> dict[str, Any]:
     options = {
         "strategy": embedding.strategy.value,
         "rules": {pattern: strategy.value for pattern, strategy in embedding.rules.items()},
+        "placement": embedding.placement.value,
         "output": embedding.output.value,
         "dedup": embedding.dedup.value,
         "sparse": embedding.sparse,
@@ -32,3 +33,17 @@ def shard_options(config: DictConfig) -> dict[str, Any]:
     if head is not None:
         options |= {"tie_head": head.tie_head, "shard_head": head.shard_head}
     return options
+
+
+def table_options(config: DictConfig) -> dict[str, dict[str, Any]]:
+    """Returns the optimizers that tables have of their own: ``"tables"`` of the section
+    ``"tp_embed"`` of a DeepSpeed config, which :func:`tp_embed.integrations.deepspeed.initialize`
+    reads.
+
+    :param config: as for :func:`shard_options`.
+    """
+    tables: Any = OmegaConf.to_container(config.embedding.tables, enum_to_str=True)
+    return {
+        name: {key: value for key, value in table.items() if value is not None}
+        for name, table in tables.items()
+    }

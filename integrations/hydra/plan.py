@@ -17,8 +17,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from tp_embed import cli
 
 from .command_app import run_command
+from .options import table_options
 from .registration import register_schemas
-from .schema import DataConfig, EmbeddingConfig, HeadConfig, ModelConfig, Strategy
+from .schema import DataConfig, EmbeddingConfig, HeadConfig, ModelConfig
 
 
 class Device(Enum):
@@ -34,6 +35,7 @@ class PlanConfig:
 
     tp_size: int = MISSING
     dp_size: int = MISSING
+    table: str | None = MISSING
     tokens: int = MISSING
     unique_share: float | None = MISSING
     block_unique_share: float | None = MISSING
@@ -63,6 +65,7 @@ def register_schema() -> None:
 # Keys with the same name and meaning in both.
 _SAME = (
     "json",
+    "table",
     "tokens",
     "unique_share",
     "block_unique_share",
@@ -80,9 +83,13 @@ _SAME = (
 def options(config: DictConfig) -> dict[str, Any]:
     """Returns the options of ``tp-embed plan``, by their names in its parser."""
     model, head, deepspeed = config.model, config.head, config.deepspeed
-    strategy = config.embedding.strategy
-    if model.tie_word_embeddings and not head.tie_head:
-        strategy = Strategy.none
+    section = {
+        "strategy": config.embedding.strategy.value,
+        "rules": {name: chosen.value for name, chosen in config.embedding.rules.items()},
+        "placement": config.embedding.placement.value,
+        "tables": table_options(config),
+        "tie_head": head.tie_head,
+    }
     optimizer = deepspeed.optimizer.type.lower()
     if optimizer == "sgd" and deepspeed.optimizer.params.momentum:
         optimizer = "momentum"
@@ -98,7 +105,8 @@ def options(config: DictConfig) -> dict[str, Any]:
         "tied": model.tie_word_embeddings,
         "head": True,
         "shard_head": head.shard_head,
-        "strategy": strategy.value,
+        "config": {"tp_embed": section},
+        **dict.fromkeys(("strategy", "placement", "table_optimizer", "table_decay")),
         "shard_logits": head.shard_logits,
         "fuse_loss": bool(head.fuse_loss.value),
         "tp": config.tp_size,

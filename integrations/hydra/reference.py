@@ -64,6 +64,12 @@ from tp_embed.integrations.hydra import shard_options
 shard_embeddings(model, gang, **shard_options(config.tp_embed))
 ```
 
+Optimizers of tables of their own (`embedding.tables`) and the strategy `world` need an engine by
+`tp_embed.integrations.deepspeed.initialize()`, whose config has the section
+`"tp_embed": {"strategy": "none", "tables": table_options(config.tp_embed)}`, and
+`grad_reduction="mean"` in the call above, as in `examples/train_lm.py`. `table_options` is in the
+same module.
+
 Then `python app.py tp_embed/init=normal tp_embed.init.std=0.02` works. Add `tp_embed/ranks` to the
 defaults list to give all ranks one run directory: see
 [launching.md](launching.md#your-own-hydra-app). To add your own init function, write a file

@@ -25,7 +25,23 @@ class Strategy(Enum):
     auto = "auto"
     embed = "embed"
     vocab = "vocab"
+    world = "world"
     none = "none"
+
+
+class Placement(Enum):
+    """Which rows a rank holds of a table over all ranks."""
+
+    block = "block"
+    cyclic = "cyclic"
+
+
+class TableOptimizer(Enum):
+    """The optimizers of :mod:`tp_embed.optim`."""
+
+    lazy_adam = "lazy_adam"
+    rowwise_adagrad = "rowwise_adagrad"
+    rowwise_adam = "rowwise_adam"
 
 
 class Output(Enum):
@@ -53,6 +69,18 @@ class Dedup(Enum):
 
 
 @dataclass
+class TableConfig:
+    """The optimizer of a table that the engine's optimizer doesn't train. Keys that are left out
+    have the default of its class."""
+
+    optimizer: TableOptimizer = MISSING
+    lr: float | None = None
+    betas: list[float] | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+
+
+@dataclass
 class EmbeddingConfig:
     """How to shard and initialize tables, see :func:`tp_embed.shard_embeddings`."""
 
@@ -60,6 +88,7 @@ class EmbeddingConfig:
     rules: dict[str, Strategy] = _key(
         "strategies by patterns of names, such as `*.wpe`; patterns only in files"
     )
+    placement: Placement = _key("which rows a rank holds with the strategy `world`")
     output: Output = _key("the layout of the outputs; models need `replicated`")
     dedup: Dedup = _key("whether to send a row once if several positions look it up")
     sparse: bool | None = _key("whether gradients are sparse; null: as before sharding")
@@ -72,6 +101,11 @@ class EmbeddingConfig:
     train_rows: dict[str, Any] = _key(
         "the rows that get a gradient, by patterns of names: a list, or a slice such as `32000:`; "
         "patterns only in files"
+    )
+    tables: dict[str, TableConfig] = _key(
+        "optimizers of tables of their own, by patterns of names: `optimizer` (`lazy_adam`, "
+        "`rowwise_adagrad` or `rowwise_adam`), `lr`, `betas`, `eps`, `weight_decay`; patterns only "
+        "in files"
     )
     init_fn: Any = _key("the choice of the group `init`; null: tables keep their values")
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from engines_job import mpu_over
 from tp_embed.integrations.deepspeed import DeepSpeedGang, initialize
+from tp_embed.integrations.deepspeed.monitor import EngineMonitor
 
 V, W, E, STEPS, MICRO, CLIP, DECAY = 23, 37, 8, 4, 2, 0.2, 0.2
 KINDS = "rowwise_adagrad", "rowwise_adam", "lazy_adam"
@@ -107,7 +108,9 @@ def case(mpus: dict[str, Any], stage: int, layout: str, kind: str, strategy: str
     if stage % 2:
         table["lr"] = 0.3
     engine = make(layout, config(stage, table, strategy=strategy), mpus)
+    monitor = EngineMonitor(engine, every=1)
     seen: dict[str, Any] = train(engine, batches(replica_of(mpus[layout])))
+    seen["updated"] = [row["updated_rows"] for row in monitor.rows]
     assert "ngram.weight" not in dict(engine.module.named_parameters())
     seen["table"] = engine.module.ngram.to_embedding().weight.detach().clone()
     with deepspeed.zero.GatheredParameters([engine.module.mix.weight]):

@@ -15,6 +15,7 @@ from tp_embed.checkpoint import hook_state_dict
 from tp_embed.gang.collectives import whole_table
 from tp_embed.integrations.deepspeed import export, initialize
 from tp_embed.integrations.deepspeed.monitor import EngineMonitor
+from tp_embed.monitor.traffic import Traffic, gangs_of
 
 AUTOTP: dict[str, Any] = {
     "tensor_parallel": {
@@ -55,10 +56,18 @@ def ways_to_build() -> dict[str, Any]:
                 {"params": [p for name, p in named if "ngram" in name], "lr": 7.0},
                 {"params": [p for name, p in named if "ngram" not in name]},
             ]
+        ds_config["wall_clock_breakdown"] = way == "groups"
         engine, *_ = initialize(model=model, config=ds_config, **options)
         monitor = EngineMonitor(engine, every=1)
-        seen[f"{stage} {way}"] = train(engine, ids)
-        seen[f"{stage} {way}"]["monitored"] = [row["grad_norm"]["ngram"] for row in monitor.rows]
+        exchanged = Traffic(engine.tp_embed_tables.replicas)
+        with exchanged, Traffic(*gangs_of(engine.module)) as looked_up:
+            found: dict[str, Any] = train(engine, ids)
+        seen[f"{stage} {way}"] = found
+        found["timed gangs"] = len(getattr(engine, "tp_embed_timers", ()))
+        found["monitored"] = [row["grad_norm"]["ngram"] for row in monitor.rows]
+        found["sent"] = [traffic.total().bytes_sent for traffic in (exchanged, looked_up)]
+        entries = [entry for row in monitor.rows for entry in row["traffic"].values()]
+        found["monitored bytes"] = sum(entry["bytes"] for entry in entries)
     return seen
 
 

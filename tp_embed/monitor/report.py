@@ -125,6 +125,7 @@ def _charts(run: Run) -> list[str]:
         ("Tokens per second", [("tokens/s", *_of_each_step(run, "tokens_per_second"))]),
         ("Gradient norm of each table", _named(run, "grad_norm")),
         ("Unique ids / ids of a batch", _named(run, "unique_ratio")),
+        ("Rows that a step updates", _named(run, "updated_rows")),
     ]
     for title, key, scale in (
         ("Sent by a rank in a step (MiB)", "bytes", 2**-20),

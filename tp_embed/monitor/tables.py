@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -48,6 +48,7 @@ class _Window:
     values: dict[str, Any] = field(default_factory=dict)
     ids: dict[str, list[Tensor]] = field(default_factory=dict)  # (2,): unique, all
     squares: dict[str, Tensor] = field(default_factory=dict)
+    updated: dict[str, float] = field(default_factory=dict)
 
 
 class Monitor:
@@ -56,7 +57,8 @@ class Monitor:
         monitor = Monitor(model, optimizer, SummaryWriter("runs/first"))
 
     The tags are ``train_loss``; ``grad_norm/TABLE``, the gradient norm of the whole table before
-    the update; ``unique_ratio/TABLE``, unique ids over all ids of a batch;
+    the update; ``unique_ratio/TABLE``, unique ids over all ids of a batch; ``updated_rows/TABLE``,
+    the rows of a row-sparse gradient, which an optimizer of :mod:`tp_embed.optim` updates;
     ``exchange_bytes/OPERATION`` and ``exchange_ms/OPERATION``, bytes sent and time spent by one
     rank in collectives of the tables' gangs, averaged over ranks, and their sums; ``step_ms``,
     ``tokens_per_second`` and ``memory_mib``, the highest peak of any rank.
@@ -102,7 +104,7 @@ class Monitor:
         self._window: _Window | None = None
         self._step = 0
         self._tables = watched_tables(model)
-        self._gangs = gangs_of(model)
+        self._gangs = [*gangs_of(model), *self._more_gangs()]
         self._sharing = gangs_of(model, sharing_ids=True)
         if device is None:
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -163,6 +165,10 @@ class Monitor:
         of data-parallel ranks that it is cut over."""
         return parameter.grad, 1
 
+    def _more_gangs(self) -> Sequence[Gang]:
+        """Returns gangs that exchange gradients of tables, beside those of their layers."""
+        return ()
+
     def _tp_size(self) -> int:
         """Returns the number of ranks that share a batch."""
         return max((gang.size for gang in self._sharing), default=1)
@@ -212,10 +218,13 @@ class Monitor:
                 continue
             # Without `local`, the norm would already be reduced over the gang.
             gradient = local(gradient)
-            if gradient.is_sparse:
-                gradient = gradient.coalesce().values()
             size = module.gang.size if isinstance(module, GangLayer) else 1
             copies = self._holders[name] / (size * pieces)
+            if gradient.is_sparse:
+                gradient = gradient.coalesce().values()
+                # Each rank has columns of all rows, or all columns of its rows.
+                alike = size if getattr(module, "shard_dim", 0) == 1 else 1
+                self._window.updated[name] = len(gradient) / (copies * alike)
             norm = torch.linalg.vector_norm(gradient, dtype=torch.float32).double()
             self._window.squares[name] = (norm / self._loss_scale()) ** 2 / copies
 
@@ -234,6 +243,7 @@ class Monitor:
         for name in self._names:
             counts: Any = sum(window.ids[name]) if name in window.ids else (0, 0)
             figures += [window.squares.get(name, 0.0), *counts]
+            figures += [window.updated.get(name, 0.0), float(name in window.updated)]
         traffic = window.traffic.by_operation()
         for operation in _OPERATIONS:
             found = traffic.get(operation)
@@ -253,9 +263,9 @@ class Monitor:
         """Reduces the figures of all ranks to a row. *Shape:* (ranks, figures)."""
         sums = iter(figures.sum(0).tolist())
         num_losses, loss, seconds, _ = (next(sums) for _ in range(4))
-        by_table = {name: [next(sums) for _ in range(3)] for name in self._names}
+        by_table = {name: [next(sums) for _ in range(5)] for name in self._names}
         by_operation = {op: [next(sums) / len(figures) for _ in range(3)] for op in _OPERATIONS}
-        tokens = max((all_ids for _, _, all_ids in by_table.values()), default=0.0)
+        tokens = max((all_ids for _, _, all_ids, *_ in by_table.values()), default=0.0)
         tokens /= self._tp_size()
         seconds /= len(figures)
         return {
@@ -267,9 +277,14 @@ class Monitor:
             "seconds": seconds,
             "tokens_per_second": tokens / seconds if tokens else None,
             "memory": figures[:, 3].tolist(),
-            "grad_norm": {name: square**0.5 for name, (square, _, _) in by_table.items()},
+            "grad_norm": {name: square**0.5 for name, (square, *_) in by_table.items()},
             "unique_ratio": {
-                name: unique / all_ids for name, (_, unique, all_ids) in by_table.items() if all_ids
+                name: unique / all_ids
+                for name, (_, unique, all_ids, *_) in by_table.items()
+                if all_ids
+            },
+            "updated_rows": {
+                name: rows for name, (*_, rows, is_sparse) in by_table.items() if is_sparse
             },
             "traffic": {
                 operation: {"calls": calls, "bytes": num_bytes, "seconds": duration}
@@ -284,6 +299,7 @@ class Monitor:
             "train_loss": row["loss"],
             **{f"tp_embed/grad_norm/{name}": x for name, x in row["grad_norm"].items()},
             **{f"tp_embed/unique_ratio/{name}": x for name, x in row["unique_ratio"].items()},
+            **{f"tp_embed/updated_rows/{name}": x for name, x in row["updated_rows"].items()},
             "tp_embed/exchange_bytes": sum(t["bytes"] for t in traffic.values()),
             "tp_embed/exchange_ms": 1000 * sum(t["seconds"] for t in traffic.values()),
             **{f"tp_embed/exchange_bytes/{op}": t["bytes"] for op, t in traffic.items()},

@@ -9,7 +9,8 @@ from tp_embed.partition import Partition
 
 from .estimate import Cost, cost
 from .report import name_of, size
-from .setup import GIB, Setup, head_cut
+from .setup import GIB, Setup, head_cut, sharers
+from .tokens import zipf_owner_share
 from .traffic import Network
 
 
@@ -37,6 +38,20 @@ def logits_line(chosen: Cost, saved: dict[str, Any]) -> str:
     )
 
 
+def owner_line(setup: Setup, chosen: Cost) -> str | None:
+    """Says how unevenly a table over all ranks is used if its frequent rows are neighbours."""
+    known = setup.owner_share is not None or setup.unique_share is not None
+    ranks = sharers(setup, "world")
+    if chosen.strategy != "world" or setup.placement == "cyclic" or known or ranks == 1:
+        return None
+    share = zipf_owner_share(setup.vocab_size, setup.tokens, ranks)
+    return (
+        f"rows in use are taken to be spread evenly, 1/{ranks} on each rank; if small ids are the "
+        f"frequent ones, {100 * share:.0f}% are on the first: --owner-share {share:.2f}, or "
+        "--placement cyclic"
+    )
+
+
 def warnings_of(
     setup: Setup, chosen: Cost, network: Network | None, memory: float | None
 ) -> Iterator[str]:
@@ -46,12 +61,13 @@ def warnings_of(
         name = name_of(chosen)
         yield f"{name} needs {need:.2f} GiB at the peak of a step, but only {have} are available."
     if chosen.strategy != "none":
-        name = "vocab_size" if chosen.strategy == "vocab" else "embed_dim"
-        length = getattr(setup, name)
-        holders = -(-length // Partition(length, setup.tp_size).block)
-        if holders < setup.tp_size:
-            idle = setup.tp_size - holders
-            yield f"{idle} of {setup.tp_size} ranks hold no part of the table."
+        length = setup.embed_dim if chosen.strategy == "embed" else setup.vocab_size
+        ranks = sharers(setup, chosen.strategy)
+        holders = -(-length // Partition(length, ranks).block)
+        if chosen.strategy == "world" and setup.placement == "cyclic":
+            holders = min(length, ranks)
+        if holders < ranks:
+            yield f"{ranks - holders} of {ranks} ranks hold no part of the table."
     if network is None:
         return
     if network.crosses_nodes(setup, "tp"):

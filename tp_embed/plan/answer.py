@@ -9,12 +9,12 @@ from typing import Literal
 
 from tp_embed.command import Report
 
-from .advice import logits_line, saved_by_local_logits, warnings_of
+from .advice import logits_line, owner_line, saved_by_local_logits, warnings_of
 from .chart import chart_of, check_path, write_chart
 from .estimate import Cost, auto_strategy, costs, recommend
 from .lookups import auto_dedup
 from .report import as_data, as_lines, name_of
-from .setup import Setup, Strategy, refuse
+from .setup import Setup, Strategy, problem_of_world, refuse, sharers
 from .traffic import Network
 
 Dedup = Literal["auto", "always", "never"]
@@ -75,6 +75,8 @@ def make_report(setup: Setup, options: Options, network: Network | None) -> Repo
     lines = [*as_lines(setup, shown, marks, network), f"best: {name_of(best)}: {reason}"]
     if saved is not None:
         lines.append(logits_line(chosen, saved))
+    if (uneven := owner_line(setup, chosen)) is not None:
+        lines.append(uneven)
     if options.chart is not None:
         chart = chart_of(setup, network, shown)
         write_chart(chart, options.chart)
@@ -96,6 +98,13 @@ def _choose(setup: Setup, options: Options, found: Sequence[Cost]) -> Cost:
     if options.shard_logits and setup.fuse_loss:
         refuse("shard_logits", "false with `fuse_loss`, which holds no logits", True)
     strategy = auto_strategy(setup) if options.strategy == "auto" else options.strategy
+    if strategy == "none" and setup.table_optimizer is not None:
+        refuse("strategy", "'embed', 'vocab' or 'world' with `table_optimizer`", strategy)
+    if strategy == "world" and sharers(setup, strategy) == 1:
+        refuse("strategy", "'none', 'embed' or 'vocab' for one rank", strategy)
+    problem = problem_of_world(setup) if strategy == "world" else None
+    if problem is not None:
+        raise ValueError(problem)
     dedup = auto_dedup(setup, strategy) if options.dedup == "auto" else options.dedup == "always"
     wanted = strategy, options.shard_logits, dedup and strategy != "none"
     for cost in found:

@@ -10,14 +10,28 @@ from typing import Any, get_args
 from tp_embed.command import Command, Report, WrongUsageError
 
 from .answer import Dedup, Options, check, make_report
+from .engine_config import options_of, read_engine_config
 from .model_config import read_table
-from .setup import GIB, ITEM_BYTES, MOMENTS, Device, Output, Setup, Strategy, refuse
+from .setup import (
+    GIB,
+    ITEM_BYTES,
+    MOMENTS,
+    Device,
+    Output,
+    Placement,
+    Setup,
+    Strategy,
+    TableOptimizer,
+    refuse,
+)
 from .traffic import Network
 
 _EPILOG = """\
 Each column is a strategy, for the rank with the largest shard. `none`: every rank has the whole
 table and head. `embed`, `vocab`: the table is cut over its columns, or its rows; an untied head is
-cut over the vocabulary. `dedup`: repeated ids are sent once. `local logits`: the loss is computed
+cut over the vocabulary. `world`: the table is cut over its rows and all ranks, each with ids of its
+own; shown for tables with an optimizer of their own, and at ZeRO 0. `dedup`: repeated ids are sent
+once. `local logits`: the loss is computed
 from each rank's own logits (`--shard-logits`; also shown if it is the best choice). With
 `--fuse-loss`, sharded heads compute the loss from hidden states, and no rank holds logits.
 
@@ -27,6 +41,12 @@ docs/planning.md has the formulas.
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", metavar="PATH", help="a DeepSpeed config with a section `tp_embed`"
+    )
+    parser.add_argument(
+        "--table", metavar="NAME", help="of the table in the model, for patterns of that section"
+    )
     group = parser.add_argument_group("the table")
     group.add_argument("--hf-config", metavar="PATH", help="a config.json, or its directory")
     group.add_argument(
@@ -38,30 +58,39 @@ def _add_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument("--no-head", action="store_false", dest="head", help="no output head")
     group.add_argument(
-        "--strategy", choices=("auto", *get_args(Strategy)), default="auto", help="your choice"
+        "--strategy", choices=("auto", *get_args(Strategy)), help="your choice; by default auto"
+    )
+    group.add_argument(
+        "--placement", choices=get_args(Placement), help="of rows with `world`; by default block"
     )
     group.add_argument("--shard-logits", action="store_true", help="as in the DeepSpeed config")
     group.add_argument("--fuse-loss", action="store_true", help="as in the DeepSpeed config")
     group.add_argument(
-        "--dedup", choices=get_args(Dedup), default="auto", help="send repeated ids once"
+        "--dedup", choices=get_args(Dedup), help="send repeated ids once; by default auto"
     )
     group.add_argument(
-        "--output", choices=get_args(Output), default="replicated", help="layout of the lookup"
+        "--output", choices=get_args(Output), help="layout of the lookup; by default replicated"
     )
 
     group = parser.add_argument_group("how it is trained")
-    group.add_argument("--tp", type=int, default=1, metavar="P", help="tensor-parallel ranks")
+    group.add_argument("--tp", type=int, metavar="P", help="tensor-parallel ranks; by default 1")
     group.add_argument("--dp", type=int, default=1, metavar="D", help="data-parallel ranks")
-    group.add_argument("--zero-stage", "--zero", type=int, choices=range(4), default=1)
+    group.add_argument("--zero-stage", "--zero", type=int, choices=range(4), help="by default 1")
     group.add_argument("--dtype", choices=tuple(ITEM_BYTES), help="of weights; by default bf16")
     group.add_argument(
         "--grad-dtype", choices=tuple(ITEM_BYTES), help="`grad_accum_dtype`; by default of weights"
     )
-    group.add_argument("--optimizer", choices=tuple(MOMENTS), default="adamw")
+    group.add_argument("--optimizer", choices=tuple(MOMENTS), help="by default adamw")
+    group.add_argument(
+        "--table-optimizer",
+        choices=get_args(TableOptimizer),
+        help="of the table alone, `tables` of the DeepSpeed config",
+    )
+    group.add_argument("--table-decay", action="store_true", help="weight decay of the table")
     group.add_argument(
         "--tokens", type=int, default=8192, metavar="N", help="per rank and micro-batch"
     )
-    group.add_argument("--accumulation-steps", type=int, default=1, metavar="K")
+    group.add_argument("--accumulation-steps", type=int, metavar="K", help="by default 1")
     group.add_argument("--sparse", action="store_true", help="sparse gradients of the table")
     group.add_argument(
         "--unique-share", type=float, metavar="X", help="of distinct tokens; by default Zipf's law"
@@ -96,11 +125,43 @@ def _run(values: Mapping[str, Any]) -> Report:
         raise WrongUsageError(str(e)) from e
 
 
-def _plan(values: Mapping[str, Any]) -> Report:
+# Not in the parser, where the options could not tell whether they were given.
+_DEFAULTS: Mapping[str, Any] = {
+    "strategy": "auto",
+    "placement": "block",
+    "dedup": "auto",
+    "output": "replicated",
+    "tp": 1,
+    "zero_stage": 1,
+    "optimizer": "adamw",
+    "accumulation_steps": 1,
+    "shard_head": True,
+}
+
+
+def _with_config(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds what the DeepSpeed config says to the options, and then the defaults."""
+    config, found = given["config"], {}
+    if isinstance(config, str):
+        config = read_engine_config(Path(config))
+    if config is not None:
+        found = options_of(config, given["table"])
+    elif given["table"] is not None:
+        raise WrongUsageError("--table must come with --config, but does not.")
+    flags = ("shard_logits", "fuse_loss", "sparse", "table_decay")
+    chosen = {k: v for k, v in given.items() if v is not None and (v or k not in flags)}
+    return {**dict.fromkeys(given), **_DEFAULTS, **found, **chosen}
+
+
+def _plan(given: Mapping[str, Any]) -> Report:
+    values = _with_config(given)
+    table = read_table(values)
+    if table.get("tied") and not values.get("tie_head", True):
+        values["strategy"] = "none"
     setup = Setup(
-        **read_table(values),
+        **table,
         head=values["head"],
-        shard_head=values.get("shard_head", True),
+        shard_head=values["shard_head"],
         tp_size=values["tp"],
         dp_size=values["dp"],
         zero_stage=values["zero_stage"],
@@ -108,12 +169,15 @@ def _plan(values: Mapping[str, Any]) -> Report:
         optimizer=values["optimizer"],
         tokens=values["tokens"],
         accumulation_steps=values["accumulation_steps"],
-        sparse=values["sparse"],
+        sparse=bool(values["sparse"]),
         unique_share=values["unique_share"],
         block_unique_share=values["block_unique_share"],
         owner_share=values["owner_share"],
         output=values["output"],
-        fuse_loss=values["fuse_loss"],
+        fuse_loss=bool(values["fuse_loss"]),
+        table_optimizer=values["table_optimizer"],
+        table_decay=bool(values["table_decay"]),
+        placement=values["placement"],
         device=values["device"],
     )
     memory = values["memory"]
@@ -123,7 +187,7 @@ def _plan(values: Mapping[str, Any]) -> Report:
         None if memory is None else memory * GIB,
         values["strategy"],
         values["dedup"],
-        values["shard_logits"],
+        bool(values["shard_logits"]),
         None if values["chart"] is None else Path(values["chart"]),
     )
     network = _network(values)

@@ -9,8 +9,19 @@ from dataclasses import dataclass
 from tp_embed import partition
 
 from .lookups import lookup_of
-from .setup import ITEM_BYTES, MOMENTS, Setup, Strategy, block, head_cut, refuse, shard
-from .tokens import sparse_bytes
+from .own_tables import has_own_optimizer, states_of_own
+from .setup import (
+    ITEM_BYTES,
+    MOMENTS,
+    Setup,
+    Strategy,
+    block,
+    head_cut,
+    problem_of_world,
+    refuse,
+    shard,
+)
+from .tokens import rows_in_use, sparse_bytes
 from .traffic import Network, Transfer
 from .transfers import transfers
 
@@ -28,6 +39,8 @@ class Cost:
     :param logits: the peak of head and loss for a micro-batch.
     :param init_sharded: the peak when layers are built and initialized shard by shard.
     :param init_whole: the peak when a model is built whole, then sharded.
+    :param rows: the most rows of the rank's shard that a step uses, over all micro-batches and
+        data-parallel ranks.
     """
 
     strategy: Strategy
@@ -43,6 +56,7 @@ class Cost:
     logits: int
     init_sharded: int
     init_whole: int
+    rows: int
     transfers: tuple[Transfer, ...]
 
     @property
@@ -75,8 +89,11 @@ def auto_strategy(setup: Setup) -> Strategy:
 
 def costs(setup: Setup) -> list[Cost]:
     """Returns the costs of all strategies: with and without de-duplication if the table is cut, and
-    with and without sharded logits if the head is cut over the vocabulary."""
+    with and without sharded logits if the head is cut over the vocabulary. Leaves out ``"world"``
+    where it is refused, or there is one rank."""
     strategies: tuple[Strategy, ...] = ("none", "embed", "vocab")
+    if setup.tp_size * setup.dp_size > 1 and problem_of_world(setup) is None:
+        strategies += ("world",)
     return [
         cost(setup, strategy, shard_logits, dedup)
         for strategy in strategies
@@ -92,17 +109,21 @@ def _may_shard_logits(setup: Setup, strategy: Strategy) -> bool:
 def cost(setup: Setup, strategy: Strategy, shard_logits: bool = False, dedup: bool = False) -> Cost:
     """Estimates the cost of one strategy.
 
-    :raises ValueError: ``shard_logits`` for a head that is not cut over the vocabulary, or
-        ``dedup`` for a table that is not cut.
+    :raises ValueError: ``shard_logits`` for a head that is not cut over the vocabulary, ``dedup``
+        for a table that is not cut, or ``"world"`` for one that can't be cut so.
     """
+    problem = problem_of_world(setup) if strategy == "world" else None
+    if problem is not None:
+        raise ValueError(problem)
     head = head_cut(setup, strategy)
     if shard_logits and head != "vocab":
         refuse("shard_logits", "false for a head that is not cut over the vocabulary", True)
     if dedup and strategy == "none":
         refuse("dedup", "false for a table that is not cut", True)
-    sizes = [shard(setup, strategy)]
+    table, heads = shard(setup, strategy), []
     if setup.head and not setup.tied:
-        sizes.append(shard(setup, head))
+        heads.append(shard(setup, head))
+    sizes, own = [table, *heads], has_own_optimizer(setup, strategy)
     item, tokens = ITEM_BYTES[setup.dtype], setup.tokens
     if not setup.head:
         logits = 0
@@ -118,13 +139,16 @@ def cost(setup: Setup, strategy: Strategy, shard_logits: bool = False, dedup: bo
         strategy,
         shard_logits,
         dedup,
-        *_states(setup, strategy, sizes),
+        *_states_of_all(setup, strategy, table, heads),
         lookup.kept * item if setup.device == "cpu" else 0,
         lookup.items * item,
         logits,
         sum(sizes) * item,
         (whole if strategy == "none" else whole + sum(sizes)) * item,
-        transfers(setup, strategy, shard_logits, dedup, sizes),
+        rows_in_use(setup, strategy, setup.accumulation_steps * setup.dp_size),
+        transfers(
+            setup, strategy, shard_logits, dedup, heads if own or strategy == "world" else sizes
+        ),
     )
 
 
@@ -142,16 +166,30 @@ def _fused(setup: Setup, cut: Strategy) -> int:
     return copies * (gradient + buffer) + blocks + 8 * tokens * width
 
 
+def _states_of_all(
+    setup: Setup, strategy: Strategy, table: int, heads: list[int]
+) -> tuple[int, int, int, int, int]:
+    if not has_own_optimizer(setup, strategy):
+        return _states(setup, strategy, [table, *heads])
+    *of_heads, gathered = _states(setup, "none", heads)
+    own = zip(states_of_own(setup, strategy), of_heads, strict=True)
+    weight, gradient, master, moments = map(sum, own)
+    return weight, gradient, master, moments, gathered
+
+
 def _states(setup: Setup, strategy: Strategy, sizes: list[int]) -> tuple[int, int, int, int, int]:
     """Returns the bytes of weight, gradient, master copy, moments and gathered Parameters, for
     Parameters of ``sizes`` items."""
     dp_size, stage, total = setup.dp_size, setup.zero_stage, sum(sizes)
+    if not total:
+        return 0, 0, 0, 0, 0
     item, sum_item = ITEM_BYTES[setup.dtype], ITEM_BYTES[setup.grad_dtype or setup.dtype]
     moments = 4 * MOMENTS[setup.optimizer]
     if stage == 0:
         gradient = total * item
         if setup.sparse:
-            gradient += dp_size * sparse_bytes(setup, strategy) - sizes[0] * item
+            copies = 1 if strategy == "world" else dp_size
+            gradient += copies * sparse_bytes(setup, strategy) - sizes[0] * item
         return total * item, gradient, 0, total * moments, 0
     if stage == 3:
         share = sum(-(-size // dp_size) for size in sizes)

@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 
 from tp_embed.partition import Partition
 
-from .setup import ITEM_BYTES, Setup, Strategy
+from .setup import ITEM_BYTES, Setup, Strategy, sharers
 from .tokens import distinct, distinct_of_block, largest_owner, rows_of_owners
 from .traffic import Operation, Phase, Transfer
 
@@ -209,6 +209,44 @@ class RowsToBlocks(Lookup):
         return largest_owner(self.setup, self.wanted(rank))
 
 
+class RowsToOwn(Lookup):
+    """Cut over the vocabulary and all ranks; each wants the rows of ids of its own."""
+
+    def transfers(self) -> Iterator[Transfer]:
+        held = rows_of_owners(self.setup, self._rows, "world")
+        least = held[-1] if len(held) == self._ranks else 0
+        others, row = self._ranks - 1, self.setup.embed_dim * ITEM_BYTES[self.setup.dtype]
+        yield self._send("ids", "forward", 32 * others)  # How many there are.
+        yield self._send("ids", "forward", 4 * (self._rows - least))
+        yield self._send("table", "forward", others * held[0] * row)
+        yield self._send("table", "backward", (self._rows - least) * row)
+
+    def _send(self, name: str, phase: Phase, payload: int) -> Transfer:
+        times = self.setup.accumulation_steps
+        return Transfer(name, phase, "all_to_all", "world", self._ranks, payload, times)
+
+    @property
+    def items(self) -> int:
+        return (self._given + self._rows + self.setup.tokens) * self.setup.embed_dim
+
+    @property
+    def kept(self) -> int:
+        return (self._given + max(self._given, self._rows)) * self.setup.embed_dim
+
+    @property
+    def _given(self) -> int:
+        """The most rows that one rank gives to all, itself included."""
+        return self._ranks * largest_owner(self.setup, self._rows, "world")
+
+    @property
+    def _ranks(self) -> int:
+        return sharers(self.setup, "world")
+
+    @property
+    def _rows(self) -> int:
+        return distinct(self.setup) if self.dedup else self.setup.tokens
+
+
 class NotCut(Lookup):
     """Each rank holds the whole table. With sequence output, a model keeps its block of the output,
     and gathers the gradients of all blocks, as in Megatron-LM's
@@ -229,19 +267,22 @@ _KINDS: dict[tuple[Strategy, str], type[Lookup]] = {
     ("embed", "sequence"): ColumnsToBlocks,
     ("vocab", "replicated"): RowsToAll,
     ("vocab", "sequence"): RowsToBlocks,
+    ("world", "replicated"): RowsToOwn,
 }
 
 
 def lookup_of(setup: Setup, strategy: Strategy, dedup: bool) -> Lookup:
     """Returns the lookup for the strategy and output of ``setup``."""
-    if setup.tp_size == 1:
+    if sharers(setup, strategy) == 1:
         return NotCut(setup, False)
     return _KINDS.get((strategy, setup.output), NotCut)(setup, dedup)
 
 
 def auto_dedup(setup: Setup, strategy: Strategy) -> bool:
     """Returns what ``dedup="auto"`` chooses. On an accelerator it never de-duplicates, since
-    counting distinct ids would synchronise."""
+    counting distinct ids would synchronise, except where ranks exchange counts anyway."""
+    if strategy == "world":
+        return True
     if strategy == "none" or setup.device != "cpu" or setup.tp_size == 1:
         return False
     if strategy == "vocab":

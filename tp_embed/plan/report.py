@@ -48,6 +48,7 @@ def as_data(
         "shard_logits": cost.shard_logits,
         "memory": {name: getattr(cost, name) for name in _MEMORY},
         "fits": None if memory is None else cost.peak <= memory,
+        "rows_in_use": cost.rows,
         "transfers": [asdict(t) | {"sent": t.sent} | seconds(t) for t in cost.transfers],
         "sent": cost.sent,
         "seconds": None if network is None else cost.seconds(setup, network),
@@ -78,6 +79,7 @@ def size(nbytes: float) -> str:
 def _heading(setup: Setup) -> str:
     head = f"{'tied' if setup.tied else 'untied'} head" if setup.head else "no head"
     head += ", fused loss" if setup.fuse_loss else ""
+    own = f", {setup.table_optimizer} for the table" if setup.table_optimizer else ""
     sums = f" (gradients {setup.grad_dtype})" if setup.grad_dtype else ""
     steps = f" x {setup.accumulation_steps}" if setup.accumulation_steps > 1 else ""
     share = distinct(setup) / setup.tokens
@@ -85,7 +87,7 @@ def _heading(setup: Setup) -> str:
     blocks = f" in {setup.tp_size} blocks" if setup.output == "sequence" else ""
     return (
         f"{setup.vocab_size} x {setup.embed_dim}, {head}; TP {setup.tp_size}, DP {setup.dp_size}, "
-        f"ZeRO {setup.zero_stage}; {setup.dtype}{sums}, {setup.optimizer}; "
+        f"ZeRO {setup.zero_stage}; {setup.dtype}{sums}, {setup.optimizer}{own}; "
         f"{setup.tokens}{steps} tokens{blocks}, {100 * share:.0f}% distinct{law}"
     )
 
@@ -108,6 +110,9 @@ def _rows(
         if any(getattr(cost, field) for cost in found):
             yield [f"  {label}", *(amount(getattr(cost, field)) for cost in found)]
 
+    if setup.table_optimizer or any(cost.strategy == "world" for cost in found):
+        yield ["rows in use in a step", *(f"{cost.rows}" for cost in found)]
+
     # Strategies may send the same thing by different collectives.
     keys = {_key(transfer): None for cost in found for transfer in cost.transfers}
     ordered = sorted(keys, key=lambda key: ("forward", "backward", "step").index(key[0]))
@@ -122,8 +127,10 @@ def _rows(
     yield ["  total", *(amount(cost.sent) for cost in found)]
     if network is not None:
         yield ["time to send, ms", *("" for _ in found)]
-        for over in ("tp", "dp"):
+        for over in ("tp", "dp", "world"):
             parts = [[t for t in cost.transfers if t.over == over] for cost in found]
+            if over == "world" and not any(parts):
+                continue
             sums = [sum(network.seconds(setup, t) for t in part) for part in parts]
             yield [f"  {over.upper()}", *(f"{1e3 * seconds:.3f}" for seconds in sums)]
 

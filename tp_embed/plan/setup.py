@@ -7,10 +7,12 @@ from typing import Literal, get_args
 
 from tp_embed.partition import Partition
 
-Strategy = Literal["none", "embed", "vocab"]
+Strategy = Literal["none", "embed", "vocab", "world"]
 Dtype = Literal["fp32", "bf16"]
 Device = Literal["cuda", "cpu"]
 Output = Literal["replicated", "sequence"]
+Placement = Literal["block", "cyclic"]
+TableOptimizer = Literal["lazy_adam", "rowwise_adagrad", "rowwise_adam"]
 
 GIB = 1 << 30
 ITEM_BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2}
@@ -34,12 +36,17 @@ class Setup:
     :param block_unique_share: the share of distinct tokens in a rank's block of the sequence; if
         ``None``, by Heaps' law from the share of all tokens.
     :param owner_share: the share of distinct tokens whose rows are on the rank that holds the most
-        of them, in [1/P, 1], for a table cut over its rows; if ``None``, 1/P.
+        of them, at least 1/P, for a table cut over its rows, but not with cyclic placement; if
+        ``None``, 1/P. P counts all ranks for the strategy ``"world"``.
     :param output: what each rank gets from the lookup: all tokens, or a block of the sequence. The
         tokens of a micro-batch count as one sequence.
     :param device: on an accelerator, ``dedup="auto"`` does not de-duplicate, to avoid a
         synchronisation.
     :param fuse_loss: whether a sharded head computes the loss from hidden states.
+    :param table_optimizer: the optimizer that the table has of its own, ``tables`` of the DeepSpeed
+        config, unless it stays whole.
+    :param table_decay: whether that optimizer has weight decay.
+    :param placement: which rows a rank holds with the strategy ``"world"``.
     :raises ValueError: a value is out of range, or DeepSpeed does not support the combination.
     """
 
@@ -63,6 +70,9 @@ class Setup:
     output: Output = "replicated"
     device: Device = "cuda"
     fuse_loss: bool = False
+    table_optimizer: TableOptimizer | None = None
+    table_decay: bool = False
+    placement: Placement = "block"
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "embed_dim", "tp_size", "dp_size", "tokens", "accumulation_steps")
@@ -77,14 +87,17 @@ class Setup:
             ("optimizer", tuple(MOMENTS)),
             ("output", get_args(Output)),
             ("device", get_args(Device)),
+            ("table_optimizer", (None, *get_args(TableOptimizer))),
+            ("placement", get_args(Placement)),
         ):
             if getattr(self, name) not in choices:
                 refuse(name, f"one of {choices}", getattr(self, name))
         for name in ("unique_share", "block_unique_share"):
             if (share := getattr(self, name)) is not None and not 0 < share <= 1:
                 refuse(name, "in (0, 1]", share)
-        if self.owner_share is not None and not 1 / self.tp_size <= self.owner_share <= 1:
-            refuse("owner_share", f"in [1/{self.tp_size}, 1]", self.owner_share)
+        ranks = self.tp_size * self.dp_size
+        if self.owner_share is not None and not 1 / ranks <= self.owner_share <= 1:
+            refuse("owner_share", f"in [1/{ranks}, 1]", self.owner_share)
         for name in ("tied", "fuse_loss"):
             if getattr(self, name) and not self.head:
                 refuse(name, "false where there is no head", True)
@@ -97,6 +110,18 @@ class Setup:
                 "`sparse` must be false except for an untied table, at ZeRO 0, with an optimizer "
                 "that takes sparse gradients ('sgd', 'momentum'), but is true instead."
             )
+        if self.table_optimizer is not None:
+            self._check_own_optimizer()
+        elif self.table_decay:
+            refuse("table_decay", "false without `table_optimizer`", True)
+
+    def _check_own_optimizer(self) -> None:
+        if self.tied:
+            refuse("tied", "false with `table_optimizer`: the gradient of a head is dense", True)
+        if self.sparse:
+            refuse("sparse", "false with `table_optimizer`, whose gradients always are", True)
+        if self.zero_stage == 1 and self.dtype == "bf16" and self.grad_dtype == "fp32":
+            refuse("grad_dtype", "'bf16' with `table_optimizer` at ZeRO 1", "fp32")
 
 
 def refuse(name: str, expected: str, value: object) -> None:
@@ -114,15 +139,38 @@ def head_cut(setup: Setup, strategy: Strategy) -> Strategy:
     return strategy if setup.tied else "vocab"
 
 
+def problem_of_world(setup: Setup) -> str | None:
+    """Returns why the strategy ``"world"`` is refused, if it is."""
+    problem = None
+    if setup.tied:
+        problem = "`tied` must be false", "whose ranks look up ids of their own"
+    elif setup.output != "replicated":
+        problem = "`output` must be 'replicated'", "which gives each rank the rows of its ids"
+    elif setup.zero_stage and setup.table_optimizer is None:
+        problem = "`table_optimizer` must be given", "unless `zero_stage` is 0: ZeRO cuts copies"
+    return problem and f"{problem[0]} for the strategy 'world', {problem[1]}."
+
+
+def sharers(setup: Setup, strategy: Strategy) -> int:
+    """Returns the number of ranks that a cut table is cut over."""
+    return setup.tp_size * (setup.dp_size if strategy == "world" else 1)
+
+
 def block(setup: Setup, strategy: Strategy) -> int:
     """Returns the rows or columns of the largest shard: the size, divided and rounded up."""
-    size = setup.vocab_size if strategy == "vocab" else setup.embed_dim
-    return Partition(size, setup.tp_size).block
+    size = setup.embed_dim if strategy == "embed" else setup.vocab_size
+    return Partition(size, sharers(setup, strategy)).block
+
+
+def shape(setup: Setup, strategy: Strategy) -> tuple[int, int]:
+    """Returns the rows and columns of the largest shard of a table."""
+    rows, columns = setup.vocab_size, setup.embed_dim
+    if strategy == "embed":
+        return rows, block(setup, strategy)
+    return (rows if strategy == "none" else block(setup, strategy)), columns
 
 
 def shard(setup: Setup, strategy: Strategy) -> int:
     """Returns the number of items in the largest shard of a table."""
-    if strategy == "none":
-        return setup.vocab_size * setup.embed_dim
-    other = setup.embed_dim if strategy == "vocab" else setup.vocab_size
-    return block(setup, strategy) * other
+    rows, columns = shape(setup, strategy)
+    return rows * columns

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from functools import lru_cache
 
-from .setup import ITEM_BYTES, Setup, Strategy, block
+from .setup import ITEM_BYTES, Setup, Strategy, block, shape, sharers
 
 
 def distinct(setup: Setup) -> int:
@@ -17,6 +17,29 @@ def distinct(setup: Setup) -> int:
     else:
         found = _part(setup.unique_share, setup.tokens)
     return max(1, min(found, setup.tokens, setup.vocab_size))
+
+
+def distinct_of_batches(setup: Setup, count: int) -> int:
+    """Returns the number of distinct tokens of ``count`` micro-batches: by Zipf's law, or by Heaps'
+    law from the share of one, which is too many for text: 1.3 times for 4 batches, 1.7 for 16."""
+    tokens = count * setup.tokens
+    if count == 1:
+        return distinct(setup)
+    if setup.unique_share is None:
+        found = round(zipf_distinct(setup.vocab_size, tokens))
+    elif setup.tokens == 1:
+        found = tokens
+    else:
+        found = round(distinct(setup) ** (math.log(tokens) / math.log(setup.tokens)))
+    return max(1, min(found, tokens, setup.vocab_size))
+
+
+def rows_in_use(setup: Setup, strategy: Strategy, count: int) -> int:
+    """Returns the most rows of a shard that ``count`` micro-batches use together."""
+    rows = distinct_of_batches(setup, count)
+    if strategy in ("vocab", "world"):
+        rows = min(largest_owner(setup, rows, strategy), block(setup, strategy))
+    return rows
 
 
 def distinct_of_block(setup: Setup, count: int) -> int:
@@ -33,29 +56,31 @@ def distinct_of_block(setup: Setup, count: int) -> int:
     return max(1, min(found, count, whole))
 
 
-def largest_owner(setup: Setup, rows: int) -> int:
+def largest_owner(setup: Setup, rows: int, strategy: Strategy = "vocab") -> int:
     """Returns the most of ``rows`` distinct rows on one rank, for a table cut over its rows."""
-    if setup.owner_share is None:
-        return -(-rows // setup.tp_size)
-    return min(rows, _part(setup.owner_share, rows))
+    even = -(-rows // sharers(setup, strategy))
+    if setup.owner_share is None or (strategy == "world" and setup.placement == "cyclic"):
+        return even
+    return max(even, _part(setup.owner_share, rows))
 
 
-def rows_of_owners(setup: Setup, rows: int) -> list[int]:
+def rows_of_owners(setup: Setup, rows: int, strategy: Strategy = "vocab") -> list[int]:
     """Returns the number of ``rows`` on each rank, up to the last with any. The first has the most,
     since small ids are frequent; the others share the rest evenly."""
-    first = largest_owner(setup, rows)
-    each, more = divmod(rows - first, max(setup.tp_size - 1, 1))
-    others = setup.tp_size - 1 if each else more
+    first, others = largest_owner(setup, rows, strategy), sharers(setup, strategy) - 1
+    each, more = divmod(rows - first, max(others, 1))
+    others = others if each else more
     return [first, *(each + (i < more) for i in range(others))]
 
 
 def sparse_bytes(setup: Setup, strategy: Strategy) -> int:
     """Returns the bytes of the sparse gradient of a micro-batch, for a shard that may hold the rows
     of all tokens."""
-    rows = distinct(setup)
-    if strategy == "vocab":
-        rows = min(rows, block(setup, "vocab"))
-    width = block(setup, "embed") if strategy == "embed" else setup.embed_dim
+    if strategy == "world":
+        rows = rows_in_use(setup, strategy, setup.dp_size)
+    else:
+        rows = min(distinct(setup), shape(setup, strategy)[0])
+    width = shape(setup, strategy)[1]
     return rows * (8 + width * ITEM_BYTES[setup.dtype])
 
 
@@ -63,12 +88,23 @@ def sparse_bytes(setup: Setup, strategy: Strategy) -> int:
 def zipf_distinct(vocab_size: int, tokens: int) -> float:
     """Returns the expected number of distinct ids among ``tokens`` draws, where the r-th of V ids
     has a probability proportional to 1/r (Zipf, "The Psycho-Biology of Language", 1935)."""
+    return _distinct_of_frequent(vocab_size, vocab_size, tokens)
+
+
+def zipf_owner_share(vocab_size: int, tokens: int, owners: int) -> float:
+    """Returns the part of the distinct ids among ``tokens`` draws by Zipf's law that the first of
+    ``owners`` ranks holds, if each has a block of ids and frequent ids come first."""
+    first = -(-vocab_size // owners)
+    return _distinct_of_frequent(first, vocab_size, tokens) / zipf_distinct(vocab_size, tokens)
+
+
+def _distinct_of_frequent(ids: int, vocab_size: int, tokens: int) -> float:
+    """Returns the expected number of the ``ids`` most frequent ids among ``tokens`` draws."""
     if vocab_size == 1:
         return 1.0
     total = sum(count / rank for rank, count in _ranks(vocab_size))
     return sum(
-        count * -math.expm1(tokens * math.log1p(-1 / (rank * total)))
-        for rank, count in _ranks(vocab_size)
+        count * -math.expm1(tokens * math.log1p(-1 / (rank * total))) for rank, count in _ranks(ids)
     )
 
 

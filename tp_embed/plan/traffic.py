@@ -9,6 +9,7 @@ from .setup import Setup, refuse
 
 Operation = Literal["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
 Phase = Literal["forward", "backward", "step"]
+Over = Literal["tp", "dp", "world"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Transfer:
     name: str
     phase: Phase
     operation: Operation
-    over: Literal["tp", "dp"]
+    over: Over
     ranks: int
     payload: int
     count: int = 1
@@ -69,8 +70,8 @@ class Network:
             if (value := getattr(self, name)) is not None and not value >= 0:
                 refuse(name, "greater than or equal to 0", value)
 
-    def crosses_nodes(self, setup: Setup, over: Literal["tp", "dp"]) -> bool:
-        """Returns whether the TP or DP groups have ranks on several nodes."""
+    def crosses_nodes(self, setup: Setup, over: Over) -> bool:
+        """Returns whether the TP or DP groups, or all ranks, are on several nodes."""
         ranks = setup.tp_size if over == "tp" else setup.tp_size * setup.dp_size
         return self.gpus_per_node is not None and ranks > self.gpus_per_node
 

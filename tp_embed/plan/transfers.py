@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from .lookups import lookup_of
+from .own_tables import exchange_of_own, has_own_optimizer
 from .setup import ITEM_BYTES, Setup, Strategy, block, head_cut
 from .tokens import sparse_bytes
 from .traffic import Transfer
@@ -18,11 +19,16 @@ from .traffic import Transfer
 def transfers(
     setup: Setup, strategy: Strategy, shard_logits: bool, dedup: bool, sizes: Sequence[int]
 ) -> tuple[Transfer, ...]:
-    """Returns all transfers of a step, for Parameters of ``sizes`` items on a rank."""
+    """Returns all transfers of a step.
+
+    :param sizes: the items of a rank's Parameters that DeepSpeed averages, the table's first if it
+        is among them.
+    """
     found = (
         *lookup_of(setup, strategy, dedup).transfers(),
         *_project(setup, head_cut(setup, strategy), shard_logits),
         *_data_parallel(setup, strategy, sizes),
+        *(exchange_of_own(setup, strategy) if has_own_optimizer(setup, strategy) else ()),
     )
     return tuple(transfer for transfer in found if transfer.ranks > 1)
 
@@ -53,6 +59,8 @@ def _project(setup: Setup, cut: Strategy, shard_logits: bool) -> Iterator[Transf
 def _data_parallel(setup: Setup, strategy: Strategy, sizes: Sequence[int]) -> Iterator[Transfer]:
     """Yields the transfers of ZeRO. DeepSpeed all-reduces gradients at stages 1 and 2 too."""
     item, ranks, count = ITEM_BYTES[setup.dtype], setup.dp_size, setup.accumulation_steps
+    if not sizes:
+        return
     if setup.zero_stage == 3:
         uses = [*sizes, *sizes[: setup.tied]]  # The head uses a tied table again.
         gathered = sum(-(-size // ranks) for size in uses) * item
@@ -63,7 +71,7 @@ def _data_parallel(setup: Setup, strategy: Strategy, sizes: Sequence[int]) -> It
         yield Transfer("gradient", "backward", "reduce_scatter", "dp", ranks, whole, count)
         return
     dense = sum(sizes) * item
-    if setup.sparse:
+    if setup.sparse and strategy != "world":
         dense -= sizes[0] * item
         rows = sparse_bytes(setup, strategy)
         yield Transfer("gradient", "backward", "all_gather", "dp", ranks, rows)

@@ -10,6 +10,7 @@ from forks import run_script
 from tp_embed.integrations.deepspeed.config import read_section
 from tp_embed.lookup.gradient import as_sparse
 from tp_embed.optim import LazyAdam, RowwiseAdagrad, RowwiseAdam
+from tp_embed.partition import Partition
 
 KINDS = {"lazy_adam": LazyAdam, "rowwise_adagrad": RowwiseAdagrad, "rowwise_adam": RowwiseAdam}
 REPLICAS = {"tp2dp2": 2, "tp4": 1, "dp4": 4}
@@ -27,13 +28,13 @@ def seen(out):
     return [torch.load(out / f"seen{rank}.pt", weights_only=True) for rank in range(4)]
 
 
-def train_alone(layout, kind, rates, table_rates):
+def train_alone(replicas, kind, rates, table_rates):
     """Dense gradients, one norm over all, AdamW, and the table's optimizer on the rows in use."""
     model = job.build()
     others = [p for p in model.parameters() if p is not model.ngram.weight]
     optimizer = torch.optim.AdamW(others)
     own = KINDS[kind]([model.ngram.weight], weight_decay=job.DECAY)
-    all_ids = torch.stack([job.batches(i) for i in range(REPLICAS[layout])], dim=1)
+    all_ids = torch.stack([job.batches(i) for i in range(replicas)], dim=1)
     losses, norms, own_norms = [], [], []
     for ids, rate, table_rate in zip(all_ids, rates, table_rates, strict=True):
         model.zero_grad()
@@ -61,13 +62,42 @@ def test_trains_as_one_process(seen, case):
         rates = found["rates"]
         assert rates[0] != rates[-1]
         table_rates = [0.3] * len(rates) if stage % 2 else rates
-        losses, norms, _, model = train_alone(layout, kind, rates, table_rates)
+        losses, norms, _, model = train_alone(REPLICAS[layout], kind, rates, table_rates)
         assert min(norms) > job.CLIP  # So that all gradients are clipped.
         assert found["losses"] == pytest.approx(losses, rel=1e-5)
         if stage:
             assert found["norms"] == pytest.approx(norms, rel=1e-5)
         torch.testing.assert_close(found["table"], model.ngram.weight, rtol=1e-4, atol=2e-5)
         torch.testing.assert_close(found["mix"], model.mix.weight, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", job.CASES)
+def test_monitors_count_the_rows_that_a_step_updates(seen, case):
+    model, rows = job.build(), []
+    all_ids = torch.stack([job.batches(i) for i in range(REPLICAS[case[1]])], dim=1)
+    for ids in all_ids:
+        used = torch.stack([model.pairs(row) for row in ids.flatten(0, 1)]).unique()
+        rows.append({"ngram": (used != model.ngram.padding_idx).sum().item()})
+    assert len({row["ngram"] for row in rows}) > 1
+    assert seen[0][f"{case}"]["updated"] == rows
+    assert seen[1][f"{case}"]["updated"] == []
+
+
+def test_monitors_count_the_exchange_of_gradients(seen):
+    model, shards = job.build(), Partition(job.W, 2)
+    for way in seen[0]["ways"]:
+        of_ranks = [rank["ways"][way] for rank in seen]
+        for number, found in enumerate(of_ranks):
+            shard, ids, sent = shards.shard(number % 2), job.batches(number // 2), 0
+            for step in ids:
+                used = torch.stack([model.pairs(row) for row in step]).unique().tolist()
+                rows = [row for row in used if row in shard and row != model.ngram.padding_idx]
+                sent += 8 + len(rows) * (4 * job.E + 8)
+            assert found["sent"][0] == sent
+        total = sum(sum(found["sent"]) for found in of_ranks) / 4
+        assert of_ranks[0]["monitored bytes"] == pytest.approx(total)
+        # With a wall-clock breakdown: the table's, and that of its data-parallel ranks.
+        assert of_ranks[0]["timed gangs"] == (2 if "groups" in way else 0)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +137,7 @@ def test_ways_to_build_an_engine(seen):
         for found in seen_by["ways"].values():
             rates = found["rates"]
             table_rates = [0.3] * len(rates)
-            losses, _, norms, _ = train_alone("tp2dp2", "rowwise_adagrad", rates, table_rates)
+            losses, _, norms, _ = train_alone(2, "rowwise_adagrad", rates, table_rates)
             assert found["losses"] == pytest.approx(losses, rel=1e-5)
             assert found["monitored"] == ([] if rank else pytest.approx(norms, rel=1e-5))
 

@@ -148,7 +148,7 @@ def test_init_options_reach_the_table():
         ("init=kaiming_normal init.nonlinearity=gelu", r"expected one of \[linear, sigmoid, tanh"),
         ("embedding.output=whole", r"expected one of \[replicated, sequence, shard\]"),
         ("embedding.dedup=on", r"expected one of \[auto, always, never\]"),
-        ("+embedding.rules={lm_head:rows}", r"expected one of \[auto, embed, vocab, none\]"),
+        ("+embedding.rules={lm_head:rows}", r"expected one of \[auto, embed, vocab, world, none\]"),
         ("head.tied=true", "Key 'tied' not in 'HeadConfig'"),
         ("deepspeed.optimizer.params.weight_decay=x", "could not be converted to Float"),
         ("deepspeed.optimizer.params.decay=0", "Key 'decay' not in 'AdamParams'"),
@@ -157,7 +157,7 @@ def test_init_options_reach_the_table():
         ("stepz=3", "Key 'stepz' not in 'TrainConfig'"),
         ("steps=many", "Value 'many' of type 'str' could not be converted to Integer"),
         ("model.tie_word_embeddings=maybe", "Value 'maybe' is not a valid bool"),
-        ("embedding.strategy=rows", r"expected one of \[auto, embed, vocab, none\]"),
+        ("embedding.strategy=rows", r"expected one of \[auto, embed, vocab, world, none\]"),
     ],
 )
 def test_bad_override_is_named(override, message):
@@ -177,7 +177,7 @@ def test_unknown_choice_lists_the_choices(group):
 
 
 def test_the_embedding_and_the_head_are_arguments_of_shard_embeddings():
-    defaults = {"rules": {}, "output": "replicated", "dedup": "auto"}
+    defaults = {"rules": {}, "placement": "block", "output": "replicated", "dedup": "auto"}
     defaults |= {"sparse": None, "reuse_grad": None, "check_ids": None, "train_rows": {}}
     whole = {"tie_head": False, "shard_head": False}
     config = train_config("embedding=vocab_sharded", "head=replicated", "init=zeros")
@@ -281,7 +281,7 @@ def test_tab_completion(line, expected):
         ("model.hiden_size=3", "extra: Dict[str, Any]. Did you mean `hidden_size`?"),
         ("stepz=3", "The config has the keys name: str, seed: int"),
         ("steps=many", "steps: int, lr: float"),
-        ("embedding.strategy=rows", "strategy: auto | embed | vocab | none, rules: Dict["),
+        ("embedding.strategy=rows", "strategy: auto | embed | vocab | world | none, rules: Dict["),
         ("deepspeed.zero_optimization.stag=1", "has the keys stage. Did you mean `stage`?"),
         ("hydra/launcher=submitit_slurm hydra.launcher.node=3", "Did you mean `nodes`?"),
     ],
