@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from tp_embed.nn.head import OutputHead
     from tp_embed.nn.init import blockwise, init_scaled_embedding
+    from tp_embed.nn.mapped import MappedTable, map_table
     from tp_embed.parameter.norms import clip_grad_norm_, get_total_norm
     from tp_embed.partition import Partition
     from tp_embed.surgery.carry import shardwise
@@ -34,6 +35,7 @@ _MODULE_OF = {
     "FakeGang": "gang.fake",
     "Gang": "gang.base",
     "GangError": "gang.base",
+    "MappedTable": "nn.mapped",
     "Partition": "partition",
     "ProcessGroupGang": "gang.process_group",
     "ReduceOperation": "gang.base",
@@ -46,6 +48,7 @@ _MODULE_OF = {
     "clip_grad_norm_": "parameter.norms",
     "get_total_norm": "parameter.norms",
     "init_scaled_embedding": "nn.init",
+    "map_table": "nn.mapped",
     "shard_embeddings": "surgery.shard",
     "shardwise": "surgery.carry",
 }
@@ -56,6 +59,7 @@ __all__ = [
     "FakeGang",
     "Gang",
     "GangError",
+    "MappedTable",
     "OutputHead",
     "Partition",
     "ProcessGroupGang",
@@ -68,6 +72,7 @@ __all__ = [
     "clip_grad_norm_",
     "get_total_norm",
     "init_scaled_embedding",
+    "map_table",
     "shard_embeddings",
     "shardwise",
 ]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tp_embed.mapped.store import new_zeros
+
 State = dict[str, Any]
 
 _HALF = 1 << 16
@@ -24,14 +26,15 @@ def read_rows(weight: Tensor, state: State, rows: Tensor) -> Tensor:
     """
     if weight.dtype == torch.float16:
         if "master" not in state:
-            state["master"] = weight.float()
-        master: Tensor = state["master"]
-        return master.index_select(0, rows)
+            master = new_zeros(weight, "master", weight.shape, torch.float32)
+            state["master"] = master.copy_(weight)
+        copied: Tensor = state["master"]
+        return copied.index_select(0, rows)
     values = weight.index_select(0, rows)
     if weight.dtype != torch.bfloat16:
         return values
     if "remainder" not in state:
-        state["remainder"] = torch.zeros_like(weight, dtype=torch.int16)
+        state["remainder"] = new_zeros(weight, "remainder", weight.shape, torch.int16)
     return _join(values, state["remainder"].index_select(0, rows))
 
 
