@@ -140,10 +140,13 @@ def until_killed(rank, size, store, out, table, kind, dtype, after, last):
     dist.barrier()
 
 
-def ranks(target, size, out, *args, of=lambda rank: ()):
+def ranks(target, size, out, *args, of_rank=None):
+    """Starts ranks, which get ``args`` and those of their own."""
     store = f"{out}/store{time.monotonic_ns()}"
     processes = [
-        fork_context().Process(target=target, args=(rank, size, store, out, *args, *of(rank)))
+        fork_context().Process(
+            target=target, args=(rank, size, store, out, *args, *(of_rank or {}).get(rank, ()))
+        )
         for rank in range(size)
     ]
     for process in processes:
@@ -168,18 +171,15 @@ def test_a_killed_run_goes_on_after_its_last_step(size, table, kind, dtype, tmp_
     out, case = str(tmp_path), (table, kind, dtype)
     finish(ranks(undisturbed, size, out, *case))
     generator = torch.Generator().manual_seed(size)
-    for trial in range(12):
+    for trial in range(8):
         after, pause = torch.randint(1000, (2,), generator=generator).tolist()
         # Ranks wait for each other in each lookup, so they are at most one step apart.
         last = max(done(out, rank) for rank in range(size)) - (size > 1)
         victim, is_hooked = trial % size, trial % 3 != 2
-        processes = ranks(
-            until_killed,
-            size,
-            out,
-            *case,
-            of=lambda rank: (after if is_hooked and rank == victim else None, last),
-        )
+        plans = dict.fromkeys(range(size), (None, last))
+        if is_hooked:
+            plans[victim] = (after, last)
+        processes = ranks(until_killed, size, out, *case, of_rank=plans)
         if not is_hooked:
             time.sleep(0.1 + pause / 1000)
             processes[victim].kill()
@@ -190,7 +190,7 @@ def test_a_killed_run_goes_on_after_its_last_step(size, table, kind, dtype, tmp_
             process.join()
             assert process.exitcode in (0, 1, -signal.SIGKILL)
             assert process.exitcode != 1 or not is_hooked or size > 1  # The other rank has gone.
-    finish(ranks(until_killed, size, out, *case, of=lambda rank: (None, 0)))
+    finish(ranks(until_killed, size, out, *case, of_rank={0: (None, 0), 1: (None, 0)}))
 
 
 def make_until_killed(rank, size, store, out, after):

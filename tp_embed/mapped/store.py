@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tp_embed._torch_private import DisableTorchFunctionSubclass
 from tp_embed.mapped.files import MappedFile, copy_file, locked, nbytes, sync, write_file
 from tp_embed.mapped.journal import Journal, Record, Records
 from tp_embed.mapped.resident import ResidentLimit
@@ -319,7 +320,8 @@ def store_of(tensor: Tensor) -> RowStore | None:
     """
     if not _STORES or tensor.device.type != "cpu":
         return None
-    found = _STORES.get(tensor.untyped_storage().data_ptr())
+    with DisableTorchFunctionSubclass():
+        found = _STORES.get(tensor.untyped_storage().data_ptr())
     if found is None:
         return None
     store = found()

@@ -112,12 +112,12 @@ class GangLayer(Module):
 
     def _check_mapped(self, param: Parameter) -> None:
         held = self._parameters.get("weight")
-        if held is not None and param is not held and store_of(local(held)) is not None:
+        if held is not None and param is not held and store_of(held) is not None:
             raise ValueError(
                 "`weight` of a table in memory-mapped files must stay in them, but is assigned "
                 "another Parameter. Copy values into it: `weight.data.copy_()`."
             )
-        if getattr(self, "sparse", None) is not True and store_of(local(param)) is not None:
+        if getattr(self, "sparse", None) is not True and store_of(param) is not None:
             raise ValueError(
                 f"`weight` of a `{type(self).__name__}` must be in memory, but is in memory-mapped "
                 "files, whose gradients must be sparse. Leave it untied, or make the table with "
@@ -161,7 +161,7 @@ class GangLayer(Module):
         return "weight" in self._buffers
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        if store_of(local(self.weight)) is not None:
+        if store_of(self.weight) is not None:
             _check_kept(self.weight, fn)
             return self
         apart = self._buffers.pop("weight", None)
@@ -207,6 +207,6 @@ class GangLayer(Module):
                 "`tp_embed.checkpoint.hook_state_dict()`."
             )
             return
-        with rewriting(local(self.weight)):
+        with rewriting(self.weight):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         self._adopt()  # `assign=True` replaces Parameters.

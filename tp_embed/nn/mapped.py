@@ -5,11 +5,12 @@ from __future__ import annotations
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils import swap_tensors
 
 from tp_embed.gang import Gang, GangError
 from tp_embed.gang.agreement import of_all_ranks, raise_together
@@ -22,8 +23,6 @@ from tp_embed.mapped.store import RowStore, store_of
 from tp_embed.nn.table import Table
 from tp_embed.parameter.sharded import local
 
-_COPIED = 1 << 16  # Rows that are copied at a time.
-
 
 def map_table(
     table: Table,
@@ -33,7 +32,7 @@ def map_table(
     dtype: torch.dtype | None = None,
 ) -> MappedTable:
     """Moves a table to memory-mapped files, and the states of its optimizer too, which must be one
-    of :mod:`tp_embed.optim`, made afterwards. Then a step reads and writes the pages of the rows
+    of :mod:`tp_embed.optim`. Then a step reads and writes the pages of the rows
     that it touches, and the table may be larger than the memory.
 
     A directory that has the table already is continued, at its last step. A new one gets the values
@@ -60,19 +59,23 @@ def map_table(
     :raises GangError: ranks fail, or hold different steps, more than one apart.
     :raises OSError: the disk is full, or permission is missing.
     """
+    if not isinstance(table, Table) or table.shard_dim != 0:
+        raise TypeError(
+            "`table` must be a `RowWiseEmbedding`, a `VocabShardedEmbedding` or a "
+            f"`StandardEmbedding`, but is a `{type(table).__name__}` instead. Shard it by 'vocab' "
+            "or 'world'."
+        )
     gang = table.gang
     store = raise_together(gang, lambda: _open(table, Path(directory), resident, dtype))
     try:
         _agree(store, gang)
-        old = table.weight
-        if store.is_new and not old.is_meta:
-            for start in range(0, len(old), _COPIED):
-                part = slice(start, start + _COPIED)
-                store.weight[part] = local(old)[part]
-        table.weight = Parameter(store.weight, requires_grad=old.requires_grad)
+        is_meta = table.weight.is_meta
+        if store.is_new and not is_meta:
+            store.weight.copy_(local(table.weight))
+        _replace(table.weight, store.weight)
         table._adopt()
         if store.is_new:
-            if old.is_meta:
+            if is_meta:
                 table.reset_parameters()
             raise_together(gang, store.finish)
     except BaseException:
@@ -104,18 +107,12 @@ def folder(gang: Gang) -> str:
 
 
 def _check(table: Table, resident: int) -> None:
-    if not isinstance(table, Table) or table.shard_dim != 0:
-        raise TypeError(
-            "`table` must be a `RowWiseEmbedding`, a `VocabShardedEmbedding` or a "
-            f"`StandardEmbedding`, but is a `{type(table).__name__}` instead. Shard it by 'vocab' "
-            "or 'world'."
-        )
     if not table.sparse:
         raise ValueError(
             "`sparse` must be True for a table in memory-mapped files, whose dense gradient would "
             "take as much memory, but is False instead. Make the table with `sparse=True`."
         )
-    if table.is_apart or store_of(local(table.weight)) is not None:
+    if table.is_apart or store_of(table.weight) is not None:
         raise ValueError("`table` must not be mapped or set apart already, but is.")
     if table.gang.device.type != "cpu":
         raise ValueError(
@@ -127,6 +124,14 @@ def _check(table: Table, resident: int) -> None:
         raise ValueError(f"`resident` must be at least 1, but is {resident} instead.")
     if not can_measure():
         raise ValueError("Memory-mapped tables need Linux, whose `/proc/self/statm` is missing.")
+
+
+def _replace(weight: Parameter, values: Tensor) -> None:
+    """Gives ``weight`` other values in place, so that optimizers and models keep it."""
+    if weight.is_meta:
+        swap_tensors(weight, Parameter(values, requires_grad=weight.requires_grad))
+    else:
+        weight.data = values
 
 
 def _agree(store: RowStore, gang: Gang) -> None:
@@ -162,10 +167,11 @@ def _own_rows(table: Table, ids: Tensor, order: OwnIds) -> Tensor:
 
 class MappedTable:
     """A table in memory-mapped files; :func:`map_table` makes it. The table itself is used as any
-    other."""
+    other. As a context manager, closes the files at the end."""
 
     def __init__(self, table: Table, store: RowStore) -> None:
-        self._table, self._store, self._gang = weakref.ref(table), store, table.gang
+        self._table: Any = weakref.ref(table)
+        self._store, self._gang = store, table.gang
         self._pool = ThreadPoolExecutor(1, "tp_embed prefetch")
         self._fetching: Future[None] | None = None
         self._order = OwnIds(f"prefetch() of {type(table).__name__}({table.num_embeddings})")
@@ -192,11 +198,17 @@ class MappedTable:
         :raises TypeError: ``ids`` does not have an integer dtype.
         """
         self._wait()
-        table = self._table()
-        if table is None:
-            return
+        store, table = self._checked(), self._table()
         rows = find_distinct(_own_rows(table, as_indices(ids), self._order)).ids
-        self._fetching = self._pool.submit(self._store.populate, rows, True)
+        self._fetching = self._pool.submit(store.populate, rows, True)
+
+    def _checked(self) -> RowStore:
+        if not self._store.is_open:
+            raise ValueError(
+                "A `MappedTable` must be open, but was closed, or its table is gone. Keep the "
+                "table, or map it again with `map_table()`."
+            )
+        return self._store
 
     def _wait(self) -> None:
         fetching, self._fetching = self._fetching, None
@@ -205,7 +217,7 @@ class MappedTable:
 
     def flush(self) -> None:
         """Waits until all that was written is on the disk, so that it outlives a power loss."""
-        self._store.flush()
+        self._checked().flush()
 
     def snapshot(self, directory: str | Path) -> None:
         """Copies the table and the states of its optimizer to a new directory, on the disk. Shares
@@ -214,7 +226,7 @@ class MappedTable:
         Collective: all ranks of the gang must call it.
         """
         path = Path(directory) / folder(self._gang)
-        raise_together(self._gang, lambda: self._store.snapshot(path), "The snapshot")
+        raise_together(self._gang, lambda: self._checked().snapshot(path), "The snapshot")
 
     def restore(self, directory: str | Path) -> None:
         """Takes the values and the step of a :meth:`snapshot`, and the states of the optimizer.
@@ -227,14 +239,14 @@ class MappedTable:
         """
         path = Path(directory) / folder(self._gang)
         self._wait()
-        record = raise_together(self._gang, lambda: self._store.read_snapshot(path))
+        record = raise_together(self._gang, lambda: self._checked().read_snapshot(path))
         steps = of_all_ranks(self._gang, record["step"])
         if len(set(steps)) > 1:
             raise GangError(
                 f"`directory` must have a snapshot of one step, but has the steps {steps}, by "
                 "rank. Choose a whole one."
             )
-        raise_together(self._gang, lambda: self._store.restore(path), "The restore")
+        raise_together(self._gang, lambda: self._checked().restore(path), "The restore")
 
     def close(self) -> None:
         """Flushes the files and closes them; the table can't be used afterwards."""
@@ -244,6 +256,11 @@ class MappedTable:
             self._store.flush()
             self._store.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def __repr__(self) -> str:
-        table: Any = self._table()
-        return f"MappedTable({type(table).__name__}, '{self.path}', step={self.step})"
+        return f"MappedTable('{self.path}', step={self.step})"

@@ -21,7 +21,6 @@ from tp_embed.mapped.store import store_of
 from tp_embed.nn import init
 from tp_embed.nn.gang_layer import GangLayer
 from tp_embed.nn.init_whole import fill_from_whole_table
-from tp_embed.parameter.sharded import local
 from tp_embed.partition import Partition
 
 InitFn = Callable[[Any], object]
@@ -168,7 +167,7 @@ class Table(GangLayer, Embedding):
                 f"but is {options.output!r} instead.{hint}"
             )
         weight = self._parameters.get("weight")
-        if weight is not None and not options.sparse and store_of(local(weight)) is not None:
+        if weight is not None and not options.sparse and store_of(weight) is not None:
             raise ValueError(
                 "`sparse` must be True for a table in memory-mapped files, whose dense gradient "
                 "would take as much memory, but is False instead."
@@ -261,7 +260,7 @@ class Table(GangLayer, Embedding):
         return output * (scale.to(output.dtype) if isinstance(scale, Tensor) else scale)
 
     def __getstate__(self) -> dict[str, Any]:
-        if store_of(local(self.weight)) is not None:
+        if store_of(self.weight) is not None:
             raise ValueError(
                 "A table in memory-mapped files must not be copied or pickled, but is. Use "
                 "`MappedTable.snapshot()`, save its `state_dict()`, or copy the model before the "

@@ -129,7 +129,7 @@ class RowOptimizer(Optimizer):
     def _state_of(self, parameter: Tensor) -> State:
         """Returns the state of a Parameter; if it is in files, what these hold."""
         state: State = self.state.get(parameter, {})
-        store = store_of(local(parameter))
+        store = store_of(parameter)
         if store is None:
             if any(isinstance(value, Tensor) and store_of(value) for value in state.values()):
                 raise ValueError(
@@ -149,7 +149,7 @@ class RowOptimizer(Optimizer):
 
     def _check_in_memory(self, what: str) -> None:
         for parameter in _flat(group["params"] for group in self.param_groups):
-            store = store_of(local(parameter))
+            store = store_of(parameter)
             if store is not None:
                 raise ValueError(
                     f"{what} must not be of tables in memory-mapped files, but `{store.path}` is "
@@ -212,7 +212,7 @@ class RowOptimizer(Optimizer):
         were written without the optimizer."""
         for parameter in list(self.state):
             state = self._state_of(parameter)
-            with rewriting(local(parameter), state):
+            with rewriting(parameter, state):
                 for name in ("master", "remainder"):
                     state.pop(name, None)
 

@@ -23,7 +23,7 @@ from torch.optim.optimizer import (
 )
 
 from tp_embed.mapped.store import store_of
-from tp_embed.parameter.sharded import ShardedParameter, ShardedTensor, local
+from tp_embed.parameter.sharded import ShardedParameter, ShardedTensor
 
 
 def _names(text: str) -> frozenset[str]:
@@ -139,7 +139,7 @@ def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             "it: `shard_embeddings(..., optimizer=optimizer)`."
         )
     is_safe = getattr(kind, "_tp_embed_keeps_files", False)
-    if not is_safe and any(store_of(local(p)) is not None for p in trained):
+    if not is_safe and any(store_of(p) is not None for p in trained):
         raise ValueError(
             "The optimizer of a table in memory-mapped files must be one of `tp_embed.optim`, "
             f"which keeps its states in files too, but is a `{kind.__name__}` instead. Use "
