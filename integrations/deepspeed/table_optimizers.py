@@ -18,6 +18,7 @@ from tp_embed.optim.rows import rows_of, sum_rows
 from tp_embed.parameter.norms import whole_norms
 from tp_embed.parameter.sharded import local, unguarded
 
+from .mapped_tables import keep_in_snapshots
 from .own_tables import OwnTable
 from .private import join_norm, loss_scale, wrap_step
 
@@ -35,6 +36,9 @@ class TableOptimizers:
     Over DP data-parallel ranks with U distinct rows each, a rank sends (DP-1) U (4 E + 8) bytes for
     a table, and for all tables of a gang 4 bytes each to compute the norm.
 
+    Tables in memory-mapped files are by their names in ``mapped``, for
+    :meth:`~tp_embed.MappedTable.prefetch`; checkpoints of the engine have snapshots of them.
+
     :param optimizers: the optimizers by the names of tables. Set the learning rate of one that was
         given ``lr`` in its ``param_groups``; others follow the engine.
     """
@@ -44,6 +48,7 @@ class TableOptimizers:
     def __init__(self, engine: Any, tables: Iterable[OwnTable]) -> None:
         self._engine, self._tables = engine, list(tables)
         self.optimizers = {table.name: table.optimizer for table in self._tables}
+        self.mapped = {t.name: t.mapped for t in self._tables if t.mapped is not None}
         self._grads: dict[Tensor, Tensor] | None = None
         self._collected: dict[Tensor, list[Tensor]] = {}
         self._own_norm = self._total_norm = torch.zeros(())
@@ -58,6 +63,7 @@ class TableOptimizers:
         join_norm(engine, lambda: self._own_norm, self._note_norm)
         wrap_step(engine, self._with_tables)
         self._wrap_checkpoints()
+        keep_in_snapshots(engine, self._tables)
         self._wrap_zero_grad()
 
     def __contains__(self, weight: object) -> bool:
@@ -196,7 +202,7 @@ class TableOptimizers:
             save_dir: Any, tag: Any = None, client_state: Any = None, *args: Any, **kwargs: Any
         ) -> Any:
             self._check_saving()
-            state = {name: made.state_dict() for name, made in self.optimizers.items()}
+            state = {name: made.state_dict() for name, made in self._in_memory.items()}
             client_state = {**(client_state or {}), TABLE_STATES: state}
             return save_checkpoint(save_dir, tag, client_state, *args, **kwargs)
 
@@ -229,8 +235,12 @@ class TableOptimizers:
 
         engine.save_checkpoint, engine.load_checkpoint = save, load
 
+    @property
+    def _in_memory(self) -> dict[str, RowOptimizer]:
+        return {name: made for name, made in self.optimizers.items() if name not in self.mapped}
+
     def _check_saving(self) -> None:
-        cut = [name for name, is_copied in self._copied.items() if not is_copied]
+        cut = [name for name in self._in_memory if not self._copied[name]]
         if cut and self._replicas.size > 1 and self._engine.zero_optimization_stage() < 3:
             raise ValueError(
                 "`zero_optimization.stage` must be 3 to save tables that are sharded over "
@@ -243,13 +253,13 @@ class TableOptimizers:
             for optimizer in self.optimizers.values():
                 optimizer.refresh()
             return
-        if state is None or state.keys() != self.optimizers.keys():
+        if state is None or state.keys() != self._in_memory.keys():
             raise ValueError(
                 "The checkpoint must have the states of the optimizers of "
-                f"{sorted(self.optimizers)}, but has states of {sorted(state or {})}. Use the "
+                f"{sorted(self._in_memory)}, but has states of {sorted(state or {})}. Use the "
                 "same `tp_embed.tables`, or pass `load_optimizer_states=False`."
             )
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in self._in_memory.items():
             optimizer.load_state_dict(state[name])
 
 
