@@ -166,6 +166,11 @@ def test_snapshots(tmp_path, mapped_table):
     with pytest.raises(ValueError, match=r"a snapshot of a table with {'num_embeddings': 41}"):
         mapped.restore(tmp_path / "saved")
     assert mapped.step == 0
+    with pytest.raises(ValueError, match="must not hold a table in use, but does"):
+        mapped.snapshot(tmp_path / "table")
+    with pytest.raises(ValueError, match="must hold a table in use, but has a snapshot"):
+        map_table(meta(v=V + 1), tmp_path / "saved")
+    assert (tmp_path / "saved" / "rank-0-of-1" / "weight.bin").exists()
 
 
 def of_other_ranks(gang, directory):

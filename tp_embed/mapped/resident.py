@@ -12,35 +12,41 @@ import mmap
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 _STATM = Path("/proc/self/statm")
 _INTERVAL = 0.02  # In seconds.
 
 
 class ResidentLimit:
-    """Calls ``release`` whenever the file-backed memory of the process has grown by ``limit``.
+    """Calls ``release`` whenever the file-backed memory of the process has grown by more than the
+    limits of all that are open.
 
     :param limit: in bytes.
     :param release: releases mapped pages; called by a thread.
     """
 
+    _open: ClassVar[list[ResidentLimit]] = []
+
     def __init__(self, limit: int, release: Callable[[], None]) -> None:
         self._limit, self._release = limit, release
         self._base = mapped_bytes()
         self._stopped = threading.Event()
+        self._open.append(self)
         self._thread = threading.Thread(target=self._watch, name="tp_embed resident", daemon=True)
         self._thread.start()
 
     def _watch(self) -> None:
         while not self._stopped.wait(_INTERVAL):
-            now = mapped_bytes()
-            # Other mappings may have gone.
-            self._base = min(self._base, now)
-            if now - self._base > self._limit:
+            others = list(self._open)
+            base = min((one._base for one in others), default=0)
+            if mapped_bytes() - base > sum(one._limit for one in others):
                 self._release()
 
     def stop(self) -> None:
         """Ends the thread."""
+        if self in self._open:
+            self._open.remove(self)
         self._stopped.set()
         if self._thread is not threading.current_thread():
             self._thread.join()

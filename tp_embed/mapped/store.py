@@ -69,6 +69,11 @@ class RowStore:
     def _check(self) -> bool:
         """Returns whether the directory has a table."""
         path = self.path
+        if (path / "snapshot.json").exists():
+            raise ValueError(
+                f"`{path}` must hold a table in use, but has a snapshot. Choose another directory, "
+                "and restore the snapshot there."
+            )
         if not (path / "table.json").exists():
             return False
         found = json.loads((path / "table.json").read_text())
@@ -94,8 +99,8 @@ class RowStore:
 
     def _map(self) -> None:
         if self.is_new:
-            for file in self.path.glob("*"):
-                if file.name != "lock":
+            for name in ("*.bin", "journal", "records", "rewriting", "unsaved", "table.json"):
+                for file in self.path.glob(name):
                     file.unlink()
         self._files: dict[str, MappedFile] = {}
         self.weight = self._add("weight", self._shape, self._dtype)
@@ -251,7 +256,7 @@ class RowStore:
         """
         files = [(self._files[name], t[:1].nbytes) for name, t in self._written().items() if len(t)]
         absent = [file.absent(rows, row_bytes) for file, row_bytes in files]
-        held = sum(file.present for file in self._files.values())
+        held = sum(file.present for file in list(self._files.values()))
         if (held + sum(map(len, absent))) * mmap.PAGESIZE > self._most:
             for file, _ in files:
                 if file.size > self._most // _SMALL:
@@ -265,6 +270,10 @@ class RowStore:
     def snapshot(self, path: Path) -> None:
         """Copies the table and the states to the directory ``path``, and waits until it is on the
         disk."""
+        if (path / "table.json").exists():
+            raise ValueError(
+                f"`{path}` must not hold a table in use, but does. Copy it to another directory."
+            )
         partial = path.with_name(f".{path.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -318,7 +327,7 @@ def store_of(tensor: Tensor) -> RowStore | None:
 
     :raises ValueError: the store is closed.
     """
-    if not _STORES or tensor.device.type != "cpu":
+    if not _STORES or tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     with DisableTorchFunctionSubclass():
         found = _STORES.get(tensor.untyped_storage().data_ptr())

@@ -17,7 +17,7 @@ from tp_embed.lookup.exchange import Dedup, Place
 from tp_embed.lookup.options import LookupOptions, Output
 from tp_embed.lookup.request import Lookup, look_up
 from tp_embed.lookup.train_rows import Rows, as_rows
-from tp_embed.mapped.store import store_of
+from tp_embed.mapped.store import rewriting, store_of
 from tp_embed.nn import init
 from tp_embed.nn.gang_layer import GangLayer
 from tp_embed.nn.init_whole import fill_from_whole_table
@@ -166,7 +166,7 @@ class Table(GangLayer, Embedding):
                 f"`output` must be one of {self.outputs} for a `{kind}`, "
                 f"but is {options.output!r} instead.{hint}"
             )
-        weight = self._parameters.get("weight")
+        weight = getattr(self, "weight", None)
         if weight is not None and not options.sparse and store_of(weight) is not None:
             raise ValueError(
                 "`sparse` must be True for a table in memory-mapped files, whose dense gradient "
@@ -229,10 +229,11 @@ class Table(GangLayer, Embedding):
         if self.weight.is_meta:
             return
         init_fn = self.init_fn or init.normal
-        if init.is_blockwise(init_fn):
-            init_fn(self)
-        else:
-            fill_from_whole_table(self, init_fn, self._empty_whole)
+        with rewriting(self.weight):
+            if init.is_blockwise(init_fn):
+                init_fn(self)
+            else:
+                fill_from_whole_table(self, init_fn, self._empty_whole)
 
     @abstractmethod
     def _empty_whole(self, device: torch.device | str | None = None) -> Table:
