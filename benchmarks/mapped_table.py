@@ -90,8 +90,11 @@ def run(gang: ProcessGroupGang, args: argparse.Namespace) -> None:
     ids = Ids(args.rows, args.ids, args.exponent, seed=gang.rank)
     generator = torch.Generator().manual_seed(gang.rank)
     grad, most, distinct = torch.randn(args.ids, args.dim, generator=generator), base, []
+    later = ids.draw()
     for step in range(args.warmup + args.steps):
-        drawn = ids.draw()
+        drawn, later = later, ids.draw()
+        if args.prefetch and ways["mapped"].mapped is not None:
+            ways["mapped"].mapped.prefetch(later)
         distinct.append(len(drawn.unique()))
         for way in (list if step % 2 else lambda x: list(reversed(x)))(list(ways.values())):
             way.step(drawn, grad)
@@ -124,6 +127,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--warmup", type=int, default=30)
     parser.add_argument("--resident", type=int, default=512, help="in MiB")
+    parser.add_argument("--prefetch", action="store_true", help="the ids of the next step")
     parser.add_argument("--only-mapped", action="store_true")
     parser.add_argument("--random", action="store_true", help="random initial values, not zeros")
     args = parser.parse_args()

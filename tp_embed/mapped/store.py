@@ -252,7 +252,7 @@ class RowStore:
     def populate(self, rows: Tensor, is_ahead: bool = False) -> None:
         """Maps the pages of some ``rows`` and their states, which will be written.
 
-        :param is_ahead: whether they are for later: then all are first requested from the disk.
+        :param is_ahead: whether another thread may use the table meanwhile.
         """
         files = [(self._files[name], t[:1].nbytes) for name, t in self._written().items() if len(t)]
         absent = [file.absent(rows, row_bytes) for file, row_bytes in files]
@@ -262,10 +262,11 @@ class RowStore:
                 if file.size > self._most // _SMALL:
                     file.release()
             absent = [file.absent(rows, row_bytes) for file, row_bytes in files]
-        for (file, _), pages in zip(files, absent if is_ahead else (), strict=False):
-            file.fetch(pages)
         for (file, _), pages in zip(files, absent, strict=True):
-            file.populate(pages)
+            if is_ahead:
+                file.fetch(pages)
+            else:
+                file.populate(pages)
 
     def snapshot(self, path: Path) -> None:
         """Copies the table and the states to the directory ``path``, and waits until it is on the
