@@ -12,6 +12,7 @@ from torch import nn
 
 from tp_embed import FakeGang, StandardEmbedding, map_table
 from tp_embed.checkpoint import hook_state_dict
+from tp_embed.mapped.files import MappedFile
 from tp_embed.mapped.resident import mapped_bytes
 from tp_embed.optim import RowwiseAdagrad, RowwiseAdam
 from tp_embed.parameter.sharded import local
@@ -210,3 +211,19 @@ def test_local_rows_are_in_the_files(tmp_path):
     train(embed, optimizer, "vocab", 0, range(2))
     on_disk = torch.from_file(str(mapped.path / "weight.bin"), size=V * E).view(V, E)
     assert torch.equal(on_disk, local(embed.weight))
+
+
+@pytest.mark.parametrize("method", ["populate", "fetch"])
+def test_maps_the_pages_of_rows_beyond_2_gib(method, tmp_path):
+    """Whose rows come as int32, as ranks send them; of rows of 640 bytes, some cross pages."""
+    file = MappedFile(tmp_path / "large", 5 << 29)
+    rows = torch.tensor([0, 6, 7, 4_000_000], dtype=torch.int32)
+    pages = file.absent(rows, 640)
+    assert pages.tolist() == [0, 1, 625_000]
+    getattr(file, method)(pages)
+    assert file.present == 3
+    assert len(file.absent(rows, 640)) == 0
+    assert not file.bytes[:8192].any()
+    assert file.absent(torch.tensor([1]), 16384).tolist() == [4, 5, 6, 7]
+    file.release()
+    assert file.absent(rows, 640).tolist() == pages.tolist()

@@ -126,6 +126,16 @@ def test_files_of_another_table(other, match, tmp_path):
     map_table(StandardEmbedding(V, E, sparse=True), tmp_path).close()
 
 
+def of_three_ranks(gang, directory):
+    with pytest.raises((ValueError, GangError), match=r"over 3 ranks, but has \['rank-0-of-1'\]"):
+        map_table(meta(gang=gang), directory)
+
+
+def test_files_of_another_number_of_ranks(pool, tmp_path):
+    map_table(meta(), tmp_path).close()
+    pool(3, of_three_ranks, str(tmp_path))
+
+
 def test_files_that_are_in_use_or_closed(tmp_path):
     table = meta()
     mapped = map_table(table, tmp_path)

@@ -52,6 +52,7 @@ class MappedFile:
 
     def absent(self, rows: Tensor, row_bytes: int) -> Tensor:
         """Returns the pages of some rows that :meth:`populate` has not mapped yet, ascending."""
+        rows = rows.long()
         first = rows * row_bytes // mmap.PAGESIZE
         if mmap.PAGESIZE % row_bytes:  # Rows cross the bounds of pages.
             last = ((rows + 1) * row_bytes - 1) // mmap.PAGESIZE

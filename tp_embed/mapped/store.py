@@ -110,6 +110,7 @@ class RowStore:
         self._tensors: dict[str, Tensor] = {}
         self._record: Record = {"step": 0, "values": {}, "tensors": {}}
         if self.is_new:
+            self._mark_unsaved()
             self._records.write(self._record)
         self._read()
         if self._journal.step == self.step + 1:
@@ -360,7 +361,7 @@ def select_rows(weight: Tensor, rows: Tensor, out: Tensor | None = None) -> Tens
     """``torch.index_select(weight, 0, rows, out=out)`` for any weight, mapped ones too."""
     store = store_of(weight)
     if store is not None:
-        store.populate(rows.long())
+        store.populate(rows)
     found: Tensor = torch.index_select(weight, 0, rows, out=out)
     return found
 

@@ -98,6 +98,14 @@ def _open(table: Table, directory: Path, resident: int, dtype: torch.dtype | Non
         "ranks": gang.size,
     }
     path = directory / folder(gang)
+    folders = [path.name for path in directory.glob("rank-*-of-*")]
+    others = sorted(name for name in folders if not name.endswith(f"-of-{gang.size}"))
+    if others:
+        raise ValueError(
+            f"`{directory}` must hold a table over {gang.size} ranks, but has {others}. Use as "
+            "many ranks; or map the table to another directory, and load whole values, saved in "
+            "`tp_embed.checkpoint.hook_state_dict(model)`."
+        )
     return RowStore(path, header, tuple(weight.shape), dtype or weight.dtype, resident)
 
 
