@@ -1,6 +1,7 @@
 """Compares a table in memory-mapped files with the same one in memory, over several ranks.
 
-Ids follow Zipf's law, and frequent rows are spread over the table, as by a hash. Steps (lookup,
+Ids follow Zipf's law. Frequent rows are spread over the table, as by a hash, or neighbors, as in
+most vocabularies (`--spread 1`). Steps (lookup,
 gradient, optimizer) take turns, and see the same ids. Prints medians of the slowest rank, the
 median of the ratios, and the most resident memory of a rank. For a table that does not fit into the
 memory, leave the other one out:
@@ -26,21 +27,21 @@ from tp_embed.nn import init
 from tp_embed.optim import RowOptimizer, RowwiseAdagrad
 from tp_embed.parameter.sharded import local
 
-_SPREAD = 1_000_003  # A prime.
-
 
 class Ids:
     """Draws ids by Zipf's law, by the inverse of its continuous distribution."""
 
-    def __init__(self, rows: int, count: int, exponent: float, seed: int) -> None:
-        self._rows, self._count, self._power = rows, count, 1.0 - exponent
+    def __init__(
+        self, rows: int, count: int, exponent: float, seed: int, spread: int = 1_000_003
+    ) -> None:
+        self._rows, self._count, self._power, self._spread = rows, count, 1.0 - exponent, spread
         self._generator = torch.Generator().manual_seed(seed)
 
     def draw(self) -> Tensor:
         uniform = torch.rand(self._count, generator=self._generator, dtype=torch.float64)
         most = float(self._rows) ** self._power
         ranks = (1 + uniform * (most - 1)) ** (1 / self._power)
-        drawn: Tensor = (ranks.long().clamp(1, self._rows) - 1) * _SPREAD % self._rows
+        drawn: Tensor = (ranks.long().clamp(1, self._rows) - 1) * self._spread % self._rows
         return drawn
 
 
@@ -87,7 +88,7 @@ def run(gang: ProcessGroupGang, args: argparse.Namespace) -> None:
     made = time.perf_counter() - started
     if not args.only_mapped:
         ways["memory"] = Way(gang, args, False)
-    ids = Ids(args.rows, args.ids, args.exponent, seed=gang.rank)
+    ids = Ids(args.rows, args.ids, args.exponent, gang.rank, args.spread)
     generator = torch.Generator().manual_seed(gang.rank)
     grad, most, distinct = torch.randn(args.ids, args.dim, generator=generator), base, []
     later = ids.draw()
@@ -124,6 +125,9 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=160)
     parser.add_argument("--ids", type=int, default=1 << 14)
     parser.add_argument("--exponent", type=float, default=1.05)
+    parser.add_argument(
+        "--spread", type=int, default=1_000_003, help="1 for frequent rows that are neighbors"
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--warmup", type=int, default=30)
     parser.add_argument("--resident", type=int, default=512, help="in MiB")

@@ -30,7 +30,7 @@ class ResidentLimit:
 
     def __init__(self, limit: int, release: Callable[[], None]) -> None:
         self._limit, self._release = limit, release
-        self._base = mapped_bytes()
+        self._before = mapped_bytes()
         self._stopped = threading.Event()
         self._open.append(self)
         self._thread = threading.Thread(target=self._watch, name="tp_embed resident", daemon=True)
@@ -39,7 +39,7 @@ class ResidentLimit:
     def _watch(self) -> None:
         while not self._stopped.wait(_INTERVAL):
             others = list(self._open)
-            base = min((one._base for one in others), default=0)
+            base = min((one._before for one in others), default=0)
             if mapped_bytes() - base > sum(one._limit for one in others):
                 self._release()
 
