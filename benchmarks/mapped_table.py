@@ -1,10 +1,9 @@
 """Compares a table in memory-mapped files with the same one in memory, over several ranks.
 
 Ids follow Zipf's law. Frequent rows are spread over the table, as by a hash, or neighbors, as in
-most vocabularies (`--spread 1`). Steps (lookup,
-gradient, optimizer) take turns, and see the same ids. Prints medians of the slowest rank, the
-median of the ratios, and the most resident memory of a rank. For a table that does not fit into the
-memory, leave the other one out:
+most vocabularies (`--spread 1`). The tables see the same ids, and take turns of ten steps (lookup,
+gradient, optimizer). Prints medians of the slowest rank, their ratio, and the most resident memory
+of a rank. For a table that does not fit into the memory, leave the other one out:
 
     torchrun --nproc-per-node 2 benchmarks/mapped_table.py --rows 4000000
     torchrun --nproc-per-node 2 benchmarks/mapped_table.py --rows 32000000 --only-mapped
@@ -26,6 +25,8 @@ from tp_embed import MappedTable, ProcessGroupGang, RowWiseEmbedding, map_table
 from tp_embed.nn import init
 from tp_embed.optim import RowOptimizer, RowwiseAdagrad
 from tp_embed.parameter.sharded import local
+
+_TURN = 10  # Steps in a row: a prefetch runs during the next step of the same table.
 
 
 class Ids:
@@ -68,11 +69,18 @@ class Way:
         if is_mapped:
             self.mapped = map_table(self.embed, args.directory, resident=args.resident << 20)
         self.optimizer: RowOptimizer = RowwiseAdagrad([self.embed.weight], lr=0.05)
+        self._ids = Ids(args.rows, args.ids, args.exponent, gang.rank, args.spread)
+        self._next, self._prefetches = self._ids.draw(), is_mapped and args.prefetch
         self.seconds: list[float] = []
+        self.distinct: list[int] = []
 
-    def step(self, ids: Tensor, grad: Tensor) -> None:
+    def step(self, grad: Tensor) -> None:
+        ids, self._next = self._next, self._ids.draw()
+        self.distinct.append(len(ids.unique()))
         dist.barrier()
         start = time.perf_counter()
+        if self._prefetches and self.mapped is not None:
+            self.mapped.prefetch(self._next)
         self.embed(ids).backward(grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -88,29 +96,25 @@ def run(gang: ProcessGroupGang, args: argparse.Namespace) -> None:
     made = time.perf_counter() - started
     if not args.only_mapped:
         ways["memory"] = Way(gang, args, False)
-    ids = Ids(args.rows, args.ids, args.exponent, gang.rank, args.spread)
     generator = torch.Generator().manual_seed(gang.rank)
-    grad, most, distinct = torch.randn(args.ids, args.dim, generator=generator), base, []
-    later = ids.draw()
-    for step in range(args.warmup + args.steps):
-        drawn, later = later, ids.draw()
-        if args.prefetch and ways["mapped"].mapped is not None:
-            ways["mapped"].mapped.prefetch(later)
-        distinct.append(len(drawn.unique()))
-        for way in (list if step % 2 else lambda x: list(reversed(x)))(list(ways.values())):
-            way.step(drawn, grad)
-            most = max(most, status("VmRSS"))
+    grad, most = torch.randn(args.ids, args.dim, generator=generator), base
+    for _ in range(0, args.warmup + args.steps, _TURN):
+        for way in ways.values():
+            for _ in range(_TURN):
+                way.step(grad)
+                most = max(most, status("VmRSS"))
     if gang.rank == 0:
         print(f"{args.rows} x {args.dim}: {args.rows * args.dim * 4 / 1e9:.1f} GB over {gang.size}")
-        print(f"{args.ids} ids a rank, {median(distinct)} distinct; made in {made:.0f} s")
+        print(
+            f"{args.ids} ids a rank, {median(ways['mapped'].distinct)} distinct; made in {made:.0f} s"
+        )
         for name, way in ways.items():
             print(f"{name:8} {1000 * median(way.seconds[args.warmup :]):8.1f} ms a step")
     if not args.only_mapped:
-        pairs = zip(*(ways[n].seconds[args.warmup :] for n in ("mapped", "memory")), strict=True)
-        ratio = median(a / b for a, b in pairs)
+        mapped, memory = (median(ways[n].seconds[args.warmup :]) for n in ("mapped", "memory"))
         is_same = torch.equal(*(local(way.embed.weight) for way in ways.values()))
         if gang.rank == 0:
-            print(f"ratio {ratio:.3f}; the same bits: {is_same}")
+            print(f"ratio {mapped / memory:.3f}; the same bits: {is_same}")
     print(
         f"rank {gang.rank}: {base >> 20} MiB resident before, {most >> 20} at most after a step, "
         f"{status('VmHWM') >> 20} at any time"
