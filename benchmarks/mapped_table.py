@@ -105,9 +105,8 @@ def run(gang: ProcessGroupGang, args: argparse.Namespace) -> None:
                 most = max(most, status("VmRSS"))
     if gang.rank == 0:
         print(f"{args.rows} x {args.dim}: {args.rows * args.dim * 4 / 1e9:.1f} GB over {gang.size}")
-        print(
-            f"{args.ids} ids a rank, {median(ways['mapped'].distinct)} distinct; made in {made:.0f} s"
-        )
+        distinct = median(ways["mapped"].distinct)
+        print(f"{args.ids} ids a rank, {distinct:.0f} distinct; made in {made:.0f} s")
         for name, way in ways.items():
             print(f"{name:8} {1000 * median(way.seconds[args.warmup :]):8.1f} ms a step")
     if not args.only_mapped:

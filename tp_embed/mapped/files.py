@@ -63,26 +63,19 @@ class MappedFile:
         return absent
 
     def populate(self, pages: Tensor) -> None:
-        """Maps some pages for writing. Rows must not be read before: reading a page maps 15
-        neighbors too, and writing to it then faults again. Nothing else may write meanwhile.
+        """Maps some pages for writing. Touching them would cost more: reading a page maps 15
+        neighbors too, and writing to it then faults again. (Adding zero to a word of each would be
+        faster, but not safe while another thread writes.)
 
         :param pages: distinct ones, ascending.
         """
-        words = self.bytes.view(torch.int64)
-        # Adding to a word in memory is one instruction on x86-64, which faults as a write.
-        words.index_add_(0, pages * (mmap.PAGESIZE // 8), torch.zeros_like(pages))
-        self._note(pages)
-
-    def fetch(self, pages: Tensor) -> None:
-        """Reads some pages from the disk, all at once, and maps them for writing, while other
-        threads may write. They are distinct and ascending."""
-        self._advise(mmap.MADV_WILLNEED, pages)
         self._advise(_POPULATE_WRITE, pages)
-        self._note(pages)
-
-    def _note(self, pages: Tensor) -> None:
         self._is_present[pages] = True
         self.present += len(pages)
+
+    def fetch(self, pages: Tensor) -> None:
+        """Starts to read some pages from the disk, all at once. They are distinct and ascending."""
+        self._advise(mmap.MADV_WILLNEED, pages)
 
     def _advise(self, advice: int, pages: Tensor) -> None:
         is_apart = torch.ones(len(pages) + 1, dtype=torch.bool)

@@ -253,7 +253,7 @@ class RowStore:
     def populate(self, rows: Tensor, is_ahead: bool = False) -> None:
         """Maps the pages of some ``rows`` and their states, which will be written.
 
-        :param is_ahead: whether another thread may use the table meanwhile.
+        :param is_ahead: whether they are for later: then the disk gets all requests first.
         """
         files = [(self._files[name], t[:1].nbytes) for name, t in self._written().items() if len(t)]
         absent = [file.absent(rows, row_bytes) for file, row_bytes in files]
@@ -263,11 +263,11 @@ class RowStore:
                 if file.size > self._most // _SMALL:
                     file.release()
             absent = [file.absent(rows, row_bytes) for file, row_bytes in files]
-        for (file, _), pages in zip(files, absent, strict=True):
-            if is_ahead:
-                file.fetch(pages)
-            else:
-                file.populate(pages)
+        mapped = [(file, pages) for (file, _), pages in zip(files, absent, strict=True)]
+        for file, pages in mapped if is_ahead else ():
+            file.fetch(pages)
+        for file, pages in mapped:
+            file.populate(pages)
 
     def snapshot(self, path: Path) -> None:
         """Copies the table and the states to the directory ``path``, and waits until it is on the
