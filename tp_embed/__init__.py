@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from tp_embed.nn.head import OutputHead
     from tp_embed.nn.init import blockwise, init_scaled_embedding
+    from tp_embed.nn.mapped import MappedTable, map_table
     from tp_embed.nn.ngram import NGramAverage, NGramEmbedding, NGramGate
     from tp_embed.nn.ngram_hash import NGramCache, NGramHash, RollingHash, XorHash
     from tp_embed.parameter.norms import clip_grad_norm_, get_total_norm
@@ -36,6 +37,7 @@ _MODULE_OF = {
     "FakeGang": "gang.fake",
     "Gang": "gang.base",
     "GangError": "gang.base",
+    "MappedTable": "nn.mapped",
     "NGramAverage": "nn.ngram",
     "NGramCache": "nn.ngram_hash",
     "NGramEmbedding": "nn.ngram",
@@ -55,6 +57,7 @@ _MODULE_OF = {
     "clip_grad_norm_": "parameter.norms",
     "get_total_norm": "parameter.norms",
     "init_scaled_embedding": "nn.init",
+    "map_table": "nn.mapped",
     "shard_embeddings": "surgery.shard",
     "shardwise": "surgery.carry",
 }
@@ -65,6 +68,7 @@ __all__ = [
     "FakeGang",
     "Gang",
     "GangError",
+    "MappedTable",
     "NGramAverage",
     "NGramCache",
     "NGramEmbedding",
@@ -84,6 +88,7 @@ __all__ = [
     "clip_grad_norm_",
     "get_total_norm",
     "init_scaled_embedding",
+    "map_table",
     "shard_embeddings",
     "shardwise",
 ]

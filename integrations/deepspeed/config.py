@@ -57,6 +57,9 @@ class TableConfig(BaseModel):
 
     :param optimizer: ``"rowwise_adagrad"``, ``"rowwise_adam"`` or ``"lazy_adam"``.
     :param lr: the learning rate; if ``None``, the engine's, with its schedule.
+    :param memory: a directory for memory-mapped files that hold the table and the optimizer's
+        states, see :func:`tp_embed.map_table`; if ``None``, they are in memory.
+    :param resident: the most bytes of their pages that stay in the memory of a process.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -66,9 +69,13 @@ class TableConfig(BaseModel):
     betas: list[float] | None = Field(default=None, min_length=2, max_length=2)
     eps: float | None = None
     weight_decay: float | None = None
+    memory: str | None = Field(default=None, min_length=1)
+    resident: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> TableConfig:
+        if self.resident is not None and self.memory is None:
+            raise ValueError("`resident` must be left out without `memory`")
         if self.betas is not None and self.optimizer == "rowwise_adagrad":
             raise ValueError("`betas` must be left out for 'rowwise_adagrad', which has none")
         self.make(Parameter(torch.empty(0, 0)))
@@ -76,7 +83,7 @@ class TableConfig(BaseModel):
 
     def make(self, weight: Parameter) -> RowOptimizer:
         """Makes the optimizer of ``weight``."""
-        given = self.model_dump(exclude={"optimizer"}, exclude_none=True)
+        given = self.model_dump(exclude={"optimizer", "memory", "resident"}, exclude_none=True)
         made: RowOptimizer = _OPTIMIZERS[self.optimizer]([weight], **given)
         return made
 

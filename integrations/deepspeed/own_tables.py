@@ -9,14 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from deepspeed.utils import log_dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from tp_embed.gang import Gang
+from tp_embed.nn.mapped import MappedTable, map_table
 from tp_embed.nn.table import Table
 from tp_embed.optim import RowOptimizer
 from tp_embed.parameter.sharded import local
@@ -30,13 +34,14 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass(frozen=True)
 class OwnTable:
     """A table with an optimizer of its own, whose learning rate ``follows`` the engine's or not.
-    Several ``layers`` may share it."""
+    Several ``layers`` may share it. ``mapped`` is its place in memory-mapped files."""
 
     name: str
     layers: Sequence[Table]
     weight: Parameter
     optimizer: RowOptimizer
     follows: bool
+    mapped: MappedTable | None = None
 
     @property
     def gang(self) -> Gang:
@@ -178,13 +183,34 @@ def set_apart(
         for layer in layers:
             layer.reuse_grad = False
             layer.sparse = True
-            layer.set_apart()
         dtype = _DTYPES[enabled[0]] if enabled else weight.dtype
-        weight.data = local(weight).to(device, dtype)
+        mapped = None
+        if config.memory is None:
+            weight.data = local(weight).to(device, dtype)
+        else:
+            mapped = _map(names[0], layers[0], dtype, config)
+        for layer in layers:
+            layer.set_apart()
         for held in groups:
             _remove(held, weight)
-        tables.append(OwnTable(names[0], layers, weight, config.make(weight), config.lr is None))
+        optimizer, follows = config.make(weight), config.lr is None
+        tables.append(OwnTable(names[0], layers, weight, optimizer, follows, mapped))
     return tables
+
+
+def _map(name: str, layer: Table, dtype: torch.dtype, config: TableConfig) -> MappedTable:
+    """Moves a table to memory-mapped files."""
+    if layer.gang.size < dist.get_world_size():
+        raise ValueError(
+            f"The table '{name}' in memory-mapped files must be sharded over all "
+            f"{dist.get_world_size()} processes, but is over {layer.gang.size}: each data-parallel "
+            f"rank would have files of its own. Set `{SECTION}.rules` to {{'{name}': 'world'}}."
+        )
+    assert config.memory is not None
+    resident = {} if config.resident is None else {"resident": config.resident}
+    mapped = map_table(layer, Path(config.memory) / name, dtype=dtype, **resident)
+    log_dist(f"tp_embed: '{name}' is in {mapped.path}, at step {mapped.step}", ranks=[0])
+    return mapped
 
 
 def _remove(held: Any, weight: Tensor) -> None:

@@ -17,6 +17,7 @@ from tp_embed.optim.rows import rows_of, sum_rows
 from tp_embed.parameter.norms import whole_norms
 from tp_embed.parameter.sharded import local, unguarded
 
+from .mapped_tables import keep_in_snapshots
 from .own_tables import OwnTable
 from .private import join_norm, loss_scale, wrap_step
 from .table_checkpoints import TableCheckpoints
@@ -36,6 +37,9 @@ class TableOptimizers:
     Over DP data-parallel ranks with U distinct rows each, a rank sends (DP-1) U (4 E + 8) bytes for
     a table, and for all tables of a gang 4 bytes each to compute the norm.
 
+    Tables in memory-mapped files are by their names in ``mapped``, for
+    :meth:`~tp_embed.MappedTable.prefetch`; checkpoints of the engine have snapshots of them.
+
     :param optimizers: the optimizers by the names of tables. Set the learning rate of one that was
         given ``lr`` in its ``param_groups``; others follow the engine.
 
@@ -48,6 +52,7 @@ class TableOptimizers:
     def __init__(self, engine: Any, tables: Iterable[OwnTable]) -> None:
         self._engine, self._tables = engine, list(tables)
         self.optimizers = {table.name: table.optimizer for table in self._tables}
+        self.mapped = {t.name: t.mapped for t in self._tables if t.mapped is not None}
         self._grads: dict[Tensor, Tensor] | None = None
         self._collected: dict[Tensor, list[Tensor]] = {}
         self._own_norm = self._total_norm = torch.zeros(())
@@ -62,9 +67,11 @@ class TableOptimizers:
             table.weight.register_post_accumulate_grad_hook(self._collect)
         join_norm(engine, lambda: self._own_norm, self._note_norm)
         wrap_step(engine, self._with_tables)
-        size = self.replicas.size
-        copies = [(self.replicas.rank, size) if c else (0, 1) for c in self._copied.values()]
-        self.checkpoints = TableCheckpoints(engine, self._tables, copies)
+        in_memory = [table for table in self._tables if table.name not in self.mapped]
+        rank, size = self.replicas.rank, self.replicas.size
+        copies = [(rank, size) if self._copied[table.name] else (0, 1) for table in in_memory]
+        self.checkpoints = TableCheckpoints(engine, in_memory, copies)
+        keep_in_snapshots(engine, self._tables)
         self._wrap_zero_grad()
 
     def __contains__(self, weight: object) -> bool:

@@ -341,3 +341,13 @@ def test_names_of_shared_parameters_that_lead_nowhere_are_refused(source):
             file.unlink(missing_ok=True)
         with pytest.raises(CheckpointError, match="`shared_params` in"):
             read(path)
+
+
+def test_snapshots_of_mapped_tables_are_refused(tmp_path):
+    """In the files of DeepSpeed these tables have no rows."""
+    torch.save({"model": {"embed_tokens.weight": torch.ones(4, 2)}}, tmp_path / "m.pt")
+    convert(tmp_path / "m.pt", tmp_path / "run", Request(to="deepspeed"))
+    (tag,) = [path for path in (tmp_path / "run").iterdir() if path.is_dir()]
+    (tag / MAPPED_DIRECTORY).mkdir()
+    with pytest.raises(CheckpointError, match="snapshots of tables in memory-mapped files"):
+        read(tmp_path / "run")

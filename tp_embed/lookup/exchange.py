@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tp_embed.gang import Gang
 from tp_embed.lookup.distinct import Distinct, find_distinct
+from tp_embed.mapped.store import select_rows
 from tp_embed.partition import Partition, overlap
 
 Dedup = Literal["auto"] | bool
@@ -253,11 +254,11 @@ class RowsToAll(_ToAll):
         local = distinct.ids[first : first + counts[rank]] - self.place.rows.start
         if size > 2 and max(counts) * (size - 1) > total:
             own = self.staging.take("sent", (counts[rank], dim), weight)
-            torch.index_select(weight, 0, local, out=own)
+            select_rows(weight, local, out=own)
             own, counts = self._balance(own, counts, rows)
         else:
             own = rows[first : first + counts[rank]]
-            torch.index_select(weight, 0, local, out=own)
+            select_rows(weight, local, out=own)
         self.gang.all_gather(rows, own, counts)
         return rows.index_select(0, distinct.inverse())
 
@@ -287,7 +288,7 @@ class RowsToBlocks(Exchange):
         wanted = [d.within(self.place.rows).ids - self.place.rows.start for d in self.distinct]
         sent, received = [len(rows) for rows in wanted], own.counts(_bounds(self.place.partition))
         send = self.staging.take("sent", (sum(sent), dim), weight)
-        torch.index_select(weight, 0, torch.cat(wanted), out=send)
+        select_rows(weight, torch.cat(wanted), out=send)
         rows = self.staging.take("received", (sum(received), dim), weight)
         self.gang.all_to_all(rows, send, received, sent)
         return rows.index_select(0, own.inverse())
@@ -335,7 +336,7 @@ def _rows_or_zeros(weight: Tensor, ids: Tensor, rows: range) -> Tensor:
         return output.fill_(-0.0)
     local = ids - rows.start
     safe = local.clamp(0, len(rows) - 1)
-    torch.index_select(weight, 0, safe, out=output)
+    select_rows(weight, safe, out=output)
     return output.masked_fill_((local != safe)[:, None], -0.0)
 
 

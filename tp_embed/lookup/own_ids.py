@@ -16,6 +16,7 @@ from tp_embed.lookup.distinct import find_distinct
 from tp_embed.lookup.exchange import Dedup, Exchange, Place, ReturnedGrads, Staging
 from tp_embed.lookup.gradient import sum_by_id
 from tp_embed.lookup.ids import raise_together
+from tp_embed.mapped.store import select_rows
 
 
 class OwnIds:
@@ -71,6 +72,9 @@ class RowsToOwn(Exchange):
     :param kept: the positions in ``ids`` to look up; ``None`` for all. *Shape:* as ``ids``.
         *Dtype:* bool.
     :param mean: whether gradients are averaged over the ranks instead of summed.
+
+    ``rows`` are the rows of this rank's block that ranks want, by rank.
+
     :raises IndexError: an id on any rank is out of range; raised on all ranks.
     """
 
@@ -98,13 +102,13 @@ class RowsToOwn(Exchange):
         self._wanted, self._given, any_bad = table.exchange_counts(gang, counts, is_bad)
         if any_bad:
             raise_together(ids if kept is None else ids.masked_fill(~kept, 0), num_rows, gang)
-        self._rows = torch.empty(sum(self._given), dtype=torch.int32, device=wanted.device)
-        gang.all_to_all(self._rows, (wanted % block).int(), self._given, self._wanted)
+        self.rows = torch.empty(sum(self._given), dtype=torch.int32, device=wanted.device)
+        gang.all_to_all(self.rows, (wanted % block).int(), self._given, self._wanted)
 
     def fetch(self, weight: Tensor) -> Tensor:
         dim = weight.size(1)
-        send = self.staging.take("sent", (len(self._rows), dim), weight)
-        torch.index_select(weight, 0, self._rows, out=send)
+        send = self.staging.take("sent", (len(self.rows), dim), weight)
+        select_rows(weight, self.rows, out=send)
         rows = self.staging.take("received", (sum(self._wanted), dim), weight)
         self.gang.all_to_all(rows, send, self._wanted, self._given)
         if self.is_deduped:
@@ -117,9 +121,9 @@ class RowsToOwn(Exchange):
             sums = sum_by_id(grad, self._sorted, range(dim))
         else:
             sums = grad.index_select(0, self._sorted.order)
-        received = self.staging.take("received", (len(self._rows), dim), grad)
+        received = self.staging.take("received", (len(self.rows), dim), grad)
         self.gang.all_to_all(received, sums, self._given, self._wanted)
         if self._mean:
             received /= self.gang.size
-        positions = self._rows.long() + self.place.rows.start
+        positions = self.rows.long() + self.place.rows.start
         return ReturnedGrads(received, positions, None, range(dim))

@@ -43,6 +43,7 @@ from tp_embed.lookup.ids import IdCheck, as_indices
 from tp_embed.lookup.options import LookupOptions
 from tp_embed.lookup.own_ids import OwnIds, RowsToOwn
 from tp_embed.lookup.same_ids import SameIds, check_interval
+from tp_embed.mapped.store import select_rows
 from tp_embed.parameter.sharded import check_block, local, unguarded
 from tp_embed.partition import Partition
 
@@ -257,7 +258,7 @@ class _OwnBlock:
         self._ids = ids
 
     def fetch(self, weight: Tensor) -> Tensor:
-        return weight.index_select(0, self._ids)
+        return select_rows(weight, self._ids)
 
     def backward(self, grad: Tensor) -> ReturnedGrads:
         return ReturnedGrads(grad, self._ids, None, range(grad.size(1)))

@@ -14,6 +14,7 @@ import tp_embed.parameter.optimizers  # noqa: F401 (checks optimizers before the
 from tp_embed._torch_private import metadata_of
 from tp_embed.gang import Gang
 from tp_embed.lookup.train_rows import mask_gradient
+from tp_embed.mapped.store import rewriting, store_of
 from tp_embed.parameter.sharded import local, mark_shard
 from tp_embed.partition import Partition, describe
 
@@ -27,6 +28,19 @@ def _unsupported(layer: Module, name: str) -> TypeError:
         f"`{type(layer).__name__}`, whose collectives it can't record. Use `torch.compile` or "
         "`torch.export`, or shard the tables of the model afterwards."
     )
+
+
+def _check_kept(weight: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
+    """
+    :raises ValueError: ``fn`` would change the dtype or the device of a mapped ``weight``.
+    """
+    moved = fn(torch.empty(0, weight.size(1), dtype=weight.dtype, device=weight.device))
+    if (moved.dtype, moved.device) != (weight.dtype, weight.device):
+        raise ValueError(
+            f"The table in memory-mapped files must stay {weight.dtype} on '{weight.device}', but "
+            f"would become {moved.dtype} on '{moved.device}'. Move the other modules of the model, "
+            "or map the table afterwards; `map_table(..., dtype=...)` gives it another dtype."
+        )
 
 
 class GangLayer(Module):
@@ -79,6 +93,7 @@ class GangLayer(Module):
         """
         :raises ValueError: ``param`` is the whole table, or a shard of another partition.
         """
+        self._check_mapped(param)
         layer: Any = self
         dim, own = layer.shard_dim, len(layer.partition.shard(self.gang.rank))
         of = getattr(param, "_shard", None)
@@ -93,6 +108,20 @@ class GangLayer(Module):
                 f"but is given {found}. Tie tables and heads before they are sharded, by "
                 "`shard_embeddings()`; make a layer of a whole table by `from_embedding()`, or "
                 "leave it whole: `rules={name: 'none'}`, `shard_head=False`."
+            )
+
+    def _check_mapped(self, param: Parameter) -> None:
+        held = self._parameters.get("weight")
+        if held is not None and param is not held and store_of(held) is not None:
+            raise ValueError(
+                "`weight` of a table in memory-mapped files must stay in them, but is assigned "
+                "another Parameter. Copy values into it: `weight.data.copy_()`."
+            )
+        if getattr(self, "sparse", None) is not True and store_of(param) is not None:
+            raise ValueError(
+                f"`weight` of a `{type(self).__name__}` must be in memory, but is in memory-mapped "
+                "files, whose gradients must be sparse. Leave it untied, or make the table with "
+                "`sparse=True`."
             )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -132,6 +161,9 @@ class GangLayer(Module):
         return "weight" in self._buffers
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if store_of(self.weight) is not None:
+            _check_kept(self.weight, fn)
+            return self
         apart = self._buffers.pop("weight", None)
         # Return a plain tensor, which can become a Parameter and be swapped with one.
         super()._apply(lambda tensor: local(fn(tensor)), recurse)
@@ -175,5 +207,6 @@ class GangLayer(Module):
                 "`tp_embed.checkpoint.hook_state_dict()`."
             )
             return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        with rewriting(self.weight):
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         self._adopt()  # `assign=True` replaces Parameters.

@@ -301,6 +301,7 @@ class HeadLosses(GangLayer):
             )
 
     def _check_block(self) -> None:
+        self._check_mapped(self.weight)
         with unguarded():
             check_block(self.weight, self.gang, self.partition, self.shard_dim)
 

@@ -17,6 +17,7 @@ from tp_embed.lookup.exchange import Dedup, Place
 from tp_embed.lookup.options import LookupOptions, Output
 from tp_embed.lookup.request import Lookup, look_up
 from tp_embed.lookup.train_rows import Rows, as_rows
+from tp_embed.mapped.store import rewriting, store_of
 from tp_embed.nn import init
 from tp_embed.nn.gang_layer import GangLayer
 from tp_embed.nn.init_whole import fill_from_whole_table
@@ -165,6 +166,12 @@ class Table(GangLayer, Embedding):
                 f"`output` must be one of {self.outputs} for a `{kind}`, "
                 f"but is {options.output!r} instead.{hint}"
             )
+        weight = getattr(self, "weight", None)
+        if weight is not None and not options.sparse and store_of(weight) is not None:
+            raise ValueError(
+                "`sparse` must be True for a table in memory-mapped files, whose dense gradient "
+                "would take as much memory, but is False instead."
+            )
         first = self.rows.start if self.shard_dim else self.partition.position(self.rows.start)
         held = range(first, first + len(self.rows))
         place = Place(self.gang, self.partition, self.shard_dim, held, self.columns)
@@ -222,10 +229,11 @@ class Table(GangLayer, Embedding):
         if self.weight.is_meta:
             return
         init_fn = self.init_fn or init.normal
-        if init.is_blockwise(init_fn):
-            init_fn(self)
-        else:
-            fill_from_whole_table(self, init_fn, self._empty_whole)
+        with rewriting(self.weight):
+            if init.is_blockwise(init_fn):
+                init_fn(self)
+            else:
+                fill_from_whole_table(self, init_fn, self._empty_whole)
 
     @abstractmethod
     def _empty_whole(self, device: torch.device | str | None = None) -> Table:
@@ -253,6 +261,12 @@ class Table(GangLayer, Embedding):
         return output * (scale.to(output.dtype) if isinstance(scale, Tensor) else scale)
 
     def __getstate__(self) -> dict[str, Any]:
+        if store_of(self.weight) is not None:
+            raise ValueError(
+                "A table in memory-mapped files must not be copied or pickled, but is. Use "
+                "`MappedTable.snapshot()`, save its `state_dict()`, or copy the model before the "
+                "table is mapped."
+            )
         return {key: value for key, value in self.__dict__.items() if key != "_lookup"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

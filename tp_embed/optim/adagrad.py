@@ -7,6 +7,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
+from tp_embed.mapped.store import new_zeros
 from tp_embed.optim.masters import State
 from tp_embed.optim.rows import RowOptimizer
 
@@ -39,7 +40,7 @@ class RowwiseAdagrad(RowOptimizer):
         super().__init__(params, lr=lr, eps=eps, weight_decay=weight_decay)
 
     def _init_state(self, state: State, weight: Tensor, dtype: torch.dtype) -> None:
-        state["sum"] = weight.new_zeros(len(weight), dtype=dtype)
+        state["sum"] = new_zeros(weight, "sum", (len(weight),), dtype)
 
     def _update(
         self,

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
+from tp_embed.mapped.store import new_zeros
 from tp_embed.optim.masters import State
 from tp_embed.optim.rows import RowOptimizer
 
@@ -27,9 +28,9 @@ class _Adam(RowOptimizer):
         super().__init__(params, lr=lr, eps=eps, weight_decay=weight_decay, betas=betas)
 
     def _init_state(self, state: State, weight: Tensor, dtype: torch.dtype) -> None:
-        state["exp_avg"] = torch.zeros_like(weight, dtype=dtype)
+        state["exp_avg"] = new_zeros(weight, "exp_avg", weight.shape, dtype)
         second = (len(weight), 1) if self.is_row_wise else weight.shape
-        state["exp_avg_sq"] = weight.new_zeros(second, dtype=dtype)
+        state["exp_avg_sq"] = new_zeros(weight, "exp_avg_sq", second, dtype)
 
     def _update(
         self,

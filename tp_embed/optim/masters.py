@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tp_embed.mapped.store import new_zeros
+
 State = dict[str, Any]
 
 _HALF = 1 << 16
@@ -20,9 +22,10 @@ _HALF = 1 << 16
 def prepare(weight: Tensor, state: State) -> None:
     """Adds the fp32 values of a weight in bf16 or fp16 to ``state``, unless it has them."""
     if weight.dtype == torch.float16 and "master" not in state:
-        state["master"] = weight.float()
+        master = new_zeros(weight, "master", weight.shape, torch.float32)
+        state["master"] = master.copy_(weight)
     elif weight.dtype == torch.bfloat16 and "remainder" not in state:
-        state["remainder"] = torch.zeros_like(weight, dtype=torch.int16)
+        state["remainder"] = new_zeros(weight, "remainder", weight.shape, torch.int16)
 
 
 def read_rows(weight: Tensor, state: State, rows: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from tp_embed._torch_private import parts_of_sparse
 from tp_embed.lookup.distinct import find_distinct
 from tp_embed.lookup.gradient import sum_by_id
+from tp_embed.mapped.store import new_zeros, rewriting, step_of, store_of
 from tp_embed.optim.masters import State, prepare, read_all, read_rows, write_rows
 from tp_embed.parameter.sharded import ShardedParameter, local
 
@@ -54,6 +55,7 @@ class RowOptimizer(Optimizer):
 
     is_row_wise: ClassVar[bool]
     row_states: ClassVar[Mapping[str, tuple[int, ...]]] = {"row_decay": ()}
+    _tp_embed_keeps_files: ClassVar[bool] = True  # Of mapped tables; checked before each step.
 
     def __init__(
         self, params: Any, *, lr: float | Tensor, eps: float, weight_decay: float, **defaults: Any
@@ -104,7 +106,8 @@ class RowOptimizer(Optimizer):
         return loss
 
     def _step(self, group: dict[str, Any], parameter: Tensor, grad: Tensor) -> None:
-        weight, state = local(parameter), self.state[parameter]
+        weight, state = local(parameter), self._state_of(parameter)
+        self.state[parameter] = state
         rows, grad = rows_of(grad, weight)
         squares = mean_square(grad, parameter) if self.is_row_wise else None
         self._ensure_state(group, weight, state)
@@ -113,14 +116,46 @@ class RowOptimizer(Optimizer):
             state["decay"] += math.log1p(-_decay(group))
         # On the CPU, rows that are written must still be in its cache.
         size = _CACHED if weight.device.type == "cpu" else max(len(rows), 1)
-        for start in range(0, len(rows), size):
-            part = slice(start, start + size)
-            values = read_rows(weight, state, rows[part])
-            if "decay" in state:
-                _catch_up(state, rows[part], values)
-            square = None if squares is None else squares[part]
-            self._update(group, state, rows[part], grad[part], square, values)
-            write_rows(weight, state, rows[part], values)
+        with step_of(weight, rows, state) as save:
+            for start in range(0, len(rows), size):
+                part = slice(start, start + size)
+                save(start, start + size)
+                values = read_rows(weight, state, rows[part])
+                if "decay" in state:
+                    _catch_up(state, rows[part], values)
+                square = None if squares is None else squares[part]
+                self._update(group, state, rows[part], grad[part], square, values)
+                write_rows(weight, state, rows[part], values)
+
+    def _state_of(self, parameter: Tensor) -> State:
+        """Returns the state of a Parameter; if it is in files, what these hold."""
+        state: State = self.state.get(parameter, {})
+        store = store_of(parameter)
+        if store is None:
+            if any(isinstance(value, Tensor) and store_of(value) for value in state.values()):
+                raise ValueError(
+                    "The weight of a table in memory-mapped files must stay in them, but was "
+                    "replaced. Copy values into it: `weight.data.copy_()`."
+                )
+            return state
+        held, own = store.state(), type(self).__name__
+        if held.setdefault("optimizer", own) != own:
+            raise ValueError(
+                f"The optimizer of `{store.path}` must be a `{held['optimizer']}`, whose states it "
+                f"has, but is a `{own}` instead. Use that one, or map the table to a new directory."
+            )
+        state.clear()
+        state.update(held)
+        return state
+
+    def _check_in_memory(self, what: str) -> None:
+        for parameter in _flat(group["params"] for group in self.param_groups):
+            store = store_of(parameter)
+            if store is not None:
+                raise ValueError(
+                    f"{what} must not be of tables in memory-mapped files, but `{store.path}` is "
+                    "one. Use `MappedTable.snapshot()` and `MappedTable.restore()`."
+                )
 
     @abstractmethod
     def _init_state(self, state: State, weight: Tensor, dtype: torch.dtype) -> None:
@@ -149,7 +184,7 @@ class RowOptimizer(Optimizer):
             self._init_state(state, weight, torch.promote_types(weight.dtype, torch.float32))
         if _decay(group) and "decay" not in state:
             state["decay"] = 0.0
-            state["row_decay"] = weight.new_zeros(len(weight), dtype=torch.float64)
+            state["row_decay"] = new_zeros(weight, "row_decay", (len(weight),), torch.float64)
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -167,31 +202,47 @@ class RowOptimizer(Optimizer):
         or before saving the model. Walks over whole tables."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                weight, state = local(parameter), self.state.get(parameter, {})
+                weight, state = local(parameter), self._state_of(parameter)
                 if "decay" not in state:
                     continue
-                late = (state["row_decay"] != state["decay"]).nonzero()[:, 0]
-                for rows in late.split(_COPIED):
-                    values = read_rows(weight, state, rows)
-                    _catch_up(state, rows, values)
-                    write_rows(weight, state, rows, values)
+                with rewriting(weight, state):
+                    for start in range(0, len(weight), _COPIED):
+                        is_late = state["row_decay"][start : start + _COPIED] != state["decay"]
+                        rows = is_late.nonzero()[:, 0] + start
+                        values = read_rows(weight, state, rows)
+                        _catch_up(state, rows, values)
+                        write_rows(weight, state, rows, values)
 
     def refresh(self) -> None:
         """Takes the fp32 values of weights in bf16 and fp16 from the weights again, after these
         were written without the optimizer."""
-        for state in self.state.values():
-            for name in ("master", "remainder"):
-                state.pop(name, None)
+        for parameter in list(self.state):
+            state = self._state_of(parameter)
+            with rewriting(parameter, state):
+                for name in ("master", "remainder"):
+                    state.pop(name, None)
 
     def master(self, parameter: Tensor) -> Tensor:
         """Returns the fp32 values of a Parameter in bf16 or fp16, or else its own values. May share
         memory with them. *Shape:* :math:`(V,E)`, or this rank's shard of it."""
         with torch.no_grad():
-            return read_all(local(parameter), self.state.get(parameter, {}))
+            return read_all(local(parameter), self._state_of(parameter))
+
+    def state_dict(self) -> dict[str, Any]:
+        for parameter in _flat(group["params"] for group in self.param_groups):
+            if state := self._state_of(parameter):
+                self.state[parameter] = state
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_in_memory("Copies of an optimizer")
+        state: dict[str, Any] = super().__getstate__()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state, in the dtypes in which it was saved; torch would cast it to the dtype of
         the Parameters."""
+        self._check_in_memory("States that are loaded")
         loaded: dict[str, Any] = {}
 
         def note(_: Optimizer, changed: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from tp_embed.mapped.store import store_of
 from tp_embed.parameter.sharded import ShardedParameter, ShardedTensor
 
 
@@ -136,6 +137,13 @@ def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             f"The `{kind.__name__}` must train the shards of the model's tables, but holds a whole "
             "table that `shard_embeddings()` has replaced. Make the optimizer afterwards, or pass "
             "it: `shard_embeddings(..., optimizer=optimizer)`."
+        )
+    is_safe = getattr(kind, "_tp_embed_keeps_files", False)
+    if not is_safe and any(store_of(p) is not None for p in trained):
+        raise ValueError(
+            "The optimizer of a table in memory-mapped files must be one of `tp_embed.optim`, "
+            f"which keeps its states in files too, but is a `{kind.__name__}` instead. Use "
+            "`RowwiseAdagrad`, `RowwiseAdam` or `LazyAdam`."
         )
     shards = [p for p in trained if isinstance(p, ShardedParameter)]
     if shards and needs_matrix(optimizer):

@@ -165,7 +165,10 @@ def test_exports_and_state_dicts_hold_the_whole_table(seen, stage):
         ({"optimizer": "rowwise_adam", "lr": -1.0}, "`lr` must be at least 0"),
         ({"optimizer": "rowwise_adam", "betas": [0.9]}, r"`tp_embed\.tables\.ngram\.betas`"),
         ({"optimizer": "rowwise_adagrad", "betas": [0.9, 0.9]}, "`betas` must be left out"),
-        ({"optimizer": "rowwise_adagrad", "rate": 1.0}, "betas, eps, lr, optimizer, weight_decay"),
+        (
+            {"optimizer": "rowwise_adagrad", "rate": 1.0},
+            "betas, eps, lr, memory, optimizer, resident, weight_decay",
+        ),
         ({}, r"`tp_embed\.tables\.ngram\.optimizer`"),
     ],
 )

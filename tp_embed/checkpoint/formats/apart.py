@@ -16,10 +16,21 @@ from ..errors import CheckpointError
 from . import dcp
 
 DIRECTORY = "tp_embed_own_tables"
+# Snapshots of tables in memory-mapped files, whose weights in the files of DeepSpeed are empty.
+MAPPED_DIRECTORY = "tp_embed_mapped_tables"
 
 
 def with_tables(rest: Checkpoint, tag: Path, options: ReadOptions) -> Checkpoint:
-    """Returns ``rest``, what the files of DeepSpeed hold, with the tables of the tag, if any."""
+    """Returns ``rest``, what the files of DeepSpeed hold, with the tables of the tag, if any.
+
+    :raises CheckpointError: a table is in both, or tables are in memory-mapped files.
+    """
+    if (tag / MAPPED_DIRECTORY).is_dir():
+        raise CheckpointError(
+            f"`{tag}` must hold all tables to be converted, but holds snapshots of tables in "
+            f"memory-mapped files, `{tag / MAPPED_DIRECTORY}`, which only the engine reads. Load "
+            "it there."
+        )
     if not (tag / DIRECTORY).is_dir():
         return rest
     found = ReadOptions(allow_unsafe_pickle=options.allow_unsafe_pickle)
