@@ -24,6 +24,7 @@ from once import once
 from tp_embed.checkpoint.contents import Key
 from tp_embed.checkpoint.errors import CheckpointError, UnsafeCheckpointError
 from tp_embed.checkpoint.formats import deepspeed
+from tp_embed.checkpoint.formats.apart import MAPPED_DIRECTORY
 from universal_job import NORM
 
 
@@ -343,11 +344,9 @@ def test_names_of_shared_parameters_that_lead_nowhere_are_refused(source):
             read(path)
 
 
-def test_snapshots_of_mapped_tables_are_refused(tmp_path):
+def test_snapshots_of_mapped_tables_are_refused(source):
     """In the files of DeepSpeed these tables have no rows."""
-    torch.save({"model": {"embed_tokens.weight": torch.ones(4, 2)}}, tmp_path / "m.pt")
-    convert(tmp_path / "m.pt", tmp_path / "run", Request(to="deepspeed"))
-    (tag,) = [path for path in (tmp_path / "run").iterdir() if path.is_dir()]
-    (tag / MAPPED_DIRECTORY).mkdir()
+    path = source("dp z1")
+    (path / MAPPED_DIRECTORY).mkdir()
     with pytest.raises(CheckpointError, match="snapshots of tables in memory-mapped files"):
-        read(tmp_path / "run")
+        read(path)
