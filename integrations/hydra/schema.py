@@ -78,6 +78,8 @@ class TableConfig:
     betas: list[float] | None = None
     eps: float | None = None
     weight_decay: float | None = None
+    memory: str | None = None
+    resident: int | None = None
 
 
 @dataclass
@@ -104,8 +106,8 @@ class EmbeddingConfig:
     )
     tables: dict[str, TableConfig] = _key(
         "optimizers of tables of their own, by patterns of names: `optimizer` (`lazy_adam`, "
-        "`rowwise_adagrad` or `rowwise_adam`), `lr`, `betas`, `eps`, `weight_decay`; patterns only "
-        "in files"
+        "`rowwise_adagrad` or `rowwise_adam`), `lr`, `betas`, `eps`, `weight_decay`, "
+        "`memory`, `resident`; patterns only in files"
     )
     init_fn: Any = _key("the choice of the group `init`; null: tables keep their values")
 

@@ -114,6 +114,12 @@ def _of_table(section: Mapping[str, Any], table: str | None) -> dict[str, Any]:
             f"`tp_embed.tables` of the config must have an `optimizer` for {name!r}, one of "
             f"{get_args(TableOptimizer)}, but has {optimizer!r}."
         )
+    if own.get("memory") is not None:
+        raise WrongUsageError(
+            f"`tp_embed.tables` of the config must have no `memory` for {name!r} to be planned, "
+            "since the table is in files. Leave it out: bytes of the weight and the states of the "
+            "optimizer are then the sizes of the files."
+        )
     decay = bool(own.get("weight_decay"))
     return {"strategy": strategy, "table_optimizer": optimizer, "table_decay": decay}
 
