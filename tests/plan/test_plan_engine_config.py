@@ -90,6 +90,11 @@ def test_a_tied_table_stays_whole_as_in_the_engine(plan):
         ("[]", (), "must hold a JSON object"),
         ({"tp_embed": {"tabels": {}}}, (), "but has ['tabels']"),
         ({"tp_embed": {"tables": {"a": {"optimizer": "adam"}}}}, (), "but has 'adam'"),
+        (
+            {"tp_embed": {"tables": {"a": {"optimizer": "lazy_adam", "memory": "/nvme"}}}},
+            (),
+            "must have no `memory` for 'a'",
+        ),
         ({"tp_embed": {"rules": {"a": "embed", "b": "vocab"}}}, (), "--table must be the name"),
         ({"tp_embed": {"rules": {"*.wpe": "none"}}}, (), "has the patterns ['*.wpe']"),
         ({"tp_embed": {"strategy": "rows"}}, (), "The strategy of '' must be one of"),

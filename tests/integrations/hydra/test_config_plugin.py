@@ -167,7 +167,7 @@ def test_options_reach_the_table_and_wrong_ones_are_named(app):
     error = app("tp_embed/init=normal", "tp_embed.init.std=abc", fails=True)
     assert "could not be converted to Float" in error
     error = app("tp_embed.embedding.strategy=rows", fails=True)
-    assert "expected one of [auto, embed, vocab, none]" in error
+    assert "expected one of [auto, embed, vocab, world, none]" in error
     error = app("tp_embed/init=xavier", fails=True)
     assert "xavier_uniform" in error
     assert "power" in error
