@@ -330,8 +330,9 @@ def _refuse(name: str) -> NoReturn:
 
 def _refuse_late() -> NoReturn:
     raise DeferredLogitsError(
-        "Deferred logits must be used before `backward()`, and before their hidden states, the "
-        f"weight of their head or its `requires_grad` change, but are used after that. {_FIX}"
+        "Deferred logits must be used before `backward()`, and before their hidden states or the "
+        "weight of their head change, or the weight is frozen or no longer frozen, but are used "
+        f"after that. {_FIX}"
     )
 
 
