@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, cast
@@ -15,12 +15,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
 from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import Concatenate, WeightConverter, dot_natural_key
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from tp_embed.gang import Gang, GangError
 from tp_embed.gang.agreement import raise_together
+from tp_embed.gang.redistribute import redistribute
 from tp_embed.nn.head import ShardedLayer
 from tp_embed.parameter.sharded import local
+from tp_embed.partition import Partition
 from tp_embed.surgery.shard import shard_embeddings
 
 from . import loss
@@ -139,7 +142,14 @@ def _model_class(model_class: Any, name_or_path: str, options: dict[str, Any]) -
 def _loading(base: Any, gang: Gang, sharding: dict[str, Any], meeting: _Meeting) -> Any:
     """Returns a subclass of ``base`` that shards tables before loading them."""
 
-    def load(model: Any, state_dict: Any, files: list[str] | None, *args: Any, **more: Any) -> Any:
+    def load(
+        model: Any,
+        state_dict: Any,
+        files: list[str] | None,
+        load_config: Any,
+        *args: Any,
+        **more: Any,
+    ) -> Any:
         if (
             state_dict is not None
             or not files
@@ -155,8 +165,9 @@ def _loading(base: Any, gang: Gang, sharding: dict[str, Any], meeting: _Meeting)
         shard_embeddings(model, gang, **sharding)
         meeting.is_next = True
         _as_dtensors(model)
-        state = {key: _Slices(file, key) for file in files for key in _keys(file)}
-        return base._load_pretrained_model(model, state, files, *args, **more)
+        state: dict[str, Any] = {key: _Slices(file, key) for file in files for key in _keys(file)}
+        _join_rows(model, state, load_config.weight_mapping or ())
+        return base._load_pretrained_model(model, state, files, load_config, *args, **more)
 
     def finalize(model: Any, load_config: Any, loading_info: Any) -> Any:
         missing = set(loading_info.missing_keys)
@@ -172,6 +183,24 @@ def _loading(base: Any, gang: Gang, sharding: dict[str, Any], meeting: _Meeting)
         "_finalize_model_loading": staticmethod(finalize),
     }
     return type(base.__name__, (base,), attributes)
+
+
+def _join_rows(model: Any, state: dict[str, Any], mapping: Iterable[Any]) -> None:
+    """Joins what the files hold of a table in several tensors of rows, as those of Qwen4-Exp do, if
+    each rank holds rows of it: transformers would cut each tensor, and join what it has cut."""
+    tables = [key for key, layer in sharded_layers(model) if layer.shard_dim == 0]
+    for converter in mapping:
+        operations = converter.operations if isinstance(converter, WeightConverter) else []
+        joins = [op for op in operations if isinstance(op, Concatenate) and op.dim == 0]
+        target = converter.target_patterns[0]
+        if not (joins == operations and any(key.endswith(target) for key in tables)):
+            continue
+        parts: dict[str, list[_Slices]] = {}
+        for key in sorted(state, key=dot_natural_key):
+            whole, pattern = converter.rename_source_key(key)
+            if pattern is not None:
+                parts.setdefault(whole, []).append(state.pop(key))
+        state |= {whole: _Rows(found) for whole, found in parts.items()}
 
 
 def _as_dtensors(model: Any) -> None:
@@ -196,9 +225,12 @@ def _as_dtensors(model: Any) -> None:
 def _as_shards(model: Any) -> None:
     shards: dict[Tensor, Parameter] = {}
     for _, layer in sharded_layers(model):
-        weight = layer.weight
+        weight, own = layer.weight, layer.partition
         if isinstance(weight, DTensor) and weight not in shards:
-            shards[weight] = Parameter(weight.to_local().detach(), weight.requires_grad)
+            shard = weight.to_local().detach()
+            if own.cyclic:  # A DTensor has blocks.
+                shard = redistribute(shard, Partition(own.size, own.num_shards), own, layer.gang)
+            shards[weight] = Parameter(shard, weight.requires_grad)
     _replace(model, shards)
 
 
@@ -265,3 +297,30 @@ class _Slices:
             if not index:
                 return cast(Tensor, file.get_tensor(self._key))
             return cast(Tensor, file.get_slice(self._key)[index])
+
+
+class _Rows:
+    """Reads slices of tensors that lie one below the other in a table."""
+
+    def __init__(self, parts: list[_Slices]) -> None:
+        self._parts = parts
+        self._sizes = [part.get_shape()[0] for part in parts]
+
+    def get_shape(self) -> list[int]:
+        return [sum(self._sizes), *self._parts[0].get_shape()[1:]]
+
+    def get_dtype(self) -> str:
+        return self._parts[0].get_dtype()
+
+    def __getitem__(self, index: Any) -> Tensor:
+        first, *rest = (slice(None),) if index is Ellipsis else tuple(index)
+        start, stop, _ = first.indices(sum(self._sizes))
+        empty = self._parts[0][(slice(0, 0), *rest)]
+        output = empty.new_empty((stop - start, *empty.shape[1:]))
+        for part, size in zip(self._parts, self._sizes, strict=True):
+            rows = range(max(0, start), min(size, stop))
+            if rows:
+                own = output[rows.start - start : rows.stop - start]
+                own.copy_(part[(slice(rows.start, rows.stop), *rest)])
+            start, stop = start - size, stop - size
+        return output

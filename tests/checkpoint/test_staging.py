@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import stat
 import subprocess
 import time
 from contextlib import suppress
@@ -302,3 +303,89 @@ def test_the_output_must_be_apart_from_the_source(source, tmp_path):
         with pytest.raises((CheckpointError, FileExistsError)):
             convert(source, output, Request(to="pt", source_format="pt"), overwrite=True)
     assert source.is_file()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", ["device", "pipe", "link to nothing"])
+def test_what_is_no_file_is_never_replaced(tmp_path, kind, overwrite):
+    output = tmp_path / "output"
+    if kind == "device":
+        os.mknod(output, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    elif kind == "pipe":
+        os.mkfifo(output)
+    else:
+        output.symlink_to(output)
+    before = output.lstat()
+    with (
+        pytest.raises(
+            (CheckpointError, RuntimeError), match=r"must be new, a file or|Symlink loop"
+        ),
+        staged(output, overwrite=overwrite),
+    ):
+        raise AssertionError("the block must not run")
+    assert output.lstat() == before
+    assert os.listdir(tmp_path) == ["output"]
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(source, small_disk):
+    with pytest.raises(CheckpointError, match="is the root of a mounted file system"):
+        convert(source, small_disk, Request(to="pt", source_format="pt"))
+    assert not list(small_disk.parent.glob(".*.partial"))
+
+
+@pytest.mark.parametrize("kind", ["link", "directory", "file"])
+def test_the_partial_name_of_somebody_else_is_left_alone(tmp_path, kind):
+    output, partial, victim = (tmp_path / name for name in ("output", ".output.partial", "victim"))
+    if kind == "file":
+        partial.write_text("precious")
+    else:
+        directory = victim if kind == "link" else partial
+        directory.mkdir()
+        (directory / "precious").write_text("precious")
+        if kind == "link":
+            partial.symlink_to(victim)
+    refused = pytest.raises(CheckpointError, match="must be free for the output in progress")
+    with refused, staged(output):
+        raise AssertionError("the block must not run")
+    assert (partial if kind == "file" else partial / "precious").read_text() == "precious"
+
+
+def test_an_output_that_appeared_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    output, lock = tmp_path / "output", staging._lock
+
+    def lock_later(*args):
+        output.write_text("of another process")
+        return lock(*args)
+
+    monkeypatch.setattr(staging, "_lock", lock_later)
+    with pytest.raises(FileExistsError, match="holds something already"), staged(output):
+        raise AssertionError("the block must not run")
+    assert output.read_text() == "of another process"
+
+
+def write_often(output, seconds):
+    """Writes files that must all be of one process."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with suppress(CheckpointError), staged(output, overwrite=True) as stage:
+            stage.path.mkdir()
+            for name in "abc":
+                (stage.path / name).write_text(str(os.getpid()))
+
+
+def test_many_writers_leave_a_whole_output(tmp_path):
+    """Each removes its lock in the end, while the others wait for it."""
+    output, context = tmp_path / "output", multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_often, args=(output, 2)) for _ in range(4)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        with suppress(FileNotFoundError):  # Until the first has written.
+            directory = os.open(output, os.O_RDONLY)
+            found = sorted(os.listdir(directory))
+            if os.path.samestat(os.fstat(directory), output.stat()):  # Else it was replaced.
+                assert found == ["a", "b", "c"]
+            os.close(directory)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0, 0]
+    assert len({(output / name).read_text() for name in "abc"}) == 1
+    assert os.listdir(tmp_path) == ["output"]
