@@ -200,7 +200,6 @@ REFUSED = {
     "prod": lambda y: y.prod(-1),
     "norm": lambda y: y.norm(dim=-1),
     "vector_norm": lambda y: torch.linalg.vector_norm(y, dim=-1),
-    "any": lambda y: y.isnan().any(),
     "equal": lambda y: torch.equal(y, y),
     "item": lambda y: y[:1, :1].view(-1, y.shape[-1]).item(),
     "count_nonzero": lambda y: y.count_nonzero(),
@@ -260,7 +259,7 @@ def test_values_may_be_set_by_a_mask_and_by_tokens(logits):
     assert torch.equal(logits.as_subclass(torch.Tensor), expected)
 
 
-@pytest.mark.parametrize("name", ["sum", "amax", "amin"])
+@pytest.mark.parametrize("name", ["sum", "amax", "amin", "any", "all"])
 def test_sums_over_classes_warn(logits, name):
     plain = logits.as_subclass(torch.Tensor)
     for dim in (-1, (0, 2)):
@@ -269,6 +268,12 @@ def test_sums_over_classes_warn(logits, name):
         assert seen[0].filename == __file__
         assert type(found) is torch.Tensor
         assert torch.equal(found, getattr(plain, name)(dim))
+
+
+def test_values_can_be_compared_in_tests(logits):
+    plain = logits.as_subclass(torch.Tensor)
+    with pytest.warns(UserWarning, match="`all` is of this rank's classes only"):
+        torch.testing.assert_close(logits, plain)
 
 
 def test_facts_and_new_tensors_are_plain(logits):

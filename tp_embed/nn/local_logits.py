@@ -52,7 +52,7 @@ class LocalLogits(Tensor):
       Megatron: to its forward and its backward they are plain tensors.
     - ``logits.as_subclass(torch.Tensor)`` is a plain tensor, for code that combines the values of
       ranks itself.
-    - ``sum``, ``amax`` and ``amin`` over the classes are plain tensors, and warn.
+    - ``sum``, ``amax``, ``amin``, ``all`` and ``any`` over the classes are plain tensors, and warn.
 
     :func:`torch.compile` leaves them out of graphs. What this cannot see: graphs of
     :func:`torch.export` and ``make_fx``, and what a function of :func:`torch.vmap` returns, which

@@ -88,15 +88,15 @@ def _chooses(call: Call) -> bool:
 
 
 def is_partial(call: Call) -> bool:
-    """Returns whether ``call`` sums over the classes, or takes the largest or smallest, as losses
-    do that then reduce over ranks. With ``keepdim`` the result would go back into the logits, as in
-    a softmax."""
+    """Returns whether ``call``, of the classes, is half of what losses and checks of values do that
+    then reduce over ranks. With ``keepdim`` the result would go back into the logits, as in a
+    softmax."""
     keepdim = call.args[2] if len(call.args) > 2 else call.kwargs.get("keepdim")
     return call.name in _PARTIAL and not keepdim
 
 
 _DIMS = ("dim", "dims", "axis", "axes", "dim0", "dim1", "axis0", "axis1", "source", "destination")
-_PARTIAL = ("amax", "amin", "sum")
+_PARTIAL = ("all", "amax", "amin", "any", "sum")
 
 # With tensors of the classes. Other properties are facts about the tensor.
 PROPERTIES = frozenset({"H", "T", "data", "grad", "imag", "mH", "mT", "real"})
@@ -122,7 +122,7 @@ _OPERATORS = "add and floordiv mod mul or pow rdiv rmul rpow rsub sub truediv xo
 _OTHERS = """
     .data .grad .real __abs__ __eq__ __ge__ __gt__ __invert__ __le__ __lt__ __ne__ __neg__ __pos__
     bfloat16 bitwise_and bitwise_not bitwise_or bitwise_xor bool clone contiguous cpu cuda detach
-    double empty_like eq float full_like ge gt half int isfinite isinf isnan le logical_and
+    double empty_like eq float full_like ge gt half int isclose isfinite isinf isnan le logical_and
     logical_not logical_or logical_xor logsigmoid long lt ne ones_like positive rand_like
     randn_like rsub softsign to type type_as where zeros_like
 """
