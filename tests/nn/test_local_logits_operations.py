@@ -345,11 +345,11 @@ def compiled_functions(gang):
             torch.compile(loss_of, backend="aot_eager", fullgraph=True)(head, x)
     compiled = torch.compile(loss_of, backend="aot_eager")
     torch.testing.assert_close(compiled(head, x), loss_of(head, x))
-    compiled = torch.compile(lambda y: y * 2, backend="aot_eager")
-    assert type(compiled(head(x))) is type(head(x))
-    compiled = torch.compile(softmax_of, backend="aot_eager")
+    doubled = torch.compile(lambda y: y * 2, backend="aot_eager")
+    assert type(doubled(head(x))) is type(head(x))
+    normalized = torch.compile(softmax_of, backend="aot_eager")
     if gang.size == 1:
-        torch.testing.assert_close(compiled(head, x), softmax_of(head, x))
+        torch.testing.assert_close(normalized(head, x), softmax_of(head, x))
         return
     with pytest.raises(ValueError, match=f"`softmax` {REFUSAL}"):
-        compiled(head, x)
+        normalized(head, x)
