@@ -10,8 +10,10 @@ Names on the path of a lookup are aliases, not wrapper functions, which would be
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch
@@ -28,6 +30,9 @@ from torch._C._distributed_c10d import PrefixStore as PrefixStore
 from torch._C._distributed_c10d import Store as Store
 from torch._C._distributed_c10d import TCPStore as TCPStore
 from torch._C._dynamo import eval_frame
+
+# Tells `vmap()` from other callers: its tensors would lose the class of logits.
+from torch._functorch import vmap
 
 # Keeps communicating operators in order: compiled graphs of ranks would run them in different ones.
 from torch._library.effects import EffectType as EffectType
@@ -52,8 +57,9 @@ from torch.utils import _foreach_utils
 # Detects random numbers drawn by init functions: pad rows would keep them.
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
-# Finds shards among the arguments of a function.
+# Finds shards among the arguments of a function, and the tensors of its result.
 from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map_only as tree_map_only
 
 # Names that subclasses of `torch.nn.Module` override, or that are copied from module to module, so
 # no alias can replace them.
@@ -123,10 +129,35 @@ default_store = distributed_c10d._get_default_store
 resolve_process_group: Any = distributed_c10d._resolve_process_group
 
 
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+
+
 def is_transformed() -> bool:
     """Returns whether a transform of :mod:`torch.func` or forward-mode AD is active: their
     derivatives would miss the contributions of other ranks."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def running_functions() -> Iterator[tuple[Any, ...]]:
+    """Yields the arguments of each :class:`torch.autograd.Function` whose forward runs, innermost
+    first: a loss of another library, which combines sums over ranks, would be refused its logits,
+    or else users would not be."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            yield frame.f_locals["args"]
+        frame = frame.f_back
+
+
+def is_batching() -> bool:
+    """Returns whether :func:`torch.vmap` called ``__torch_function__``, which called what calls
+    this: it unwraps tensors, and would drop the class of logits."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name != "__torch_function__":
+        frame = frame.f_back
+    while frame is not None and frame.f_code.co_name in ("__torch_function__", "_fn"):
+        frame = frame.f_back
+    return frame is not None and frame.f_globals is vars(vmap)
 
 
 def version(tensor: Tensor) -> int:

@@ -103,6 +103,12 @@ def shard_logits(model: Any) -> None:
     model.loss_function = _CausalLMLoss(head)
 
 
+def has_local_logits(model: Any) -> bool:
+    """Returns whether ``model`` has the logits of each rank's classes, see :func:`shard_logits`."""
+    loss = getattr(model, "loss_function", None)
+    return isinstance(loss, _CausalLMLoss) and loss._head.gang.size > 1
+
+
 def check_loss(model: Any) -> None:
     """
     :raises ValueError: :func:`shard_logits` cannot compute the loss of ``model``.

@@ -14,6 +14,7 @@ from tp_embed.surgery.report import ShardingReport
 from tp_embed.watchdog import Watchdog
 
 from .forward import check_forward
+from .predictions import guard_predictions
 from .sampling import check_reference, fit_generations, gang_of, share_random_state
 from .shard import shard_by_config
 
@@ -34,6 +35,10 @@ class ShardTables(TrainerCallback):
     With ``fuse_loss``, evaluation also fuses the loss if ``args.prediction_loss_only`` is set; else
     it returns whole logits, for ``compute_metrics``. Trainers with ``label_smoothing_factor`` or a
     ``compute_loss_func`` take whole logits: they compute the loss themselves.
+
+    With ``shard_logits``, ``compute_metrics`` and :meth:`Trainer.predict` are refused unless
+    ``args.prediction_loss_only`` is set, or ``preprocess_logits_for_metrics`` makes something of
+    each rank's logits that is not rank-local.
 
     The ranks of a gang get the same random state when training begins, so that trainers that
     sample, as TRL's GRPO and RLOO do, sample the same completions on all of them.
@@ -70,6 +75,7 @@ class ShardTables(TrainerCallback):
         if (gang := gang_of(model)) is not None:
             fit_generations(args, gang)
             check_reference(model, args, config.config)
+        guard_predictions(model, args)
         logger.info(f"tp_embed:\n{self.report}")
 
     def _fused(self, args: Any) -> Literal["always", True, False] | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from tp_embed._torch_private import version
+from tp_embed.nn.indexing import index_of_last
 from tp_embed.nn.late_calls import Modes, only_engine_hooks
 
 __all__ = ["DeferredLogits", "DeferredLogitsError"]
@@ -255,15 +256,11 @@ class DeferredLogits(metaclass=_Kind):
         return self._like(self._x.transpose(dim0, dim1))
 
     def __getitem__(self, index: Any) -> DeferredLogits:
-        *parts, last = index if isinstance(index, tuple) else (index,)
-        reaches_end = any(part is Ellipsis for part in parts)
-        num_dims = sum(map(_dims_of, (*parts, last)))
-        if reaches_end or num_dims == self.ndim:
-            num_classes = self.shape[-1]
-            if not isinstance(last, slice) or last.indices(num_classes) != (0, num_classes, 1):
-                _refuse("indexing of classes")
-            last = slice(None)
-        return self._like(self._x[(*parts, last)])
+        last, num_classes = index_of_last(index, self.ndim), self.shape[-1]
+        if not isinstance(last, slice) or last.indices(num_classes) != (0, num_classes, 1):
+            _refuse("indexing of classes")
+        *parts, end = index if isinstance(index, tuple) else (index,)
+        return self._like(self._x[(*parts, slice(None) if end is last else end)])
 
     def __getattr__(self, name: str) -> NoReturn:
         _refuse(name)
@@ -355,15 +352,6 @@ def _number(value: object, name: str) -> Fraction:
     if not isinstance(value, Real) or not math.isfinite(value) or value == 0:
         _refuse(f"{name} by {type(value).__name__}")
     return Fraction(float(value))
-
-
-def _dims_of(part: object) -> int:
-    """Returns how many dimensions a part of an index stands for, at least."""
-    if part is None or part is Ellipsis:
-        return 0
-    if isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8):
-        return part.ndim
-    return 1
 
 
 def _cross_entropy(
