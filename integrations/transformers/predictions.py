@@ -34,7 +34,7 @@ def guard_predictions(model: Any, args: Any) -> None:
     if trainer.compute_metrics is not None and process is None:
         raise ValueError(
             "`compute_metrics` must be given the logits of all classes, but with `shard_logits` "
-            f"each rank has those of its own only. {_FIX}"
+            f"each rank has the logits of its own only. {_FIX}"
         )
     trainer.preprocess_logits_for_metrics = _checked(process)
 
@@ -57,7 +57,7 @@ def _checked(process: Callable[[Any, Any], Any] | None) -> Callable[[Any, Any], 
             if isinstance(leaf, LocalLogits):
                 raise ValueError(
                     "Predictions must be made from the logits of all classes, but with "
-                    f"`shard_logits` each rank has those of its own only. {_FIX}"
+                    f"`shard_logits` each rank has the logits of its own only. {_FIX}"
                 )
         return found
 

@@ -20,7 +20,7 @@ from tp_embed.integrations.transformers import ShardTables
 
 
 def best_classes(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the class with the largest logit of those of all ranks."""
+    """Returns the class with the largest logit on any rank."""
     own = logits.as_subclass(torch.Tensor)
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, own.contiguous())

@@ -1,4 +1,4 @@
-"""Deferred logits are those of the head's call: its hooks run once, in its modes."""
+"""Losses of deferred logits run the head's hooks once, in the modes of the head's call."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_monitors_count_the_exchange_of_gradients(seen):
             assert found["sent"][0] == sent
         total = sum(sum(found["sent"]) for found in of_ranks) / 4
         assert of_ranks[0]["monitored bytes"] == pytest.approx(total)
-        # With a wall-clock breakdown: the table's, and that of its data-parallel ranks.
+        # With a wall-clock breakdown: the table's gang, and its data-parallel ranks.
         assert of_ranks[0]["timed gangs"] == (2 if "groups" in way else 0)
 
 
