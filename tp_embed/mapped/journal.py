@@ -29,6 +29,8 @@ Record = dict[str, Any]
 
 DAMAGED = "Delete the directory, map the table again, and restore a snapshot."
 
+HEAD_BYTES = 24
+
 _PAGE = 4096
 _ALIGNMENT = 64
 

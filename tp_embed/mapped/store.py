@@ -24,7 +24,7 @@ from tp_embed.mapped.files import (
     sync,
     write_file,
 )
-from tp_embed.mapped.journal import DAMAGED, Journal, Record, Records
+from tp_embed.mapped.journal import DAMAGED, HEAD_BYTES, Journal, Record, Records
 from tp_embed.mapped.resident import ResidentLimit
 
 # Files below this fraction of the resident memory stay in it: states with a number per row.
@@ -84,8 +84,8 @@ class RowStore:
                 for file in self.path.glob(name):
                     file.unlink()
         else:
-            for name in ("records", "journal"):
-                check_size(self.path / name, 1, DAMAGED)
+            check_size(self.path / "records", 1, DAMAGED)
+            check_size(self.path / "journal", HEAD_BYTES, DAMAGED)
         self._files: dict[str, MappedFile] = {}
         self.weight = self._add("weight", self._shape, self._dtype, not self.is_new)
         self._records = Records(self.path / "records")
