@@ -41,6 +41,9 @@ def map_table(
     writes to a folder of its own, so the directory may be on a local disk, with the same path on
     all nodes or not.
 
+    States that an optimizer has in memory move to a new directory too. One that is made for a
+    directory that is continued goes on with the states there.
+
     **Steps are atomic.** Whenever a process is killed, the next run finds the table as it was after
     a whole step, the same one on all ranks: the last one or the one before. For that, a step saves
     the rows that it overwrites, with their states. When the *machine* stops, writes of the system
@@ -55,8 +58,8 @@ def map_table(
     :param resident: the most bytes of its pages that stay in the memory of this process (RSS). The
         system keeps others in its page cache as long as it has room.
     :param dtype: the dtype of the table in the files; that of ``table`` if ``None``.
-    :raises ValueError: the table cannot be mapped, or the directory has another one, is in use, or
-        lacks writes that were lost.
+    :raises ValueError: the table cannot be mapped, or the directory has another one, is in use, is
+        damaged or lacks writes that were lost, or has the states of another optimizer.
     :raises GangError: ranks fail, or hold different steps, more than one apart.
     :raises OSError: the disk is full, or permission is missing.
     """
