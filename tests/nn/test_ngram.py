@@ -353,6 +353,17 @@ def test_engram_has_biases_and_one_stream():
     close(made(x, ids), x + value + short)
 
 
+@pytest.mark.parametrize("shape", [(1, 0), (0, 5), (0, 0)])
+def test_no_tokens(shape):
+    """A rank without ids runs the same layers, whose gradients are zero."""
+    layer = gate()
+    x = torch.zeros(*shape, STREAMS * HIDDEN, requires_grad=True)
+    found = layer(x, torch.zeros(*shape, dtype=torch.long))
+    assert found.shape == x.shape
+    found.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in layer.conv.parameters())
+
+
 def test_refused():
     with pytest.raises(ValueError, match=r"`strategy` must be one of \('embed', 'vocab', 'world"):
         NGramEmbedding(hash_of(), WIDTH, FakeGang("cpu"), strategy="none")

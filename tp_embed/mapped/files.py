@@ -110,6 +110,18 @@ def nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
+def check_size(path: Path, size: int, fix: str) -> None:
+    """Checks that a file has at least ``size`` bytes.
+
+    :param fix: what to do otherwise.
+    :raises ValueError: it is missing or shorter.
+    """
+    found = path.stat().st_size if path.exists() else None
+    if found is None or found < size:
+        but = "is missing" if found is None else f"has {found}"
+        raise ValueError(f"`{path}` must have at least {size} bytes, but {but}. {fix}")
+
+
 def _reserve(file: int, size: int) -> None:
     if os.fstat(file).st_size < size:
         os.posix_fallocate(file, 0, size)

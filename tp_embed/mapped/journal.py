@@ -23,9 +23,13 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from tp_embed.mapped.files import MappedFile
+from tp_embed.mapped.files import MappedFile, check_size
 
 Record = dict[str, Any]
+
+DAMAGED = "Delete the directory, map the table again, and restore a snapshot."
+
+HEAD_BYTES = 24
 
 _PAGE = 4096
 _ALIGNMENT = 64
@@ -117,6 +121,7 @@ class Journal:
         :param tensors: as for :meth:`begin`, in the same order.
         """
         total, saved = self._head[1:].tolist()
+        check_size(self._path, _layout(total, tensors)[0], DAMAGED)
         rows = self._rows(total)[:saved]
         for tensor, values in self._views(total, tensors):
             tensor.index_copy_(0, rows, values[:saved])

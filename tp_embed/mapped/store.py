@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -15,13 +14,26 @@ import torch
 from torch import Tensor
 
 from tp_embed._torch_private import DisableTorchFunctionSubclass
-from tp_embed.mapped.files import MappedFile, copy_file, locked, nbytes, sync, write_file
-from tp_embed.mapped.journal import Journal, Record, Records
+from tp_embed.mapped.directory import BOOT, has_table, of_record, read_snapshot, write_snapshot
+from tp_embed.mapped.files import (
+    MappedFile,
+    check_size,
+    copy_file,
+    locked,
+    nbytes,
+    sync,
+    write_file,
+)
+from tp_embed.mapped.journal import DAMAGED, HEAD_BYTES, Journal, Record, Records
 from tp_embed.mapped.resident import ResidentLimit
 
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
 # Files below this fraction of the resident memory stay in it: states with a number per row.
 _SMALL = 8
+
+_CLOSED = (
+    "The files of a mapped table must be open to use it, but are closed. Map the table again with "
+    "`map_table()`."
+)
 
 # Must be called before some rows are written; see `RowStore.step_of()`.
 Save = Callable[[int, int], object]
@@ -56,54 +68,26 @@ class RowStore:
         # The rest is for reads elsewhere, and for the journal.
         self._most = resident // 4 * 3
         path.mkdir(parents=True, exist_ok=True)
-        self.is_open, self._open = True, ExitStack()
+        self.is_open, self.is_spoiled, self._open = True, False, ExitStack()
         self._open.enter_context(locked(path / "lock", f"The table in `{path}`"))
         try:
-            self.is_new = not self._check()
+            self.is_new = not has_table(path, self._header)
             self._map()
             self._open.callback(ResidentLimit(resident, self.release).stop)
         except BaseException:
             self._open.close()
             raise
 
-    def _check(self) -> bool:
-        """Returns whether the directory has a table."""
-        path = self.path
-        if (path / "snapshot.json").exists():
-            raise ValueError(
-                f"`{path}` must hold a table in use, but has a snapshot. Choose another directory, "
-                "and restore the snapshot there."
-            )
-        if not (path / "table.json").exists():
-            return False
-        found = json.loads((path / "table.json").read_text())
-        if found != self._header:
-            different = [key for key in self._header if found.get(key) != self._header[key]]
-            raise ValueError(
-                f"`{path}` must hold a table with {_pick(self._header, different)}, but has one "
-                f"with {_pick(found, different)}. Choose another directory, or delete this one."
-            )
-        if (path / "rewriting").exists():
-            raise ValueError(
-                f"`{path}` must hold a whole table, but a process ended while it wrote all of it. "
-                "Delete the directory, map the table again, and restore a snapshot."
-            )
-        boot = path / "unsaved"
-        if boot.exists() and boot.read_text() != _BOOT.read_text():
-            raise ValueError(
-                f"`{path}` must hold all that was written to it, but the machine has stopped, or "
-                "is another one, since the last `flush()`. Delete the directory, map the table "
-                "again, and restore a snapshot."
-            )
-        return True
-
     def _map(self) -> None:
         if self.is_new:
             for name in ("*.bin", "journal", "records", "rewriting", "unsaved", "table.json"):
                 for file in self.path.glob(name):
                     file.unlink()
+        else:
+            check_size(self.path / "records", 1, DAMAGED)
+            check_size(self.path / "journal", HEAD_BYTES, DAMAGED)
         self._files: dict[str, MappedFile] = {}
-        self.weight = self._add("weight", self._shape, self._dtype)
+        self.weight = self._add("weight", self._shape, self._dtype, not self.is_new)
         self._records = Records(self.path / "records")
         self._open.callback(self._records.close)
         self._journal = Journal(self.path / "journal")
@@ -119,15 +103,23 @@ class RowStore:
     def _read(self) -> None:
         """Takes the last record, and maps its tensors."""
         records = self._records.read()
+        if not records:
+            raise ValueError(f"`{self.path}` must have records of steps, but has none. {DAMAGED}")
         self._record = records[max(records)]
+        self._optimizer = self._record["values"].get("optimizer")
         self._tensors = {
-            name: self._add(name, tuple(shape), getattr(torch, dtype))
-            for name, (shape, dtype) in self._record["tensors"].items()
+            name: self._add(name, *of_record(entry), True)
+            for name, entry in self._record["tensors"].items()
         }
 
-    def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _add(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, exists: bool = False
+    ) -> Tensor:
         if name not in self._files:
-            file = MappedFile(self.path / f"{name}.bin", nbytes(shape, dtype))
+            path, size = self.path / f"{name}.bin", nbytes(shape, dtype)
+            if exists:
+                check_size(path, size, DAMAGED)
+            file = MappedFile(path, size)
             self._files[name] = file
             address = file.bytes.untyped_storage().data_ptr()
             _STORES[address] = weakref.ref(self)
@@ -148,13 +140,27 @@ class RowStore:
 
     def state(self) -> dict[str, Any]:
         """Returns the states of the optimizer after the last step: tensors and numbers."""
-        return {**self._record["values"], **self._tensors}
+        values = {k: v for k, v in self._record["values"].items() if k != "optimizer"}
+        return {**values, **self._tensors}
+
+    def claim(self, optimizer: str) -> None:
+        """Checks that the states are of an ``optimizer`` of this class, whose name records have."""
+        held = self._record["values"].get("optimizer", optimizer)
+        if held != optimizer:
+            raise ValueError(
+                f"The optimizer of `{self.path}` must be a `{held}`, whose states it has, but is a "
+                f"`{optimizer}` instead. Use that one, or map the table to a new directory."
+            )
+        self._optimizer = optimizer
 
     def zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Returns zeros in a new file, to become part of the state when a step is done.
 
         :param shape: *Shape:* :math:`(V_{rank},*)`.
+        :raises ValueError: the state has this name already.
         """
+        if name in self._tensors:
+            raise ValueError(f"`{name}` of `{self.path}` must be new, but has values of a step.")
         self._files.pop(name, None)
         (self.path / f"{name}.bin").unlink(missing_ok=True)
         return self._add(name, shape, dtype)
@@ -183,7 +189,10 @@ class RowStore:
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         record: Record = {
             "step": step,
-            "values": {name: value for name, value in state.items() if name not in tensors},
+            "values": {
+                "optimizer": self._optimizer,
+                **{name: value for name, value in state.items() if name not in tensors},
+            },
             "tensors": {
                 name: [list(value.shape), str(value.dtype).removeprefix("torch.")]
                 for name, value in tensors.items()
@@ -218,22 +227,44 @@ class RowStore:
 
     @contextmanager
     def rewriting(self, state: Mapping[str, Any] | None = None) -> Iterator[None]:
-        """Writes any rows in this context. If it does not end, the directory is refused.
+        """Writes any rows in this context. If it does not end, the directory is refused, and if it
+        raises, the store too.
 
         :param state: all states of the optimizer, at the end of the context, if they change.
         """
+        try:
+            self.begin_rewriting()
+            yield
+            self.end_rewriting(state)
+        except BaseException:
+            self.is_spoiled = True
+            raise
+
+    def begin_rewriting(self) -> None:
         write_file(self.path / "rewriting", "")
         self._mark_unsaved()
         self._journal.forget()
-        yield
+
+    def end_rewriting(self, state: Mapping[str, Any] | None = None) -> None:
         if state is not None:
             self._write_record(self.step, state)
         (self.path / "rewriting").unlink()
         sync(self.path)
+        self.is_spoiled = False
+
+    def check(self) -> None:
+        """Checks that the rows are there, and whole."""
+        if not self.is_open:
+            raise ValueError(_CLOSED)
+        if self.is_spoiled:
+            raise ValueError(
+                f"`{self.path}` must hold a whole table, but what wrote all of it has failed, as "
+                "`decay_all()` or a restore. Restore a snapshot: `MappedTable.restore()`."
+            )
 
     def _mark_unsaved(self) -> None:
         if not (self.path / "unsaved").exists():
-            write_file(self.path / "unsaved", _BOOT.read_text())
+            write_file(self.path / "unsaved", BOOT.read_text())
 
     def flush(self) -> None:
         """Waits until all is on the disk."""
@@ -270,52 +301,26 @@ class RowStore:
             file.populate(pages)
 
     def snapshot(self, path: Path) -> None:
-        """Copies the table and the states to the directory ``path``, and waits until it is on the
-        disk."""
-        if (path / "table.json").exists():
-            raise ValueError(
-                f"`{path}` must not hold a table in use, but does. Copy it to another directory."
-            )
-        partial = path.with_name(f".{path.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name in self._written():
-            copy_file(self._files[name].path, partial / f"{name}.bin")
-        write_file(partial / "snapshot.json", json.dumps([self._header, self._record]))
-        shutil.rmtree(path, ignore_errors=True)
-        partial.rename(path)
-        sync(path.parent)
+        """Copies the table and the states to the directory ``path``; see :func:`write_snapshot`."""
+        files = [self._files[name].path for name in self._written()]
+        write_snapshot(path, self._header, self._record, files)
 
     def read_snapshot(self, path: Path) -> Record:
-        """Returns the record of a snapshot.
+        """Returns the record of a snapshot of this table; see :func:`read_snapshot`."""
+        return read_snapshot(path, self._header, self.weight.nbytes)
 
-        :raises ValueError: there is none, or it is of another table.
-        """
-        file = path / "snapshot.json"
-        if not file.exists():
-            raise ValueError(f"`{path}` must hold a snapshot of this table, but has none.")
-        header, record = json.loads(file.read_text())
-        if header != self._header:
-            different = [key for key in self._header if header.get(key) != self._header[key]]
-            raise ValueError(
-                f"`{path}` must hold a snapshot of a table with {_pick(self._header, different)}, "
-                f"but has one with {_pick(header, different)}."
-            )
-        found: Record = record
-        return found
-
-    def restore(self, path: Path) -> None:
-        """Takes the table and the states of a snapshot."""
+    def take(self, path: Path) -> None:
+        """Takes the table and the states of a snapshot, after :meth:`begin_rewriting`."""
         record = self.read_snapshot(path)
-        with self.rewriting():
-            copy_file(path / "weight.bin", self.path / "weight.bin")
-            for name, (shape, dtype) in record["tensors"].items():
-                self.zeros(name, tuple(shape), getattr(torch, dtype))
-                copy_file(path / f"{name}.bin", self.path / f"{name}.bin")
-            for step in (0, 1):
-                self._records.erase(step)
-            self._records.write(record)
-            self._read()
+        self._tensors = {}
+        copy_file(path / "weight.bin", self.path / "weight.bin")
+        for name, entry in record["tensors"].items():
+            self.zeros(name, *of_record(entry))
+            copy_file(path / f"{name}.bin", self.path / f"{name}.bin")
+        for step in (0, 1):
+            self._records.erase(step)
+        self._records.write(record)
+        self._read()
 
     def close(self) -> None:
         """Lets other processes open the directory. The table can't be used afterwards."""
@@ -336,11 +341,9 @@ def store_of(tensor: Tensor) -> RowStore | None:
     if found is None:
         return None
     store = found()
-    if store is None or not store.is_open:
-        raise ValueError(
-            "The files of a mapped table must be open to use it, but are closed. Map the table "
-            "again with `map_table()`."
-        )
+    if store is None:
+        raise ValueError(_CLOSED)
+    store.check()
     return store
 
 
@@ -382,7 +385,3 @@ def rewriting(
     """:meth:`RowStore.rewriting`, which does nothing for other tensors."""
     store = store_of(weight)
     return nullcontext() if store is None else store.rewriting(state)
-
-
-def _pick(values: Mapping[str, Any], keys: list[str]) -> dict[str, Any]:
-    return {key: values.get(key) for key in keys}

@@ -18,6 +18,7 @@ from tp_embed.lookup.distinct import find_distinct
 from tp_embed.lookup.exchange import Staging
 from tp_embed.lookup.ids import as_indices
 from tp_embed.lookup.own_ids import OwnIds, RowsToOwn
+from tp_embed.mapped.optimizers import adopt_states, replace_states
 from tp_embed.mapped.resident import can_measure
 from tp_embed.mapped.store import RowStore, store_of
 from tp_embed.nn.table import Table
@@ -40,6 +41,9 @@ def map_table(
     writes to a folder of its own, so the directory may be on a local disk, with the same path on
     all nodes or not.
 
+    States that an optimizer has in memory move to a new directory too. One that is made for a
+    directory that is continued goes on with the states there.
+
     **Steps are atomic.** Whenever a process is killed, the next run finds the table as it was after
     a whole step, the same one on all ranks: the last one or the one before. For that, a step saves
     the rows that it overwrites, with their states. When the *machine* stops, writes of the system
@@ -54,8 +58,8 @@ def map_table(
     :param resident: the most bytes of its pages that stay in the memory of this process (RSS). The
         system keeps others in its page cache as long as it has room.
     :param dtype: the dtype of the table in the files; that of ``table`` if ``None``.
-    :raises ValueError: the table cannot be mapped, or the directory has another one, is in use, or
-        lacks writes that were lost.
+    :raises ValueError: the table cannot be mapped, or the directory has another one, is in use, is
+        damaged or lacks writes that were lost, or has the states of another optimizer.
     :raises GangError: ranks fail, or hold different steps, more than one apart.
     :raises OSError: the disk is full, or permission is missing.
     """
@@ -65,23 +69,38 @@ def map_table(
             f"`StandardEmbedding`, but is a `{type(table).__name__}` instead. Shard it by 'vocab' "
             "or 'world'."
         )
-    gang = table.gang
-    store = raise_together(gang, lambda: _open(table, Path(directory), resident, dtype))
+    gang, before = table.gang, local(table.weight).detach()
+    store = _open_together(table, Path(directory), resident, dtype)
     try:
         _agree(store, gang)
-        is_meta = table.weight.is_meta
-        if store.is_new and not is_meta:
-            store.weight.copy_(local(table.weight))
-        _replace(table.weight, store.weight)
-        table._adopt()
+        states = raise_together(gang, lambda: adopt_states(store, table.weight))
+        if store.is_new and not before.is_meta:
+            store.weight.copy_(before)
+        _replace(table, store.weight)
         if store.is_new:
-            if is_meta:
+            if before.is_meta:
                 table.reset_parameters()
             raise_together(gang, store.finish)
     except BaseException:
+        _replace(table, before)
         store.close()
         raise
+    replace_states(states, store.state())
     return MappedTable(table, store)
+
+
+def _open_together(
+    table: Table, directory: Path, resident: int, dtype: torch.dtype | None
+) -> RowStore:
+    """Opens the store of each rank, or closes it if another rank fails, so that all may retry."""
+    opened: list[RowStore] = []
+    try:
+        raise_together(table.gang, lambda: opened.append(_open(table, directory, resident, dtype)))
+    except BaseException:
+        for store in opened:
+            store.close()
+        raise
+    return opened[0]
 
 
 def _open(table: Table, directory: Path, resident: int, dtype: torch.dtype | None) -> RowStore:
@@ -134,12 +153,14 @@ def _check(table: Table, resident: int) -> None:
         raise ValueError("Memory-mapped tables need Linux, whose `/proc/self/statm` is missing.")
 
 
-def _replace(weight: Parameter, values: Tensor) -> None:
-    """Gives ``weight`` other values in place, so that optimizers and models keep it."""
-    if weight.is_meta:
+def _replace(table: Table, values: Tensor) -> None:
+    """Gives the weight other values in place, so that optimizers and models keep it."""
+    weight = table.weight
+    if weight.is_meta != values.is_meta:
         swap_tensors(weight, Parameter(values, requires_grad=weight.requires_grad))
     else:
         weight.data = values
+    table._adopt()
 
 
 def _agree(store: RowStore, gang: Gang) -> None:
@@ -187,7 +208,7 @@ class MappedTable:
 
     @property
     def step(self) -> int:
-        """How many steps of the optimizer are done, in all runs."""
+        """How many steps of the optimizer are done in the files, in all runs."""
         return self._store.step
 
     @property
@@ -211,6 +232,11 @@ class MappedTable:
         self._fetching = self._pool.submit(store.populate, rows, True)
 
     def _checked(self) -> RowStore:
+        store = self._opened()
+        store.check()
+        return store
+
+    def _opened(self) -> RowStore:
         if not self._store.is_open:
             raise ValueError(
                 "A `MappedTable` must be open, but was closed, or its table is gone. Keep the "
@@ -240,21 +266,29 @@ class MappedTable:
         """Takes the values and the step of a :meth:`snapshot`, and the states of the optimizer.
 
         Collective: all ranks of the gang must call it. If it is interrupted, the files are refused
-        from then on.
+        from then on, until it is called again in this process.
 
         :raises ValueError: there is no snapshot, or it is of another table or number of ranks.
         :raises GangError: it is of another step on another rank.
         """
         path = Path(directory) / folder(self._gang)
         self._wait()
-        record = raise_together(self._gang, lambda: self._checked().read_snapshot(path))
+        store = self._store
+        record = raise_together(self._gang, lambda: self._opened().read_snapshot(path))
         steps = of_all_ranks(self._gang, record["step"])
         if len(set(steps)) > 1:
             raise GangError(
                 f"`directory` must have a snapshot of one step, but has the steps {steps}, by "
                 "rank. Choose a whole one."
             )
-        raise_together(self._gang, lambda: self._checked().restore(path), "The restore")
+        # A rank that begins to copy while another has not would mix their histories if killed.
+        try:
+            raise_together(self._gang, store.begin_rewriting, "The restore")
+            raise_together(self._gang, lambda: store.take(path), "The restore")
+            raise_together(self._gang, store.end_rewriting, "The restore")
+        except BaseException:
+            store.is_spoiled = True
+            raise
 
     def close(self) -> None:
         """Flushes the files and closes them; the table can't be used afterwards."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import Module, Parameter
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import pad, rms_norm, silu
 
 from tp_embed.gang import Gang
 from tp_embed.nn.embedding import (
@@ -235,7 +235,9 @@ class NGramGate(Module):
             ids = torch.where(mask, ids, hashing.boundary)
         found = self.ngrams(ids, cache, positions)
         key, query = self.norm_key(self.key(found)), self.norm_query(x)
-        products = (key * query).unflatten(-1, (-1, self.hidden_size)).sum(dim=-1, keepdim=True)
+        streams = key.size(-1) // self.hidden_size  # `-1` fails where there are no tokens.
+        parts = (key * query).unflatten(-1, (streams, self.hidden_size))
+        products = parts.sum(dim=-1, keepdim=True)
         gate = products / math.sqrt(self.hidden_size)
         gate = (gate.abs().clamp_min(1e-6).sqrt() * gate.sign()).sigmoid()
         value = (gate * self.value(found).unsqueeze(-2)).flatten(-2)
@@ -246,7 +248,7 @@ class NGramGate(Module):
         return x + added
 
     def _convolve(self, x: Tensor, cache: NGramCache | None) -> Tensor:
-        steps = x.reshape(-1, *x.shape[-2:]).transpose(1, 2)
+        steps = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]).transpose(1, 2)
         past = None if cache is None else cache.values
         if past is None:
             reach = (self.conv.kernel_size[0] - 1) * self.conv.dilation[0]
@@ -254,7 +256,10 @@ class NGramGate(Module):
         joined = torch.cat([past, steps], dim=-1)
         if cache is not None:
             cache.values = joined[..., steps.size(-1) :].detach().clone()
-        return silu(self.conv(joined)).transpose(1, 2).reshape(x.shape)
+        count = steps.size(-1)
+        if count == 0:
+            joined = pad(joined, (0, 1))  # A convolution needs an item.
+        return silu(self.conv(joined)[..., :count]).transpose(1, 2).reshape(x.shape)
 
 
 class _StreamNorm(Module):

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from tp_embed._torch_private import parts_of_sparse
 from tp_embed.lookup.distinct import find_distinct
 from tp_embed.lookup.gradient import sum_by_id
+from tp_embed.mapped.optimizers import note_optimizer
 from tp_embed.mapped.store import new_zeros, rewriting, step_of, store_of
 from tp_embed.optim.masters import State, prepare, read_all, read_rows, write_rows
 from tp_embed.parameter.sharded import ShardedParameter, local
@@ -30,7 +31,7 @@ class RowOptimizer(Optimizer):
 
     Computes in fp32 for weights in bf16 and fp16, and keeps their fp32 values: 2 more bytes a
     parameter for bf16, exact but for one unit in the last place where a value is halfway between
-    two bf16 numbers, and 4 for fp16. After writing such weights without the optimizer, call
+    two bf16 numbers, and 4 for fp16. After writing weights without the optimizer, call
     :meth:`refresh`.
 
     **Weight decay** is decoupled, as in :class:`torch.optim.AdamW`, and lazy: a step that touches a
@@ -64,6 +65,11 @@ class RowOptimizer(Optimizer):
             if not value >= 0.0:
                 raise ValueError(f"`{name}` must be at least 0, but is {value} instead.")
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay, **defaults})
+        note_optimizer(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        note_optimizer(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -138,14 +144,14 @@ class RowOptimizer(Optimizer):
                     "replaced. Copy values into it: `weight.data.copy_()`."
                 )
             return state
-        held, own = store.state(), type(self).__name__
-        if held.setdefault("optimizer", own) != own:
+        if any(isinstance(v, Tensor) and store_of(v) is not store for v in state.values()):
             raise ValueError(
-                f"The optimizer of `{store.path}` must be a `{held['optimizer']}`, whose states it "
-                f"has, but is a `{own}` instead. Use that one, or map the table to a new directory."
+                f"The states of the optimizer must be in `{store.path}`, but are in memory. Make "
+                "the optimizer again: it goes on with the states in the files."
             )
+        store.claim(type(self).__name__)
         state.clear()
-        state.update(held)
+        state.update(store.state())
         return state
 
     def _check_in_memory(self, what: str) -> None:
@@ -192,9 +198,14 @@ class RowOptimizer(Optimizer):
         loaded into them."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                weight, state = local(parameter), self.state[parameter]
+                weight, state = local(parameter), self._state_of(parameter)
+                self.state[parameter] = state
+                held = set(state)
                 self._ensure_state(group, weight, state)
                 prepare(weight, state)
+                if state.keys() != held:
+                    with rewriting(weight, state):  # Files of states that no record has are lost.
+                        pass
 
     @torch.no_grad()
     def decay_all(self) -> None:
@@ -214,13 +225,18 @@ class RowOptimizer(Optimizer):
                         write_rows(weight, state, rows, values)
 
     def refresh(self) -> None:
-        """Takes the fp32 values of weights in bf16 and fp16 from the weights again, after these
-        were written without the optimizer."""
-        for parameter in list(self.state):
+        """Takes the weights as they are now, after they were written without the optimizer: the
+        fp32 values of weights in bf16 and fp16 are forgotten, and the weight decay that rows have
+        missed. If only some rows are written, call :meth:`decay_all` before."""
+        for parameter in _flat(group["params"] for group in self.param_groups):
             state = self._state_of(parameter)
+            if "step" not in state:
+                continue
             with rewriting(parameter, state):
                 for name in ("master", "remainder"):
                     state.pop(name, None)
+                if "decay" in state:
+                    state["row_decay"].fill_(state["decay"])
 
     def master(self, parameter: Tensor) -> Tensor:
         """Returns the fp32 values of a Parameter in bf16 or fp16, or else its own values. May share
