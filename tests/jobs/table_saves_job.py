@@ -74,12 +74,12 @@ def two_saves(out: Path, way: str) -> dict[str, Any]:
             shutil.copy(file, tag / file.name)
 
     on_rank_0(restore_model)
+    seen: dict[str, Any] = {"converted": "nothing was refused"}
     if dist.get_rank() == 0:
         try:
             to_universal(saved, out / way / "converted")
         except Exception as e:
-            converted = str(e)
-    seen = {"converted": converted if dist.get_rank() == 0 else ""}
+            seen["converted"] = str(e)
     close(engine)
     again = engine_of(out, way, "b")
     train(again)
