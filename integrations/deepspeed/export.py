@@ -32,6 +32,7 @@ from tp_embed.gang.process_group import ProcessGroupGang
 from tp_embed.gang.redistribute import move_rows
 from tp_embed.nn.embedding import RowWiseEmbedding
 from tp_embed.parameter.sharded import local
+from tp_embed.partition import within
 
 from .layout import has_mixed_up_masters, local_shape, logical_shape, map_of
 from .private import (
@@ -206,15 +207,24 @@ def _blocks(
     if table is None:
         yield 0, _gather(engine, param, dtype)
         return
-    master = _master(engine, param) if _wants_master(param, dtype) else None
+    own, wants_master = own_tables_of(engine), _wants_master(param, dtype)
+    optimizer = own.optimizer_of(param) if own is not None and param in own else None
+    master = _master(engine, param) if wants_master and optimizer is None else None
     shard, gang = local(param if master is None else master), cast(ProcessGroupGang, table.gang)
     held = [table.partition.shard(rank) for rank in range(gang.size)]
     rows = range(table.num_embeddings)
-    count = max(1, CHUNK_BYTES // max(1, shard.size(1) * shard.element_size()))
+    count = max(1, CHUNK_BYTES // max(1, shard.size(1) * (dtype or shard.dtype).itemsize))
     for first in rows[::count]:
         block = rows[first : first + count]
+        places = [within(each, block.start, block.stop) for each in held]
+        parts = [each[place] for each, place in zip(held, places, strict=True)]
+        own_rows = places[gang.rank]
+        values = shard[own_rows]
+        if wants_master and optimizer is not None:
+            indices = torch.arange(own_rows.start, own_rows.stop, device=shard.device)
+            values = optimizer.master(param, indices)
         wanted = [block if rank == 0 else block[:0] for rank in gang.global_ranks]
-        values = move_rows(shard, held, wanted, gang)
+        values = move_rows(values, parts, wanted, gang)
         yield first, values.to(dtype or param.dtype) if dist.get_rank() == 0 else None
 
 

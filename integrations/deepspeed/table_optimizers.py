@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import log_dist
 from torch import Tensor
 
 from tp_embed.gang import Gang
@@ -17,7 +19,8 @@ from tp_embed.optim.rows import rows_of, sum_rows
 from tp_embed.parameter.norms import whole_norms
 from tp_embed.parameter.sharded import local, unguarded
 
-from .mapped_tables import keep_in_snapshots
+from .config import SECTION
+from .mapped_tables import Snapshots
 from .own_tables import OwnTable
 from .private import join_norm, loss_scale, wrap_step
 from .table_checkpoints import TableCheckpoints
@@ -70,8 +73,7 @@ class TableOptimizers:
         in_memory = [table for table in self._tables if table.name not in self.mapped]
         rank, size = self.replicas.rank, self.replicas.size
         copies = [(rank, size) if self._copied[table.name] else (0, 1) for table in in_memory]
-        self.checkpoints = TableCheckpoints(engine, in_memory, copies)
-        keep_in_snapshots(engine, self._tables)
+        self.checkpoints = TableCheckpoints(engine, in_memory, copies, Snapshots(self._tables))
         self._wrap_zero_grad()
 
     def __contains__(self, weight: object) -> bool:
@@ -170,6 +172,8 @@ class TableOptimizers:
         engine = self._engine
 
         def take_step_with_tables(*args: Any, **kwargs: Any) -> None:
+            if engine.global_steps == 0:
+                self._warn_of_old_tables()
             grads, scale, rate = self.gradients(), loss_scale(engine), engine.get_lr()[0]
             self._own_norm = self._norm(grads)
             take_step(*args, **kwargs)
@@ -178,6 +182,18 @@ class TableOptimizers:
                 self._step(grads, scale, rate)
 
         return take_step_with_tables
+
+    def _warn_of_old_tables(self) -> None:
+        for name, mapped in self.mapped.items():
+            if mapped.step:
+                log_dist(
+                    f"tp_embed: '{name}' in {mapped.path} is at step {mapped.step}, but the engine "
+                    "at step 0: a new model trains with an old table. If an earlier run was "
+                    "killed before its first checkpoint, delete the directory, or choose another "
+                    f"`memory` in `{SECTION}.tables`. To go on, load a checkpoint.",
+                    ranks=[0],
+                    level=logging.WARNING,
+                )
 
     def _step(self, grads: Mapping[Tensor, Tensor], scale: float, rate: float) -> None:
         engine = self._engine

@@ -23,6 +23,7 @@ from tp_embed.checkpoint.formats.universal.paths import (
     parameters_of,
     state_file,
 )
+from tp_embed.gang.process_group import ProcessGroupGang
 
 from .layout import has_mixed_up_masters, logical_shape, own_shard
 from .private import (
@@ -33,6 +34,7 @@ from .private import (
     persistent_buffers,
     universal_mode,
 )
+from .table_checkpoints import check_no_tables
 from .table_optimizers import own_tables_of
 from .universal_format import find_universal, load, read_step, read_tensor
 
@@ -88,6 +90,11 @@ def load_universal(
     _check_buffers(engine, saved["module"], strict)
     if load_lr_scheduler_states:
         _check_scheduler(engine, saved["lr_scheduler"])
+    own, load_tables = own_tables_of(engine), None
+    if own is None:
+        check_no_tables(ProcessGroupGang(None, engine.device), universal)
+    else:
+        load_tables = own.checkpoints.open(universal)
 
     _load_buffers(engine, saved["module"])
     with universal_mode(engine):
@@ -105,9 +112,10 @@ def load_universal(
         )
     if stage == 3:
         _mend_zero3(optimizer, param_groups)
-    own = own_tables_of(engine)
-    if own is not None and stage == 0:  # At other stages, the engine's method has loaded them.
-        own.checkpoints.load(universal)
+    if (
+        load_tables is not None and stage == 0
+    ):  # At other stages, the engine's method has loaded them.
+        load_tables(client_state)
     return path, client_state
 
 

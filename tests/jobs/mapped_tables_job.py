@@ -19,6 +19,8 @@ CASES = [(0, None, "rowwise_adam"), (1, "bf16", "lazy_adam"), (3, "bf16", "rowwi
 
 def make(stage: int, half: str | None, kind: str, memory: Path | None, **options: Any) -> Any:
     table: dict[str, Any] = {"optimizer": kind, "weight_decay": job.DECAY}
+    if "lr" in options:
+        table["lr"] = options.pop("lr")
     if memory is not None:
         table |= {"memory": str(memory), "resident": 1 << 24}
     more: dict[str, Any] = {half: {"enabled": True}} if half else {}

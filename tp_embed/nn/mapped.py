@@ -262,6 +262,31 @@ class MappedTable:
         path = Path(directory) / folder(self._gang)
         raise_together(self._gang, lambda: self._checked().snapshot(path), "The snapshot")
 
+    def check_snapshot(self, directory: str | Path) -> Path:
+        """Checks that :meth:`restore` can take a snapshot, and returns this rank's folder of it.
+
+        Collective: all ranks of the gang must call it. Raises the errors of :meth:`restore`.
+        """
+        path = Path(directory) / folder(self._gang)
+
+        def read() -> Any:
+            if not path.is_dir():
+                found = sorted(each.name for each in path.parent.glob("rank-*-of-*"))
+                raise ValueError(
+                    f"`{path.parent}` must hold the snapshot `{path.name}`, but has "
+                    f"{found or 'none'}. Use as many ranks as when it was taken, and a directory "
+                    "that has the folders of all ranks."
+                )
+            return self._opened().read_snapshot(path)["step"]
+
+        steps = of_all_ranks(self._gang, raise_together(self._gang, read, "The snapshot"))
+        if len(set(steps)) > 1:
+            raise GangError(
+                f"`directory` must have a snapshot of one step, but has the steps {steps}, by "
+                "rank. Choose a whole one."
+            )
+        return path
+
     def restore(self, directory: str | Path) -> None:
         """Takes the values and the step of a :meth:`snapshot`, and the states of the optimizer.
 
@@ -271,16 +296,9 @@ class MappedTable:
         :raises ValueError: there is no snapshot, or it is of another table or number of ranks.
         :raises GangError: it is of another step on another rank.
         """
-        path = Path(directory) / folder(self._gang)
+        path = self.check_snapshot(directory)
         self._wait()
         store = self._store
-        record = raise_together(self._gang, lambda: self._opened().read_snapshot(path))
-        steps = of_all_ranks(self._gang, record["step"])
-        if len(set(steps)) > 1:
-            raise GangError(
-                f"`directory` must have a snapshot of one step, but has the steps {steps}, by "
-                "rank. Choose a whole one."
-            )
         # A rank that begins to copy while another has not would mix their histories if killed.
         try:
             raise_together(self._gang, store.begin_rewriting, "The restore")

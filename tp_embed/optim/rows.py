@@ -238,11 +238,19 @@ class RowOptimizer(Optimizer):
                 if "decay" in state:
                     state["row_decay"].fill_(state["decay"])
 
-    def master(self, parameter: Tensor) -> Tensor:
+    def master(self, parameter: Tensor, rows: Tensor | None = None) -> Tensor:
         """Returns the fp32 values of a Parameter in bf16 or fp16, or else its own values. May share
-        memory with them. *Shape:* :math:`(V,E)`, or this rank's shard of it."""
+        memory with them. *Shape:* :math:`(V,E)`, or this rank's shard of it.
+
+        :param rows: only these rows of it, as a copy, if not ``None``. *Shape:* :math:`(N)`.
+        """
         with torch.no_grad():
-            return read_all(local(parameter), self._state_of(parameter))
+            weight, state = local(parameter), self._state_of(parameter)
+            if rows is not None:
+                masters = {key: state[key] for key in ("master", "remainder") if key in state}
+                state = {key: value.index_select(0, rows) for key, value in masters.items()}
+                weight = weight.index_select(0, rows)
+            return read_all(weight, state)
 
     def state_dict(self) -> dict[str, Any]:
         for parameter in _flat(group["params"] for group in self.param_groups):

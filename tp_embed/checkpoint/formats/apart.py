@@ -7,9 +7,11 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..contents import ROW_OPTIMIZER, Arrays, Checkpoint, Optimizer, Output, ReadOptions, Target
 from ..errors import CheckpointError
@@ -18,13 +20,57 @@ from . import dcp
 DIRECTORY = "tp_embed_own_tables"
 # Snapshots of tables in memory-mapped files, whose weights in the files of DeepSpeed are empty.
 MAPPED_DIRECTORY = "tp_embed_mapped_tables"
+# Names the save in the file `NOTE` of a tag, written after the tables, and in the client state.
+# Converted checkpoints have neither.
+STAMP = "tp_embed_save"
+NOTE = "tp_embed_tables.json"
+
+
+def read_note(tag: Path) -> dict[str, Any]:
+    """Returns what an engine has noted of the tables in a tag; empty if there is nothing."""
+    file = tag / NOTE
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as e:
+        found = e
+    if not isinstance(found, dict):
+        raise CheckpointError(f"`{file}` must hold a dict as JSON, but does not. Copy it again.")
+    return found
+
+
+def write_note(tag: Path, content: Mapping[str, Any] | None) -> None:
+    """Writes what :func:`read_note` reads, atomically; ``None`` deletes it."""
+    if content is None:
+        (tag / NOTE).unlink(missing_ok=True)
+        return
+    new = tag / f"{NOTE}.tmp"
+    new.write_text(json.dumps(content))
+    new.replace(tag / NOTE)
+
+
+def check_stamp(tag: Path, tables: Any, model: Any) -> None:
+    """Checks that the stamps of the tables and of the model in a tag are the same.
+
+    :raises CheckpointError: they are not.
+    """
+    if tables != model:
+        raise CheckpointError(
+            f"`{tag}` must hold the model and the tables of one save, but they are of two: the "
+            "second was interrupted, or files of others were copied. Load another tag; save each "
+            "step under a tag of its own."
+        )
 
 
 def with_tables(rest: Checkpoint, tag: Path, options: ReadOptions) -> Checkpoint:
     """Returns ``rest``, what the files of DeepSpeed hold, with the tables of the tag, if any.
 
-    :raises CheckpointError: a table is in both, or tables are in memory-mapped files.
+    :raises CheckpointError: a table is in both, tables are in memory-mapped files, or the tables
+        and the rest are of two saves.
     """
+    check_stamp(tag, read_note(tag).get(STAMP), rest.extra.get(STAMP))
+    rest = replace(rest, extra={k: value for k, value in rest.extra.items() if k != STAMP})
     if (tag / MAPPED_DIRECTORY).is_dir():
         raise CheckpointError(
             f"`{tag}` must hold all tables to be converted, but holds snapshots of tables in "
