@@ -6,7 +6,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 PYTHON ?= python3
 RANKS ?= 2
-WORKERS ?= 2
+WORKERS ?= 3
 ARGS ?=
 
 # DeepSpeed compiles its CPU collectives once; they stay in the virtual environment.
@@ -46,8 +46,8 @@ $(FUSED_ADAM): $(READY)
 	DS_ACCELERATOR=cpu python -c 'from deepspeed.ops.op_builder.cpu import FusedAdamBuilder as B; B().load()'
 	touch $@
 
-# Most of their time tests wait for ranks, so two files at a time take little more than one.
-test: $(FUSED_ADAM) ## Run the tests, WORKERS=2, ARGS='-k parity'
+# Tests wait much of their time, for ranks and timeouts: three files at a time keep two cores busy.
+test: $(FUSED_ADAM) ## Run the tests, WORKERS=3, ARGS='-k parity'
 	pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 nightly: $(FUSED_ADAM) ## Run the wide tests: all families of models, 2,500 random programs, damaged checkpoints
