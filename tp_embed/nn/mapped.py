@@ -273,9 +273,9 @@ class MappedTable:
             if not path.is_dir():
                 found = sorted(each.name for each in path.parent.glob("rank-*-of-*"))
                 raise ValueError(
-                    f"`{path.parent}` must hold the snapshot `{path.name}`, but has "
-                    f"{found or 'none'}. Use as many ranks as when it was taken, and a directory "
-                    "that has the folders of all ranks."
+                    f"`{path.parent}` must hold a snapshot of this table, but has "
+                    f"{found or 'none'} and no `{path.name}`. Use as many ranks as when it was "
+                    "taken, and a directory that has the folders of all ranks."
                 )
             return self._opened().read_snapshot(path)["step"]
 
