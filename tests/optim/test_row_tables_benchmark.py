@@ -17,6 +17,7 @@ def test_writes_times_and_state_bytes(tmp_path):
     run_script(
         ROOT / "benchmarks" / "row_tables.py",
         *("--rows", ROWS, "--dim", DIM, "--ids", 16, "--rounds", 1, "--grow", 300, 600),
+        *("--compare", *benchmark.COMPARISONS, "--dtypes", "float32", "bfloat16"),
         *("--markdown", page),
         ranks=2,
     )
