@@ -76,8 +76,9 @@ def check_own_tables(config: Mapping[str, Any], is_supported: bool) -> None:
         )
     if (config.get("checkpoint") or {}).get("use_node_local_storage") is True:
         raise ValueError(
-            "`checkpoint.use_node_local_storage` must be false with `tp_embed.tables`, of which "
-            "each rank saves a part, but is true instead. Save to a directory that all nodes share."
+            "`checkpoint.use_node_local_storage` must be false with `tp_embed.tables`, since each "
+            "rank saves a part of them, but is true instead. Save to a directory that all nodes "
+            "share."
         )
     for key, found in (
         ("zero_optimization.zenflow", zero.get("zenflow")),

@@ -73,8 +73,8 @@ class TableCheckpoints:
         engine.load_checkpoint = self._loading(engine.load_checkpoint)
 
     def open(self, tag: Path, *, with_states: bool = True) -> Callable[[Any], None]:
-        """Checks that the tables in the directory of a tag, also of a universal checkpoint, fit
-        those of the engine.
+        """Checks that the engine has the tables in the directory of a tag, also of a universal
+        checkpoint.
 
         :param with_states: whether to load the states of the optimizers.
         :returns: a function that loads them, with the client state that DeepSpeed has loaded. All

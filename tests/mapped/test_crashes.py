@@ -141,7 +141,7 @@ def until_killed(rank, size, store, out, table, kind, dtype, after, last):
 
 
 def ranks(target, size, out, *args, of_rank=None):
-    """Starts ranks, which get ``args`` and those of their own."""
+    """Starts ranks, with ``args`` and their own arguments."""
     store = f"{out}/store{time.monotonic_ns()}"
     processes = [
         fork_context().Process(

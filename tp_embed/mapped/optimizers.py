@@ -38,7 +38,7 @@ def adopt_states(store: RowStore, parameter: Tensor) -> list[dict[str, Any]]:
                 )
             if parameter.dtype != store.weight.dtype:
                 raise ValueError(
-                    f"`dtype` must be {parameter.dtype}, as that of the states of the optimizer, "
+                    f"`dtype` must be {parameter.dtype}, since the optimizer has states for it, "
                     f"but is {store.weight.dtype} instead. Leave it out, or map the table before "
                     "its first step."
                 )

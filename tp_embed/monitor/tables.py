@@ -166,7 +166,7 @@ class Monitor:
         return parameter.grad, 1
 
     def _more_gangs(self) -> Sequence[Gang]:
-        """Returns gangs that exchange gradients of tables, beside those of their layers."""
+        """Returns gangs that exchange gradients of tables, beside the gangs of their layers."""
         return ()
 
     def _tp_size(self) -> int:

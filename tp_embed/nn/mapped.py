@@ -57,7 +57,7 @@ def map_table(
     :param directory: where the files are.
     :param resident: the most bytes of its pages that stay in the memory of this process (RSS). The
         system keeps others in its page cache as long as it has room.
-    :param dtype: the dtype of the table in the files; that of ``table`` if ``None``.
+    :param dtype: the dtype of the table in the files; if ``None``, the dtype of ``table``.
     :raises ValueError: the table cannot be mapped, or the directory has another one, is in use, is
         damaged or lacks writes that were lost, or has the states of another optimizer.
     :raises GangError: ranks fail, or hold different steps, more than one apart.
